@@ -1,0 +1,42 @@
+"""opsd: on-policy self-distillation of language models, with teachers that know more than the student is told.
+
+Public names are imported on first use (PEP 562), so that `import opsd` touches neither torch nor trl.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> the module it lives in
+_PUBLIC = {
+    "OPSDTrainer": "opsd.trainer",
+    "OPSDConfig": "opsd.config",
+    "PrivilegedContext": "opsd.context",
+    "Rollouts": "opsd.rollouts",
+    "HiddenSignal": "opsd.signals",
+    "Teacher": "opsd.teachers",
+    "SameCheckpointTeacher": "opsd.teachers",
+    "LiveTeacher": "opsd.teachers",
+    "PastCheckpointTeacher": "opsd.teachers",
+    "EMATeacher": "opsd.teachers",
+    "SiblingTeacher": "opsd.teachers",
+    "load_teacher": "opsd.teachers",
+    "OPSDError": "opsd.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'opsd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,67 @@
+"""Every error and warning that opsd raises on purpose, in one tree.
+
+Each error is also the standard one it resembles, so `except ValueError` keeps working. A message says three things:
+the rule that was broken, why the rule exists, and the way out. `assert` is for our own invariants, never for input.
+
+    OPSDError
+    ├── ConfigError             (ValueError)          a setting, or a combination of settings, that cannot work
+    ├── DataError               (ValueError)          a dataset, a row or a column
+    ├── TemplateError           (ValueError)          a template: its syntax, its fields, its use
+    ├── TokenizerMismatchError  (ValueError)          student and teacher do not mean the same by the same ids
+    ├── UnsupportedModelError   (TypeError)           a model whose head or forward pass opsd cannot reproduce
+    ├── AlignmentError          (RuntimeError)        student and teacher did not score the same tokens
+    ├── NonFiniteLossError      (FloatingPointError)  NaN or infinity before the backward pass
+    └── CheckpointError         (RuntimeError)        a checkpoint or an output folder that cannot be used
+    OPSDWarning                 (UserWarning)         allowed, but probably not what was meant
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OPSDError(Exception):
+    """The root of all errors raised by opsd."""
+
+
+class ConfigError(OPSDError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(OPSDError, ValueError):
+    """A dataset, a row or a column that training cannot use."""
+
+
+class TemplateError(OPSDError, ValueError):
+    """A template that does not parse, asks for what the rows lack, or shows the teacher nothing."""
+
+
+class TokenizerMismatchError(OPSDError, ValueError):
+    """Student and teacher do not mean the same tokens by the same ids."""
+
+
+class UnsupportedModelError(OPSDError, TypeError):
+    """A model whose logits opsd cannot reproduce from its last hidden states and its head."""
+
+
+class AlignmentError(OPSDError, RuntimeError):
+    """Student and teacher did not score the same tokens."""
+
+
+class NonFiniteLossError(OPSDError, FloatingPointError):
+    """The loss was NaN or infinite; nothing was updated by it."""
+
+
+class CheckpointError(OPSDError, RuntimeError):
+    """A checkpoint or an output folder that cannot be used."""
+
+
+class OPSDWarning(UserWarning):
+    """A setting that is allowed and is probably not what was meant."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'x'?" for the known name nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
