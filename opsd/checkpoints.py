@@ -1,0 +1,139 @@
+"""What opsd adds to a checkpoint, and which checkpoint a run resumes from.
+
+The teacher's state lies beside the student's: tensors as safetensors, the rest as JSON, each written under a temporary
+name and then renamed, and both before the trainer's own files. Knows files and plain dictionaries only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from opsd.errors import CheckpointError
+
+TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
+TRAINER_STATE = "trainer_state.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin")
+UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark of an interrupted save
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write a teacher's state into a checkpoint folder, each file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{TENSORS}"
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    temporary.replace(folder / TENSORS)
+    temporary = folder / f".{FACTS}"
+    temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    temporary.replace(folder / FACTS)
+
+
+def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a teacher's tensors from a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        facts: what this run is (teacher, context, divergence); must be what the checkpoint was made with.
+
+    Raises:
+        CheckpointError: no opsd checkpoint, or one of another run; says what differs.
+    """
+    if not (folder / FACTS).is_file():
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of opsd: it has no {FACTS}. The teacher's state would be missing, and the "
+            "run would go on with another teacher. Start a new run from its weights instead: model_name_or_path."
+        )
+    stored = json.loads((folder / FACTS).read_text())
+    wanted = json.loads(json.dumps(facts))
+    differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
+    if differing:
+        lines = [f"  {key}: {stored.get(key)!r} in the checkpoint, {wanted.get(key)!r} now" for key in differing]
+        raise CheckpointError(
+            f"{folder} was made by a run with other settings:\n" + "\n".join(lines) + "\nA resumed run must be the "
+            "same run. Restore these settings, or start a new run from the checkpoint's weights."
+        )
+    return load_file(folder / TENSORS)
+
+
+def problem(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from, or None."""
+    if (folder / UNFINISHED).exists():
+        return "its writing was interrupted"
+    for names in ((TRAINER_STATE,), (FACTS,), (TENSORS,), WEIGHTS):
+        if not any((folder / name).is_file() for name in names):
+            return f"it has no {' or '.join(names)}"
+    try:
+        json.loads((folder / TRAINER_STATE).read_text())
+    except ValueError:
+        return f"its {TRAINER_STATE} is cut short"
+    return None
+
+
+def saved(output_dir: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoint folders of a run, newest step first."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
+
+
+def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to resume from (None starts anew), and what was passed over and why.
+
+    Args:
+        output_dir: the run's folder.
+        resume: False or None for a new run, True for the newest checkpoint that can be used, or a checkpoint's path.
+
+    Raises:
+        CheckpointError: a new run in a folder that holds one; nothing to resume from; a checkpoint that is damaged.
+    """
+    checkpoints = saved(output_dir)
+    if not resume:
+        if checkpoints:
+            raise CheckpointError(
+                f"{output_dir} already holds a run ({checkpoints[0].name}). A new run would mix with it. Resume it "
+                "(`--resume_from_checkpoint true`), or choose another output_dir."
+            )
+        return None, []
+    if not isinstance(resume, bool):
+        if not Path(resume).is_dir():
+            raise CheckpointError(f"there is no checkpoint {resume}. Checkpoints here: {_names(checkpoints)}.")
+        return Path(resume), []
+    passed_over = []
+    for folder in checkpoints:
+        reason = problem(folder)
+        if reason is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} was passed over: {reason}")
+    raise CheckpointError(
+        f"{output_dir} has no checkpoint to resume from. " + "; ".join(passed_over) + " Start anew without "
+        "resume_from_checkpoint (in an empty folder), or name a checkpoint by its path."
+    )
+
+
+def _names(checkpoints: list[Path]) -> str:
+    return ", ".join(p.name for p in checkpoints) or "none"
+
+
+def check_writable(output_dir: str | os.PathLike[str]) -> None:
+    """Make the output folder, or say why it cannot be used.
+
+    Raises:
+        CheckpointError: the folder cannot be made or written to.
+    """
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".opsd-write-probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"output_dir {folder} cannot be written to ({error.strerror}). Checkpoints would be lost after training. "
+            "Choose a folder you own."
+        ) from error

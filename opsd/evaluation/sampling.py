@@ -1,0 +1,233 @@
+"""Sampling for evaluation: batches of prompts to completions in the order asked, and rows to an `EvaluationResult`.
+
+Knows a transformers or PEFT model and token ids. Makes no prompts (`prompt_ids` is given) and judges nothing (`grader`
+is given). Only the end-of-sequence ids of the model's own generation settings count: a repetition penalty or a top-k
+that a checkpoint happens to carry would make two models' figures incomparable.
+
+Shapes: `B` rows of a batch, `P` prompt tokens, `C` completion tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd.errors import ConfigError, DataError
+from opsd.evaluation.graders import Grader, Row, grade_rows
+from opsd.evaluation.statistics import proportion_interval
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What one model did on one set of rows, in the order of the rows."""
+
+    correct: list[bool]
+    """Whether each row was answered right; False where the grader failed."""
+    ungraded: list[int]
+    """Indices of the rows on which the grader failed."""
+    texts: list[str]
+    """The completions, without special tokens."""
+    lengths: list[int]
+    """Tokens per completion, the end-of-sequence token included."""
+    truncated: int
+    """How many completions ran into `max_new_tokens` before they ended."""
+
+    @property
+    def n(self) -> int:
+        """Number of rows."""
+        return len(self.correct)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of rows answered right; a lower bound where rows are ungraded."""
+        return sum(self.correct) / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of the accuracy."""
+        return proportion_interval(self.correct)
+
+
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_ids: Callable[[Row], list[int]],
+    grader: Grader,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] | None = None,
+) -> EvaluationResult:
+    """Answer every row greedily and grade the answers.
+
+    Args:
+        model: the model; its mode and settings are as before afterwards.
+        rows: dataset rows, a list or a `datasets.Dataset`.
+        tokenizer: decodes the completions.
+        prompt_ids: makes a row's prompt.
+        grader: tells a right text from a wrong one, see `load_grader`.
+        max_new_tokens: longest completion, in tokens.
+        batch_size: rows per forward pass.
+        progress: called with the number of finished rows after each batch.
+
+    Raises:
+        DataError: there are no rows, or a prompt is empty.
+        ConfigError: a budget below 1.
+    """
+    if len(rows) == 0:
+        raise DataError(
+            "nothing to evaluate: the split has no rows.\nAn accuracy of no rows is not 0. Check the split."
+        )
+    prompts = [prompt_ids(row) for row in rows]
+    completions = generate(
+        model, prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    stops = _stop_ids(model, tokenizer)
+    ended = [ids[-1] in stops for ids in completions]
+    # The end token goes by its id: a tokenizer need not know every one of the model's as special.
+    texts = [
+        tokenizer.decode(ids[:-1] if end else ids, skip_special_tokens=True)
+        for ids, end in zip(completions, ended, strict=True)
+    ]
+    correct, ungraded = grade_rows(grader, texts, rows)
+    return EvaluationResult(correct, ungraded, texts, [len(ids) for ids in completions], ended.count(False))
+
+
+def generate(
+    model: PreTrainedModel | PeftModel,
+    prompts: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    seed: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Complete every prompt; the completions come in the order of the prompts.
+
+    Args:
+        model: the model; its mode and settings are as before afterwards.
+        prompts: token ids, unpadded.
+        tokenizer: gives the padding id and one end-of-sequence id; the model's generation settings give the others.
+        max_new_tokens: longest completion, in tokens.
+        batch_size: prompts per forward pass.
+        do_sample: sample from the model's whole distribution instead of taking the likeliest token.
+        temperature: divides the logits when sampling.
+        seed: makes sampling repeatable at the same batch size, and leaves the global generator as it was.
+        progress: called with the number of finished prompts after each batch.
+
+    Returns:
+        One list of ids per prompt, cut after its first end-of-sequence id, which is kept.
+
+    Raises:
+        DataError: a prompt is empty.
+        ConfigError: `max_new_tokens` or `batch_size` is below 1, or `temperature` is not above 0.
+    """
+    _check(prompts, max_new_tokens, batch_size, temperature)
+    stops = _stop_ids(model, tokenizer)
+    # Padding is masked before a prompt and cut away behind an end token, so without a padding id any id will do.
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        # transformers samples from the 50 likeliest tokens unless told otherwise
+        **({"temperature": temperature, "top_k": 0} if do_sample else {}),
+        use_cache=True,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+    )
+    # Longest first: if memory runs out, it does so at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    completions: list[list[int]] = [[] for _ in prompts]
+    with _evaluating(model), _seeded(seed, model.device), torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            for index, ids in zip(batch, _complete(model, [prompts[i] for i in batch], config), strict=True):
+                completions[index] = _cut(ids, stops)
+            if progress is not None:
+                progress(start + len(batch))
+    return completions
+
+
+def _check(prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, temperature: float) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, and is {value}.\nNothing would be generated. Raise it.")
+    if not temperature > 0:
+        raise ConfigError(
+            f"temperature must be above 0, and is {temperature}: logits are divided by it.\n"
+            "For the likeliest token at every step, leave do_sample=False."
+        )
+    empty = [index for index, ids in enumerate(prompts) if not ids]
+    if empty:
+        raise DataError(
+            f"{len(empty)} of {len(prompts)} prompts have no tokens, first the one of row {empty[0]}.\n"
+            "A model cannot continue nothing. Check the prompt column and the chat template."
+        )
+
+
+def _complete(
+    model: PreTrainedModel | PeftModel, prompts: list[list[int]], config: GenerationConfig
+) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    ids_BP = torch.tensor([[config.pad_token_id] * (longest - len(ids)) + ids for ids in prompts])
+    mask_BP = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    output = model.generate(
+        input_ids=ids_BP.to(model.device), attention_mask=mask_BP.to(model.device), generation_config=config
+    )
+    ids_BC = output[:, longest:]
+    return ids_BC.tolist()
+
+
+def _cut(ids: list[int], stops: frozenset[int]) -> list[int]:
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: end + 1]
+
+
+def _settings_owner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    # PEFT's wrapper reads and writes the settings of the model inside.
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    declared = _settings_owner(model).generation_config.eos_token_id
+    ids: list[Any] = declared if isinstance(declared, list) else [declared]
+    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Put the model in eval mode with neutral generation settings; bring back each module's mode and the settings.
+
+    Eval mode also rests gradient checkpointing, which would turn the cache off. The settings are put aside because
+    transformers fills whatever an explicit GenerationConfig leaves open from them.
+    """
+    owner = _settings_owner(model)
+    settings, modes = owner.generation_config, [(module, module.training) for module in model.modules()]
+    owner.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        owner.generation_config = settings
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

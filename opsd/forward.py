@@ -1,0 +1,96 @@
+"""The one forward pass, used for the student and for every local teacher.
+
+Knows a model, token ids and which positions to keep; knows nothing of rollouts, teachers or losses.
+
+Shapes: B rows · L tokens of a padded sequence · N kept positions (packed) · D hidden width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from opsd.errors import UnsupportedModelError
+from opsd.signals import Head
+
+# Largest |logits - reference| / max|reference| accepted by check_model, per dtype: rounding of one matrix product.
+PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a PEFT model, or the model itself; adapters stay active."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Return how many tokens a model's positions reach, or None where its config sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+
+
+def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep_BL: Tensor) -> Tensor:
+    """Return the last hidden states (before the head) at the kept positions, packed row by row.
+
+    Position ids are given, so that a row's states do not depend on the side or the amount of its padding: models with
+    learned positions count padding otherwise.
+
+    Args:
+        ids_BL: int64 token ids.
+        mask_BL: int64, 1 for tokens, 0 for padding.
+        keep_BL: bool, the positions whose next token is scored.
+
+    Returns:
+        Tensor of shape (N, D), N = keep_BL.sum(), in the model's dtype.
+    """
+    backbone: nn.Module = language_model(model).base_model  # type: ignore[assignment]
+    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
+    if "position_ids" in inspect.signature(backbone.forward).parameters:
+        inputs["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0)
+    return backbone(**inputs).last_hidden_state[keep_BL]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block in eval mode without gradient, then give every module back the mode it had.
+
+    Dropout alone moves two passes of one LoRA model by half a nat, and TRL reads `model.training`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def check_model(model: nn.Module, vocab_size: int) -> None:
+    """Refuse a model whose logits are not what its last hidden states and head say.
+
+    Heads with extra transforms or masked logits exist; a loss on them would train another model than the one sampled.
+
+    Args:
+        model: the model, in the state in which it will be used (adapter on or off).
+        vocab_size: ids below it may appear in the probe.
+
+    Raises:
+        UnsupportedModelError: the two disagree, naming the model's class and by how much.
+    """
+    device = next(model.parameters()).device
+    ids_BL = torch.arange(3, 3 + 14, device=device).reshape(2, 7) % vocab_size
+    mask_BL = torch.ones_like(ids_BL)
+    with evaluating(model):
+        hidden_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
+        logits_NV = Head.of(model).logits(hidden_ND)
+        expected_NV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.float().flatten(0, 1)
+    gap = ((logits_NV - expected_NV).abs().max() / expected_NV.abs().max().clamp(min=1e-6)).item()
+    if not gap <= PROBE_TOLERANCE.get(hidden_ND.dtype, PROBE_TOLERANCE[torch.bfloat16]):
+        raise UnsupportedModelError(
+            f"{type(language_model(model)).__name__}: logits computed from the last hidden states and the head differ "
+            f"from the model's own by {gap:.1e} of their size. The loss would train another distribution than the "
+            "model samples from. Its head has a transform that opsd does not know; use another model class."
+        )

@@ -1,0 +1,170 @@
+"""Rollouts: what was asked, what was sampled, and which of its tokens are scored.
+
+Ragged lists of ids all the way; padding and micro-batching happen here and nowhere else. It knows nothing of models,
+teachers or losses. A completion is the very ids that were sampled: never decoded, never tokenised again.
+
+Shapes: B rows · L tokens of a padded sequence · N scored tokens of a micro-batch (packed, row by row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd.errors import DataError
+
+Ids = list[int]
+PAD = 0  # any id will do: padded positions are masked, to the right of all tokens, and never kept
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """Prompts ++ completions, padded on the right.
+
+    Args:
+        ids_BL: int64.
+        mask_BL: int64, 1 for tokens.
+        keep_BL: bool, True where the *next* token is scored.
+        scored_ids_N: int64, the scored tokens themselves, packed like `keep_BL`.
+    """
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    keep_BL: Tensor
+    scored_ids_N: Tensor
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Rows, their student prompts and their completions, as lists of equal length.
+
+    Args:
+        rows: dataset rows, with every privileged column.
+        prompt_ids: the student's prompts.
+        completion_ids: sampled ids (or the row's own, off-policy).
+        loss_mask: per completion, 1 for tokens that are scored, 0 for tool output; None scores all.
+        shown: teacher prompts by the key of the one they are shown to (`Teacher.show` fills it).
+        normaliser: scorable tokens of the whole generation batch over all processes; the loss divides by it.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    prompt_ids: Sequence[Ids]
+    completion_ids: Sequence[Ids]
+    loss_mask: Sequence[Ids] | None = None
+    shown: Mapping[str, Sequence[Ids]] = field(default_factory=dict)
+    normaliser: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_mask is None:
+            object.__setattr__(self, "loss_mask", [[1] * len(ids) for ids in self.completion_ids])
+        assert self.loss_mask is not None
+        assert len(self.rows) == len(self.prompt_ids) == len(self.completion_ids) == len(self.loss_mask)
+        assert all(len(a) == len(b) for a, b in zip(self.completion_ids, self.loss_mask, strict=True))
+        # The first token is predicted from the last prompt token: without one it could not be scored.
+        assert all(self.prompt_ids), "an empty prompt cannot predict a first token"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_scorable(self) -> int:
+        """Number of tokens that are scored in these rows."""
+        return sum(map(sum, self.loss_mask or ()))
+
+    @property
+    def scored_ids(self) -> Ids:
+        """The scored tokens, row by row: what both sides must agree on."""
+        return [
+            token
+            for ids, scored in zip(self.completion_ids, self.loss_mask or (), strict=True)
+            for token, is_scored in zip(ids, scored, strict=True)
+            if is_scored
+        ]
+
+    def select(self, indices: Sequence[int]) -> Rollouts:
+        """Return the rows at `indices`, in that order."""
+
+        def pick(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in indices]
+
+        picked = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name not in ("shown", "normaliser")}
+        return replace(self, **picked, shown={key: pick(values) for key, values in self.shown.items()})
+
+    def sorted_by_length(self) -> Rollouts:
+        """Return the rows longest first, so that rows of one micro-batch need little padding."""
+        lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+        return self.select(sorted(range(len(self)), key=lambda i: -lengths[i]))
+
+    def split(self, parts: int) -> Iterator[Rollouts]:
+        """Yield exactly `parts` micro-batches of equal size, in order."""
+        size, rest = divmod(len(self), parts)
+        assert rest == 0, f"{len(self)} rows do not make {parts} equal micro-batches"
+        return (self.select(range(start, start + size)) for start in range(0, size * parts, size))
+
+    def show(self, key: str, prompts: Sequence[Ids]) -> Rollouts:
+        """Return these rollouts with the teacher prompts of `key` added."""
+        assert len(prompts) == len(self)
+        return replace(self, shown={**self.shown, key: list(prompts)})
+
+    def normalised_by(self, tokens: float) -> Rollouts:
+        """Return these rollouts with the number of scored tokens that the loss divides by."""
+        return replace(self, normaliser=float(tokens))
+
+    def pad(self, device: torch.device | str, shown_to: str | None = None) -> PaddedBatch:
+        """Lay prompts ++ completions out as tensors.
+
+        Padding goes to the right: with causal attention no token ever sees it, and all prompts start at position 0.
+
+        Args:
+            device: where the tensors go.
+            shown_to: key of the teacher whose prompts are used; None uses the student's.
+        """
+        prompts = self.prompt_ids if shown_to is None else self.shown[shown_to]
+        assert self.loss_mask is not None
+        length = max(len(p) + len(c) for p, c in zip(prompts, self.completion_ids, strict=True))
+        ids_BL = torch.full((len(self), length), PAD)
+        mask_BL = torch.zeros((len(self), length), dtype=torch.long)
+        keep_BL = torch.zeros((len(self), length), dtype=torch.bool)
+        for b, (prompt, completion, scored) in enumerate(
+            zip(prompts, self.completion_ids, self.loss_mask, strict=True)
+        ):
+            start, end = len(prompt), len(prompt) + len(completion)
+            ids_BL[b, :end] = torch.tensor(prompt + completion)
+            mask_BL[b, :end] = 1
+            keep_BL[b, start - 1 : end - 1] = torch.tensor(scored, dtype=torch.bool)
+        scored_ids_N = ids_BL.roll(-1, dims=1)[keep_BL]
+        return PaddedBatch(*(t.to(device) for t in (ids_BL, mask_BL, keep_BL, scored_ids_N)))
+
+    def row_of_token(self, n: int) -> int:
+        """Return the row that packed scored token `n` belongs to."""
+        for row, scored in enumerate(self.loss_mask or ()):
+            if n < sum(scored):
+                return row
+            n -= sum(scored)
+        raise IndexError("there are fewer scored tokens")
+
+
+def check_lengths(limit: int | None, prompts: Sequence[Ids], completion_lengths: Sequence[int], who: str) -> None:
+    """Refuse a prompt that leaves no room for its completion.
+
+    Args:
+        limit: tokens that the model's positions reach; None means no limit.
+        prompts: prompt ids.
+        completion_lengths: tokens of each completion, or the most it may get.
+        who: whose prompts, for the message: "student" or "teacher".
+
+    Raises:
+        DataError: prompt + completion are longer than the model's context.
+    """
+    for row, (prompt, length) in enumerate(zip(prompts, completion_lengths, strict=True)):
+        if limit is not None and len(prompt) + length > limit:
+            raise DataError(
+                f"row {row} of this batch: the {who}'s prompt has {len(prompt)} tokens and its completion up to "
+                f"{length}, together more than the {limit} tokens of the model's context. Tokens past it have no "
+                "position. Drop or shorten such rows, lower max_completion_length, or let the teacher's context "
+                "shorten one field: PrivilegedContext(truncate=…, max_prompt_tokens=…)."
+            )

@@ -1,0 +1,55 @@
+"""The order of rows: a function of seed and epoch, and of nothing else.
+
+TRL's sampler keeps one random generator alive over all epochs, so a run resumed in epoch 1 would see epoch 0's order
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+from opsd.errors import DataError
+
+
+class EpochSampler(Sampler[int]):
+    """Yields whole generation batches, each repeated once per accumulation step.
+
+    The trainer asks for a batch per accumulation step and uses the first of each group for the whole step. A rest of
+    rows that makes no whole batch waits for the next epoch's order.
+
+    Args:
+        rows: rows in the dataset.
+        batch_size: rows of one generation batch over all processes.
+        repeats: times each batch is repeated (accumulation steps).
+        shuffle: whether the order is random.
+        seed: seed of the order.
+        epoch: returns the epoch that begins when iteration begins.
+
+    Raises:
+        DataError: fewer rows than one batch.
+    """
+
+    def __init__(
+        self, rows: int, *, batch_size: int, repeats: int, shuffle: bool, seed: int, epoch: Callable[[], int]
+    ):
+        if rows < batch_size:
+            raise DataError(
+                f"the dataset has {rows} row(s), and one optimizer step takes {batch_size} (batch per device × "
+                "accumulation steps × processes). Without a whole batch there is no step. Lower one of these, or add "
+                "rows."
+            )
+        self.rows, self.batch_size, self.repeats = rows, batch_size, repeats
+        self.shuffle, self.seed, self._epoch = shuffle, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self._epoch())
+        order = torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
+        for start in range(0, self.rows - self.batch_size + 1, self.batch_size):
+            for _ in range(self.repeats):
+                yield from order[start : start + self.batch_size]
+
+    def __len__(self) -> int:
+        return self.rows // self.batch_size * self.batch_size * self.repeats

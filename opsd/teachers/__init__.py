@@ -1,0 +1,133 @@
+"""Teacher strategies: whose weights score a rollout.
+
+Adding one is a file here, a line in `TEACHERS`, and a line in `tests/test_teachers.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from opsd import shipped
+from opsd.context import PrivilegedContext
+from opsd.errors import ConfigError, did_you_mean
+from opsd.teachers.base import Cost, StudentHandle, Teacher
+from opsd.teachers.ema import EMATeacher
+from opsd.teachers.live import LiveTeacher
+from opsd.teachers.local import LocalTeacher
+from opsd.teachers.other import PastCheckpointTeacher, SiblingTeacher
+from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
+from opsd.teachers.same import SameCheckpointTeacher
+
+TEACHERS: dict[str, type[Teacher]] = {
+    cls.strategy: cls
+    for cls in (SameCheckpointTeacher, LiveTeacher, PastCheckpointTeacher, EMATeacher, SiblingTeacher)
+}
+
+__all__ = [
+    "TEACHERS",
+    "Cost",
+    "EMATeacher",
+    "LiveTeacher",
+    "LocalTeacher",
+    "PastCheckpointTeacher",
+    "Recipe",
+    "SameCheckpointTeacher",
+    "SiblingTeacher",
+    "StudentHandle",
+    "Teacher",
+    "load_teacher",
+    "recipe_of",
+]
+
+TeacherLike = Teacher | str | PathLike[str] | Mapping[str, Any] | None
+
+
+def load_teacher(
+    value: TeacherLike = None, *, context: PrivilegedContext | str | Mapping[str, Any] | None = None
+) -> Teacher:
+    """Return the teacher that `value` names; loads no weights and asks no network.
+
+    Args:
+        value: a Teacher; a recipe's name or a path to one (`.yaml`); a folder with a model or a hub id (= sibling); a
+            mapping (`{"strategy": "ema", "decay": 0.99}`, or `{"recipe": "ema", "decay": 0.999}` to change a
+            recipe's numbers); or None for the same checkpoint, frozen.
+        context: what it is shown; wins over a recipe's own context.
+
+    Raises:
+        ConfigError: nothing has that name, or the strategy has no such setting.
+    """
+    if isinstance(value, Teacher):
+        if context is not None:
+            raise ConfigError(
+                "a Teacher object brings its own context, and another one was given beside it. Only one can be shown. "
+                f"Write {type(value).__name__}(context=…) and leave the other out."
+            )
+        return value
+    settings, recipe_context = _resolve(value)
+    return _build(dict(settings), context if context is not None else recipe_context)
+
+
+def recipe_of(value: TeacherLike) -> Recipe | None:
+    """Return the recipe that `value` names, or None if it names something else."""
+    if isinstance(value, Mapping):
+        value = value.get("recipe")
+    if not isinstance(value, str | PathLike):
+        return None
+    path = find_recipe(value)
+    return None if path is None else read_recipe(path)
+
+
+def _resolve(value: TeacherLike) -> tuple[Mapping[str, Any], Any]:
+    """Return the strategy's settings and the recipe's context."""
+    if value is None:
+        return {"strategy": SameCheckpointTeacher.strategy}, None
+    recipe = recipe_of(value)
+    if isinstance(value, Mapping):
+        changes = {key: v for key, v in value.items() if key != "recipe"}
+        if "recipe" in value and recipe is None:
+            raise ConfigError(_nothing_named(str(value["recipe"])))
+        return ({**recipe.teacher, **changes}, recipe.context) if recipe else (changes, None)
+    if recipe is not None:
+        return recipe.teacher, recipe.context
+    source = fspath(value)  # type: ignore[arg-type]
+    if Path(source).is_dir() or (source.count("/") == 1 and not source.startswith((".", "/", "~"))):
+        return {"strategy": SiblingTeacher.strategy, "model": source}, None
+    raise ConfigError(_nothing_named(source))
+
+
+def _nothing_named(name: str) -> str:
+    known = shipped.names("teachers")
+    return (
+        f"no teacher is called {name!r}.{did_you_mean(name, known)} A teacher is a recipe's name, a path to a recipe "
+        "(.yaml), a folder with a model, or a hub id (organisation/name); a name without '/' is never looked up on a "
+        f"hub. Recipes: {', '.join(known)} (`opsd teachers`)."
+    )
+
+
+def _build(settings: dict[str, Any], context: Any) -> Teacher:
+    strategy = settings.pop("strategy", None)
+    if strategy not in TEACHERS:
+        raise ConfigError(
+            f"no teacher strategy is called {strategy!r}.{did_you_mean(str(strategy), TEACHERS)} "
+            f"Strategies: {', '.join(TEACHERS)}."
+        )
+    cls = TEACHERS[strategy]
+    parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if k != "context"}
+    for key in settings:
+        if key not in parameters:
+            raise ConfigError(
+                f"teacher strategy {strategy!r} has no setting {key!r}.{did_you_mean(key, parameters)} "
+                f"Its settings: {', '.join(parameters) or 'none'}."
+            )
+    missing = [k for k, p in parameters.items() if p.default is p.empty and settings.get(k) is None]
+    if missing:
+        raise ConfigError(
+            f"teacher strategy {strategy!r} needs {', '.join(missing)}: a number or a model that only you can choose. "
+            f"Write `teacher: {{strategy: {strategy}, {missing[0]}: …}}`, or {{recipe: …, {missing[0]}: …}} on top of "
+            "a recipe."
+        )
+    return cls(context=context, **settings)

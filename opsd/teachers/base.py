@@ -1,0 +1,189 @@
+"""The one interface of all teachers, and what a teacher is told of the student.
+
+A teacher says *whose weights* score a rollout; its `context` says *what they are shown*. Any teacher takes any
+context, or none. This file knows rollouts, contexts and signals; it knows nothing of losses or trainers.
+
+Shapes: N scored tokens of a micro-batch (packed).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from opsd.context import PrivilegedContext, PromptRenderer
+from opsd.errors import ConfigError
+from opsd.rollouts import Ids, Rollouts, check_lengths
+from opsd.signals import HiddenSignal
+
+def _place(model: nn.Module) -> nn.Module:
+    return model
+
+
+@dataclass(frozen=True)
+class StudentHandle:
+    """What a teacher is told of the student, once, before the first step.
+
+    Args:
+        model: the student, without any distributed wrapper.
+        renderer: how the student's own prompts become ids.
+        place: puts another model where it belongs (accelerate's `prepare_model`).
+        trust_remote_code: whether loading a teacher may run code that came with its weights.
+    """
+
+    model: nn.Module
+    renderer: PromptRenderer
+    place: Callable[[nn.Module], nn.Module] = _place
+    trust_remote_code: bool = False
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer."""
+        return self.renderer.tokenizer
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a teacher costs, stated before the first step.
+
+    Args:
+        megabytes: extra memory for weights.
+        forward_passes: extra forward passes per micro-batch.
+    """
+
+    megabytes: float
+    forward_passes: int = 1
+
+    def __str__(self) -> str:
+        passes = f"{self.forward_passes} extra forward pass" + ("es" if self.forward_passes != 1 else "")
+        return f"{self.megabytes:,.0f} MB of extra weights, {passes} per micro-batch"
+
+
+class Teacher(ABC):
+    """Scores rollouts; see `opsd.teachers` for the table of strategies.
+
+    Args:
+        context: what the teacher is shown beside the prompt: a PrivilegedContext, a shipped template's name, a path
+            to a template, or None for the student's own prompt.
+    """
+
+    strategy: str  # its name in the table
+
+    def __init__(self, *, context: PrivilegedContext | str | Mapping[str, Any] | None = None):
+        self.context = PrivilegedContext.of(context)
+        self._renderer: PromptRenderer | None = None
+
+    # ---- what a strategy writes -------------------------------------------------------------------------------
+
+    def prepare(self, student: StudentHandle) -> None:
+        """Get ready, once: place weights, compare tokenizers, state the cost. Strategies extend this."""
+        self._student = student
+        kwargs = self.context.chat_template_kwargs if self.context else None
+        self._renderer = student.renderer
+        if kwargs is not None:
+            self._renderer = replace(student.renderer, chat_template_kwargs=kwargs)
+
+    @abstractmethod
+    def score(self, rollouts: Rollouts) -> HiddenSignal:
+        """Return the teacher's distributions for the scored tokens, without gradient, packed like the rollouts.
+
+        Args:
+            rollouts: a micro-batch that went through `show`.
+        """
+
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """Whose weights these are and how they move, in one sentence; printed before the first step."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and completion that it can score; None where nothing limits it."""
+        return None
+
+    @property
+    def cost(self) -> Cost:
+        """What it costs beside the student."""
+        return Cost(megabytes=0.0)
+
+    def after_step(self, step: int) -> None:  # noqa: B027 - most teachers stand still
+        """Follow the student after optimizer step number `step` (1, 2, …)."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a resume needs and cannot make again."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        assert not state, f"{type(self).__name__} keeps no state, and was given {sorted(state)}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The numbers that define it, for the checkpoint and the log."""
+        return {}
+
+    # ---- what every strategy can do ---------------------------------------------------------------------------
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Strategy, numbers and context: what a resume compares."""
+        context = None if self.context is None else self.context.name
+        return {"strategy": self.strategy, **self.settings, "context": context}
+
+    @property
+    def renderer(self) -> PromptRenderer:
+        """How this teacher's prompts become ids: its own chat template and keywords."""
+        assert self._renderer is not None, "call prepare(student) first"
+        return self._renderer
+
+    def prompt_ids(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> Ids:
+        """Return the ids of the prompt this teacher sees for a row."""
+        if self.context is None:
+            return self.renderer.ids(row["prompt"])
+        return self.context.render(row, produced, side=self.renderer)
+
+    def show(self, rollouts: Rollouts) -> Rollouts:
+        """Render this teacher's prompt for every rollout, before any sort or split."""
+        if self.context is None and self.renderer == self._student.renderer:
+            # The very ids the student saw, tools and all; nothing to render again.
+            return rollouts.show(self.strategy, rollouts.prompt_ids)
+        prompts = [self.prompt_ids(row) for row in rollouts.rows]
+        check_lengths(self.max_length, prompts, [len(ids) for ids in rollouts.completion_ids], "teacher")
+        return rollouts.show(self.strategy, prompts)
+
+    def sample(self, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
+        """Return this teacher's own completions for rows, seen through its context.
+
+        Args:
+            rows: dataset rows.
+            max_new_tokens: tokens per completion at most.
+            sampling: `do_sample`, `temperature`, `batch_size`, … of `opsd.evaluation.sampling.generate`.
+
+        Raises:
+            ConfigError: this strategy scores and cannot sample.
+        """
+        raise ConfigError(
+            f"teacher {self.strategy!r} scores tokens and cannot sample its own. Sampling needs weights at hand. Use a "
+            "teacher that runs in this process, or set seq_kd to false."
+        )
+
+    def logprobs(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Ids]) -> list[list[float]]:
+        """Return log p in nats of every completion token under this teacher; needs no trainer.
+
+        Args:
+            rows: dataset rows.
+            completions: their completions as token ids, in the same order.
+        """
+        prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
+        rollouts = self.show(Rollouts(rows, prompts, completions))
+        signal = self.score(rollouts)
+        scored_ids_N = rollouts.pad(signal.hidden_ND.device, self.strategy).scored_ids_N
+        values = iter(signal.logprobs(scored_ids_N).tolist())
+        return [[next(values) for _ in completion] for completion in completions]
+
+

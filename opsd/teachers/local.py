@@ -1,0 +1,77 @@
+"""Teachers whose weights are in this process: one forward pass over the teacher's prompts and the same completions.
+
+A strategy says which module scores and in which state; the pass itself is here, once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from opsd.errors import AlignmentError
+from opsd.evaluation.sampling import generate
+from opsd.forward import check_model, context_length, evaluating, last_hidden
+from opsd.rollouts import Ids, Rollouts
+from opsd.signals import Head, HiddenSignal
+from opsd.teachers.base import StudentHandle, Teacher
+
+
+class LocalTeacher(Teacher):
+    """A teacher that runs in this process."""
+
+    @property
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The module that scores: the student itself, or another one."""
+
+    @abstractmethod
+    def teaching(self) -> AbstractContextManager[None]:
+        """Put `model` into the teacher's state for the length of the block (adapter off, average swapped in, …)."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of prompt and completion that the model's positions reach."""
+        return context_length(self.model)
+
+    def prepare(self, student: StudentHandle) -> None:
+        """Place the weights and prove, in the teacher's own state, that its logits can be reproduced."""
+        super().prepare(student)
+        self.place(student)
+        with self.teaching():
+            check_model(self.model, len(self.renderer.tokenizer))
+
+    @abstractmethod
+    def place(self, student: StudentHandle) -> None:
+        """Load, copy or borrow the weights."""
+
+    def score(self, rollouts: Rollouts) -> HiddenSignal:
+        """Return the teacher's last hidden states for the scored tokens, packed like the rollouts.
+
+        Raises:
+            AlignmentError: the tokens it scored are not the tokens that the student sampled.
+        """
+        device = next(self.model.parameters()).device
+        batch = rollouts.pad(device, self.strategy)
+        if batch.scored_ids_N.tolist() != rollouts.scored_ids:
+            raise AlignmentError(
+                f"teacher {self.strategy!r} scored other tokens than the student sampled. Every loss computed from "
+                "them would be noise. This is a bug in opsd or in a custom teacher: a completion's ids must reach "
+                "both sides unchanged."
+            )
+        with self.teaching(), evaluating(self.model):
+            hidden_ND = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+            return HiddenSignal(hidden_ND, self._head())
+
+    def _head(self) -> Head:
+        """The teacher's head; called in the teacher's state, and read by the loss after it was left."""
+        return Head.of(self.model).detach()
+
+    def sample(self, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
+        """Return this teacher's own completions for rows, seen through its context."""
+        prompts = [self.prompt_ids(row) for row in rows]
+        with self.teaching():
+            return generate(self.model, prompts, self.renderer.tokenizer, max_new_tokens=max_new_tokens, **sampling)

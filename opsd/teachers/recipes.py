@@ -1,0 +1,89 @@
+"""Reads recipes: ten-line YAML files that say which teacher, with which numbers, shown what, trained how.
+
+Knows the form of a recipe and nothing of what a strategy does with its numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opsd import shipped
+from opsd.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe.
+
+    Args:
+        about: what it is for, in a sentence.
+        source: where its numbers come from.
+        teacher: `strategy` and the arguments of that class.
+        context: template name, or the arguments of PrivilegedContext, or None.
+        args: training arguments (learning rate, lengths, …) that `opsd train` takes as defaults.
+        differences: what the published method does and this recipe does not.
+    """
+
+    about: str
+    source: str
+    teacher: Mapping[str, Any]
+    context: str | Mapping[str, Any] | None = None
+    args: Mapping[str, Any] = field(default_factory=dict)
+    differences: str = ""
+
+
+def find_recipe(name: str | PathLike[str]) -> Path | None:
+    """Return the file of a shipped recipe's name or of a path to YAML; None if it is neither."""
+    text = fspath(name)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"recipe file {text} does not exist.{did_you_mean(path.stem, shipped.names('teachers'))}")
+        return path
+    return None if "/" in text else shipped.find("teachers", text)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read a recipe file.
+
+    Raises:
+        ConfigError: no YAML, an unknown or a missing key.
+    """
+    content = read_yaml(path)
+    known = [f.name for f in fields(Recipe)]
+    for key in content:
+        if key not in known:
+            raise ConfigError(
+                f"{path}: a recipe has no key {key!r}.{did_you_mean(key, known)} It would be ignored, and a setting "
+                f"you meant would not be in force. Known keys: {', '.join(known)}."
+            )
+    missing = [key for key in ("about", "source", "teacher") if not content.get(key)]
+    if missing:
+        raise ConfigError(
+            f"{path}: a recipe needs the key(s) {', '.join(missing)}: what it is for, where its numbers come from, and "
+            "its teacher. Copy a shipped one and edit it: `opsd cp ema .`."
+        )
+    return Recipe(**content)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML (with line and column), or holds no mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} could not be read: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold a mapping (`key: value` lines), and holds {type(content).__name__}.")
+    return content

@@ -1,0 +1,394 @@
+"""OPSDTrainer: sample, score, lose, step.
+
+Stands on TRL's DistillationTrainer for sampling, tools, PEFT, distributed runs, logging and the hub, and replaces
+where the teacher comes from, how rollouts are padded and how the loss is computed. It is blind to which teacher and
+which divergence it runs.
+
+Seams of TRL 1.16 and transformers that this file leans on (each guarded by tests/test_trl_seams.py):
+`_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_compute_loss`,
+`_get_train_sampler`, `_set_signature_columns_if_needed`, `_save_checkpoint`, `_load_from_checkpoint`,
+`_send_telemetry`, `_metrics`, `_logs`, `_step`, `_buffered_inputs`, `teacher_model=None`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
+from trl import DistillationTrainer
+
+from opsd import checkpoints, precision
+from opsd.config import OPSDConfig
+from opsd.context import PromptRenderer
+from opsd.data import completion_of, prepare_rows, row_columns
+from opsd.errors import ConfigError, NonFiniteLossError
+from opsd.forward import check_model, context_length, last_hidden
+from opsd.losses import Divergence, LossRecord
+from opsd.rollouts import Ids, Rollouts, check_lengths
+from opsd.sampler import EpochSampler
+from opsd.signals import Head
+from opsd.stopping import GracefulStop
+from opsd.teachers import StudentHandle, Teacher, load_teacher
+
+Row = Mapping[str, Any]
+TrainSet = Dataset | IterableDataset
+
+
+class OPSDTrainer(DistillationTrainer):
+    """Trains a model on its own rollouts, graded token by token by a teacher that knows more.
+
+    Args:
+        model: the student: a model id, a folder, a loaded model, or a PeftModel with a trainable adapter.
+        teacher: a Teacher; a recipe's name (`"ema"`) or path; a model id or folder (= sibling); a mapping; or None
+            for the same checkpoint, frozen.
+        args: an OPSDConfig.
+        train_dataset: rows with `prompt` (text or messages) or chat `messages`; other columns reach the teacher only.
+        eval_dataset: like `train_dataset`, or a dict of such.
+        processing_class: the tokenizer; None loads the model's.
+        callbacks: more transformers callbacks.
+        optimizers: optimizer and scheduler, as in transformers' Trainer.
+        quantization_config: for a model given by id.
+        peft_config: wraps the model in an adapter.
+        tools: functions the student may call while it samples, as in TRL.
+
+    Raises:
+        OPSDError: a wrong setting, dataset or template, before a model loads; see `opsd.errors`.
+    """
+
+    _tag_names = ("opsd", "trl", "on-policy-distillation")
+    _name = "OPSD"
+    args: OPSDConfig
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher: Teacher | str | os.PathLike[str] | Mapping[str, Any] | None = None,
+        *,
+        args: OPSDConfig | None = None,
+        train_dataset: TrainSet | None = None,
+        eval_dataset: TrainSet | dict[str, TrainSet] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: PeftConfig | None = None,
+        tools: list[Callable[..., Any]] | None = None,
+    ):
+        self.teacher = load_teacher(teacher)
+        args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
+        self.divergence = Divergence(args.beta, args.temperature)
+        train_dataset = self._accept(train_dataset, "train", args)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._accept(rows, name, args) for name, rows in eval_dataset.items()}
+        else:
+            eval_dataset = self._accept(eval_dataset, "eval", args)
+        if isinstance(model, str):
+            # safetensors only, unless asked otherwise: a pickle can run code when it is opened.
+            args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+        super().__init__(
+            model=model,
+            teacher_model=None,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+        )
+        self._prepare_teacher()
+        self._stop = GracefulStop(self.accelerator)
+        # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
+        self.callback_handler.callbacks[:0] = [_FollowStudent(self.teacher), self._stop]
+
+    # ---- before the first step --------------------------------------------------------------------------------
+
+    def _accept(self, dataset: Any, name: str, args: OPSDConfig) -> Any:
+        """Check a dataset against the teacher's context and the settings; rows come back with a `prompt` each."""
+        if dataset is None:
+            return None
+        dataset = prepare_rows(dataset, name=name)
+        if self.teacher.context is not None:
+            self.teacher.context.check_columns(row_columns(dataset))
+            if isinstance(dataset, Dataset):
+                self.teacher.context.check_rows(dataset)
+        if name == "train":
+            _check_off_policy(dataset, args)
+        return dataset
+
+    def _prepare_teacher(self) -> None:
+        if self._is_vlm:
+            raise ConfigError(
+                "this model reads images, and version 1 of opsd trains text models only. Its prompts would reach the "
+                "teacher without their images. Use a text model."
+            )
+        student = self.accelerator.unwrap_model(self.model)
+        trainable = [name for name, p in student.named_parameters() if p.requires_grad]
+        if not trainable:
+            raise ConfigError(
+                "no parameter of this model is trainable, so nothing could be learned. An adapter that was loaded for "
+                "inference is frozen: PeftModel.from_pretrained(…, is_trainable=True)."
+            )
+        check_model(student, len(self._tokenizer))
+        renderer = PromptRenderer(
+            self._tokenizer, self.chat_template, self.chat_template_kwargs, tools=self.tools or None
+        )
+        place = lambda other: self.accelerator.prepare_model(other, evaluation_mode=True)  # noqa: E731
+        self.student = StudentHandle(student, renderer, place, self.args.trust_remote_code)
+        self.teacher.prepare(self.student)
+        assert trainable == [n for n, p in student.named_parameters() if p.requires_grad], "a teacher changed what trains"
+        self._say(f"teacher     {self.teacher.words}")
+        shown = self.teacher.context.name if self.teacher.context else "the student's own prompt"
+        self._say(f"is shown    {shown}")
+        self._say(f"costs       {self.teacher.cost}")
+        self._say(f"divergence  {self.divergence.words}:  {self.divergence.formula}")
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            print(text, flush=True)
+
+    def _send_telemetry(self) -> None:
+        """Send nothing: TRL reports the model's kind and the machine's at construction; opsd makes no call unasked."""
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Name the columns that `remove_unused_columns=True` keeps."""
+        if self._signature_columns is None:
+            context = self.teacher.context
+            wanted = context.fields | context.optional_fields if context else frozenset[str]()
+            self._signature_columns = ["prompt", "completion", "completion_ids", *sorted(wanted)]
+
+    # ---- sample ------------------------------------------------------------------------------------------------
+
+    @property
+    def _rows_per_step(self) -> int:
+        """Rows of one generation batch over all processes: one optimizer step."""
+        args = self.args
+        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
+        """Order rows by seed and epoch; TRL's sampler would replay epoch 0 after a resume in epoch 1."""
+        dataset = self.train_dataset if dataset is None else dataset
+        return EpochSampler(
+            len(dataset),
+            batch_size=self._rows_per_step,
+            repeats=self.args.gradient_accumulation_steps,
+            shuffle=bool(self.shuffle_dataset),
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[Ids]:
+        """Sample in the precision that trains; autocast also caches the cast weights for the whole rollout."""
+        with self.compute_loss_context_manager():
+            return super()._generate_single_turn(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
+        """Return rollouts for a generation batch: the first rows on-policy, the rest off-policy."""
+        count = self._on_policy_rows(len(inputs)) if self.model.training else len(inputs)
+        on, off = list(inputs[:count]), list(inputs[count:])
+        prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in inputs]
+        limit, longest = context_length(self.student.model), self.args.max_completion_length
+        check_lengths(limit, prompt_ids, [longest or 0] * len(prompt_ids), "student")
+        completion_ids: list[Ids] = []
+        loss_mask = None
+        if on:
+            prompt_ids[:count], completion_ids, loss_mask, *_ = self._generate([row["prompt"] for row in on])
+        off_policy = self._off_policy(off) if off else []
+        loss_mask = (loss_mask or [[1] * len(ids) for ids in completion_ids]) + [[1] * len(ids) for ids in off_policy]
+        rollouts = Rollouts(inputs, prompt_ids, completion_ids + off_policy, loss_mask)
+        self._log_texts(rollouts)
+        return self.teacher.show(rollouts)
+
+    def _on_policy_rows(self, rows: int) -> int:
+        """Return how many of this step's rows are on-policy: the same on every process, λ·rows on average.
+
+        floor(λ·rows·(step+1)) - floor(λ·rows·step): the carry of earlier steps without a counter, so a resume needs
+        none.
+        """
+        done, share = self.state.global_step, self.args.lmbda * rows
+        return int(share * (done + 1) + 1e-9) - int(share * done + 1e-9)
+
+    def _off_policy(self, rows: Sequence[Row]) -> list[Ids]:
+        limit = self.args.max_completion_length
+        if self.args.seq_kd:
+            return self.teacher.sample(
+                rows, max_new_tokens=limit, do_sample=True, temperature=self.temperature, batch_size=len(rows)
+            )
+        completions = [self._completion_ids(row) for row in rows]
+        self._metrics["train"]["off_policy/shortened"].append(sum(len(ids) > limit for ids in completions) / len(rows))
+        return [ids[:limit] for ids in completions]
+
+    def _completion_ids(self, row: Row) -> Ids:
+        completion = completion_of(row)
+        if isinstance(completion, str):
+            ids = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+            return [*ids, self._tokenizer.eos_token_id]
+        assert completion, "checked before training"
+        return list(completion)
+
+    def _log_texts(self, rollouts: Rollouts) -> None:
+        if self.log_completions:
+            decode = self._tokenizer.batch_decode
+            self._logs["prompt"].extend(gather_object(decode(rollouts.prompt_ids, skip_special_tokens=True)))
+            self._logs["completion"].extend(gather_object(decode(rollouts.completion_ids, skip_special_tokens=True)))
+
+    # ---- score -------------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch: Sequence[Row]) -> dict[str, Any]:
+        """Return one micro-batch and the teacher's signal for it; rollouts are made once per optimizer step."""
+        if not self.model.training:
+            rollouts = self._generate_and_score_completions(generation_batch)
+            return self._scored(rollouts)
+        steps = self.args.gradient_accumulation_steps
+        if self._step % steps == 0 or self._buffered_inputs is None:
+            rollouts = self._generate_and_score_completions(generation_batch).sorted_by_length()
+            count = torch.tensor(rollouts.num_scorable, device=self.accelerator.device)
+            total = int(self.accelerator.gather(count).sum())
+            self._metrics["train"]["scored_tokens"].append(total)
+            self._buffered_inputs = list(rollouts.normalised_by(max(total, 1)).split(steps))
+        return self._scored(self._buffered_inputs[self._step % steps])
+
+    def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
+        with self.compute_loss_context_manager():
+            return {"rollouts": rollouts, "signal": self.teacher.score(rollouts)}
+
+    # ---- lose --------------------------------------------------------------------------------------------------
+
+    def _compute_loss(
+        self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return loss, summed student entropy and number of scored tokens; runs inside the wrapped forward pass."""
+        rollouts: Rollouts = inputs["rollouts"]
+        batch = rollouts.pad(self.accelerator.device)
+        hidden_ND = last_hidden(unwrapped_student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+        # DDP averages gradients over processes, and the normaliser counts the tokens of all of them.
+        processes = self.accelerator.num_processes if rollouts.normaliser else 1
+        weight = processes / (rollouts.normaliser or max(rollouts.num_scorable, 1))
+        weight_N = torch.full((hidden_ND.shape[0],), weight, device=hidden_ND.device)
+        self._record = self.divergence(hidden_ND, Head.of(unwrapped_student), inputs["signal"], weight_N)
+        count = torch.tensor(hidden_ND.shape[0], device=hidden_ND.device)
+        return self._record.loss, self._record.entropy_N.sum(), count
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss, once every process has seen that it is finite."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        record, self._record = self._record, None
+        self._check_finite(record, inputs["rollouts"])
+        self._log_divergence(record)
+        return loss
+
+    def _check_finite(self, record: LossRecord, rollouts: Rollouts) -> None:
+        bad = (~torch.isfinite(record.divergence_N)).nonzero().flatten().tolist()
+        if not bad and not bool(torch.isfinite(record.loss)):
+            bad = [0]
+        where = sorted({rollouts.row_of_token(n) for n in bad})
+        told = [f"  {str(rollouts.rows[row]['prompt'])[:200]}" for row in where]
+        everywhere = gather_object(told)
+        if everywhere:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the {self.divergence.words} is NaN or infinite in "
+                f"{len(everywhere)} row(s):\n" + "\n".join(everywhere[:5]) + "\nNothing was updated by it, and the "
+                f"checkpoints in {self.args.output_dir} are as they were. Usual causes: a learning rate that is too "
+                "high, float16 without loss scaling, weights that were already broken. Lower the learning rate and "
+                "resume from the last checkpoint."
+            )
+
+    def _log_divergence(self, record: LossRecord) -> None:
+        values_N = record.divergence_N
+        worst = values_N.max() if len(values_N) else values_N.new_zeros(())
+        count = values_N.new_tensor(len(values_N))
+        sums = self.accelerator.gather(torch.stack([values_N.sum(), count, worst])[None])
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["divergence"].append((sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)).item())
+        metrics["divergence/max"].append(sums[:, 2].max().item())
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    @property
+    def _facts(self) -> dict[str, Any]:
+        """What must be the same when a run resumes."""
+        return {"teacher": self.teacher.description, "divergence": self.divergence.words, "lmbda": self.args.lmbda}
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write the teacher first: a checkpoint with a trainer state is a whole one."""
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            checkpoints.write(folder, self.teacher.state_dict(), self._facts)
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = checkpoints.read(Path(resume_from_checkpoint), self._facts)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.teacher.load_state_dict(state)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train; Ctrl-C or SIGTERM saves at the end of the step and says how to resume.
+
+        Args:
+            resume_from_checkpoint: True for the newest usable checkpoint in `output_dir`, or a checkpoint's path.
+            kwargs: as in transformers' Trainer.
+
+        Raises:
+            CheckpointError: the output folder holds another run, or there is nothing to resume from.
+            NonFiniteLossError: NaN or infinity in the loss.
+        """
+        checkpoints.check_writable(self.args.output_dir)
+        folder, passed_over = checkpoints.resolve(self.args.output_dir, resume_from_checkpoint)
+        self.accelerator.wait_for_everyone()
+        for line in passed_over:
+            self._say(line)
+        if self.args.should_save:
+            precision.store_choice(self.args.output_dir, bool(self.args.bf16))
+        with self._stop.listening():
+            output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+        if self._stop.received:
+            name = signal.Signals(self._stop.received).name
+            self._say(
+                f"stopped by {name} after step {self.state.global_step}; saved checkpoint-{self.state.global_step} in "
+                f"{self.args.output_dir}. Resume: trainer.train(resume_from_checkpoint=True), or "
+                "`opsd train CONFIG --resume_from_checkpoint true`."
+            )
+        return output
+
+
+class _FollowStudent(TrainerCallback):
+    """Lets the teacher move after every optimizer step."""
+
+    def __init__(self, teacher: Teacher):
+        self._teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._teacher.after_step(state.global_step)
+
+
+def _check_off_policy(dataset: TrainSet, args: OPSDConfig) -> None:
+    """Refuse rows without a completion where some of them are used off-policy."""
+    if args.lmbda == 1.0 or args.seq_kd:
+        return
+    columns = row_columns(dataset)
+    if not {"completion", "completion_ids"} & set(columns):
+        raise ConfigError(
+            f"lmbda is {args.lmbda:g}, so {1 - args.lmbda:.0%} of the rows are trained off-policy, and the dataset has "
+            f"no column `completion` or `completion_ids` (it has: {', '.join(columns)}). Add one, set seq_kd to use "
+            "the teacher's own samples, or set lmbda to 1."
+        )
+    if isinstance(dataset, Dataset):
+        empty = [i for i, row in enumerate(dataset) if not completion_of(row)]
+        if empty:
+            raise ConfigError(
+                f"lmbda is {args.lmbda:g} and {len(empty)} row(s) have no completion (first: {empty[:5]}); any row may "
+                "be drawn off-policy. Fill them in, set seq_kd to use the teacher's own samples, or set lmbda to 1."
+            )

@@ -1,0 +1,377 @@
+"""PrivilegedContext and PromptRenderer: what the teacher is shown, what is refused, what is cut."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import make_tokenizer
+
+from opsd import shipped
+from opsd.context import PrivilegedContext, PromptRenderer, fitting_templates
+from opsd.errors import ConfigError, DataError, TemplateError
+
+README = (shipped.folder("templates") / "README.md").read_text()
+ROW: dict[str, Any] = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
+QUESTION = ROW["prompt"][0]["content"]
+NAMES = [name for name in shipped.names("templates") if name != "base"]
+
+
+def user_block(body: str, **settings: Any) -> PrivilegedContext:
+    return PrivilegedContext.from_string("{% block user %}\n" + body + "\n{% endblock %}", **settings)
+
+
+def said(context: PrivilegedContext, row: dict[str, Any], produced: dict[str, Any] | None = None) -> str:
+    return context.messages(row, produced)[0][-1]["content"]
+
+
+@pytest.fixture(scope="module")
+def side() -> PromptRenderer:
+    return PromptRenderer(make_tokenizer())
+
+
+# ---------------------------------------------------------------- the shipped templates
+
+
+@pytest.mark.parametrize("name", shipped.names("templates"))
+def test_shipped_template_opens_with_one_line_that_says_what_it_is(name: str) -> None:
+    first = shipped.find("templates", name).read_text().splitlines()[0]
+    assert re.fullmatch(r"\{#- .+\. -#\}", first)
+
+
+@pytest.mark.parametrize("name", shipped.names("templates"))
+def test_shipped_template_renders_as_its_readme_entry_shows(name: str) -> None:
+    keywords = {"enable_thinking": True} if name == "base" else None
+    messages, prefill = PrivilegedContext(name, chat_template_kwargs=keywords).messages(ROW)
+    entry = re.search(rf"^### {name}\n.*?```text\n(.*?)\n```", README, re.DOTALL | re.MULTILINE)
+    assert entry, f"templates/README.md has no entry for {name}"
+    assert entry[1] == "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in messages)
+    assert prefill == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_template_shows_every_field_and_keeps_the_question(name: str, side: PromptRenderer) -> None:
+    context = PrivilegedContext(name)
+    shown = side.tokenizer.decode(context.render(ROW, side=side))
+    for field in context.fields | context.optional_fields:
+        assert ROW[field] in shown
+        assert f"`{field}`" in README.split(f"### {name}\n")[1].split("```")[0]
+    assert QUESTION in shown
+    assert context.counts.bare == 0
+    assert context.render(ROW, side=side) != side.ids(ROW["prompt"])
+
+
+def test_answer_only_reads_as_the_demo_was_measured_with() -> None:
+    assert said(PrivilegedContext("answer_only"), ROW) == f"{QUESTION}\n\nThe correct answer is 19. Answer with it."
+
+
+def test_base_alone_is_refused_unless_the_chat_template_makes_the_difference(side: PromptRenderer) -> None:
+    with pytest.raises(TemplateError, match="shows the teacher nothing"):
+        PrivilegedContext("base")
+    thinking = PrivilegedContext("base", chat_template_kwargs={"enable_thinking": True})
+    ids = thinking.render(ROW, side=side)
+    assert side.tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
+    assert thinking.counts.bare == 1
+
+
+def test_feedback_needs_one_of_its_two_columns() -> None:
+    context = PrivilegedContext("feedback")
+    assert (context.fields, context.optional_fields) == (frozenset(), {"solution", "feedback"})
+    with pytest.raises(TemplateError, match=r"'feedback' or 'solution'.*has: prompt, answer"):
+        context.check_columns(["prompt", "answer"])
+    context.check_columns(["prompt"], produced=["feedback"])
+    context.check_columns(["prompt", "solution"])
+    with pytest.raises(TemplateError, match="2 rows: 0, 3"):
+        context.check_rows(
+            [{"solution": None}, {"solution": "s"}, {"feedback": "f"}, {"solution": "", "feedback": " "}]
+        )
+
+
+def test_feedback_without_anything_to_show_leaves_the_prompt_alone_and_counts_it(side: PromptRenderer) -> None:
+    context = PrivilegedContext("feedback")
+    row = {"prompt": ROW["prompt"], "solution": None}
+    assert context.render(row, {"feedback": " "}, side=side) == side.ids(row["prompt"])
+    assert (context.counts.rendered, context.counts.bare) == (1, 1)
+
+
+def test_fitting_templates_are_those_whose_fields_are_there() -> None:
+    assert fitting_templates(["prompt", "answer"]) == ["answer_only", "concise"]
+    assert fitting_templates(["prompt", "solution"]) == ["concise", "feedback", "worked_solution"]
+
+
+# ---------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize("keywords", [{}, {"enable_thinking": True}])
+@pytest.mark.parametrize("own_template", [True, False])
+def test_student_ids_are_those_that_trl_samples_from(
+    side: PromptRenderer, keywords: dict[str, Any], own_template: bool
+) -> None:
+    from trl.trainer.distillation_trainer import DistillationTrainer
+
+    training = None if own_template else side.tokenizer.chat_template.replace("<think>", "<training>")
+    ours = PromptRenderer(side.tokenizer, chat_template=training, chat_template_kwargs=keywords)
+    trl = SimpleNamespace(
+        _is_vlm=False,
+        processing_class=side.tokenizer,
+        tools=[],
+        chat_template=training,
+        chat_template_kwargs=keywords,
+    )
+    system = {"role": "system", "content": "Be kind."}
+    for prompts in ([ROW["prompt"], [system, *ROW["prompt"]]], ["What is 1 + 1?", "Say 2."]):
+        assert [ours.ids(prompt) for prompt in prompts] == DistillationTrainer._tokenize_prompts(trl, prompts)[0]
+
+
+def test_ids_by_way_of_text_are_the_ids_of_the_chat_template(side: PromptRenderer) -> None:
+    plain, prefilled = side.ids(ROW["prompt"]), side.ids(ROW["prompt"], "<think>\n")
+    assert prefilled[: len(plain)] == plain
+    assert side.tokenizer.decode(prefilled[len(plain) :]) == "<think>\n"
+    text = side.tokenizer.apply_chat_template(ROW["prompt"], tokenize=False, add_generation_prompt=True)
+    assert side.tokenizer(text, add_special_tokens=False)["input_ids"] == plain
+
+
+def test_context_keywords_go_over_those_of_the_renderer(side: PromptRenderer) -> None:
+    student = PromptRenderer(side.tokenizer, chat_template_kwargs={"enable_thinking": True})
+    quiet = PrivilegedContext("hint", chat_template_kwargs={"enable_thinking": False})
+    assert "<think>" in side.tokenizer.decode(PrivilegedContext("hint").render(ROW, side=student))
+    assert "<think>" not in side.tokenizer.decode(quiet.render(ROW, side=student))
+    assert student.chat_template_kwargs == {"enable_thinking": True}
+
+
+# ---------------------------------------------------------------- turns and parts
+
+
+def test_only_the_last_user_turn_changes() -> None:
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "clock"}]},
+        {"role": "tool", "content": "noon"},
+        {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "1 + 1?"}]},
+        {"role": "assistant", "content": "Well,"},
+    ]
+    row = {"prompt": turns, "answer": 2}
+    before = copy.deepcopy(row)
+    messages, _ = PrivilegedContext("answer_only").messages(row)
+    answered = {"role": "user", "content": "What is 1 + 1?\n\nThe correct answer is 2. Answer with it."}
+    assert messages == [*turns[:4], answered, turns[5]]
+    assert row == before
+
+
+@pytest.mark.parametrize("own", [None, "Be kind."])
+def test_system_block_follows_replaces_or_adds_the_system_turn(own: str | None) -> None:
+    row = {"prompt": [{"role": "system", "content": own}] * (own is not None) + ROW["prompt"], "rule": "Be brief."}
+    replaced = PrivilegedContext.from_string("{% block system %} {{ rule }} {% endblock %}")
+    for context, expected in (
+        (replaced, "Be brief."),
+        (PrivilegedContext("system_rule"), "Be kind.\n\nBe brief." if own else "Be brief."),
+    ):
+        assert context.messages(row)[0] == [{"role": "system", "content": expected}, *ROW["prompt"]]
+
+
+def test_blank_and_unchanged_blocks_leave_their_turns_to_the_letter() -> None:
+    turns = [{"role": "system", "content": " Be kind.\n"}, {"role": "user", "content": "  What?\n"}]
+    source = "{% extends 'base.jinja' %}{% block system %}{% if rule is defined %}{{ rule }}{% endif %}{% endblock %}"
+    context = PrivilegedContext.from_string(source + "{% block assistant %}The answer{% endblock %}")
+    assert context.messages({"prompt": turns, "rule": None}) == (turns, "The answer")
+
+
+def test_prefill_is_kept_to_the_letter_but_for_a_leading_newline(side: PromptRenderer) -> None:
+    context = PrivilegedContext.from_string(
+        '{% extends "hint.jinja" %}\n{% block assistant %}\n\n<think>\n {{ answer }} \n{% endblock %}'
+    )
+    assert context.fields == {"hint", "answer"}
+    assert context.messages(ROW)[1] == "<think>\n 19 \n"
+    assert side.tokenizer.decode(context.render(ROW, side=side)).endswith("<|im_start|>assistant\n<think>\n 19 \n")
+
+
+def test_text_prompts_stay_text_and_have_only_the_user_block(side: PromptRenderer) -> None:
+    row = {"prompt": "1 + 1 = ", "answer": 2, "rule": "Be brief."}
+    context = user_block("The answer is {{ answer }}. {{ messages[0].content }}")
+    assert context.messages(row) == ("The answer is 2. 1 + 1 =", "")
+    assert context.render(row, side=side) == side.tokenizer("The answer is 2. 1 + 1 =")["input_ids"]
+    for lost in (
+        PrivilegedContext("system_rule"),
+        PrivilegedContext.from_string("{% block assistant %}a{% endblock %}"),
+    ):
+        with pytest.raises(DataError, match="plain text"):
+            lost.messages(row)
+
+
+def test_values_are_inserted_as_they_are() -> None:
+    row = {"prompt": ROW["prompt"], "answer": "{{ 7 * 7 }} <b> & {% raw %}", "extra": [1, 2], "zero": 0}
+    assert said(user_block("{{ answer }}|{{ extra }}|{{ zero }}"), row) == row["answer"] + "|[1, 2]|0"
+
+
+def test_produced_values_win_over_columns_of_the_same_name() -> None:
+    assert said(user_block("{{ solution }}"), ROW, {"solution": "mine"}) == "mine"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        (None, "this row's is None"),
+        (["Hi"], "list of messages"),
+        ([{"role": "system", "content": "Hi"}], "needs a user turn; this row has: system"),
+        ([], "needs a user turn; this row has: no turns"),
+        ([{"role": "user", "content": [{"type": "image", "image": "x.png"}]}], "text only"),
+    ],
+)
+def test_prompt_that_cannot_be_used_is_named(prompt: Any, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        PrivilegedContext("hint").messages({"prompt": prompt, "hint": "h"})
+
+
+# ---------------------------------------------------------------- columns and rows
+
+
+def test_missing_column_is_named_with_the_nearest_and_the_templates_that_fit() -> None:
+    with pytest.raises(TemplateError) as error:
+        PrivilegedContext("worked_solution").check_columns(["prompt", "answer", "solutions"])
+    message = str(error.value)
+    assert "'worked_solution' needs the column 'solution', and the dataset has: prompt, answer, solutions." in message
+    assert "Did you mean 'solutions'?" in message
+    assert "(answer_only, concise): `opsd templates --columns prompt,answer,solutions`" in message
+    PrivilegedContext("worked_solution").check_columns(["prompt"], produced=["solution"])
+
+
+def test_empty_fields_are_found_with_their_row_numbers() -> None:
+    context = user_block("{{ a }} {{ b }}")
+    rows = [{"a": a, "b": 0} for a in ["x", None, " \n", [], False, None, "", {}, None]]
+    with pytest.raises(TemplateError, match=r"the column 'a', empty in 7 rows: 1, 2, 3, 5, 6 and 2 more\.\n"):
+        context.check_rows(rows)
+    context.check_rows(rows, produced=["a"])
+    context.check_rows(rows[:1])
+
+
+@pytest.mark.parametrize("row", [{"answer": None}, {"answer": "  "}, {"answers": "19"}])
+def test_rendering_refuses_a_needed_field_without_a_value(row: dict[str, Any]) -> None:
+    with pytest.raises(TemplateError, match="'answer_only' needs 'answer', which is"):
+        PrivilegedContext("answer_only").messages({"prompt": ROW["prompt"], **row})
+
+
+# ---------------------------------------------------------------- length
+
+
+def long_row(words: int = 60) -> dict[str, Any]:
+    return {"prompt": ROW["prompt"], "solution": " ".join(f"w{i}" for i in range(words)), "answer": "19"}
+
+
+def limited(limit: int, side: str = "tail", **settings: Any) -> PrivilegedContext:
+    settings = {"truncate": "solution", "truncate_side": side, "max_prompt_tokens": limit} | settings
+    return PrivilegedContext("worked_solution", **settings)
+
+
+@pytest.mark.parametrize(
+    ("cut", "shape"),
+    [("tail", r"w0 w1 .* …"), ("head", r"… .* w58 w59"), ("middle", r"w0 w1 .* … .* w58 w59")],
+)
+def test_only_the_named_field_is_shortened_and_by_as_little_as_possible(
+    side: PromptRenderer, cut: str, shape: str
+) -> None:
+    row = long_row()
+    whole = PrivilegedContext("worked_solution").render(row, side=side)
+    context = limited(len(whole) - 40, cut)
+    ids = context.render(row, side=side)
+    assert len(whole) - 50 < len(ids) <= len(whole) - 40
+    before, after = side.tokenizer.decode(whole).split(row["solution"])
+    text = side.tokenizer.decode(ids)
+    assert text.startswith(before) and text.endswith(after)
+    assert re.fullmatch(shape, text[len(before) : -len(after)])
+    assert (context.counts.rendered, context.counts.shortened) == (1, 1)
+    assert context.counts.tokens_cut == len(whole) - len(ids)
+
+
+def test_prompt_that_just_fits_is_left_alone(side: PromptRenderer) -> None:
+    row = long_row()
+    whole = PrivilegedContext("worked_solution").render(row, side=side)
+    context = limited(len(whole))
+    assert context.render(row, side=side) == whole
+    assert (context.counts.rendered, context.counts.shortened, context.counts.tokens_cut) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("cut", ["head", "tail", "middle"])
+def test_shortening_never_cuts_through_a_character(side: PromptRenderer, cut: str) -> None:
+    row = {"prompt": ROW["prompt"], "solution": "añ€𝄞漢字" * 12}
+    size = len(PrivilegedContext("worked_solution").render(row, side=side))
+    for limit in range(size - 100, size - 60):
+        ids = limited(limit, cut).render(row, side=side)
+        text = side.tokenizer.decode(ids)
+        assert len(ids) <= limit
+        assert "…" in text and "\N{REPLACEMENT CHARACTER}" not in text
+
+
+def test_produced_text_is_shortened_like_a_column(side: PromptRenderer) -> None:
+    context = PrivilegedContext("feedback", truncate="feedback", max_prompt_tokens=100)
+    ids = context.render({"prompt": ROW["prompt"], "feedback": "old"}, {"feedback": "new " * 200}, side=side)
+    assert len(ids) <= 100
+    assert "new new" in side.tokenizer.decode(ids)
+
+
+def test_question_longer_than_the_limit_is_an_error_whatever_is_cut(side: PromptRenderer) -> None:
+    with pytest.raises(DataError, match="even with one token of 'solution'"):
+        limited(20).render(long_row(), side=side)
+
+
+def test_too_long_without_leave_to_shorten_says_what_could_be(side: PromptRenderer) -> None:
+    with pytest.raises(DataError, match=r"has \d+ tokens .* is 50\.(?s:.*)truncate= \(solution\)"):
+        limited(50, truncate=None).render(long_row(), side=side)
+
+
+def test_only_text_can_be_shortened(side: PromptRenderer) -> None:
+    with pytest.raises(DataError, match="holds no text here: \\['step'"):
+        limited(50).render({"prompt": ROW["prompt"], "solution": ["step"] * 90}, side=side)
+
+
+# ---------------------------------------------------------------- how a context is named
+
+
+def test_every_way_to_name_a_context_is_understood(tmp_path: Path) -> None:
+    own = tmp_path / "own.jinja"
+    own.write_text("{% block user %}{{ answer }}{% endblock %}")
+    assert PrivilegedContext.of(None) is None
+    context = PrivilegedContext.of({"template": "worked_solution", "truncate": "solution"})
+    assert PrivilegedContext.of(context) is context
+    assert (context.name, context.truncate, context.max_prompt_tokens) == ("worked_solution", "solution", None)
+    assert PrivilegedContext.of("hint").name == "hint"
+    assert PrivilegedContext.of(own).name == PrivilegedContext.of(str(own)).name == "own"
+
+
+def test_path_is_never_looked_up_among_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("hint.jinja", "./hint", Path("hint")):
+        with pytest.raises(TemplateError, match="no template file"):
+            PrivilegedContext(path)
+    Path("hint.jinja").write_text("{% block user %}{{ mine }}{% endblock %}")
+    assert PrivilegedContext("hint.jinja").fields == {"mine"}
+    assert PrivilegedContext("hint").fields == {"hint"}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "problem"),
+    [
+        ("answer_onyl", TemplateError, "Did you mean 'answer_only'"),
+        ({"template": "hint", "trunkate": "hint"}, ConfigError, "'trunkate'. Did you mean 'truncate'"),
+        ({"truncate": "hint"}, ConfigError, "needs the key 'template'"),
+        (3, ConfigError, "not int"),
+        ({"template": "hint", "truncate": "hnit"}, ConfigError, "Did you mean 'hint'"),
+        ({"template": "concise", "truncate": "prompt"}, ConfigError, "Its fields: none"),
+        ({"template": "hint", "truncate_side": "left"}, ConfigError, "head, tail, middle, not 'left'"),
+        ({"template": "hint", "max_prompt_tokens": 0}, ConfigError, "at least 1"),
+    ],
+)
+def test_wrong_setting_is_refused(value: Any, error: type[Exception], problem: str) -> None:
+    with pytest.raises(error, match=problem):
+        PrivilegedContext.of(value)
+
+
+def test_the_readmes_own_template_works() -> None:
+    context = PrivilegedContext.from_string(re.search(r"```jinja\n(.*?)```", README, re.DOTALL)[1])
+    assert (context.fields, context.optional_fields) == ({"answer"}, {"unit"})
+    assert said(context, ROW, {"unit": "apples"}) == f"{QUESTION} The answer is 19 apples."

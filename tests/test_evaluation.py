@@ -1,0 +1,466 @@
+"""Graders against tables, generation against a loop over whole forward passes, statistics against theory."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_gpt2, make_llama, make_rows
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from opsd.errors import ConfigError, DataError, OPSDWarning
+from opsd.evaluation import (
+    GRADERS,
+    EvaluationResult,
+    evaluate,
+    generate,
+    grade_rows,
+    load_grader,
+    paired_difference,
+    proportion_interval,
+    share_of_gap,
+)
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17, 18, 19, 20], [21, 22]]
+BUDGET = 8
+
+CASES: dict[str, list[tuple[str, object, bool]]] = {
+    "exact": [
+        (" Nineteen\n", "nineteen", True),
+        ("19", 19, True),
+        ("nineteen.", "nineteen", False),
+        ("", "nineteen", False),
+    ],
+    "last_number": [
+        ("5-3=2", "2", True),
+        ("5-3", "3", True),
+        ("(2+6)-3", "-3", False),
+        ("the result is -3.", "-3", True),
+        ("the result is −3", "-3", True),
+        ("3", "-3", False),
+        ("=-3", -3, True),
+        ("about 1,250.0 in all", "1250", True),
+        ("12,34", "34", True),
+        ("1,2,3", "123", False),
+        ("first 7, then 8", "7", False),
+        ("0.10", "0.1", True),
+        ("9007199254740993", "9007199254740992", False),
+        ("no idea", "19", False),
+        ("19", "12 + 7 = 19", True),
+    ],
+    "contains": [
+        ("It's Paris.", "paris", True),
+        ("Parisian", "Paris", False),
+        ("It is 1.5", "5", False),
+        ("It is 5.2", "5", False),
+        ("It is -5", "5", False),
+        ("It is 5.", "5", True),
+        ("a+b?", "a+b", True),
+        ("aab", "a+b", False),
+    ],
+}
+
+
+def truth(rate: float, n: int, rng: np.random.Generator) -> list[bool]:
+    return (rng.random(n) < rate).tolist()
+
+
+def by_hand(model: PreTrainedModel, prompt: list[int], stops: set[int], budget: int = BUDGET) -> list[int]:
+    """The slow twin of greedy `generate`: a whole forward pass per token, no cache, no padding, no batch."""
+    ids = list(prompt)
+    model.eval()
+    with torch.no_grad():
+        while len(ids) < len(prompt) + budget and (len(ids) == len(prompt) or ids[-1] not in stops):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+# ------------------------------------------------------------------------------------------------------------ graders
+
+
+def test_every_grader_of_the_table_has_cases() -> None:
+    assert CASES.keys() == GRADERS.keys()
+
+
+@pytest.mark.parametrize(("name", "text", "answer", "right"), [(k, *case) for k, v in CASES.items() for case in v])
+def test_grader_tells_right_from_wrong(name: str, text: str, answer: object, right: bool) -> None:
+    assert load_grader(name)(text, {"answer": answer}) is right
+
+
+@pytest.mark.parametrize("name", GRADERS)
+@pytest.mark.parametrize("row", [{"other": "19"}, {"answer": None}, {"answer": "  "}])
+def test_grader_refuses_a_row_without_an_answer(name: str, row: dict[str, object]) -> None:
+    with pytest.raises(DataError, match="column 'answer'"):
+        load_grader(name)("19", row)
+
+
+def test_last_number_refuses_an_answer_without_a_number() -> None:
+    with pytest.raises(DataError, match="needs a number"):
+        load_grader("last_number")("no number here either", {"answer": "nineteen"})
+
+
+def test_grader_reads_the_named_column() -> None:
+    assert load_grader("exact", column="label")("yes", {"answer": "no", "label": "yes"})
+
+
+def test_grader_can_be_any_importable_function() -> None:
+    assert load_grader("operator:contains")("19", "1") is True
+
+
+def test_reasoning_gym_scorer_counts_full_marks_only() -> None:
+    pytest.importorskip("reasoning_gym")
+    grader = load_grader("reasoning_gym:chain_sum", column="total")
+    row = {"total": "12", "metadata": {}}
+    assert grader(" 12\n", row)
+    assert not grader("The sum is 12", row)  # the scorer itself gives this a part of a point
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("last_numbr", "Did you mean 'last_number'"),
+        ("no_such_module:f", "no_such_module"),
+        ("math:no_such_function", "no_such_function"),
+        (":f", "module ''"),
+        ("math:pi", "not a function"),
+        ("reasoning_gym:chain_sums", "Did you mean 'chain_sum'"),
+        ("reasoning_gym:composite", "no scorer"),
+    ],
+)
+def test_unknown_grader_is_refused_with_the_way_out(name: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_grader(name)
+
+
+@pytest.mark.parametrize("bad", [0.5, None, "True"])
+def test_grader_that_returns_no_verdict_leaves_the_row_ungraded(bad: object) -> None:
+    answers = iter([True, bad, np.bool_(True), 0.0])
+    with pytest.warns(OPSDWarning, match="1 of 4 rows, first on row 1"):
+        correct, ungraded = grade_rows(lambda text, row: next(answers), ["a"] * 4, [{}] * 4)
+    assert correct == [True, False, True, False]
+    assert ungraded == [1]
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_greedy_batches_equal_one_by_one_in_the_order_asked(
+    make: Callable[[], PreTrainedModel], batch_size: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make()
+    got = generate(model, PROMPTS, tokenizer, max_new_tokens=BUDGET, batch_size=batch_size)
+    assert got == [by_hand(model, prompt, {2}) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("pad_token", ["<|pad|>", "<|im_end|>", None])
+def test_completion_ends_with_the_first_end_token_of_model_or_tokenizer(
+    pad_token: str | None, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = make_llama()
+    own = by_hand(model, PROMPTS[0], set())[2]
+    expected = [by_hand(model, prompt, {own, 2}) for prompt in PROMPTS]
+    assert expected[0][-1] == own
+    for declared, eos_token in ((own, "<|im_end|>"), ([2, own], None)):
+        model.generation_config.eos_token_id = declared
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer.backend_tokenizer, eos_token=eos_token, pad_token=pad_token
+        )
+        assert generate(model, PROMPTS, tokenizer, max_new_tokens=BUDGET, batch_size=3) == expected
+
+
+def test_end_token_of_the_tokenizer_alone_is_enough() -> None:
+    model = make_llama()
+    own = by_hand(model, PROMPTS[0], set())[2]
+    model.generation_config.eos_token_id = None
+    vocabulary = {("end" if token == own else f"word{token}"): token for token in range(400)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="word0")), eos_token="end"
+    )
+    got = generate(model, PROMPTS[:1], tokenizer, max_new_tokens=BUDGET, batch_size=1)
+    assert got == [by_hand(model, PROMPTS[0], {own})]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_settings_of_the_model_neither_leak_nor_get_lost(
+    lora: bool, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hub checkpoints ship do_sample, top_k, a repetition penalty; transformers merges them into explicit settings."""
+    model = make_llama()
+    expected = [by_hand(model, prompt, {2}) for prompt in PROMPTS]
+    settings = model.generation_config
+    settings.update(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, repetition_penalty=5.0, min_new_tokens=1)
+    settings.suppress_tokens = expected[0]
+    student = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if lora else model
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = generate(student, PROMPTS, tokenizer, max_new_tokens=BUDGET, batch_size=2)
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert got == expected
+    assert model.generation_config is settings
+    assert not caplog.records
+
+
+def test_sampling_draws_from_the_whole_distribution_at_its_temperature(tokenizer: PreTrainedTokenizerFast) -> None:
+    """transformers' own default keeps the 50 likeliest tokens."""
+    model, draws, temperature = make_llama(), 2000, 2.0
+    got = generate(
+        model,
+        [PROMPTS[0]] * draws,
+        tokenizer,
+        max_new_tokens=1,
+        batch_size=500,
+        do_sample=True,
+        temperature=temperature,
+        seed=0,
+    )
+    with torch.no_grad():
+        chances = (model(torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1)
+    unlikely = set(chances.argsort(descending=True)[50:].tolist())
+    expected = float(chances[list(unlikely)].sum())
+    assert expected > 0.1
+    share = sum(ids[0] in unlikely for ids in got) / draws
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / draws)
+
+
+def test_seed_repeats_a_sample_and_leaves_the_global_generator_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_llama()
+
+    def sample(seed: int | None) -> list[list[int]]:
+        return generate(model, PROMPTS, tokenizer, max_new_tokens=4, batch_size=2, do_sample=True, seed=seed)
+
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    assert sample(1) == sample(1) != sample(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sample(None) != sample(None)
+
+
+def test_modes_of_all_modules_are_restored_even_after_an_error(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_llama().train()
+    model.model.layers[0].eval()  # as frozen parts are kept
+    modes = [module.training for module in model.modules()]
+    seen: list[bool] = []
+
+    def interrupt(finished: int) -> None:
+        seen.append(model.training)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, tokenizer, max_new_tokens=1, batch_size=2, progress=interrupt)
+    assert seen == [False]
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_dropout_is_off_and_the_cache_on_under_gradient_checkpointing(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = make_llama(attention_dropout=0.5)
+    expected = [by_hand(model, prompt, {2}) for prompt in PROMPTS]
+    model.train().gradient_checkpointing_enable()
+    model.config.use_cache = False  # as trainers set it
+    widths: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+    assert generate(model, PROMPTS, tokenizer, max_new_tokens=BUDGET, batch_size=64) == expected
+    assert widths == [7] + [1] * (BUDGET - 1)
+    assert model.is_gradient_checkpointing
+
+
+def test_progress_counts_finished_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    seen: list[int] = []
+    generate(make_llama(), PROMPTS, tokenizer, max_new_tokens=1, batch_size=2, progress=seen.append)
+    assert seen == [2, 4, 5]
+
+
+def test_no_prompts_give_no_completions(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert generate(make_llama(), [], tokenizer, max_new_tokens=1, batch_size=2) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"max_new_tokens": 0}, ConfigError),
+        ({"batch_size": 0}, ConfigError),
+        ({"temperature": 0.0}, ConfigError),
+        ({"temperature": float("nan")}, ConfigError),
+        ({"prompts": [[5], []]}, DataError),
+    ],
+)
+def test_generation_that_cannot_work_is_refused(
+    change: dict[str, object], error: type[Exception], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    arguments = {"prompts": PROMPTS, "max_new_tokens": 1, "batch_size": 2, **change}
+    with pytest.raises(error, match=next(iter(change)).removesuffix("s")):
+        generate(make_llama(), tokenizer=tokenizer, **arguments)
+
+
+def run_evaluation(
+    model: PreTrainedModel, rows: object, tokenizer: PreTrainedTokenizerFast, **changes: object
+) -> EvaluationResult:
+    def prompt_ids(row: dict[str, object]) -> list[int]:
+        return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+
+    settings = {"grader": load_grader("exact"), "max_new_tokens": BUDGET, "batch_size": 5, **changes}
+    return evaluate(model, rows, tokenizer, prompt_ids=prompt_ids, **settings)
+
+
+def test_evaluation_grades_each_row_by_its_own_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, rows = make_llama(), make_rows()
+    texts = run_evaluation(model, rows, tokenizer, grader=lambda text, row: True).texts
+    answered = [
+        {**row, "answer": text if i % 3 else "wrong"} for i, (row, text) in enumerate(zip(rows, texts, strict=True))
+    ]
+    assert len(set(texts)) > 6
+    result = run_evaluation(model, Dataset.from_list(answered), tokenizer)
+    assert result.correct == [i % 3 != 0 for i in range(12)]
+    assert (result.n, result.ungraded, result.texts) == (12, [], texts)
+    assert result.accuracy == pytest.approx(8 / 12)
+    assert result.interval == proportion_interval([True] * 8 + [False] * 4)
+
+
+def test_evaluation_counts_lengths_and_truncation_and_hides_the_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, rows = make_llama(), make_rows()
+    prompts = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False) for row in rows
+    ]
+    end = by_hand(model, prompts[0], set())[3]  # an ordinary token that ends the text by the model's settings only
+    model.generation_config.eos_token_id = [2, end]
+    expected = [by_hand(model, prompt, {2, end}) for prompt in prompts]
+    result = run_evaluation(model, rows, tokenizer, grader=lambda text, row: True)
+    assert result.lengths == [len(ids) for ids in expected]
+    assert result.truncated == sum(ids[-1] not in {2, end} for ids in expected)
+    assert 0 < result.truncated < 12
+    assert result.texts[0] == tokenizer.decode(expected[0][:-1], skip_special_tokens=True)
+
+
+def test_row_on_which_the_grader_fails_is_counted_apart(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = make_rows(4)
+    rows[2]["answer"] = None
+    with pytest.warns(OPSDWarning, match="1 of 4 rows, first on row 2"):
+        result = run_evaluation(make_llama(), rows, tokenizer, max_new_tokens=1)
+    assert result.ungraded == [2]
+    assert result.correct[2] is False
+
+
+def test_empty_split_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="no rows"):
+        run_evaluation(make_llama(), [], tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------- statistics
+
+
+def test_wilson_interval_of_eight_in_ten() -> None:
+    assert proportion_interval([True] * 8 + [False] * 2) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+@pytest.mark.parametrize("right", [0, 1, 13, 46, 47])
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.99])
+def test_wilson_ends_are_where_the_score_test_turns(right: int, confidence: float) -> None:
+    """The definition, by bisection: the ends are the rates at which the observed share is z standard errors away."""
+    n, share = 47, right / 47
+    z = {0.5: 0.6744898, 0.95: 1.9599640, 0.99: 2.5758293}[confidence]
+
+    def turn(inside: float, outside: float) -> float:
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            if abs(share - middle) <= z * math.sqrt(middle * (1 - middle) / n):
+                inside = middle
+            else:
+                outside = middle
+        return inside
+
+    got = proportion_interval([True] * right + [False] * (n - right), confidence)
+    assert got == pytest.approx((turn(share, 0.0), turn(share, 1.0)), abs=1e-7)
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.3, 0.9])
+def test_wilson_interval_covers_the_truth_at_its_stated_rate(rate: float) -> None:
+    rng = np.random.default_rng(0)
+    intervals = [proportion_interval(truth(rate, 200, rng)) for _ in range(1000)]
+    assert np.mean([low <= rate <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.02)
+
+
+def test_bootstrap_interval_agrees_with_normal_theory() -> None:
+    rng = np.random.default_rng(1)
+    before, after = truth(0.4, 2000, rng), truth(0.5, 2000, rng)
+    changes = np.array(after, dtype=float) - np.array(before, dtype=float)
+    got = paired_difference(before, after)
+    half = 1.96 * changes.std() / math.sqrt(2000)
+    assert got.difference == pytest.approx(changes.mean())
+    assert (got.low, got.high) == pytest.approx((changes.mean() - half, changes.mean() + half), abs=0.05 * half)
+    narrower = paired_difference(before, after, confidence=0.5)
+    assert narrower.high - narrower.low == pytest.approx(2 * half * 0.6745 / 1.96, rel=0.05)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (0, 1), (3, 3), (0, 9), (7, 2), (2, 7), (4, 6)])
+def test_mcnemar_equals_brute_force(lost: int, gained: int) -> None:
+    """All ways in which the changed answers could have gone, each as likely as any other."""
+    before = [True] * lost + [False] * gained + [True, False]
+    after = [False] * lost + [True] * gained + [True, False]
+    ways = [abs(sum(way)) >= abs(gained - lost) for way in itertools.product([-1, 1], repeat=lost + gained)]
+    assert paired_difference(before, after, resamples=10).p_value == pytest.approx(sum(ways) / len(ways))
+
+
+def test_mcnemar_stays_finite_on_many_questions() -> None:
+    assert paired_difference([False] * 5000 + [True] * 100, [True] * 5100, resamples=10).p_value < 1e-300
+    half = [True, False] * 3000
+    assert paired_difference(half, [not right for right in half], resamples=10).p_value == 1.0
+
+
+def test_comparison_of_two_equal_models_rejects_at_its_stated_rate() -> None:
+    rng = np.random.default_rng(2)
+    results = [paired_difference(truth(0.5, 200, rng), truth(0.5, 200, rng), resamples=1000) for _ in range(1000)]
+    # An exact test on counts stays below its level: at about 100 changed answers it rejects in 3.5 to 4.5 % of cases.
+    assert 0.02 < np.mean([result.p_value < 0.05 for result in results]) < 0.05
+    assert np.mean([not result.low <= 0 <= result.high for result in results]) == pytest.approx(0.05, abs=0.02)
+
+
+def test_comparison_is_repeatable_and_blind_to_what_did_not_change() -> None:
+    before, after = [True, False, False, False] * 10, [True, True, False, False] * 10
+    assert paired_difference(before, after) == paired_difference(before, after)
+    same = paired_difference(before, before)
+    assert (same.difference, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("runs", [([True], [True, False]), ([], [])])
+def test_comparison_of_different_questions_is_refused(runs: tuple[list[bool], list[bool]]) -> None:
+    with pytest.raises(DataError, match="same questions"):
+        paired_difference(*runs)
+
+
+def test_interval_of_nothing_or_at_an_impossible_confidence_is_refused() -> None:
+    with pytest.raises(DataError, match="at least one"):
+        proportion_interval([])
+    for confidence in (0.0, 1.0, 95.0):
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            proportion_interval([True], confidence)
+        with pytest.raises(ConfigError, match="between 0 and 1"):
+            paired_difference([True], [True], confidence)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "ceiling", "share"),
+    [
+        (0.25, 0.5, 0.75, 0.5),
+        (0.5, 0.25, 0.75, -1.0),
+        (0.5, 1.0, 0.75, 2.0),
+        (0.5, 0.6, 0.5, None),
+        (0.5, 0.6, 0.4, None),
+    ],
+)
+def test_share_of_the_gap_is_none_where_there_is_no_gap(
+    before: float, after: float, ceiling: float, share: float | None
+) -> None:
+    assert share_of_gap(before, after, ceiling) == share
