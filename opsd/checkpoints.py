@@ -104,7 +104,7 @@ def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tu
         if not Path(resume).is_dir():
             raise CheckpointError(f"there is no checkpoint {resume}. Checkpoints here: {_names(checkpoints)}.")
         return Path(resume), []
-    passed_over = []
+    passed_over: list[str] = []
     for folder in checkpoints:
         reason = problem(folder)
         if reason is None:

@@ -109,14 +109,16 @@ class PrivilegedContext:
         self._check_settings()
         # Of each group, a row must have at least one.
         self._needs: list[tuple[str, ...]] = [(field,) for field in sorted(self.fields)]
-        if not self.fields and not self._blocks.speak_without_fields() and not self.chat_template_kwargs:
-            if not self.optional_fields:
-                raise TemplateError(
-                    f"template {self.name!r} shows the teacher nothing: it uses no column but the prompt and says "
-                    "nothing of its own.\nA teacher that sees what the student sees needs no template.\n"
-                    "Use a column in the block user, such as {{ answer }}, or leave the context out."
-                )
+        if self.fields or self._blocks.speak_without_fields():
+            return
+        if self.optional_fields:
             self._needs.append(tuple(sorted(self.optional_fields)))
+        elif not self.chat_template_kwargs:
+            raise TemplateError(
+                f"template {self.name!r} shows the teacher nothing: it uses no column but the prompt and says "
+                "nothing of its own.\nA teacher that sees what the student sees needs no template.\n"
+                "Use a column in the block user, such as {{ answer }}, or leave the context out."
+            )
 
     @classmethod
     def of(cls, value: Any) -> PrivilegedContext | None:

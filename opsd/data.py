@@ -7,6 +7,7 @@ error that names the rows. How files become datasets stands in `data_files.py`.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
@@ -68,7 +69,7 @@ def prepare_rows(dataset: Dataset | IterableDataset, *, name: str = "train") -> 
     return prepare(dataset, checker)
 
 
-def completion_of(row: Row) -> str | list[int] | None:
+def completion_of(row: Mapping[str, Any]) -> str | list[int] | None:
     """Return what the row offers for off-policy training: `completion_ids`, else the text of `completion`, else None.
 
     Raises:
@@ -88,6 +89,34 @@ def completion_of(row: Row) -> str | list[int] | None:
             f"This one does not: {completion!r:.200}."
         )
     return _text(turns[-1].get("content"))
+
+
+def check_completions(dataset: Dataset | IterableDataset, off_policy: float) -> None:
+    """Refuse rows without a completion where a share of them is used off-policy.
+
+    Args:
+        dataset: prepared rows.
+        off_policy: that share, 1 - lmbda.
+
+    Raises:
+        DataError: no column `completion` or `completion_ids`, or nothing in it in some rows.
+    """
+    if off_policy == 0.0:
+        return
+    columns = row_columns(dataset)
+    way_out = "set seq_kd to use the teacher's own samples, or set lmbda to 1."
+    if not {"completion", "completion_ids"} & set(columns):
+        raise DataError(
+            f"lmbda sends {off_policy:.0%} of the rows off-policy, and the dataset has no column `completion` or "
+            f"`completion_ids` (it has: {', '.join(columns)}). Add one, {way_out}"
+        )
+    if isinstance(dataset, Dataset):
+        empty = [number for number, row in enumerate(dataset) if not completion_of(row)]
+        if empty:
+            raise DataError(
+                f"lmbda sends {off_policy:.0%} of the rows off-policy, any row may be drawn, and {len(empty)} row(s) "
+                f"have no completion (first: {empty[:5]}). Fill them in, {way_out}"
+            )
 
 
 def _prompt_column(columns: list[str], name: str) -> str:

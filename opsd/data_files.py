@@ -139,9 +139,8 @@ def _load_text(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
     features = _read_features(paths)
     # `datasets` caches by these arguments alone: with the times, an edited file is read again.
     times = tuple(file.stat().st_mtime_ns for file in files)
-    kwargs = {"paths": paths, "columns": tuple(features), "times": times}
     try:
-        return Dataset.from_generator(_rows_in, gen_kwargs=kwargs, features=features)
+        return Dataset.from_generator(_rows_in, gen_kwargs={"paths": paths, "times": times}, features=features)
     except _LOAD_ERRORS as error:
         raise DataError(f"{files[0]}: a value does not fit into a table: {_reason(error)}. Mend that value.") from error
 
@@ -161,15 +160,14 @@ def _load(source: str, *args: Any, **kwargs: Any) -> Dataset | IterableDataset:
         ) from error
 
 
-def _rows_in(paths: Sequence[str], columns: Sequence[str] = (), times: Sequence[int] = ()) -> Iterator[Row]:
-    """Yield the rows of text files, with None for those of `columns` a row lacks; `times` only tells versions apart."""
+def _rows_in(paths: Sequence[str], times: Sequence[int] = ()) -> Iterator[Row]:
+    """Yield the rows of text files; `times` only tells their versions apart."""
     for path in map(Path, paths):
         rows = _READERS[path.suffix.lower()](path)
         first = next(rows, None)
         if first is None:
             raise DataError(f"{path} is empty: it has no rows to train on.")
-        for row in chain([first], rows):
-            yield {**dict.fromkeys(columns), **row}
+        yield from chain([first], rows)
 
 
 def _read_features(paths: Sequence[str]) -> Features:

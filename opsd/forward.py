@@ -23,7 +23,7 @@ PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-
 
 def language_model(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PEFT model, or the model itself; adapters stay active."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator, return-value]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def context_length(model: nn.Module) -> int | None:

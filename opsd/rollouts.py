@@ -9,7 +9,7 @@ Shapes: B rows · L tokens of a padded sequence · N scored tokens of a micro-ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -91,8 +91,14 @@ class Rollouts:
         def pick(values: Sequence[Any]) -> list[Any]:
             return [values[i] for i in indices]
 
-        picked = {f.name: pick(getattr(self, f.name)) for f in fields(self) if f.name not in ("shown", "normaliser")}
-        return replace(self, **picked, shown={key: pick(values) for key, values in self.shown.items()})
+        return Rollouts(
+            pick(self.rows),
+            pick(self.prompt_ids),
+            pick(self.completion_ids),
+            pick(self.loss_mask or ()),
+            {key: pick(prompts) for key, prompts in self.shown.items()},
+            self.normaliser,
+        )
 
     def sorted_by_length(self) -> Rollouts:
         """Return the rows longest first, so that rows of one micro-batch need little padding."""

@@ -32,9 +32,7 @@ class EpochSampler(Sampler[int]):
         DataError: fewer rows than one batch.
     """
 
-    def __init__(
-        self, rows: int, *, batch_size: int, repeats: int, shuffle: bool, seed: int, epoch: Callable[[], int]
-    ):
+    def __init__(self, rows: int, *, batch_size: int, repeats: int, shuffle: bool, seed: int, epoch: Callable[[], int]):
         if rows < batch_size:
             raise DataError(
                 f"the dataset has {rows} row(s), and one optimizer step takes {batch_size} (batch per device × "

@@ -16,7 +16,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
@@ -31,10 +31,11 @@ from trl import DistillationTrainer
 from opsd import checkpoints, precision
 from opsd.config import OPSDConfig
 from opsd.context import PromptRenderer
-from opsd.data import completion_of, prepare_rows, row_columns
+from opsd.data import check_completions, completion_of, prepare_rows, row_columns
 from opsd.errors import ConfigError, NonFiniteLossError
 from opsd.forward import check_model, context_length, last_hidden
 from opsd.losses import Divergence, LossRecord
+from opsd.models import check_model_name, is_adapter, load_model
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.sampler import EpochSampler
 from opsd.signals import Head
@@ -42,7 +43,7 @@ from opsd.stopping import GracefulStop
 from opsd.teachers import StudentHandle, Teacher, load_teacher
 
 Row = Mapping[str, Any]
-TrainSet = Dataset | IterableDataset
+TrainSet: TypeAlias = Dataset | IterableDataset
 
 
 class OPSDTrainer(DistillationTrainer):
@@ -69,6 +70,9 @@ class OPSDTrainer(DistillationTrainer):
     _tag_names = ("opsd", "trl", "on-policy-distillation")
     _name = "OPSD"
     args: OPSDConfig
+    _signature_columns: list[str] | None
+    _buffered_inputs: list[Rollouts] | None
+    _record: LossRecord | None = None
 
     def __init__(
         self,
@@ -96,6 +100,11 @@ class OPSDTrainer(DistillationTrainer):
         if isinstance(model, str):
             # safetensors only, unless asked otherwise: a pickle can run code when it is opened.
             args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+            if is_adapter(check_model_name(model)):
+                kwargs = {key: value for key, value in args.model_init_kwargs.items() if value is not None}
+                args.model_init_kwargs = None
+                model, tokenizer = load_model(model, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)
+                processing_class = processing_class or tokenizer
         super().__init__(
             model=model,
             teacher_model=None,
@@ -125,8 +134,8 @@ class OPSDTrainer(DistillationTrainer):
             self.teacher.context.check_columns(row_columns(dataset))
             if isinstance(dataset, Dataset):
                 self.teacher.context.check_rows(dataset)
-        if name == "train":
-            _check_off_policy(dataset, args)
+        if name == "train" and not args.seq_kd:
+            check_completions(dataset, off_policy=1.0 - args.lmbda)
         return dataset
 
     def _prepare_teacher(self) -> None:
@@ -149,7 +158,9 @@ class OPSDTrainer(DistillationTrainer):
         place = lambda other: self.accelerator.prepare_model(other, evaluation_mode=True)  # noqa: E731
         self.student = StudentHandle(student, renderer, place, self.args.trust_remote_code)
         self.teacher.prepare(self.student)
-        assert trainable == [n for n, p in student.named_parameters() if p.requires_grad], "a teacher changed what trains"
+        assert trainable == [n for n, p in student.named_parameters() if p.requires_grad], (
+            "a teacher changed what trains"
+        )
         self._say(f"teacher     {self.teacher.words}")
         shown = self.teacher.context.name if self.teacher.context else "the student's own prompt"
         self._say(f"is shown    {shown}")
@@ -278,14 +289,15 @@ class OPSDTrainer(DistillationTrainer):
         processes = self.accelerator.num_processes if rollouts.normaliser else 1
         weight = processes / (rollouts.normaliser or max(rollouts.num_scorable, 1))
         weight_N = torch.full((hidden_ND.shape[0],), weight, device=hidden_ND.device)
-        self._record = self.divergence(hidden_ND, Head.of(unwrapped_student), inputs["signal"], weight_N)
-        count = torch.tensor(hidden_ND.shape[0], device=hidden_ND.device)
-        return self._record.loss, self._record.entropy_N.sum(), count
+        record = self.divergence(hidden_ND, Head.of(unwrapped_student), inputs["signal"], weight_N)
+        self._record = record  # leaves by attribute: a wrapper may cast or copy what is returned
+        return record.loss, record.entropy_N.sum(), torch.tensor(hidden_ND.shape[0], device=hidden_ND.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss, once every process has seen that it is finite."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         record, self._record = self._record, None
+        assert record is not None
         self._check_finite(record, inputs["rollouts"])
         self._log_divergence(record)
         return loss
@@ -363,6 +375,11 @@ class OPSDTrainer(DistillationTrainer):
             )
         return output
 
+    @property
+    def stopped_by(self) -> int | None:
+        """The number of the signal that ended the last `train` before its time, or None."""
+        return self._stop.received
+
 
 class _FollowStudent(TrainerCallback):
     """Lets the teacher move after every optimizer step."""
@@ -372,23 +389,3 @@ class _FollowStudent(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._teacher.after_step(state.global_step)
-
-
-def _check_off_policy(dataset: TrainSet, args: OPSDConfig) -> None:
-    """Refuse rows without a completion where some of them are used off-policy."""
-    if args.lmbda == 1.0 or args.seq_kd:
-        return
-    columns = row_columns(dataset)
-    if not {"completion", "completion_ids"} & set(columns):
-        raise ConfigError(
-            f"lmbda is {args.lmbda:g}, so {1 - args.lmbda:.0%} of the rows are trained off-policy, and the dataset has "
-            f"no column `completion` or `completion_ids` (it has: {', '.join(columns)}). Add one, set seq_kd to use "
-            "the teacher's own samples, or set lmbda to 1."
-        )
-    if isinstance(dataset, Dataset):
-        empty = [i for i, row in enumerate(dataset) if not completion_of(row)]
-        if empty:
-            raise ConfigError(
-                f"lmbda is {args.lmbda:g} and {len(empty)} row(s) have no completion (first: {empty[:5]}); any row may "
-                "be drawn off-policy. Fill them in, set seq_kd to use the teacher's own samples, or set lmbda to 1."
-            )

@@ -29,6 +29,7 @@ def said(context: PrivilegedContext, row: dict[str, Any]) -> str:
         ("{% for x in a %}{{ loop.index }} {{ x }}{% endfor %}{% set y = b %}{{ y }}", {"a", "b"}, set()),
         ("{% if a is defined %}{{ a }}{% endif %}{{ b | default('none') | upper }}", set(), {"a", "b"}),
         ("{% if a is not defined %}no {{ c }}{% endif %}{{ b | d('') }}{{ a.b | default('') }}", {"c"}, {"a", "b"}),
+        ("{% if a is undefined %}none{% endif %}", set(), {"a"}),
         ("{% if a %}{{ a }}{% endif %}", {"a"}, set()),
     ],
 )
@@ -50,6 +51,17 @@ def test_fields_come_from_parents_and_includes_but_not_from_replaced_blocks(tmp_
     child.write_text('{% extends "mine.jinja" %}{% block user %}{{ c }}{% endblock %}')
     context = PrivilegedContext.of(str(child))
     assert (context.name, context.fields) == ("child", {"rule", "c"})
+
+
+def test_block_inside_a_parents_block_can_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elder.jinja").write_text("{% block user %}{{ prompt }} {% block more %}{% endblock %}{% endblock %}")
+    (tmp_path / "child.jinja").write_text("{% extends 'elder.jinja' %}{% block more %}{{ answer }}{% endblock %}")
+    assert said(PrivilegedContext(tmp_path / "child.jinja"), ROW) == f"{QUESTION} 19"
+
+
+def test_tags_on_lines_of_their_own_leave_no_blank_space() -> None:
+    context = user_block("A\n    {% if hint is defined %}\nB {{ hint }}\n    {% endif %}\nC")
+    assert said(context, ROW) == f"A\nB {ROW['hint']}\nC"
 
 
 def test_super_says_what_the_parent_says() -> None:

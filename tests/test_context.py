@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
+from transformers import ByT5Tokenizer
 
 from opsd import shipped
 from opsd.context import PrivilegedContext, PromptRenderer, fitting_templates
@@ -84,6 +85,8 @@ def test_feedback_needs_one_of_its_two_columns() -> None:
     assert (context.fields, context.optional_fields) == (frozenset(), {"solution", "feedback"})
     with pytest.raises(TemplateError, match=r"'feedback' or 'solution'.*has: prompt, answer"):
         context.check_columns(["prompt", "answer"])
+    with pytest.raises(TemplateError, match="'feedback' or 'solution'"):
+        PrivilegedContext("feedback", chat_template_kwargs={"enable_thinking": True}).check_columns(["prompt"])
     context.check_columns(["prompt"], produced=["feedback"])
     context.check_columns(["prompt", "solution"])
     with pytest.raises(TemplateError, match="2 rows: 0, 3"):
@@ -134,6 +137,14 @@ def test_ids_by_way_of_text_are_the_ids_of_the_chat_template(side: PromptRendere
     assert side.tokenizer.decode(prefilled[len(plain) :]) == "<think>\n"
     text = side.tokenizer.apply_chat_template(ROW["prompt"], tokenize=False, add_generation_prompt=True)
     assert side.tokenizer(text, add_special_tokens=False)["input_ids"] == plain
+
+
+def test_tools_reach_the_chat_template_and_an_empty_list_does_not(side: PromptRenderer) -> None:
+    shows = "{% if tools is not none %}Tools: {{ tools[0].function.name }}{% endif %}"
+    tool = {"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {}}}
+    for tools, expected in ((None, ""), ([], ""), ([tool], "Tools: clock")):
+        ids = PromptRenderer(side.tokenizer, chat_template=shows, tools=tools).ids(ROW["prompt"])
+        assert side.tokenizer.decode(ids) == expected
 
 
 def test_context_keywords_go_over_those_of_the_renderer(side: PromptRenderer) -> None:
@@ -305,6 +316,15 @@ def test_shortening_never_cuts_through_a_character(side: PromptRenderer, cut: st
         text = side.tokenizer.decode(ids)
         assert len(ids) <= limit
         assert "…" in text and "\N{REPLACEMENT CHARACTER}" not in text
+
+
+def test_slow_tokenizer_shortens_by_characters() -> None:
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    row = {"prompt": "What is 12 + 7?", "solution": "añ€𝄞漢字" * 12}
+    ids = limited(250).render(row, side=PromptRenderer(tokenizer))
+    assert 250 - 8 < len(ids) <= 250
+    assert "only:\nañ€𝄞" in tokenizer.decode(ids) and "…" in tokenizer.decode(ids)
 
 
 def test_produced_text_is_shortened_like_a_column(side: PromptRenderer) -> None:

@@ -23,8 +23,7 @@ from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
 from opsd.teachers.same import SameCheckpointTeacher
 
 TEACHERS: dict[str, type[Teacher]] = {
-    cls.strategy: cls
-    for cls in (SameCheckpointTeacher, LiveTeacher, PastCheckpointTeacher, EMATeacher, SiblingTeacher)
+    cls.strategy: cls for cls in (SameCheckpointTeacher, LiveTeacher, PastCheckpointTeacher, EMATeacher, SiblingTeacher)
 }
 
 __all__ = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from opsd.context import PrivilegedContext, PromptRenderer
 from opsd.errors import ConfigError
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.signals import HiddenSignal
+
 
 def _place(model: nn.Module) -> nn.Module:
     return model
@@ -83,10 +84,7 @@ class Teacher(ABC):
     def prepare(self, student: StudentHandle) -> None:
         """Get ready, once: place weights, compare tokenizers, state the cost. Strategies extend this."""
         self._student = student
-        kwargs = self.context.chat_template_kwargs if self.context else None
         self._renderer = student.renderer
-        if kwargs is not None:
-            self._renderer = replace(student.renderer, chat_template_kwargs=kwargs)
 
     @abstractmethod
     def score(self, rollouts: Rollouts) -> HiddenSignal:
@@ -137,7 +135,7 @@ class Teacher(ABC):
 
     @property
     def renderer(self) -> PromptRenderer:
-        """How this teacher's prompts become ids: its own chat template and keywords."""
+        """How this teacher's prompts become ids: its own tokenizer and chat template."""
         assert self._renderer is not None, "call prepare(student) first"
         return self._renderer
 
@@ -185,5 +183,3 @@ class Teacher(ABC):
         scored_ids_N = rollouts.pad(signal.hidden_ND.device, self.strategy).scored_ids_N
         values = iter(signal.logprobs(scored_ids_N).tolist())
         return [[next(values) for _ in completion] for completion in completions]
-
-

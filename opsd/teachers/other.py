@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError
+from opsd.models import check_model_name
 from opsd.teachers.base import Cost, StudentHandle
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.tokenizers import check_same_tokenizer
@@ -57,13 +57,7 @@ class SiblingTeacher(LocalTeacher):
     def _source(self, model: str | PathLike[str] | nn.Module) -> str:
         if isinstance(model, nn.Module):
             return str(getattr(model.config, "_name_or_path", ""))
-        source = fspath(model)
-        if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-            raise ConfigError(
-                f"teacher {self.strategy!r}: {source!r} is neither a folder that exists nor a hub id (organisation/"
-                "name). Its weights could not be found. Give the folder that `save_pretrained` wrote, or a hub id."
-            )
-        return source
+        return check_model_name(fspath(model))
 
     def place(self, student: StudentHandle) -> None:
         """Load the weights and compare tokenizers.

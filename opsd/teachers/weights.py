@@ -35,9 +35,7 @@ class TrainableWeights:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.values = {
-            name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.parameters.items()
-        }
+        self.values = {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.parameters.items()}
 
     @property
     def megabytes(self) -> float:

@@ -1,0 +1,40 @@
+"""The smallest run: a model learns from itself, because its teacher (the same weights, frozen) is shown the answer.
+
+Run:    python examples/quickstart.py
+Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU.
+"""
+
+import argparse
+
+from datasets import Dataset
+
+from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
+parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+parser.add_argument("--output", default="quickstart-model", help="folder for checkpoints and the trained model")
+options = parser.parse_args()
+
+# The student sees `prompt` and nothing else; every other column is for the teacher.
+sums = [(12, 7), (25, 8), (31, 46), (9, 58), (64, 17), (5, 37), (73, 19), (28, 44)]
+rows = Dataset.from_list(
+    [{"prompt": [{"role": "user", "content": f"What is {a} + {b}?"}], "answer": str(a + b)} for a, b in sums]
+)
+
+trainer = OPSDTrainer(
+    model=options.model,
+    teacher=SameCheckpointTeacher(context="answer_only"),
+    args=OPSDConfig(
+        output_dir=options.output,
+        max_steps=options.steps,
+        per_device_train_batch_size=8,
+        max_completion_length=32,
+        learning_rate=1e-5,
+        logging_steps=1,
+        report_to="none",
+    ),
+    train_dataset=rows,
+)
+trainer.train()
+trainer.save_model()

@@ -1,0 +1,60 @@
+"""Sharpen after fine-tuning: SFT teaches an adapter the form, then the same adapter learns from its own rollouts.
+
+The second teacher is that very SFT checkpoint, frozen and shown the answer. It keeps the fine-tuned style and knows
+one thing more, so only what it would have said differently changes.
+
+Run:    python examples/sharpen_after_sft.py
+Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU.
+"""
+
+import argparse
+
+from datasets import Dataset
+from peft import LoraConfig
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import SFTConfig, SFTTrainer
+
+from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
+parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage")
+parser.add_argument("--output", default="sharpened", help="folder for both stages: sft/ and opsd/")
+options = parser.parse_args()
+
+# SFT imitates `completion`; opsd lets the student write its own and shows `answer` to the teacher.
+sums = [(12, 7), (25, 8), (31, 46), (9, 58), (64, 17), (5, 37), (73, 19), (28, 44)]
+rows = Dataset.from_list(
+    [
+        {
+            "prompt": [{"role": "user", "content": f"What is {a} + {b}?"}],
+            "completion": [{"role": "assistant", "content": f"The sum is {a + b}."}],
+            "answer": str(a + b),
+        }
+        for a, b in sums
+    ]
+)
+shared = {"max_steps": options.steps, "per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none"}
+
+sft = SFTTrainer(
+    model=options.model,
+    args=SFTConfig(
+        output_dir=f"{options.output}/sft",
+        learning_rate=2e-4,
+        bf16=is_torch_bf16_gpu_available(),  # TRL's default, True, is refused without a GPU; OPSDConfig asks by itself
+        **shared,
+    ),
+    train_dataset=rows,
+    peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
+)
+sft.train()
+sft.save_model()
+
+trainer = OPSDTrainer(
+    model=sft.model,  # the PeftModel with the trained adapter: no new one is made, none is merged
+    teacher=SameCheckpointTeacher(context="answer_only"),
+    args=OPSDConfig(output_dir=f"{options.output}/opsd", max_completion_length=32, learning_rate=1e-4, **shared),
+    train_dataset=rows,
+)
+trainer.train()
+trainer.save_model()

@@ -1,0 +1,50 @@
+"""Strong to weak: a larger model of the same family grades every token that the small one writes.
+
+The teacher sees the student's own prompt and knows more by its size alone, so rows need no answers. The two must share
+a tokenizer; this is checked before the first step.
+
+Run:    python examples/sibling.py
+Needs:  the Hugging Face Hub once, for models of 0.6B and 1.7B parameters; a GPU that holds both.
+"""
+
+import argparse
+
+from datasets import Dataset
+
+from opsd import OPSDConfig, OPSDTrainer, SiblingTeacher
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model", default="Qwen/Qwen3-0.6B", help="the student: hub id or folder")
+parser.add_argument("--teacher", default="Qwen/Qwen3-1.7B", help="its larger sibling: hub id or folder")
+parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+parser.add_argument("--output", default="sibling-model", help="folder for checkpoints and the trained model")
+options = parser.parse_args()
+
+questions = [
+    "What is 17 * 6? Show your steps.",
+    "A train covers 90 km in 45 minutes. How fast is it in km/h?",
+    "Share 84 apples among 7 children. How many does each get?",
+    "What is a third of 126, plus 8?",
+]
+rows = Dataset.from_list([{"prompt": [{"role": "user", "content": question}]} for question in questions])
+
+trainer = OPSDTrainer(
+    model=options.model,
+    # A sibling takes a context as well. Give the rows a column `hint`, and it sees what the student does not:
+    # teacher=SiblingTeacher(options.teacher, context="hint"),
+    teacher=SiblingTeacher(options.teacher),
+    args=OPSDConfig(
+        output_dir=options.output,
+        beta=1.0,  # reverse KL: write what the teacher would write; 0 is forward KL, between them the JSD
+        max_steps=options.steps,
+        per_device_train_batch_size=4,
+        max_completion_length=128,
+        chat_template_kwargs={"enable_thinking": False},  # Qwen3 would fill 128 tokens with its thoughts
+        learning_rate=1e-5,
+        logging_steps=1,
+        report_to="none",
+    ),
+    train_dataset=rows,
+)
+trainer.train()
+trainer.save_model()

@@ -1,0 +1,64 @@
+"""`opsd …`: a table of subcommands, no logic.
+
+Each subcommand is a module of `opsd.commands` with `HELP` (one line), `add_arguments(parser)` and `run(options)`, and
+is imported when it is called: `opsd templates` needs no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from opsd import __version__
+from opsd.errors import OPSDError
+
+# name -> module of opsd.commands, one line of help
+COMMANDS = {
+    "train": ("train", "train a model with a teacher, from a YAML file"),
+    "eval": ("evaluate", "grade a model's answers on a dataset, with an interval"),
+    "show": ("show", "show a row's student and teacher prompt side by side, as text and as tokens"),
+    "templates": ("templates", "list the templates, or those that fit a dataset's columns"),
+    "teachers": ("teachers", "list the teacher strategies and recipes"),
+    "cp": ("cp", "copy a shipped template or recipe, to edit it"),
+    "demo": ("demo", "train a small real model on this machine and show that it got better"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of `opsd` itself; each command's options are its own."""
+    parser = argparse.ArgumentParser(
+        prog="opsd",
+        description="On-policy self-distillation with teachers that know more than the student is told.",
+        epilog="Start here:  opsd demo   ·   opsd teachers   ·   opsd templates   ·   opsd COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"opsd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit status: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options, rest = make_parser().parse_known_args(arguments[:1])
+    rest = arguments[1:]
+    module = importlib.import_module(f"opsd.commands.{COMMANDS[options.command][0]}")
+    try:
+        return int(module.main(rest) or 0)
+    except OPSDError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

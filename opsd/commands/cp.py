@@ -1,0 +1,39 @@
+"""`opsd cp NAME [FOLDER]`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from opsd import shipped
+from opsd.errors import ConfigError, did_you_mean
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Copy a shipped template or recipe."""
+    parser = argparse.ArgumentParser(
+        prog="opsd cp", description="Copy a shipped template or recipe into a folder, to edit it. Never overwrites."
+    )
+    parser.add_argument("name", help="a name from `opsd templates` or `opsd teachers`")
+    parser.add_argument("folder", nargs="?", default=".", help="where to (default: here)")
+    options = parser.parse_args(arguments)
+    found = [path for kind in shipped.SUFFIX if (path := shipped.find(kind, options.name))]
+    if not found:
+        known = [name for kind in shipped.SUFFIX for name in shipped.names(kind)]
+        raise ConfigError(
+            f"no template or recipe is called {options.name!r}.{did_you_mean(options.name, known)} "
+            f"There are: {', '.join(known)}."
+        )
+    for path in found:
+        target = Path(options.folder) / path.name
+        if not target.parent.is_dir():
+            raise ConfigError(f"there is no folder {options.folder}. Make it first.")
+        if target.exists():
+            raise ConfigError(
+                f"{target} exists, and your edits in it would be lost. Move it, or choose another folder."
+            )
+        shutil.copyfile(path, target)
+        print(target)
+    return 0

@@ -1,0 +1,115 @@
+"""`opsd show CONFIG.yaml`: what the student sees, what the teacher sees, and which tokens are scored."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.text import Text
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from opsd.context import PrivilegedContext, PromptRenderer
+from opsd.data import completion_of, load_rows, prepare_rows, row_columns
+from opsd.errors import ConfigError
+from opsd.models import check_model_name
+
+BOUNDARY = " ▏"
+SHADES = ("on grey15", "on grey27")  # neighbouring tokens differ, so that their edges show
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the options of `opsd show`."""
+    parser = argparse.ArgumentParser(
+        prog="opsd show",
+        description="Show one row's student and teacher prompt side by side, as text and as tokens. ▏ marks the "
+        "boundary between prompt and completion; underlined tokens are scored, the same ids on both sides.",
+        epilog="Examples: opsd show run.yaml    ·    opsd show --model_name_or_path M --dataset_name rows.jsonl "
+        "--context hint --completion 'It is 19.'",
+    )
+    parser.add_argument("config", nargs="?", help="a run's YAML file; options win over it")
+    parser.add_argument("--model_name_or_path", help="whose tokenizer and chat template (no weights are loaded)")
+    parser.add_argument("--dataset_name", help="a file, a folder or a hub id")
+    parser.add_argument("--context", help="template: a name or a path")
+    parser.add_argument("--row", type=int, default=0, help="row number (default: 0)")
+    parser.add_argument("--completion", help="completion to show (default: the row's own, else a placeholder)")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print both sides."""
+    options = make_parser().parse_args(arguments)
+    model, dataset_name, split, context = _settings(options)
+    dataset = prepare_rows(load_rows(dataset_name, split=split), name=dataset_name)
+    if not 0 <= options.row < len(dataset):
+        raise ConfigError(f"the dataset has rows 0 to {len(dataset) - 1}, and row {options.row} was asked for.")
+    if context is not None:
+        context.check_columns(row_columns(dataset))
+    tokenizer = AutoTokenizer.from_pretrained(check_model_name(model))
+    row = dataset[options.row]
+    completion, origin = _completion(options.completion, row, tokenizer)
+    console = Console()
+    renderer = PromptRenderer(tokenizer)
+    student = renderer.ids(row["prompt"])
+    teacher = context.render(row, side=renderer) if context else student
+    shown = f"shown {context.name}" if context else "shown the student's own prompt"
+    sides = [("student", student), (f"teacher ({shown})", teacher)]
+    width = max(40, console.width // 2 - 1)
+    for as_tokens in (False, True):
+        panels = [
+            Panel(_render(tokenizer, ids, completion, as_tokens), title=title, width=width) for title, ids in sides
+        ]
+        console.print(Columns(panels) if console.width >= 2 * width else Group(*panels))
+    console.print(
+        f"row {options.row}: student prompt {len(student)} tokens, teacher prompt {len(teacher)}; "
+        f"{len(completion)} tokens are scored on both sides ({origin})."
+    )
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> tuple[str, str, str, PrivilegedContext | None]:
+    """Return model, dataset, split and context from the YAML file and the options."""
+    if options.config is None:
+        if not options.model_name_or_path or not options.dataset_name:
+            raise ConfigError("give a run's YAML file, or --model_name_or_path and --dataset_name.")
+        return options.model_name_or_path, options.dataset_name, "train", PrivilegedContext.of(options.context)
+    from pathlib import Path
+
+    from opsd.run_file import read_run
+    from opsd.teachers import load_teacher
+
+    names = ("model_name_or_path", "dataset_name", "context")
+    overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
+    run = read_run(Path(options.config), overrides)
+    teacher = load_teacher(run.run.teacher, context=run.run.context)
+    return (
+        run.model.model_name_or_path or "",
+        run.run.dataset_name or "",
+        run.run.dataset_train_split,
+        teacher.context,
+    )
+
+
+def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+    own = completion_of(row)
+    text = given if given is not None else own if own is not None else "(the rollout)"
+    origin = "given" if given is not None else "the row's completion" if own is not None else "a placeholder"
+    if isinstance(text, list):
+        return text, origin
+    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], origin
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int], as_tokens: bool) -> Text:
+    text = Text()
+    for part, style in ((prompt, "dim" if not as_tokens else ""), (completion, "bold underline")):
+        if part is completion:
+            text.append(BOUNDARY, "bold red")
+        if not as_tokens:
+            text.append(tokenizer.decode(part), style)
+            continue
+        for i, token in enumerate(part):
+            text.append(tokenizer.decode([token]).replace("\n", "⏎\n"), f"{style} {SHADES[i % 2]}".strip())
+    return text

@@ -1,0 +1,40 @@
+"""`opsd templates [--columns a,b]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from opsd import shipped
+from opsd.context import PrivilegedContext
+
+
+def main(arguments: Sequence[str]) -> int:
+    """List the shipped templates."""
+    parser = argparse.ArgumentParser(
+        prog="opsd templates",
+        description="List the shipped templates: what a teacher may be shown.",
+        epilog="Copy one and edit it: opsd cp answer_only .",
+    )
+    parser.add_argument("--columns", metavar="A,B", help="only those that a dataset with these columns can fill")
+    options = parser.parse_args(arguments)
+    columns = None if options.columns is None else [c.strip() for c in options.columns.split(",")]
+    table = Table("template", "needs", "may use", box=None, header_style="bold", pad_edge=False)
+    for name in shipped.names("templates"):
+        if name == "base":
+            continue
+        context = PrivilegedContext(name)
+        if columns is not None and context.missing(columns):
+            continue
+        table.add_row(name, ", ".join(sorted(context.fields)) or "—", ", ".join(sorted(context.optional_fields)) or "—")
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(
+            f"no shipped template fits the columns {', '.join(columns or [])}; write one: templates/README.md"
+        )
+    return 0

@@ -1,0 +1,63 @@
+"""Loads a model and its tokenizer for a command: a folder, a hub id, or an adapter on its base.
+
+Weights come from safetensors only (a pickle can run code when it is opened), and no code that came with them runs
+unless asked for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AutoPeftModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from opsd.errors import ConfigError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def is_adapter(model: str) -> bool:
+    """Tell whether a model's name is a folder that holds a PEFT adapter."""
+    return (Path(model) / ADAPTER_CONFIG).is_file()
+
+
+def check_model_name(model: str) -> str:
+    """Return `model` if it can be a folder or a hub id.
+
+    Raises:
+        ConfigError: neither; nothing without exactly one "/" is ever looked up on a hub.
+    """
+    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        raise ConfigError(
+            f"{model!r} is neither a folder that exists nor a hub id (organisation/name), so its weights cannot be "
+            "found. Give the folder that `save_pretrained` wrote, or a hub id."
+        )
+    return model
+
+
+def load_model(
+    model: str, *, trust_remote_code: bool = False, trainable: bool = False, **kwargs: Any
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Return a model and its tokenizer.
+
+    Args:
+        model: a folder, a hub id, or a folder with an adapter.
+        trust_remote_code: whether code that came with the weights may run.
+        trainable: whether an adapter is loaded to be trained.
+        kwargs: for `from_pretrained`; dtype is float32 unless given.
+
+    Raises:
+        ConfigError: no such model.
+    """
+    check_model_name(model)
+    kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
+    if is_adapter(model):
+        loaded = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=trainable, **kwargs)
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, padding_side="left")
+    return loaded.to(device), tokenizer

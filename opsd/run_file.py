@@ -1,0 +1,133 @@
+"""The one place that reads a run's configuration: YAML, then overrides from the command line.
+
+The convention and the names are those of TRL's own command line (TrlParser): flat keys, `--key value` on top. A
+recipe's `args` lie beneath both. It reads; it loads no data and no model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trl import ModelConfig, TrlParser
+
+from opsd.config import OPSDConfig
+from opsd.errors import ConfigError, did_you_mean
+from opsd.teachers import Recipe, recipe_of
+from opsd.teachers.recipes import read_yaml
+
+
+@dataclass
+class RunArguments:
+    """What a run needs beside its training arguments and its model."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Training rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id."}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str | None = field(
+        default=None, metadata={"help": "Split of the same dataset to evaluate the divergence on, if any."}
+    )
+    dataset_streaming: bool = field(default=False, metadata={"help": "Stream the dataset (needs max_steps)."})
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "A recipe's name or path, a model folder or hub id, or in YAML a mapping such as "
+            "{strategy: ema, decay: 0.99}. Unset: the same checkpoint, frozen. See `opsd teachers`."
+        },
+    )
+    context: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the teacher is shown: a template's name or path, or in YAML a mapping such as "
+            "{template: worked_solution, truncate: solution, max_prompt_tokens: 2048}. See `opsd templates`."
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration as it was resolved.
+
+    Args:
+        run: data, teacher and context.
+        args: training arguments.
+        model: TRL's model arguments (name, dtype, LoRA, quantisation).
+        recipe: the recipe that `teacher` named, if any.
+    """
+
+    run: RunArguments
+    args: OPSDConfig
+    model: ModelConfig
+    recipe: Recipe | None
+
+
+class RunParser(TrlParser):
+    """TRL's parser; a mistake is an error with a hint, not two pages of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage of three hundred options."""
+        raise ConfigError(f"{message}. See `opsd train --help`.")
+
+    @property
+    def keys(self) -> set[str]:
+        """Every key that a YAML file may hold."""
+        return {action.dest for action in self._actions} - {"help"}
+
+    def check(self, names: Iterable[str], where: str) -> None:
+        """Refuse a key that nothing reads."""
+        for name in names:
+            if name not in self.keys and name != "env":
+                raise ConfigError(
+                    f"{where}: there is no setting {name!r}.{did_you_mean(name, self.keys)} It would be ignored, and a "
+                    "setting you meant would not be in force. All settings: `opsd train --help-all`."
+                )
+
+
+def make_parser() -> RunParser:
+    """Return the parser of `opsd train`."""
+    return RunParser((RunArguments, OPSDConfig, ModelConfig), prog="opsd train", usage=argparse.SUPPRESS)
+
+
+def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
+    """Read a run's configuration.
+
+    Args:
+        path: the YAML file, or None where everything is an override.
+        overrides: `--key value` arguments.
+
+    Raises:
+        ConfigError: an unknown or ill-typed key (nearest name suggested), no model, no dataset.
+    """
+    parser = make_parser()
+    config = {} if path is None else read_yaml(path)
+    parser.check(config, str(path))
+    given = [token[2:].split("=")[0].replace("-", "_") for token in overrides if token.startswith("--")]
+    parser.check([name for name in given if not name.startswith("no_")], "command line")
+    recipe = recipe_of(_last_value(overrides, "teacher") or config.get("teacher"))
+    if recipe is not None:
+        parser.check(recipe.args, "the recipe's args")
+        parser.set_defaults_with_config(**recipe.args)
+    # Mappings pass through as they are: the trainer reads a recipe or a context from one.
+    config.pop("env", None)
+    parser.set_defaults_with_config(**config)
+    run, args, model = parser.parse_args_into_dataclasses(args=list(overrides))
+    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", run.dataset_name)):
+        if not value:
+            raise ConfigError(f"a run needs {name}. Set it in {path or 'a YAML file'} or by --{name}.")
+    return Run(run, args, model, recipe)
+
+
+def _last_value(overrides: Sequence[str], key: str) -> Any:
+    """Return the value of the last `--key value` or `--key=value`, or None."""
+    value = None
+    for i, token in enumerate(overrides):
+        if token == f"--{key}" and i + 1 < len(overrides):
+            value = overrides[i + 1]
+        elif token.startswith(f"--{key}="):
+            value = token.split("=", 1)[1]
+    return value
