@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
 parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
 parser.add_argument("--output", default="quickstart-model", help="folder for checkpoints and the trained model")
@@ -22,19 +22,10 @@ rows = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"What is {a} + {b}?"}], "answer": str(a + b)} for a, b in sums]
 )
 
-trainer = OPSDTrainer(
-    model=options.model,
-    teacher=SameCheckpointTeacher(context="answer_only"),
-    args=OPSDConfig(
-        output_dir=options.output,
-        max_steps=options.steps,
-        per_device_train_batch_size=8,
-        max_completion_length=32,
-        learning_rate=1e-5,
-        logging_steps=1,
-        report_to="none",
-    ),
-    train_dataset=rows,
+settings = OPSDConfig(
+    output_dir=options.output, max_steps=options.steps, max_completion_length=32, learning_rate=1e-5, report_to="none"
 )
+teacher = SameCheckpointTeacher(context="answer_only")
+trainer = OPSDTrainer(options.model, teacher, args=settings, train_dataset=rows)
 trainer.train()
 trainer.save_model()

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
 parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage")
 parser.add_argument("--output", default="sharpened", help="folder for both stages: sft/ and opsd/")

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from opsd import OPSDConfig, OPSDTrainer, SiblingTeacher
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="Qwen/Qwen3-0.6B", help="the student: hub id or folder")
 parser.add_argument("--teacher", default="Qwen/Qwen3-1.7B", help="its larger sibling: hub id or folder")
 parser.add_argument("--steps", type=int, default=20, help="optimizer steps")

@@ -284,6 +284,7 @@ def _train(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: D
         report_to="none",
         gradient_checkpointing=False,  # a model of this size needs no saving of memory
         disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
     trainer = OPSDTrainer(
         model,

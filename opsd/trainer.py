@@ -91,6 +91,7 @@ class OPSDTrainer(DistillationTrainer):
     ):
         self.teacher = load_teacher(teacher)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
+        checkpoints.check_writable(args.output_dir)
         self.divergence = Divergence(args.beta, args.temperature)
         train_dataset = self._accept(train_dataset, "train", args)
         if isinstance(eval_dataset, dict):
@@ -357,7 +358,6 @@ class OPSDTrainer(DistillationTrainer):
             CheckpointError: the output folder holds another run, or there is nothing to resume from.
             NonFiniteLossError: NaN or infinity in the loss.
         """
-        checkpoints.check_writable(self.args.output_dir)
         folder, passed_over = checkpoints.resolve(self.args.output_dir, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
         for line in passed_over:

@@ -51,6 +51,7 @@ CASES: dict[str, list[tuple[str, object, bool]]] = {
         ("about 1,250.0 in all", "1250", True),
         ("12,34", "34", True),
         ("1,2,3", "123", False),
+        ("1,2345", "2345", True),
         ("first 7, then 8", "7", False),
         ("0.10", "0.1", True),
         ("9007199254740993", "9007199254740992", False),
@@ -118,7 +119,7 @@ def test_grader_can_be_any_importable_function() -> None:
 
 def test_reasoning_gym_scorer_counts_full_marks_only() -> None:
     pytest.importorskip("reasoning_gym")
-    grader = load_grader("reasoning_gym:chain_sum", column="total")
+    grader = load_grader("reasoning_gym:gcd", column="total")
     row = {"total": "12", "metadata": {}}
     assert grader(" 12\n", row)
     assert not grader("The sum is 12", row)  # the scorer itself gives this a part of a point
@@ -283,6 +284,15 @@ def test_progress_counts_finished_prompts(tokenizer: PreTrainedTokenizerFast) ->
     assert seen == [2, 4, 5]
 
 
+def test_longest_prompts_go_first_so_that_batches_waste_little_padding(tokenizer: PreTrainedTokenizerFast) -> None:
+    model, shapes = make_llama(), []
+    model.model.register_forward_pre_hook(
+        lambda _, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    generate(model, PROMPTS, tokenizer, max_new_tokens=1, batch_size=2)
+    assert shapes == [(2, 7), (2, 3), (1, 1)]
+
+
 def test_no_prompts_give_no_completions(tokenizer: PreTrainedTokenizerFast) -> None:
     assert generate(make_llama(), [], tokenizer, max_new_tokens=1, batch_size=2) == []
 
@@ -295,6 +305,7 @@ def test_no_prompts_give_no_completions(tokenizer: PreTrainedTokenizerFast) -> N
         ({"temperature": 0.0}, ConfigError),
         ({"temperature": float("nan")}, ConfigError),
         ({"prompts": [[5], []]}, DataError),
+        ({"prompts": [[5] * 512]}, DataError),
     ],
 )
 def test_generation_that_cannot_work_is_refused(

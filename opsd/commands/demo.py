@@ -43,6 +43,7 @@ class Bars(Watcher):
     """Shows each part of the demo as a line with a live bar."""
 
     def __init__(self, console: Console):
+        self._console = console
         self._progress = Progress(
             TextColumn("{task.description:<46}"),
             BarColumn(bar_width=24),
@@ -54,7 +55,8 @@ class Bars(Watcher):
         )
 
     def __enter__(self) -> Bars:
-        self._progress.start()
+        if self._console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,6 +64,8 @@ class Bars(Watcher):
 
     def begin(self, name: str, text: str, total: int) -> None:
         """Add a line."""
+        if not self._console.is_terminal:  # a log file: one line when a part begins
+            self._console.print(f"{text} ({total})")
         self._task = self._progress.add_task(text, total=total, note="")
 
     def advance(self, done: int, note: str = "") -> None:

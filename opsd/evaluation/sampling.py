@@ -21,6 +21,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from opsd.errors import ConfigError, DataError
 from opsd.evaluation.graders import Grader, Row, grade_rows
 from opsd.evaluation.statistics import proportion_interval
+from opsd.forward import context_length, evaluating, language_model
+from opsd.rollouts import check_lengths
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def evaluate(
         progress: called with the number of finished rows after each batch.
 
     Raises:
-        DataError: there are no rows, or a prompt is empty.
+        DataError: there are no rows, or a prompt is empty or too long for the model's context.
         ConfigError: a budget below 1.
     """
     if len(rows) == 0:
@@ -129,10 +131,11 @@ def generate(
         One list of ids per prompt, cut after its first end-of-sequence id, which is kept.
 
     Raises:
-        DataError: a prompt is empty.
+        DataError: a prompt is empty, or leaves no room for `max_new_tokens` in the model's context.
         ConfigError: `max_new_tokens` or `batch_size` is below 1, or `temperature` is not above 0.
     """
     _check(prompts, max_new_tokens, batch_size, temperature)
+    check_lengths(context_length(model), prompts, [max_new_tokens] * len(prompts), "model")
     stops = _stop_ids(model, tokenizer)
     # Padding is masked before a prompt and cut away behind an end token, so without a padding id any id will do.
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
@@ -148,7 +151,8 @@ def generate(
     # Longest first: if memory runs out, it does so at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     completions: list[list[int]] = [[] for _ in prompts]
-    with _evaluating(model), _seeded(seed, model.device), torch.no_grad():
+    # Eval mode also rests gradient checkpointing, which would turn the cache off.
+    with evaluating(model), _own_settings_aside(model), _seeded(seed, model.device):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for index, ids in zip(batch, _complete(model, [prompts[i] for i in batch], config), strict=True):
@@ -193,34 +197,21 @@ def _cut(ids: list[int], stops: frozenset[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def _settings_owner(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    # PEFT's wrapper reads and writes the settings of the model inside.
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
 def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    declared = _settings_owner(model).generation_config.eos_token_id
-    ids: list[Any] = declared if isinstance(declared, list) else [declared]
+    settings: Any = language_model(model).generation_config
+    ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Put the model in eval mode with neutral generation settings; bring back each module's mode and the settings.
-
-    Eval mode also rests gradient checkpointing, which would turn the cache off. The settings are put aside because
-    transformers fills whatever an explicit GenerationConfig leaves open from them.
-    """
-    owner = _settings_owner(model)
-    settings, modes = owner.generation_config, [(module, module.training) for module in model.modules()]
-    owner.generation_config = GenerationConfig()
-    model.eval()
+def _own_settings_aside(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Run a block with neutral settings of generation: an explicit config takes from them whatever it leaves open."""
+    inner = language_model(model)
+    settings, inner.generation_config = inner.generation_config, GenerationConfig()
     try:
         yield
     finally:
-        owner.generation_config = settings
-        for module, training in modes:
-            module.training = training
+        inner.generation_config = settings
 
 
 @contextmanager

@@ -92,7 +92,12 @@ def _resolve(value: TeacherLike) -> tuple[Mapping[str, Any], Any]:
         return ({**recipe.teacher, **changes}, recipe.context) if recipe else (changes, None)
     if recipe is not None:
         return recipe.teacher, recipe.context
-    source = fspath(value)  # type: ignore[arg-type]
+    if not isinstance(value, str | PathLike):
+        raise ConfigError(
+            f"a teacher is a Teacher, a name, a path, a model id, a mapping or None, and this is a "
+            f"{type(value).__name__}. Take one from `opsd teachers`."
+        )
+    source = fspath(value)
     if Path(source).is_dir() or (source.count("/") == 1 and not source.startswith((".", "/", "~"))):
         return {"strategy": SiblingTeacher.strategy, "model": source}, None
     raise ConfigError(_nothing_named(source))
@@ -109,6 +114,11 @@ def _nothing_named(name: str) -> str:
 
 def _build(settings: dict[str, Any], context: Any) -> Teacher:
     strategy = settings.pop("strategy", None)
+    if strategy is None:
+        raise ConfigError(
+            f"a teacher given as a mapping needs `strategy` or `recipe`, and has: {', '.join(settings) or 'nothing'}. "
+            f"Strategies: {', '.join(TEACHERS)}; recipes: {', '.join(shipped.names('teachers'))}."
+        )
     if strategy not in TEACHERS:
         raise ConfigError(
             f"no teacher strategy is called {strategy!r}.{did_you_mean(str(strategy), TEACHERS)} "
@@ -117,6 +127,11 @@ def _build(settings: dict[str, Any], context: Any) -> Teacher:
     cls = TEACHERS[strategy]
     parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if k != "context"}
     for key in settings:
+        if key == "context":
+            raise ConfigError(
+                "what a teacher is shown is not one of its numbers: write `context:` beside `teacher:`, or "
+                "load_teacher(…, context=…)."
+            )
         if key not in parameters:
             raise ConfigError(
                 f"teacher strategy {strategy!r} has no setting {key!r}.{did_you_mean(key, parameters)} "

@@ -69,6 +69,12 @@ def read_recipe(path: Path) -> Recipe:
             f"{path}: a recipe needs the key(s) {', '.join(missing)}: what it is for, where its numbers come from, and "
             "its teacher. Copy a shipped one and edit it: `opsd cp ema .`."
         )
+    for key in ("teacher", "args"):
+        if not isinstance(content.get(key, {}), dict):
+            raise ConfigError(
+                f"{path}: {key} must be a mapping, and is {content[key]!r}. Its keys are settings by name, such as "
+                "`teacher: {strategy: ema, decay: 0.99}`."
+            )
     return Recipe(**content)
 
 

@@ -1,0 +1,99 @@
+"""What several test files need: a small run, and the states it can begin from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from opsd import OPSDConfig, OPSDTrainer, PrivilegedContext
+from opsd.context import PromptRenderer
+from opsd.rollouts import Rollouts
+from opsd.teachers import StudentHandle, Teacher
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+STUDENTS = ("full", "lora", "arriving adapter")
+
+
+def make_student(kind: str, seed: int = 0) -> torch.nn.Module:
+    """A student as users bring it: a full model, a fresh adapter, or an adapter that training has moved already."""
+    model = make_llama(seed)
+    if kind == "full":
+        return model
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(**LORA))
+    if kind == "arriving adapter":
+        move(model)
+    return model
+
+
+def move(model: torch.nn.Module, by: float = 0.05) -> None:
+    """Change every trainable parameter, as a training step does."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(by * torch.randn(p.shape, generator=generator))
+
+
+def make_args(folder: Path | str, **changes: Any) -> OPSDConfig:
+    """Settings of a run of a few steps on two cores."""
+    settings: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return OPSDConfig(str(folder), **{**settings, **changes})
+
+
+def make_trainer(
+    folder: Path | str, teacher: Any = None, student: Any = "full", rows: Any = None, **changes: Any
+) -> OPSDTrainer:
+    """A trainer on a tiny model; `student` is one of STUDENTS or a model."""
+    return OPSDTrainer(
+        make_student(student) if isinstance(student, str) and student in STUDENTS else student,
+        teacher,
+        args=make_args(folder, **changes),
+        train_dataset=Dataset.from_list(make_rows()) if rows is None else rows,
+        processing_class=make_tokenizer(),
+    )
+
+
+def prepared(teacher: Teacher, model: torch.nn.Module) -> Teacher:
+    """The teacher, ready to score without a trainer."""
+    teacher.prepare(StudentHandle(model, PromptRenderer(make_tokenizer())))
+    return teacher
+
+
+def make_rollouts(count: int = 5, context: PrivilegedContext | None = None) -> Rollouts:
+    """Rollouts of uneven lengths, with one unscored token inside the longest completion."""
+    tokenizer, rows = make_tokenizer(), make_rows(count)
+    prompts = [PromptRenderer(tokenizer).ids(row["prompt"]) for row in rows]
+    generator = torch.Generator().manual_seed(3)
+    completions = [torch.randint(3, 300, (1 + 3 * i % 7,), generator=generator).tolist() for i in range(count)]
+    mask = [[1] * len(ids) for ids in completions]
+    mask[max(range(count), key=lambda i: len(completions[i]))][1] = 0
+    return Rollouts(rows, prompts, completions, mask)
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def is_peft(model: Any) -> bool:
+    """Whether a model carries an adapter."""
+    return isinstance(model, PeftModel)

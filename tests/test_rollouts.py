@@ -1,0 +1,89 @@
+"""Rollouts: sorting, splitting and padding move no token and lose no row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from opsd.errors import DataError
+from opsd.rollouts import Rollouts, check_lengths
+
+ids = st.lists(st.integers(1, 99), min_size=1, max_size=6)
+
+
+@st.composite
+def rollouts(draw: st.DrawFn, rows: int | None = None) -> Rollouts:
+    n = draw(st.integers(1, 6)) if rows is None else rows
+    completions = [draw(st.lists(st.integers(1, 99), max_size=6)) for _ in range(n)]
+    mask = [[draw(st.integers(0, 1)) for _ in c] for c in completions]
+    made = Rollouts([{"prompt": str(i)} for i in range(n)], [draw(ids) for _ in range(n)], completions, mask)
+    return made.show("teacher", [draw(ids) for _ in range(n)])
+
+
+@settings(max_examples=60, deadline=None)
+@given(rollouts(), st.sampled_from([None, "teacher"]))
+def test_padding_keeps_exactly_the_scored_tokens_in_order(made: Rollouts, shown_to: str | None) -> None:
+    batch = made.pad("cpu", shown_to)
+    prompts = made.prompt_ids if shown_to is None else made.shown[shown_to]
+    expected = [
+        t for c, m in zip(made.completion_ids, made.loss_mask, strict=True) for t, s in zip(c, m, strict=True) if s
+    ]
+    assert batch.scored_ids_N.tolist() == expected == made.scored_ids
+    assert int(batch.keep_BL.sum()) == made.num_scorable
+    for b, (prompt, completion) in enumerate(zip(prompts, made.completion_ids, strict=True)):
+        n = len(prompt) + len(completion)
+        assert batch.ids_BL[b, :n].tolist() == prompt + completion
+        assert batch.mask_BL[b].tolist() == [1] * n + [0] * (batch.mask_BL.shape[1] - n)
+    assert batch.ids_BL.shape[1] == max(len(p) + len(c) for p, c in zip(prompts, made.completion_ids, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(rollouts(rows=6), st.sampled_from([1, 2, 3, 6]))
+def test_sorting_and_splitting_keep_every_row_with_all_that_belongs_to_it(made: Rollouts, parts: int) -> None:
+    pieces = list(made.normalised_by(7).sorted_by_length().split(parts))
+    assert [len(p) for p in pieces] == [6 // parts] * parts
+    together = {
+        r["prompt"]: (p, c, m, t)
+        for piece in pieces
+        for r, p, c, m, t in zip(
+            piece.rows, piece.prompt_ids, piece.completion_ids, piece.loss_mask, piece.shown["teacher"], strict=True
+        )
+    }
+    for i in range(6):
+        assert together[str(i)] == (
+            made.prompt_ids[i],
+            made.completion_ids[i],
+            made.loss_mask[i],
+            made.shown["teacher"][i],
+        )
+    lengths = [len(p) + len(c) for piece in pieces for p, c in zip(piece.prompt_ids, piece.completion_ids, strict=True)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert all(piece.normaliser == 7 for piece in pieces)
+
+
+def test_micro_batches_are_trimmed_to_their_own_longest_row() -> None:
+    made = Rollouts([{}, {}], [[1], [1] * 9], [[2], [2] * 9])
+    short = list(made.sorted_by_length().split(2))[1]
+    assert short.pad("cpu").ids_BL.shape == (1, 2)
+
+
+def test_the_row_of_a_packed_token_is_found() -> None:
+    made = Rollouts([{}, {}, {}], [[1]] * 3, [[5, 6], [], [7, 8]], [[1, 0], [], [1, 1]])
+    assert [made.row_of_token(n) for n in range(3)] == [0, 2, 2]
+    with pytest.raises(IndexError):
+        made.row_of_token(3)
+
+
+def test_a_prompt_longer_than_the_models_context_is_refused_by_row() -> None:
+    check_lengths(10, [[1] * 6], [4], "student")
+    check_lengths(None, [[1] * 600], [4], "student")
+    with pytest.raises(DataError, match=r"row 1 .* 7 tokens .* 4, together more than the 10 tokens"):
+        check_lengths(10, [[1] * 6, [1] * 7], [4, 4], "teacher")
+
+
+def test_an_empty_completion_scores_nothing() -> None:
+    batch = Rollouts([{}], [[1, 2]], [[]]).pad("cpu")
+    assert batch.scored_ids_N.numel() == 0 and not batch.keep_BL.any()
+    assert batch.ids_BL.equal(torch.tensor([[1, 2]]))
