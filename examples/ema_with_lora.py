@@ -17,7 +17,7 @@ from opsd import EMATeacher, OPSDConfig, OPSDTrainer
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="Qwen/Qwen3-0.6B", help="hub id or folder")
 parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-parser.add_argument("--output", default="ema-adapter", help="folder for checkpoints and the trained adapter")
+parser.add_argument("--output", default="runs/ema", help="folder for checkpoints and the trained adapter")
 options = parser.parse_args()
 
 # question -> worked solution

@@ -4,7 +4,7 @@ The second teacher is that very SFT checkpoint, frozen and shown the answer. It 
 one thing more, so only what it would have said differently changes.
 
 Run:    python examples/sharpen_after_sft.py
-Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU.
+Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU (bf16 on one that can).
 """
 
 import argparse
@@ -19,7 +19,7 @@ from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="hub id or folder")
 parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each stage")
-parser.add_argument("--output", default="sharpened", help="folder for both stages: sft/ and opsd/")
+parser.add_argument("--output", default="runs/sharpened", help="folder for both stages: sft/ and opsd/")
 options = parser.parse_args()
 
 # SFT imitates `completion`; opsd lets the student write its own and shows `answer` to the teacher.

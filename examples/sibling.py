@@ -4,7 +4,8 @@ The teacher sees the student's own prompt and knows more by its size alone, so r
 a tokenizer; this is checked before the first step.
 
 Run:    python examples/sibling.py
-Needs:  the Hugging Face Hub once, for models of 0.6B and 1.7B parameters; a GPU that holds both.
+Needs:  the Hugging Face Hub once, for models of 0.6B and 1.7B parameters; a GPU (about 13 GB for
+        weights and optimizer).
 """
 
 import argparse
@@ -17,7 +18,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="Qwen/Qwen3-0.6B", help="the student: hub id or folder")
 parser.add_argument("--teacher", default="Qwen/Qwen3-1.7B", help="its larger sibling: hub id or folder")
 parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
-parser.add_argument("--output", default="sibling-model", help="folder for checkpoints and the trained model")
+parser.add_argument("--output", default="runs/sibling", help="folder for checkpoints and the trained model")
 options = parser.parse_args()
 
 questions = [

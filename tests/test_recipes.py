@@ -276,7 +276,7 @@ def test_context_beside_a_teacher_object_is_refused() -> None:
         ({"recipe": "ema", "rate": 0.05}, r"'ema' has no setting 'rate'.*Its settings: decay"),
         ({"strategy": "live", "decay": 0.9}, r"'live' has no setting 'decay'.*Its settings: none"),
         ({"strategy": "ema"}, r"'ema' needs decay"),
-        ({"recipe": "ema", "decay": 1.0}, r"decay must be at least 0 and below 1, and is 1\.0"),
+        ({"recipe": "ema", "decay": 1.0}, r"decay must be a number, at least 0 and below 1, and is 1\.0"),
         ({"recipe": "sibling", "model": "large"}, r"'large' is neither a folder that exists nor a hub id"),
     ],
 )

@@ -1,0 +1,80 @@
+"""The seams of TRL and transformers that the trainer leans on: one clear line when a release moves one."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import pytest
+import transformers
+import trl
+from trl import DistillationConfig, DistillationTrainer
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+# method -> the parameters that opsd passes or receives
+SEAMS = {
+    "_generate": ["self", "prompts"],
+    "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "has_tool_images"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
+    "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_set_signature_columns_if_needed": ["self"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_send_telemetry": ["self"],
+    "compute_loss_context_manager": ["self"],
+}
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_a_method_has_the_parameters_the_trainer_relies_on(name: str) -> None:
+    where = f"trl {version('trl')} / transformers {version('transformers')} moved the seam {name}"
+    assert hasattr(DistillationTrainer, name), where
+    method = inspect.unwrap(getattr(DistillationTrainer, name))
+    assert list(inspect.signature(method).parameters) == SEAMS[name], where
+
+
+def test_generate_returns_prompt_ids_completion_ids_and_tool_mask_first() -> None:
+    source = inspect.getsource(DistillationTrainer._generate)
+    assert "return prompt_ids, completion_ids, tool_mask, images, tool_images" in source
+
+
+def test_the_base_trainer_may_be_built_without_a_teacher_model() -> None:
+    assert inspect.signature(DistillationTrainer.__init__).parameters["teacher_model"].default is None
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    ["_step", "_buffered_inputs", "_metrics", "_logs", "_tokenizer", "chat_template", "chat_template_kwargs", "tools",
+     "_is_vlm", "shuffle_dataset", "temperature", "log_completions"],
+)  # fmt: skip
+def test_the_base_trainer_sets_the_attributes_that_are_read(attribute: str) -> None:
+    assert f"self.{attribute} = " in inspect.getsource(DistillationTrainer.__init__)
+
+
+def test_compute_loss_unpacks_the_three_values_that_are_returned() -> None:
+    assert "loss, entropy_sum, num_valid_tokens = self._forward_redirection(" in inspect.getsource(
+        inspect.unwrap(DistillationTrainer.compute_loss)
+    )
+
+
+def test_the_kernel_takes_the_arguments_in_the_order_they_are_passed() -> None:
+    assert list(inspect.signature(ChunkedDivergenceFunction.forward).parameters)[1:] == [
+        "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
+        "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
+        "teacher_final_logit_softcapping",
+    ]  # fmt: skip
+
+
+def test_callbacks_at_the_end_of_a_step_run_before_the_save() -> None:
+    """The teacher moves in on_step_end; a checkpoint of that step must hold the moved teacher."""
+    source = inspect.getsource(transformers.Trainer._run_epoch)
+    assert source.index("on_step_end") < source.index("_maybe_log_save_evaluate")
+
+
+def test_the_configuration_still_means_what_gkd_means() -> None:
+    fields = DistillationConfig.__dataclass_fields__
+    assert fields["beta"].default == 1.0 and "reverse" in fields["beta"].metadata["help"].lower()
+    assert trl.__version__.startswith("1.16.")
