@@ -1,10 +1,10 @@
 """Sharpen after fine-tuning: SFT teaches an adapter the form, then the same adapter learns from its own rollouts.
 
-The second teacher is that very SFT checkpoint, frozen and shown the answer. It keeps the fine-tuned style and knows
+The teacher is that very SFT checkpoint, frozen and shown the answer. It keeps the fine-tuned style and knows
 one thing more, so only what it would have said differently changes.
 
 Run:    python examples/sharpen_after_sft.py
-Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU (bf16 on one that can).
+Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ rows = Dataset.from_list(
         for a, b in sums
     ]
 )
-shared = {"max_steps": options.steps, "per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none"}
+shared = {"max_steps": options.steps, "logging_steps": 1, "report_to": "none"}
 
 sft = SFTTrainer(
     model=options.model,

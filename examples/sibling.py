@@ -4,8 +4,7 @@ The teacher sees the student's own prompt and knows more by its size alone, so r
 a tokenizer; this is checked before the first step.
 
 Run:    python examples/sibling.py
-Needs:  the Hugging Face Hub once, for models of 0.6B and 1.7B parameters; a GPU (about 13 GB for
-        weights and optimizer).
+Needs:  the Hugging Face Hub once, for models of 0.6B and 1.7B parameters; a GPU (weights and optimizer: 13 GB).
 """
 
 import argparse

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 
+import torch
 from trl import DistillationConfig
 
 from opsd.errors import ConfigError, OPSDWarning
@@ -56,6 +57,8 @@ class OPSDConfig(DistillationConfig):
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and choose_bf16(self.output_dir, self.use_cpu)
+            # transformers takes bf16 on a CPU only from those who said that they mean the CPU.
+            self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
         super().__post_init__()
         self._warn()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -36,6 +37,15 @@ def check_model_name(model: str) -> str:
             "found. Give the folder that `save_pretrained` wrote, or a hub id."
         )
     return model
+
+
+def without_autocast(model: nn.Module) -> nn.Module:
+    """Return a model without the mixed-precision wrapper that an earlier trainer left on its `forward`.
+
+    accelerate wraps `forward` of the very object it prepares, and the wrapper stays: a model that comes from TRL's
+    SFTTrainer would sample and score in another precision than this run's.
+    """
+    return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def load_model(

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from transformers.utils import is_torch_bf16_gpu_available
 
 FILE = "precision.json"
 # bfloat16 rounds; it must be clearly faster to be worth it, and two processes that measure must agree.
@@ -46,8 +47,8 @@ def choose_bf16(output_dir: str | os.PathLike[str] | None, use_cpu: bool) -> boo
     stored = None if output_dir is None else Path(output_dir) / FILE
     if stored is not None and stored.is_file():
         return bool(json.loads(stored.read_text())["bf16"])
-    if torch.cuda.is_available() and not use_cpu:
-        return torch.cuda.is_bf16_supported()
+    if torch.accelerator.is_available() and not use_cpu:
+        return is_torch_bf16_gpu_available()
     return measure_bf16_speedup() >= MIN_SPEEDUP
 
 

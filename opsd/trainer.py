@@ -35,7 +35,7 @@ from opsd.data import check_completions, completion_of, prepare_rows, row_column
 from opsd.errors import ConfigError, NonFiniteLossError
 from opsd.forward import check_model, context_length, last_hidden
 from opsd.losses import Divergence, LossRecord
-from opsd.models import check_model_name, is_adapter, load_model
+from opsd.models import check_model_name, is_adapter, load_model, without_autocast
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.sampler import EpochSampler
 from opsd.signals import Head
@@ -106,6 +106,8 @@ class OPSDTrainer(DistillationTrainer):
                 args.model_init_kwargs = None
                 model, tokenizer = load_model(model, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)
                 processing_class = processing_class or tokenizer
+        else:
+            model = without_autocast(model)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -156,8 +158,7 @@ class OPSDTrainer(DistillationTrainer):
         renderer = PromptRenderer(
             self._tokenizer, self.chat_template, self.chat_template_kwargs, tools=self.tools or None
         )
-        place = lambda other: self.accelerator.prepare_model(other, evaluation_mode=True)  # noqa: E731
-        self.student = StudentHandle(student, renderer, place, self.args.trust_remote_code)
+        self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
         self.teacher.prepare(self.student)
         assert trainable == [n for n, p in student.named_parameters() if p.requires_grad], (
             "a teacher changed what trains"

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset, IterableDataset
 from helpers import STUDENTS, make_args, make_rollouts, make_student, make_trainer, move, snapshot
 
 from opsd import EMATeacher, LiveTeacher, OPSDConfig, OPSDTrainer, SameCheckpointTeacher, SiblingTeacher
 from opsd.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError, OPSDWarning, TemplateError
+from opsd.models import without_autocast
 from opsd.sampler import EpochSampler
 
 MAKE_TEACHER = {
@@ -424,6 +427,28 @@ def test_the_number_format_is_measured_stored_and_reused(tmp_path: Path, monkeyp
     precision.store_choice(tmp_path, True)
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is True
     assert json.loads((tmp_path / precision.FILE).read_text()) == {"bf16": True}
+
+
+def test_a_cpu_where_bf16_wins_needs_no_further_word(tmp_path: Path, monkeypatch) -> None:
+    """transformers refuses bf16 without a GPU unless use_cpu is set; a user who set nothing must not meet that."""
+    from opsd import precision
+
+    monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: 6.0)
+    args = OPSDConfig(str(tmp_path))
+    assert args.bf16 and args.use_cpu == (not torch.accelerator.is_available())
+
+
+@pytest.mark.parametrize("student", ["full", "lora"])
+def test_a_student_from_a_bf16_trainer_is_taken_as_it_is(tmp_path: Path, student: str) -> None:
+    """TRL's SFTTrainer leaves a bf16 wrapper on the model's forward: sharpening after SFT met it on every GPU."""
+    model = make_student(student)
+    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
+    AcceleratorState._reset_state()
+    probe = torch.tensor([[5, 6, 7]])
+    assert not torch.equal(model(probe).logits, without_autocast(make_student(student))(probe).logits)
+    trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), model)
+    trainer.train()
+    assert logged(trainer, "divergence")[0] > 0
 
 
 def test_the_measurement_itself_is_quick_and_positive() -> None:

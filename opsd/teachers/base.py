@@ -9,7 +9,7 @@ Shapes: N scored tokens of a micro-batch (packed).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,6 @@ from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.signals import HiddenSignal
 
 
-def _place(model: nn.Module) -> nn.Module:
-    return model
-
-
 @dataclass(frozen=True)
 class StudentHandle:
     """What a teacher is told of the student, once, before the first step.
@@ -33,13 +29,11 @@ class StudentHandle:
     Args:
         model: the student, without any distributed wrapper.
         renderer: how the student's own prompts become ids.
-        place: puts another model where it belongs (accelerate's `prepare_model`).
         trust_remote_code: whether loading a teacher may run code that came with its weights.
     """
 
     model: nn.Module
     renderer: PromptRenderer
-    place: Callable[[nn.Module], nn.Module] = _place
     trust_remote_code: bool = False
 
     @property

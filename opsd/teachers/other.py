@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError
-from opsd.models import check_model_name
+from opsd.models import check_model_name, without_autocast
 from opsd.teachers.base import Cost, StudentHandle
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.tokenizers import check_same_tokenizer
@@ -76,11 +76,14 @@ class SiblingTeacher(LocalTeacher):
             tokenizer = AutoTokenizer.from_pretrained(self.source, **load)
         check_same_tokenizer(student.tokenizer, tokenizer)
         if isinstance(self._given, nn.Module):
-            model = self._given
+            model = without_autocast(self._given)
         else:
             # safetensors only: a pickle can run code when it is opened.
             model = AutoModelForCausalLM.from_pretrained(self.source, dtype=self.dtype, use_safetensors=True, **load)
-        self._model = student.place(model.requires_grad_(False).eval())
+        model.requires_grad_(False).eval()
+        # A model that was split over devices, or quantised, already is where it belongs.
+        placed = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
+        self._model = model if placed else model.to(next(student.model.parameters()).device)
         # It reads prompts through its own chat template.
         self._renderer = replace(self.renderer, tokenizer=tokenizer)
 

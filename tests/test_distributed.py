@@ -1,0 +1,100 @@
+"""Two real processes on the CPU, started as users start them; accelerate's CPU launcher would silently run one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_rows
+
+WORKER = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import torch, torch.distributed as dist
+from helpers import make_args, make_rollouts, make_student, make_trainer
+from opsd import EMATeacher, SameCheckpointTeacher
+from datasets import Dataset
+from conftest import make_rows
+
+folder, kind = sys.argv[1:]
+shown = dict(context="answer_only")
+teacher = EMATeacher(0.9, **shown) if kind == "ema" else SameCheckpointTeacher(**shown)
+trainer = make_trainer(folder, teacher, "lora" if kind == "ema" else "full", max_steps=2, save_steps=1,
+                       per_device_train_batch_size=2, gradient_accumulation_steps=1, save_strategy="steps")
+trainer.train()
+world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+
+# Gradients of replayed rollouts: each process takes its share of the same eight rows.
+rows = list(range(8))[rank::world]
+rollouts = trainer.teacher.show(make_rollouts(8))
+trainer.model.train(); trainer.model.zero_grad()
+share = rollouts.normalised_by(rollouts.num_scorable).select(rows)
+loss = trainer.compute_loss(trainer.model_wrapped, trainer._scored(share))
+trainer.accelerator.backward(loss)
+total = sum(float(p.grad.double().pow(2).sum()) for p in trainer.model.parameters() if p.grad is not None)
+check = sum(float(p.double().abs().sum()) for p in trainer.model.parameters())
+result = json.dumps(dict(world=world, rank=rank, grad=total, check=check,
+      divergence=[e["divergence"] for e in trainer.state.log_history if "divergence" in e],
+      tokens=[e["scored_tokens"] for e in trainer.state.log_history if "scored_tokens" in e]))
+open(os.path.join(folder, f"result-{world}-{rank}.json"), "w").write(result)
+"""
+
+
+def launch(script: Path, processes: int, folder: Path, kind: str) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [*command, "--standalone", str(script), str(folder), kind],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads((folder / f"result-{processes}-{rank}.json").read_text()) for rank in range(processes)]
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["same", "ema"])
+def test_two_processes_train_one_model_and_log_what_both_saw(tmp_path: Path, script: Path, kind: str) -> None:
+    results = launch(script, 2, tmp_path / "run", kind)
+    assert [r["world"] for r in results] == [2, 2]
+    assert results[0]["check"] == results[1]["check"] and results[0]["divergence"] == results[1]["divergence"]
+    assert all(0 < tokens <= 2 * 2 * 6 for tokens in results[0]["tokens"])
+    assert (tmp_path / "run" / "checkpoint-2" / "opsd_teacher.json").is_file()
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, script: Path) -> None:
+    """Invariant 7 on replayed rollouts, before any step moved the weights apart: lr 0."""
+    text = script.read_text().replace('save_strategy="steps"', 'learning_rate=0.0, save_strategy="steps"')
+    script.write_text(text)
+    (one,) = launch(script, 1, tmp_path / "one", "same")
+    two = launch(script, 2, tmp_path / "two", "same")
+    assert one["check"] == two[0]["check"] == two[1]["check"]
+    assert two[0]["grad"] == pytest.approx(one["grad"], rel=1e-4) and two[1]["grad"] == two[0]["grad"]
+
+
+def test_the_command_line_trains_under_torchrun(tmp_path: Path, llama_folder: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    settings = {
+        "model_name_or_path": llama_folder, "dataset_name": rows, "context": "answer_only", "max_steps": 1,
+        "output_dir": tmp_path / "run", "per_device_train_batch_size": 2, "max_completion_length": 4,
+        "use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false",
+    }  # fmt: skip
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "opsd"]
+    done = subprocess.run([*command, "train", *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("saved the trained model") == 1
+    assert (tmp_path / "run" / "model.safetensors").is_file()
