@@ -39,7 +39,7 @@ class EMATeacher(LocalTeacher):
         if isinstance(decay, str) or not 0.0 <= decay < 1.0:
             raise ConfigError(
                 f"decay must be a number, at least 0 and below 1, and is {decay!r}. It is the share of the old teacher "
-                "that stays: 1 would never move (use SameCheckpointTeacher), 0 follows the student at once (LiveTeacher). "
+                "that stays: 1 would never move (SameCheckpointTeacher), 0 follows the student at once (LiveTeacher). "
                 "An update rate of 0.05, as SDPO and TRL write it, is a decay of 0.95."
             )
         self.decay = decay
