@@ -25,7 +25,6 @@ lint: $(VENV)/dev.done
 
 evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/demo.py
-	$(RUN)/python -m pytest -m evidence tests
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

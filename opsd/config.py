@@ -48,6 +48,8 @@ class OPSDConfig(DistillationConfig):
             "least 1.5 times faster than float32; the choice is stored with the run and reused on resume."
         },
     )
+    # Rows reach the trainer as text: there is no tensor to pin, and torch warns about it where there is no GPU.
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "No effect: rows are text, not tensors."})
     # A NaN that is replaced in the log hides the moment a run broke; opsd stops at it instead.
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to leave NaN and infinity out of the log. opsd stops at them."}

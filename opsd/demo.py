@@ -251,7 +251,7 @@ def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progr
         prompt_ids=lambda row: context.render(row, side=renderer) if context else renderer.ids(row["prompt"]),
         grader=load_grader(GRADER),
         max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=50,
+        batch_size=100,
         progress=progress,
     )
     return Score(result.correct, result.texts, result.truncated)
@@ -284,7 +284,6 @@ def _train(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: D
         report_to="none",
         gradient_checkpointing=False,  # a model of this size needs no saving of memory
         disable_tqdm=True,
-        dataloader_pin_memory=False,
     )
     trainer = OPSDTrainer(
         model,
