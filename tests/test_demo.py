@@ -63,6 +63,9 @@ def test_the_whole_demo_in_small_prints_one_table_and_writes_its_result(
     result = json.loads(Path("demo.json").read_text())["result"]
     assert all(len(result[part]["correct"]) == 6 for part in ("before", "after", "ceiling", "control"))
     assert Path("runs/demo/model.safetensors").is_file() and Path("runs/demo-control/model.safetensors").is_file()
+    graded = ["--dataset_name", "runs/demo/held_out.jsonl", "--grader", "last_number", "--max_new_tokens", "20"]
+    assert main(["eval", "runs/demo", *graded]) == 0
+    assert f"{sum(result['after']['correct']) / 6:.1%}" in capsys.readouterr().out
     assert main(["demo", *options[:-1]]) == 0
     assert Path("runs/demo-2").is_dir()
 

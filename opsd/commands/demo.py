@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opsd.demo import CONTEXT, GRADER, DemoResult, DemoSettings, Score, Watcher, run_demo
+from opsd.demo import CONTEXT, GRADER, MAX_NEW_TOKENS, QUESTIONS, DemoResult, DemoSettings, Score, Watcher, run_demo
 from opsd.evaluation.statistics import paired_difference, proportion_interval, share_of_gap
 
 
@@ -141,7 +141,9 @@ def summary(result: DemoResult) -> str:
         f"trained model             {result.model_folder}\n"
         f"[dim]greedy answers, grader {GRADER}, template {CONTEXT}; intervals: Wilson for accuracies, bootstrap over "
         "questions for the gain[/]\n"
-        f"\nLook at it:  opsd eval {result.model_folder} --help    ·    make it yours:  opsd cp {CONTEXT} ."
+        f"\ngrade it again:  opsd eval {result.model_folder} --dataset_name {result.model_folder}/{QUESTIONS} "
+        f"--grader {GRADER} --max_new_tokens {MAX_NEW_TOKENS}\n"
+        f"make it yours:   opsd cp {CONTEXT} ."
     )
 
 
