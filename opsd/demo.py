@@ -6,7 +6,9 @@ reasoning-gym. Knows how to run the whole story once; how it is printed is `opsd
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import random
@@ -126,7 +128,8 @@ def packaged_model() -> str:
         )
     # Under a name of its own until it is whole, so that a second process or a Ctrl-C leaves no half of a model.
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    _convert(unfinished)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' own bars would run through the demo's
+        _convert(unfinished)
     if folder.exists():
         shutil.rmtree(unfinished)
     else:

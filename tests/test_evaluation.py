@@ -396,6 +396,13 @@ def test_wilson_ends_are_where_the_score_test_turns(right: int, confidence: floa
     assert got == pytest.approx((turn(share, 0.0), turn(share, 1.0)), abs=1e-7)
 
 
+def test_wilson_interval_never_leaves_zero_to_one() -> None:
+    """Rounding steps over at some n."""
+    for n in range(1, 200):
+        assert proportion_interval([False] * n)[0] >= 0
+        assert proportion_interval([True] * n)[1] <= 1
+
+
 @pytest.mark.parametrize("rate", [0.03, 0.3, 0.9])
 def test_wilson_interval_covers_the_truth_at_its_stated_rate(rate: float) -> None:
     rng = np.random.default_rng(0)

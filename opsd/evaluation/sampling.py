@@ -138,7 +138,7 @@ def generate(
     check_lengths(context_length(model), prompts, [max_new_tokens] * len(prompts), "model")
     stops = _stop_ids(model, tokenizer)
     # Padding is masked before a prompt and cut away behind an end token, so without a padding id any id will do.
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=do_sample,

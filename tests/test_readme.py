@@ -1,0 +1,76 @@
+"""The README is run: its Python, its template, its YAML, its commands; its links and its table hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import make_rows
+
+from opsd.cli import main
+from opsd.context import PrivilegedContext
+from opsd.teachers import TEACHERS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Small and on the CPU, on top of what the README says.
+SMALL = "--max_completion_length 4 --per_device_train_batch_size 2 --use_cpu true --bf16 false --save_steps 1"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def test_the_python_on_the_first_screen_trains(tmp_path: Path, llama_folder: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = blocks("python")[0]
+    assert MODEL in code and len([line for line in code.splitlines() if line.strip()]) <= 12
+    code = code.replace(MODEL, llama_folder).replace("max_steps=20", "max_steps=1, use_cpu=True, bf16=False")
+    code = code.replace("max_completion_length=64", "max_completion_length=4")
+    scope: dict[str, object] = {}
+    exec(code, scope)
+    assert scope["trainer"].state.global_step == 1  # type: ignore[attr-defined]
+
+
+def test_the_template_on_the_first_screen_loads() -> None:
+    (source,) = blocks("jinja")
+    assert len(source.strip().splitlines()) == 5
+    assert PrivilegedContext.from_string(source).fields == {"solution"}
+
+
+def test_the_commands_run_in_their_order(tmp_path: Path, llama_folder: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(json.dumps(row) + "\n" for row in make_rows())
+    Path("rows.jsonl").write_text(rows)
+    Path("test.jsonl").write_text(rows)
+    Path("run.yaml").write_text(blocks("yaml")[0].replace(MODEL, llama_folder))
+    commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines() if line.startswith("opsd")]
+    assert [c[1] for c in commands] == ["show", "train", "train", "eval", "cp"]
+    more = {"train": [[*SMALL.split(), "--max_steps", str(n)] for n in (1, 2)], "eval": [["--max_new_tokens", "4"]]}
+    for command in commands:
+        extra = more[command[1]].pop(0) if command[1] in more else []
+        assert main([*command[1:], *extra]) == 0, capsys.readouterr().err
+    assert Path("runs/first/checkpoint-2").is_dir() and Path("worked_solution.jinja").is_file()
+
+
+def test_the_table_names_every_teacher() -> None:
+    for cls in TEACHERS.values():
+        assert f"| `{cls.__name__}(" in README
+
+
+@pytest.mark.parametrize("document", ["README.md", "templates/README.md", "teachers/README.md", "examples/README.md"])
+def test_links_between_files_lead_somewhere(document: str) -> None:
+    text = (ROOT / document).read_text()
+    for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / document).parent / target).exists(), target
+
+
+def test_the_two_commands_are_targets_of_the_makefile() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    for target in re.findall(r"^make ([a-z]+)", README, flags=re.M):
+        assert target in targets
