@@ -76,6 +76,7 @@ def main() -> None:
             this = DemoSettings(seed=seed, output=f"{folder}/model")
             result = run_demo(this, control=options.control and seed == options.seeds[0])
         record["runs"].append(summarise(seed, result))  # type: ignore[attr-defined]
+        RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(record, indent=1) + "\n")
         print(json.dumps(record["runs"][-1], indent=1), flush=True)  # type: ignore[index]
 

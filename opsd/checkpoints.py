@@ -99,6 +99,10 @@ def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tu
                 f"{output_dir} already holds a run ({checkpoints[0].name}). A new run would mix with it. Resume it "
                 "(`--resume_from_checkpoint true`), or choose another output_dir."
             )
+        if any((Path(output_dir) / name).is_file() for name in WEIGHTS):
+            raise CheckpointError(
+                f"{output_dir} already holds a model. A new run would write over it. Choose another output_dir."
+            )
         return None, []
     if not isinstance(resume, bool):
         if not Path(resume).is_dir():

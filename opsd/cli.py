@@ -1,7 +1,6 @@
 """`opsd …`: a table of subcommands, no logic.
 
-Each subcommand is a module of `opsd.commands` with `HELP` (one line), `add_arguments(parser)` and `run(options)`, and
-is imported when it is called: `opsd templates` needs no torch.
+Each subcommand is a module of `opsd.commands` with a `main(arguments)`, imported when it is called.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ class OPSDConfig(DistillationConfig):
         ConfigError: a value outside its range, before any model loads.
     """
 
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, also where there is a GPU."})
     lmbda: float = field(
         default=1.0,
         metadata={
@@ -48,6 +49,11 @@ class OPSDConfig(DistillationConfig):
             "least 1.5 times faster than float32; the choice is stored with the run and reused on resume."
         },
     )
+    # A rollout is sampled, and scored by the teacher, without dropout; a student with it would be another model.
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Train without dropout, as rollouts are sampled and scored. TRL's default is off."},
+    )
     # Rows reach the trainer as text: there is no tensor to pin, and torch warns about it where there is no GPU.
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "No effect: rows are text, not tensors."})
     # A NaN that is replaced in the log hides the moment a run broke; opsd stops at it instead.
@@ -59,13 +65,18 @@ class OPSDConfig(DistillationConfig):
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and choose_bf16(self.output_dir, self.use_cpu)
-            # transformers takes bf16 on a CPU only from those who said that they mean the CPU.
-            self.use_cpu = self.use_cpu or (self.bf16 and not torch.accelerator.is_available())
+            if self.bf16 and not torch.accelerator.is_available():
+                self.use_cpu = True  # transformers takes bf16 on a CPU only from those who said that they mean the CPU
         super().__post_init__()
         self._warn()
 
     def _check(self) -> None:
         Divergence(self.beta, self.temperature)
+        if self.hub_token:
+            raise ConfigError(
+                "hub_token would be written into training_args.bin in every checkpoint. Log in with `hf auth login`, "
+                "or set the environment variable HF_TOKEN."
+            )
         if not 0.0 <= self.lmbda <= 1.0:
             raise ConfigError(
                 f"lmbda must lie between 0 and 1, and is {self.lmbda}. It is the share of rows trained on the "

@@ -101,6 +101,7 @@ class PrivilegedContext:
         self.name = self._blocks.name
         self.fields = self._blocks.fields
         self.optional_fields = self._blocks.optional_fields
+        self.digest = self._blocks.digest
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.truncate = truncate
         self.truncate_side = truncate_side

@@ -35,7 +35,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs with; the numbers were found by `benchmarks/demo.py`.
+    """What the demo runs with; `benchmarks/results/demo.json` has what it measured.
 
     Args:
         model: a folder or a hub id; None takes the packaged SmolLM2-135M-Instruct.
@@ -269,6 +269,7 @@ def _train(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: D
     from transformers import PrinterCallback, TrainerCallback
 
     from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
+    from opsd.models import without_autocast
 
     class Steps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -304,6 +305,7 @@ def _train(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: D
     if trainer.stopped_by is not None:
         raise KeyboardInterrupt
     trainer.save_model()
+    without_autocast(model)  # all scores come from one precision
 
 
 def _free_folder(wanted: str) -> str:

@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
+from opsd.checkpoints import saved
+
 FILE = "precision.json"
 # bfloat16 rounds; it must be clearly faster to be worth it, and two processes that measure must agree.
 MIN_SPEEDUP = 1.5
@@ -45,7 +47,8 @@ def choose_bf16(output_dir: str | os.PathLike[str] | None, use_cpu: bool) -> boo
         use_cpu: whether the run was told to stay on the CPU.
     """
     stored = None if output_dir is None else Path(output_dir) / FILE
-    if stored is not None and stored.is_file():
+    # Without a checkpoint there is nothing to resume: the folder may have come from another machine.
+    if stored is not None and stored.is_file() and saved(stored.parent):
         return bool(json.loads(stored.read_text())["bf16"])
     if torch.accelerator.is_available() and not use_cpu:
         return is_torch_bf16_gpu_available()

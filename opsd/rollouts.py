@@ -154,7 +154,9 @@ class Rollouts:
         raise IndexError("there are fewer scored tokens")
 
 
-def check_lengths(limit: int | None, prompts: Sequence[Ids], completion_lengths: Sequence[int], who: str) -> None:
+def check_lengths(
+    limit: int | None, prompts: Sequence[Ids], completion_lengths: Sequence[int], who: str, first_row: int = 0
+) -> None:
     """Refuse a prompt that leaves no room for its completion.
 
     Args:
@@ -162,14 +164,15 @@ def check_lengths(limit: int | None, prompts: Sequence[Ids], completion_lengths:
         prompts: prompt ids.
         completion_lengths: tokens of each completion, or the most it may get.
         who: whose prompts, for the message: "student" or "teacher".
+        first_row: number of the first row, for the message.
 
     Raises:
         DataError: prompt + completion are longer than the model's context.
     """
-    for row, (prompt, length) in enumerate(zip(prompts, completion_lengths, strict=True)):
+    for row, (prompt, length) in enumerate(zip(prompts, completion_lengths, strict=True), first_row):
         if limit is not None and len(prompt) + length > limit:
             raise DataError(
-                f"row {row} of this batch: the {who}'s prompt has {len(prompt)} tokens and its completion up to "
+                f"row {row}: the {who}'s prompt has {len(prompt)} tokens and its completion up to "
                 f"{length}, together more than the {limit} tokens of the model's context. Tokens past it have no "
                 "position. Drop or shorten such rows, lower max_completion_length, or let the teacher's context "
                 "shorten one field: PrivilegedContext(truncate=…, max_prompt_tokens=…)."

@@ -115,8 +115,12 @@ class HiddenSignal:
 
     def logprobs(self, token_ids_N: Tensor) -> Tensor:
         """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
+        chunks = zip(
+            self.hidden_ND.split(ROWS_PER_CHUNK),
+            token_ids_N.to(self.hidden_ND.device).split(ROWS_PER_CHUNK),
+            strict=True,
+        )
         parts = [
-            torch.log_softmax(self.head.logits(hidden), dim=-1).gather(-1, ids[:, None])[:, 0]
-            for hidden, ids in zip(self.hidden_ND.split(ROWS_PER_CHUNK), token_ids_N.split(ROWS_PER_CHUNK), strict=True)
+            torch.log_softmax(self.head.logits(hidden), dim=-1).gather(-1, ids[:, None])[:, 0] for hidden, ids in chunks
         ]
         return torch.cat(parts) if parts else self.hidden_ND.new_zeros(0, dtype=torch.float32)

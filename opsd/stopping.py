@@ -21,7 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class GracefulStop(TrainerCallback):
-    """Turns the first signal into a checkpoint and an orderly end; the second one ends the process at once.
+    """Turns a signal into a checkpoint and an orderly end; a second Ctrl-C ends the process at once.
+
+    `stopped_by` is the signal that ended the run before its time, or None: one that came after the last step did not.
 
     Args:
         accelerator: tells the processes of one run of each other's signals.
@@ -29,12 +31,13 @@ class GracefulStop(TrainerCallback):
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
-        self.received: int | None = None
+        self._received: int | None = None
+        self.stopped_by: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals for the length of the block; only the main thread can."""
-        self.received = None
+        self._received = self.stopped_by = None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -46,18 +49,25 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        print(f"\n{signal.Signals(number).name}: finishing this step, then saving (again to stop at once).", flush=True)
+        if self._received is not None:
+            # A cluster signals every process, and a launcher then signals its workers again: only a person's second
+            # Ctrl-C means "at once".
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self._received = number
+        print(
+            f"\n{signal.Signals(number).name}: finishing this step, then saving (Ctrl-C again stops at once).",
+            flush=True,
+        )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Ask for a log entry, a checkpoint and the end, if any process was told to stop."""
-        told = torch.tensor(self.received or 0, device=self._accelerator.device)
+        told = torch.tensor(self._received or 0, device=self._accelerator.device)
         number = int(self._accelerator.gather(told).max())
         if number:
-            self.received = number
+            self.stopped_by = number
             control.should_save = control.should_log = control.should_training_stop = True
         return control

@@ -6,7 +6,8 @@ which divergence it runs.
 
 Seams of TRL 1.16 and transformers that this file leans on (each guarded by tests/test_trl_seams.py):
 `_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_compute_loss`,
-`_get_train_sampler`, `_set_signature_columns_if_needed`, `_save_checkpoint`, `_load_from_checkpoint`,
+`_get_train_sampler`, `_get_grad_norm`, `autocast_smart_context_manager`, `_set_signature_columns_if_needed`,
+`_save_checkpoint`, `_load_from_checkpoint`, `log`,
 `_send_telemetry`, `_metrics`, `_logs`, `_step`, `_buffered_inputs`, `teacher_model=None`.
 """
 
@@ -15,11 +16,12 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -28,13 +30,14 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCal
 from transformers.trainer_utils import TrainOutput
 from trl import DistillationTrainer
 
-from opsd import checkpoints, precision
+from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
 from opsd.context import PromptRenderer
 from opsd.data import check_completions, completion_of, prepare_rows, row_columns
-from opsd.errors import ConfigError, NonFiniteLossError
+from opsd.errors import DataError
 from opsd.forward import check_model, context_length, last_hidden
 from opsd.losses import Divergence, LossRecord
+from opsd.metrics import check_gradient, divergence_metrics, keep_maxima
 from opsd.models import check_model_name, is_adapter, load_model, without_autocast
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.sampler import EpochSampler
@@ -92,6 +95,7 @@ class OPSDTrainer(DistillationTrainer):
         self.teacher = load_teacher(teacher)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
         checkpoints.check_writable(args.output_dir)
+        preflight.check_sharding(fsdp=bool(args.fsdp), deepspeed=bool(args.deepspeed))
         self.divergence = Divergence(args.beta, args.temperature)
         train_dataset = self._accept(train_dataset, "train", args)
         if isinstance(eval_dataset, dict):
@@ -142,31 +146,30 @@ class OPSDTrainer(DistillationTrainer):
         return dataset
 
     def _prepare_teacher(self) -> None:
-        if self._is_vlm:
-            raise ConfigError(
-                "this model reads images, and version 1 of opsd trains text models only. Its prompts would reach the "
-                "teacher without their images. Use a text model."
-            )
+        preflight.check_text_only(self._is_vlm)
         student = self.accelerator.unwrap_model(self.model)
-        trainable = [name for name, p in student.named_parameters() if p.requires_grad]
-        if not trainable:
-            raise ConfigError(
-                "no parameter of this model is trainable, so nothing could be learned. An adapter that was loaded for "
-                "inference is frozen: PeftModel.from_pretrained(…, is_trainable=True)."
-            )
+        trainable = preflight.check_student(student)
+        if self.accelerator.num_processes > 1:
+            # DDP would do this only after teachers have copied: an adapter drawn without a seed differs per process.
+            for p in student.parameters():
+                broadcast(p.data, from_process=0)
         check_model(student, len(self._tokenizer))
         renderer = PromptRenderer(
             self._tokenizer, self.chat_template, self.chat_template_kwargs, tools=self.tools or None
         )
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
         self.teacher.prepare(self.student)
-        assert trainable == [n for n, p in student.named_parameters() if p.requires_grad], (
-            "a teacher changed what trains"
-        )
-        self._say(f"teacher     {self.teacher.words}")
+        assert trainable == preflight.check_student(student), "the teacher changed what trains"
+        preflight.check_rows_fit(self.train_dataset, self.student, self.teacher, self.args.max_completion_length or 0)
+        self._facts = {
+            "student": preflight.fingerprint(student, len(self._tokenizer)),
+            "teacher": self.teacher.description,
+            "divergence": self.divergence.words,
+            "lmbda": self.args.lmbda,
+            "seq_kd": self.args.seq_kd,
+        }
         shown = self.teacher.context.name if self.teacher.context else "the student's own prompt"
-        self._say(f"is shown    {shown}")
-        self._say(f"costs       {self.teacher.cost}")
+        self._say(f"teacher     {self.teacher.words}\nis shown    {shown}\ncosts       {self.teacher.cost}")
         self._say(f"divergence  {self.divergence.words}:  {self.divergence.formula}")
 
     def _say(self, text: str) -> None:
@@ -205,7 +208,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[Ids]:
         """Sample in the precision that trains; autocast also caches the cast weights for the whole rollout."""
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
@@ -223,7 +226,12 @@ class OPSDTrainer(DistillationTrainer):
         loss_mask = (loss_mask or [[1] * len(ids) for ids in completion_ids]) + [[1] * len(ids) for ids in off_policy]
         rollouts = Rollouts(inputs, prompt_ids, completion_ids + off_policy, loss_mask)
         self._log_texts(rollouts)
-        return self.teacher.show(rollouts)
+        shown = self.teacher.show(rollouts)
+        if self.teacher.context is not None:
+            mode = "train" if self.model.training else "eval"
+            counts = self.teacher.context.counts
+            self._metrics[mode]["context/shortened"].append(counts.shortened / max(counts.rendered, 1))
+        return shown
 
     def _on_policy_rows(self, rows: int) -> int:
         """Return how many of this step's rows are on-policy: the same on every process, λ·rows on average.
@@ -237,9 +245,10 @@ class OPSDTrainer(DistillationTrainer):
     def _off_policy(self, rows: Sequence[Row]) -> list[Ids]:
         limit = self.args.max_completion_length
         if self.args.seq_kd:
-            return self.teacher.sample(
-                rows, max_new_tokens=limit, do_sample=True, temperature=self.temperature, batch_size=len(rows)
-            )
+            with self.accelerator.autocast():
+                return self.teacher.sample(
+                    rows, max_new_tokens=limit, do_sample=True, temperature=self.temperature, batch_size=len(rows)
+                )
         completions = [self._completion_ids(row) for row in rows]
         self._metrics["train"]["off_policy/shortened"].append(sum(len(ids) > limit for ids in completions) / len(rows))
         return [ids[:limit] for ids in completions]
@@ -274,8 +283,16 @@ class OPSDTrainer(DistillationTrainer):
             self._buffered_inputs = list(rollouts.normalised_by(max(total, 1)).split(steps))
         return self._scored(self._buffered_inputs[self._step % steps])
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Compute the loss under autocast.
+
+        transformers leaves it to the wrapper that accelerate puts around `forward`; the loss goes around that wrapper.
+        """
+        return self.accelerator.autocast()
+
     def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
-        with self.compute_loss_context_manager():
+        # Entered and left around the teacher's own weights: autocast caches what it casts.
+        with self.accelerator.autocast():
             return {"rollouts": rollouts, "signal": self.teacher.score(rollouts)}
 
     # ---- lose --------------------------------------------------------------------------------------------------
@@ -300,41 +317,25 @@ class OPSDTrainer(DistillationTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         record, self._record = self._record, None
         assert record is not None
-        self._check_finite(record, inputs["rollouts"])
-        self._log_divergence(record)
+        step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
+        found = divergence_metrics(record, inputs["rollouts"], self.accelerator, steps, step)
+        for key, value in found.items():
+            self._metrics["train" if self.model.training else "eval"][key].append(value)
         return loss
 
-    def _check_finite(self, record: LossRecord, rollouts: Rollouts) -> None:
-        bad = (~torch.isfinite(record.divergence_N)).nonzero().flatten().tolist()
-        if not bad and not bool(torch.isfinite(record.loss)):
-            bad = [0]
-        where = sorted({rollouts.row_of_token(n) for n in bad})
-        told = [f"  {str(rollouts.rows[row]['prompt'])[:200]}" for row in where]
-        everywhere = gather_object(told)
-        if everywhere:
-            raise NonFiniteLossError(
-                f"step {self.state.global_step + 1}: the {self.divergence.words} is NaN or infinite in "
-                f"{len(everywhere)} row(s):\n" + "\n".join(everywhere[:5]) + "\nNothing was updated by it, and the "
-                f"checkpoints in {self.args.output_dir} are as they were. Usual causes: a learning rate that is too "
-                "high, float16 without loss scaling, weights that were already broken. Lower the learning rate and "
-                "resume from the last checkpoint."
-            )
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16:  # there the loss scaler expects overflows, and skips those steps
+            check_gradient(norm, self.state.global_step + 1)
+        return norm
 
-    def _log_divergence(self, record: LossRecord) -> None:
-        values_N = record.divergence_N
-        worst = values_N.max() if len(values_N) else values_N.new_zeros(())
-        count = values_N.new_tensor(len(values_N))
-        sums = self.accelerator.gather(torch.stack([values_N.sum(), count, worst])[None])
-        metrics = self._metrics["train" if self.model.training else "eval"]
-        metrics["divergence"].append((sums[:, 0].sum() / sums[:, 1].sum().clamp(min=1)).item())
-        metrics["divergence/max"].append(sums[:, 2].max().item())
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log to the console and to whatever `report_to` names."""
+        for metrics in self._metrics.values():
+            keep_maxima(metrics)
+        super().log(logs, start_time)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
-
-    @property
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same when a run resumes."""
-        return {"teacher": self.teacher.description, "divergence": self.divergence.words, "lmbda": self.args.lmbda}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
@@ -359,6 +360,8 @@ class OPSDTrainer(DistillationTrainer):
             CheckpointError: the output folder holds another run, or there is nothing to resume from.
             NonFiniteLossError: NaN or infinity in the loss.
         """
+        # What an earlier `train` left half done would mix with this one.
+        self._step, self._buffered_inputs, self._record = 0, None, None
         folder, passed_over = checkpoints.resolve(self.args.output_dir, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
         for line in passed_over:
@@ -367,8 +370,13 @@ class OPSDTrainer(DistillationTrainer):
             precision.store_choice(self.args.output_dir, bool(self.args.bf16))
         with self._stop.listening():
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
-        if self._stop.received:
-            name = signal.Signals(self._stop.received).name
+        if self.state.global_step == 0:
+            raise DataError(
+                f"the dataset ended before one step of {self._rows_per_step} rows (batch per device × accumulation "
+                "steps × processes), so nothing was trained. Lower one of these, or add rows."
+            )
+        if self.stopped_by is not None:
+            name = signal.Signals(self.stopped_by).name
             self._say(
                 f"stopped by {name} after step {self.state.global_step}; saved checkpoint-{self.state.global_step} in "
                 f"{self.args.output_dir}. Resume: trainer.train(resume_from_checkpoint=True), or "
@@ -379,7 +387,7 @@ class OPSDTrainer(DistillationTrainer):
     @property
     def stopped_by(self) -> int | None:
         """The number of the signal that ended the last `train` before its time, or None."""
-        return self._stop.received
+        return self._stop.stopped_by
 
 
 class _FollowStudent(TrainerCallback):

@@ -183,6 +183,17 @@ def test_show_prints_both_prompts_the_boundary_and_the_scored_tokens(run_yaml: P
     assert out.count("▏") >= 4 and "tokens are scored on both sides" in out
 
 
+def test_show_renders_with_each_sides_keywords(run_yaml: Path, capsys, monkeypatch) -> None:
+    """The prompt on the screen must be the prompt that trains: here the teacher thinks and the student does not."""
+    monkeypatch.setenv("COLUMNS", "160")
+    config = yaml.safe_load(run_yaml.read_text())
+    context = {"template": "answer_only", "chat_template_kwargs": {"enable_thinking": True}}
+    kwargs = {"enable_thinking": False}
+    run_yaml.write_text(yaml.safe_dump({**config, "context": context, "chat_template_kwargs": kwargs}))
+    assert main(["show", str(run_yaml)]) == 0
+    assert capsys.readouterr().out.count("<think>") == 2  # the teacher's, as text and as tokens
+
+
 def test_show_refuses_a_row_that_does_not_exist(run_yaml: Path, capsys) -> None:
     assert main(["show", str(run_yaml), "--row", "99"]) == 2
     assert "rows 0 to 11" in capsys.readouterr().err

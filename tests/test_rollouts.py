@@ -79,7 +79,7 @@ def test_the_row_of_a_packed_token_is_found() -> None:
 def test_a_prompt_longer_than_the_models_context_is_refused_by_row() -> None:
     check_lengths(10, [[1] * 6], [4], "student")
     check_lengths(None, [[1] * 600], [4], "student")
-    with pytest.raises(DataError, match=r"row 1 .* 7 tokens .* 4, together more than the 10 tokens"):
+    with pytest.raises(DataError, match=r"row 1: .* 7 tokens .* 4, together more than the 10 tokens"):
         check_lengths(10, [[1] * 6, [1] * 7], [4, 4], "teacher")
 
 

@@ -97,6 +97,8 @@ def test_scoring_leaves_the_student_as_it_was(strategy: str, kind: str) -> None:
     student, teacher = make_pair(strategy, kind, context="answer_only")
     student.train()
     list(student.modules())[-1].eval()  # a module that a user keeps in eval mode
+    frozen = next(p for p in student.parameters() if p.requires_grad)
+    frozen.requires_grad_(False)  # and a parameter that a user froze
     weights, modes = snapshot(student), [m.training for m in student.modules()]
     trainable = [p.requires_grad for p in student.parameters()]
     teacher.score(teacher.show(make_rollouts()))

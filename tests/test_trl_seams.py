@@ -24,6 +24,9 @@ SEAMS = {
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_send_telemetry": ["self"],
+    "_get_grad_norm": ["self", "model", "grad_norm"],
+    "autocast_smart_context_manager": ["self", "cache_enabled"],
+    "log": ["self", "logs", "start_time"],
     "compute_loss_context_manager": ["self"],
 }
 

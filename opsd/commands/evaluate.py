@@ -26,6 +26,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--grader", required=True, help="exact, last_number, contains, … or module:function")
     parser.add_argument("--answer_column", default="answer", help="column with the right answer (default: answer)")
     parser.add_argument("--context", help="template to show the model: a name or a path")
+    parser.add_argument(
+        "--chat_template_kwargs", type=json.loads, default={}, metavar="JSON", help='such as {"enable_thinking": false}'
+    )
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--limit", type=int, help="only the first so many rows")
@@ -49,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
         context.check_columns(row_columns(dataset))
     rows = list(dataset)[: options.limit]
     model, tokenizer = load_model(options.model, trust_remote_code=options.trust_remote_code)
-    renderer = PromptRenderer(tokenizer)
+    renderer = PromptRenderer(tokenizer, None, options.chat_template_kwargs)
     console = Console()
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("answering", total=len(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.columns import Columns
@@ -16,6 +17,8 @@ from opsd.context import PrivilegedContext, PromptRenderer
 from opsd.data import completion_of, load_rows, prepare_rows, row_columns
 from opsd.errors import ConfigError
 from opsd.models import check_model_name
+from opsd.run_file import Run, read_run
+from opsd.teachers import load_teacher
 
 BOUNDARY = " ▏"
 SHADES = ("on grey15", "on grey27")  # neighbouring tokens differ, so that their edges show
@@ -42,17 +45,21 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Print both sides."""
     options = make_parser().parse_args(arguments)
-    model, dataset_name, split, context = _settings(options)
-    dataset = prepare_rows(load_rows(dataset_name, split=split), name=dataset_name)
+    run, context = _settings(options)
+    model, dataset_name = run.model.model_name_or_path or "", run.run.dataset_name or ""
+    rows = load_rows(dataset_name, split=run.run.dataset_train_split, name=run.run.dataset_config)
+    dataset = prepare_rows(rows, name=dataset_name)
     if not 0 <= options.row < len(dataset):
         raise ConfigError(f"the dataset has rows 0 to {len(dataset) - 1}, and row {options.row} was asked for.")
     if context is not None:
         context.check_columns(row_columns(dataset))
-    tokenizer = AutoTokenizer.from_pretrained(check_model_name(model))
+    tokenizer = AutoTokenizer.from_pretrained(
+        check_model_name(model), revision=run.model.model_revision, trust_remote_code=run.args.trust_remote_code
+    )
     row = dataset[options.row]
     completion, origin = _completion(options.completion, row, tokenizer)
     console = Console()
-    renderer = PromptRenderer(tokenizer)
+    renderer = PromptRenderer(tokenizer, None, run.args.chat_template_kwargs or {})
     student = renderer.ids(row["prompt"])
     teacher = context.render(row, side=renderer) if context else student
     shown = f"shown {context.name}" if context else "shown the student's own prompt"
@@ -70,27 +77,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace) -> tuple[str, str, str, PrivilegedContext | None]:
-    """Return model, dataset, split and context from the YAML file and the options."""
-    if options.config is None:
-        if not options.model_name_or_path or not options.dataset_name:
-            raise ConfigError("give a run's YAML file, or --model_name_or_path and --dataset_name.")
-        return options.model_name_or_path, options.dataset_name, "train", PrivilegedContext.of(options.context)
-    from pathlib import Path
-
-    from opsd.run_file import read_run
-    from opsd.teachers import load_teacher
-
+def _settings(options: argparse.Namespace) -> tuple[Run, PrivilegedContext | None]:
+    """Return the run as `opsd train` would read it, and what its teacher is shown."""
     names = ("model_name_or_path", "dataset_name", "context")
     overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
-    run = read_run(Path(options.config), overrides)
-    teacher = load_teacher(run.run.teacher, context=run.run.context)
-    return (
-        run.model.model_name_or_path or "",
-        run.run.dataset_name or "",
-        run.run.dataset_train_split,
-        teacher.context,
-    )
+    run = read_run(Path(options.config) if options.config else None, overrides)
+    return run, load_teacher(run.run.teacher, context=run.run.context).context
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:

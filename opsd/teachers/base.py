@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd.context import PrivilegedContext, PromptRenderer
 from opsd.errors import ConfigError
 from opsd.rollouts import Ids, Rollouts, check_lengths
-from opsd.signals import HiddenSignal
+from opsd.signals import TeacherSignal
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Teacher(ABC):
         self._renderer = student.renderer
 
     @abstractmethod
-    def score(self, rollouts: Rollouts) -> HiddenSignal:
+    def score(self, rollouts: Rollouts) -> TeacherSignal:
         """Return the teacher's distributions for the scored tokens, without gradient, packed like the rollouts.
 
         Args:
@@ -124,7 +124,8 @@ class Teacher(ABC):
     @property
     def description(self) -> dict[str, Any]:
         """Strategy, numbers and context: what a resume compares."""
-        context = None if self.context is None else self.context.name
+        names = ("name", "digest", "chat_template_kwargs", "truncate", "truncate_side", "max_prompt_tokens")
+        context = None if self.context is None else {name: getattr(self.context, name) for name in names}
         return {"strategy": self.strategy, **self.settings, "context": context}
 
     @property
@@ -174,6 +175,6 @@ class Teacher(ABC):
         prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
         rollouts = self.show(Rollouts(rows, prompts, completions))
         signal = self.score(rollouts)
-        scored_ids_N = rollouts.pad(signal.hidden_ND.device, self.strategy).scored_ids_N
+        scored_ids_N = rollouts.pad("cpu", self.strategy).scored_ids_N
         values = iter(signal.logprobs(scored_ids_N).tolist())
         return [[next(values) for _ in completion] for completion in completions]
