@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -45,11 +46,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options, rest = make_parser().parse_known_args(arguments[:1])
-    rest = arguments[1:]
+    # Libraries warn each other of coming renames; whoever types a command can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    options = make_parser().parse_args(arguments[:1] or ["--help"])
     module = importlib.import_module(f"opsd.commands.{COMMANDS[options.command][0]}")
     try:
-        return int(module.main(rest) or 0)
+        return int(module.main(arguments[1:]) or 0)
     except OPSDError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]{type(error).__name__}:[/] ", end="")
         print(error, file=sys.stderr)

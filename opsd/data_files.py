@@ -22,13 +22,13 @@ from datasets import Dataset, Features, IterableDataset, Json, Value, load_datas
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from opsd.errors import DataError, did_you_mean
+from opsd.hub import is_hub_id
 
 __all__ = ["load_rows"]
 
 Row = dict[str, Any]
 T = TypeVar("T")
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}
 # What loading raises when the source is at fault: not found, unreachable, unknown split, not the format it claims.
 _LOAD_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError)
@@ -54,7 +54,7 @@ def load_rows(
         return _load_local(path, split, name, streaming)
     if source.startswith((".", "/", "~")) or "\\" in source or path.suffix.lower() in _SUFFIXES:
         raise DataError(f"there is no dataset file {source!r}.{_near_files(path)}")
-    if not _HUB_ID.fullmatch(source):
+    if not is_hub_id(source):
         raise DataError(
             f"{source!r} is neither a file or folder here nor a hub id, which has the form 'org/name'. "
             f"Nothing was downloaded.{_near_files(path)}"

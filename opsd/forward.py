@@ -68,6 +68,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def probe(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (int64, (2, 7)) of a small batch on the model's device; all ids are below `vocab_size`."""
+    ids_BL = torch.arange(3, 3 + 14, device=next(model.parameters()).device).reshape(2, 7) % vocab_size
+    return ids_BL, torch.ones_like(ids_BL)
+
+
 def check_model(model: nn.Module, vocab_size: int) -> None:
     """Refuse a model whose logits are not what its last hidden states and head say.
 
@@ -80,9 +86,7 @@ def check_model(model: nn.Module, vocab_size: int) -> None:
     Raises:
         UnsupportedModelError: the two disagree, naming the model's class and by how much.
     """
-    device = next(model.parameters()).device
-    ids_BL = torch.arange(3, 3 + 14, device=device).reshape(2, 7) % vocab_size
-    mask_BL = torch.ones_like(ids_BL)
+    ids_BL, mask_BL = probe(model, vocab_size)
     with evaluating(model):
         hidden_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
         logits_NV = Head.of(model).logits(hidden_ND)

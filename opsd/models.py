@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError
+from opsd.hub import is_hub_id
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -29,9 +30,9 @@ def check_model_name(model: str) -> str:
     """Return `model` if it can be a folder or a hub id.
 
     Raises:
-        ConfigError: neither; nothing without exactly one "/" is ever looked up on a hub.
+        ConfigError: neither.
     """
-    if not Path(model).is_dir() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+    if not Path(model).is_dir() and not is_hub_id(model):
         raise ConfigError(
             f"{model!r} is neither a folder that exists nor a hub id (organisation/name), so its weights cannot be "
             "found. Give the folder that `save_pretrained` wrote, or a hub id."

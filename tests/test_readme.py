@@ -74,3 +74,12 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
     for target in re.findall(r"^make ([a-z]+)", README, flags=re.M):
         assert target in targets
+
+
+def test_the_measured_result_is_the_one_of_the_result_file() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "demo.json").read_text())
+    figures = [record["runs"][0][part] for part in ("before", "ceiling", "control")]
+    for figure in figures + [run["after"] for run in record["runs"]]:
+        assert f"| {100 * figure['accuracy']:.1f} % |" in README
+        assert f"{100 * figure['interval'][0]:.1f} to {100 * figure['interval'][1]:.1f}" in README
+    assert len(record["runs"]) >= 3 and all(run["gain"]["after"]["low"] > 0 for run in record["runs"])

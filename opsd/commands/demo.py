@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -151,7 +150,6 @@ def _quiet() -> None:
     """Leave the screen to the demo: library notices of no use to its reader are off."""
     from transformers.utils import logging as transformers_logging
 
-    warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -14,6 +14,7 @@ from typing import Any
 from opsd import shipped
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError, did_you_mean
+from opsd.hub import is_hub_id
 from opsd.teachers.base import Cost, StudentHandle, Teacher
 from opsd.teachers.ema import EMATeacher
 from opsd.teachers.live import LiveTeacher
@@ -98,7 +99,7 @@ def _resolve(value: TeacherLike) -> tuple[Mapping[str, Any], Any]:
             f"{type(value).__name__}. Take one from `opsd teachers`."
         )
     source = fspath(value)
-    if Path(source).is_dir() or (source.count("/") == 1 and not source.startswith((".", "/", "~"))):
+    if Path(source).is_dir() or is_hub_id(source):
         return {"strategy": SiblingTeacher.strategy, "model": source}, None
     raise ConfigError(_nothing_named(source))
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opsd.forward import evaluating, last_hidden
+from opsd.forward import evaluating, last_hidden, probe
 
 MEGABYTE = 2**20
 
@@ -93,9 +93,7 @@ def adapter_adds_nothing(model: nn.Module, vocab_size: int) -> bool:
         model: a PEFT model.
         vocab_size: ids below it may appear in the probe.
     """
-    device = next(model.parameters()).device
-    ids_BL = torch.arange(3, 3 + 14, device=device).reshape(2, 7) % vocab_size
-    mask_BL = torch.ones_like(ids_BL)
+    ids_BL, mask_BL = probe(model, vocab_size)
     with evaluating(model):
         on_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
         with adapter_off(model):
