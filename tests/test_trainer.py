@@ -15,6 +15,7 @@ from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset, IterableDataset
 from helpers import LORA, STUDENTS, make_args, make_rollouts, make_student, make_trainer, move, snapshot
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 
 from opsd import (
     EMATeacher,
@@ -284,6 +285,20 @@ def test_a_resumed_run_is_the_run_without_the_stop(tmp_path: Path, teacher: str,
         assert torch.equal(value, again.teacher.state_dict()[name]), name
     assert logged(whole, "divergence") == logged(again, "divergence")
     assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_the_average_follows_every_step_of_a_run_and_is_in_that_steps_checkpoint(tmp_path: Path) -> None:
+    """A teacher that is never told of a step, or told after the save, fails here."""
+    trainer = make_trainer(tmp_path, MAKE_TEACHER["ema"](), max_steps=3, save_strategy="steps", save_steps=1)
+    average = {name: value.clone() for name, value in trainer.teacher.state_dict().items()}
+    trainer.train()
+    for step in (1, 2, 3):
+        student = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        saved = load_file(tmp_path / f"checkpoint-{step}" / "opsd_teacher.safetensors")
+        for name in average:
+            average[name] = 0.8 * average[name] + 0.2 * student[name]
+            assert torch.allclose(saved[name], average[name], atol=1e-7), (step, name)
+    assert any(not torch.equal(average[name], student[name]) for name in average)
 
 
 def test_epochs_have_orders_of_their_own_and_repeat_batches_for_accumulation() -> None:
