@@ -10,13 +10,28 @@ from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from opsd import OPSDConfig, OPSDTrainer, PrivilegedContext
+from opsd import (
+    EMATeacher,
+    LiveTeacher,
+    OPSDConfig,
+    OPSDTrainer,
+    PrivilegedContext,
+    SameCheckpointTeacher,
+    SiblingTeacher,
+)
 from opsd.context import PromptRenderer
 from opsd.rollouts import Rollouts
 from opsd.teachers import StudentHandle, Teacher
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 STUDENTS = ("full", "lora", "arriving adapter")
+
+MAKE_TEACHER = {
+    "same_checkpoint": lambda: SameCheckpointTeacher(context="answer_only"),
+    "live": lambda: LiveTeacher(context="worked_solution"),
+    "ema": lambda: EMATeacher(0.8, context="answer_only"),
+    "sibling": lambda: SiblingTeacher(make_llama(5), tokenizer=make_tokenizer(), context="answer_only"),
+}
 
 
 def make_student(kind: str, seed: int = 0) -> torch.nn.Module:
@@ -97,3 +112,11 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def is_peft(model: Any) -> bool:
     """Whether a model carries an adapter."""
     return isinstance(model, PeftModel)
+
+
+def logged(trainer: OPSDTrainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def changed(trainer: OPSDTrainer, before: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
