@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from opsd import (
     EMATeacher,
@@ -107,11 +107,6 @@ def make_rollouts(count: int = 5, context: PrivilegedContext | None = None) -> R
 def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of all parameters by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def is_peft(model: Any) -> bool:
-    """Whether a model carries an adapter."""
-    return isinstance(model, PeftModel)
 
 
 def logged(trainer: OPSDTrainer, key: str) -> list[float]:
