@@ -65,3 +65,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the known name nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def not_one_of(name: str, value: str, known: Iterable[str]) -> str:
+    """Return the message for a setting that takes one of a few words."""
+    known = list(known)
+    return f"{name} is {value!r}, and must be one of {', '.join(known)}.{did_you_mean(value, known)}"

@@ -1,108 +1,87 @@
 """What a teacher answers: a distribution over the vocabulary for every scored token.
 
 One record stands between teachers and losses, so neither knows the other. It knows nothing of prompts, rollouts or
-divergences; it only says how its states become log-probabilities.
+divergences; it only says how what it holds becomes log-probabilities.
 
-Shapes: N scored tokens of a micro-batch (packed, padding gone) · D hidden width · V vocabulary.
+Shapes: N scored tokens of a micro-batch (packed, padding gone) · R of them · D hidden width · V vocabulary · K ids.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from opsd.errors import UnsupportedModelError
+from opsd.errors import ConfigError
+from opsd.heads import Head
 
 ROWS_PER_CHUNK = 512  # logits of this many tokens exist at once when a signal is asked for log-probabilities
-
-
-def _logit_scale(config: object) -> float:
-    """Return the factor between `head(hidden)` and the logits, as the model families of transformers name it."""
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere; Muse Glimmer; Falcon-H1
-        value = getattr(config, name, None)
-        if value is not None:
-            return float(value)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling is None:
-        return 1.0
-    # HyperCLOVA X multiplies by what Granite and MiniCPM3 divide by.
-    return float(scaling) if getattr(config, "model_type", "") == "hyperclovax" else 1.0 / float(scaling)
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The last step of a language model: logits = softcap(scale · (hidden @ weightᵀ + bias)).
-
-    Args:
-        weight_VD: float, the output embedding.
-        bias_V: float, or None.
-        scale: factor on the logits.
-        softcap: c in c·tanh(logits / c) (Gemma 2, arXiv 2408.00118), or None.
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Head:
-        """Read the head of a transformers model (or of a PEFT model around one).
-
-        Raises:
-            UnsupportedModelError: the model has no output embedding with a weight.
-        """
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has no output embedding with a weight matrix, and opsd computes every "
-                "distribution from one. Use a causal language model (AutoModelForCausalLM)."
-            )
-        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        softcap = getattr(config, "final_logit_softcapping", None)
-        return cls(head.weight, getattr(head, "bias", None), _logit_scale(config), softcap)
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the rows of the output embedding (padding rows included)."""
-        return self.weight_VD.shape[0]
-
-    def narrow(self, vocab_size: int) -> Head:
-        """Return the head over the first `vocab_size` ids: how heads that were padded differently are compared."""
-        if vocab_size == self.vocab_size:
-            return self
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
-        return replace(self, weight_VD=self.weight_VD[:vocab_size], bias_V=bias_V)
-
-    def detach(self) -> Head:
-        """Return the same head outside the autograd graph."""
-        bias_V = None if self.bias_V is None else self.bias_V.detach()
-        return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V)
-
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Return float32 logits of shape (N, V); the caller chooses an N that fits in memory."""
-        weight_VD = self.weight_VD.to(hidden_ND.dtype)
-        logits_NV = (hidden_ND @ weight_VD.T).float()
-        if self.bias_V is not None:
-            logits_NV = logits_NV + self.bias_V.float()
-        logits_NV = logits_NV * self.scale
-        return logits_NV if self.softcap is None else self.softcap * torch.tanh(logits_NV / self.softcap)
+KINDS = ("arithmetic", "geometric")
 
 
 @runtime_checkable
 class TeacherSignal(Protocol):
     """What every signal can answer, whatever it is made of."""
 
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
     def logprobs(self, token_ids_N: Tensor) -> Tensor:
         """Return log p(token) in nats, float32 of shape (N,), one for each scored token."""
         ...
 
+    def select(self, index: Tensor | slice) -> TeacherSignal:
+        """Return the signal of some of the tokens."""
+        ...
+
+
+class DenseSignal(ABC):
+    """A signal that knows the whole vocabulary; the base of the two that do."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[HiddenSignal]:
+        """The states whose logits it is made of."""
+
+    @abstractmethod
+    def combine(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
+        """Return log-probabilities (R, V) from the parts' logits of the same tokens."""
+
+    @abstractmethod
+    def select(self, index: Tensor | slice) -> DenseSignal:
+        """Return the signal of some of the tokens."""
+
+    @abstractmethod
+    def narrow(self, vocab_size: int) -> DenseSignal:
+        """Return the signal over the first ids only."""
+
+    def __len__(self) -> int:
+        return self.parts[0].hidden_ND.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids that all parts have: heads that are padded to different sizes differ in it."""
+        return min(part.head.vocab_size for part in self.parts)
+
+    def logprobs(self, token_ids_N: Tensor) -> Tensor:
+        """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
+        found = []
+        for start in range(0, len(self), ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            logits = [part.head.logits(part.hidden_ND[rows]) for part in self.narrow(self.vocab_size).parts]
+            log_t = self.combine(logits, temperature=1.0)
+            found.append(log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float())
+        return torch.cat(found) if found else self.parts[0].hidden_ND.new_zeros(0, dtype=torch.float32)
+
 
 @dataclass(frozen=True, eq=False)
-class HiddenSignal:
+class HiddenSignal(DenseSignal):
     """Last hidden states and the head above them; the full distribution exists only chunk by chunk inside the loss.
 
     Args:
@@ -113,14 +92,105 @@ class HiddenSignal:
     hidden_ND: Tensor
     head: Head
 
+    @property
+    def parts(self) -> Sequence[HiddenSignal]:
+        """Itself."""
+        return (self,)
+
+    def combine(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
+        """Return the log-softmax of logits / temperature."""
+        return torch.log_softmax(logits[0] if temperature == 1.0 else logits[0] / temperature, dim=-1)
+
+    def select(self, index: Tensor | slice) -> HiddenSignal:
+        """Return the signal of some of the tokens."""
+        return replace(self, hidden_ND=self.hidden_ND[index])
+
+    def narrow(self, vocab_size: int) -> HiddenSignal:
+        """Return the signal over the first ids only."""
+        return replace(self, head=self.head.narrow(vocab_size))
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureSignal(DenseSignal):
+    """Several teachers, or one under several contexts, as one distribution.
+
+    Args:
+        signals: of the same tokens.
+        weights: of the signals, adding up to 1. A geometric mixture may have negative ones, which push away from a
+            signal: (2, -1) over a right and a wrong context keeps what only the right one says (contrastive decoding).
+        kind: "arithmetic", Σ w·p, or "geometric", ∏ p^w normalised.
+
+    Raises:
+        ConfigError: weights that do not fit the signals or the kind.
+    """
+
+    signals: Sequence[HiddenSignal]
+    weights: Sequence[float]
+    kind: str = "arithmetic"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"a mixture is one of {', '.join(KINDS)}, and kind is {self.kind!r}.")
+        if len(self.signals) != len(self.weights) or not math.isclose(sum(self.weights), 1.0, abs_tol=1e-6):
+            raise ConfigError(
+                f"a mixture of {len(self.signals)} signals has the weights {list(self.weights)}. It needs one weight "
+                "per signal, adding up to 1, or the target would be no distribution."
+            )
+        if self.kind == "arithmetic" and min(self.weights) < 0:
+            raise ConfigError(
+                f"an arithmetic mixture has the weights {list(self.weights)}. A negative weight gives negative "
+                'probabilities. Use kind="geometric" to push away from a signal.'
+            )
+
+    @property
+    def parts(self) -> Sequence[HiddenSignal]:
+        """The signals."""
+        return self.signals
+
+    def combine(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
+        """Return the mixture's log-probabilities; each part has the temperature, the mixture has none of its own."""
+        each = [part.combine([z], temperature) for part, z in zip(self.signals, logits, strict=True)]
+        if self.kind == "geometric":
+            # -inf · 0 and -inf · -1 have no meaning: what a head masks out stays out through the floor.
+            floor = torch.finfo(each[0].dtype).min / (2 * sum(abs(w) for w in self.weights))
+            blend = sum(w * log_p.clamp(min=floor) for w, log_p in zip(self.weights, each, strict=True))
+            return torch.log_softmax(blend, dim=-1)  # type: ignore[arg-type]
+        used = [log_p + math.log(w) for w, log_p in zip(self.weights, each, strict=True) if w > 0]
+        mixed = used[0]
+        for log_p in used[1:]:
+            mixed = torch.logaddexp(mixed, log_p)
+        return mixed
+
+    def select(self, index: Tensor | slice) -> MixtureSignal:
+        """Return the signal of some of the tokens."""
+        return replace(self, signals=[signal.select(index) for signal in self.signals])
+
+    def narrow(self, vocab_size: int) -> MixtureSignal:
+        """Return the signal over the first ids only."""
+        return replace(self, signals=[signal.narrow(vocab_size) for signal in self.signals])
+
+
+@dataclass(frozen=True, eq=False)
+class TopKSignal:
+    """The likeliest ids of a teacher and their log-probabilities: what a served or cached teacher can give.
+
+    Args:
+        ids_NK: int64, distinct ids of each token.
+        logprobs_NK: float32, nats, at temperature 1 over the whole vocabulary; -inf fills a shorter list (with any id).
+        sampled_logprobs_N: float32, nats, of the scored tokens themselves.
+    """
+
+    ids_NK: Tensor
+    logprobs_NK: Tensor
+    sampled_logprobs_N: Tensor
+
+    def __len__(self) -> int:
+        return self.ids_NK.shape[0]
+
     def logprobs(self, token_ids_N: Tensor) -> Tensor:
-        """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
-        chunks = zip(
-            self.hidden_ND.split(ROWS_PER_CHUNK),
-            token_ids_N.to(self.hidden_ND.device).split(ROWS_PER_CHUNK),
-            strict=True,
-        )
-        parts = [
-            torch.log_softmax(self.head.logits(hidden), dim=-1).gather(-1, ids[:, None])[:, 0] for hidden, ids in chunks
-        ]
-        return torch.cat(parts) if parts else self.hidden_ND.new_zeros(0, dtype=torch.float32)
+        """Return log p of the scored tokens; it knows no others."""
+        return self.sampled_logprobs_N
+
+    def select(self, index: Tensor | slice) -> TopKSignal:
+        """Return the signal of some of the tokens."""
+        return TopKSignal(self.ids_NK[index], self.logprobs_NK[index], self.sampled_logprobs_N[index])

@@ -36,12 +36,12 @@ from opsd.context import PromptRenderer
 from opsd.data import check_completions, completion_of, prepare_rows, row_columns
 from opsd.errors import DataError
 from opsd.forward import check_model, context_length, last_hidden
+from opsd.heads import Head
 from opsd.losses import Divergence, LossRecord
 from opsd.metrics import check_gradient, divergence_metrics, keep_maxima
 from opsd.models import check_model_name, is_adapter, load_model, without_autocast
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.sampler import EpochSampler
-from opsd.signals import Head
 from opsd.stopping import GracefulStop
 from opsd.teachers import StudentHandle, Teacher, load_teacher
 

@@ -1,38 +1,59 @@
-"""The divergence between student and teacher at every scored token, over the full vocabulary.
+"""The divergence between student and teacher at every scored token, as the settings describe it.
 
-Knows states, heads and weights; knows nothing of prompts, teachers or trainers. Logits exist only in tiles: memory
-does not grow with rows × tokens × vocabulary (TRL's chunked kernel).
+The one place where settings become a loss and its words. It knows signals, supports and entries; nothing of logits,
+weights of tokens, prompts, teachers or trainers.
 
-Shapes: N scored tokens of a micro-batch · D hidden width · V vocabulary.
+Shapes: N scored tokens of a micro-batch · R of them in a block · V vocabulary · K ids of a support.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from opsd.errors import ConfigError
-from opsd.signals import Head, HiddenSignal
+from opsd.losses import entries as table
+from opsd.losses import supports
+from opsd.losses.entries import Entries, entries
+from opsd.losses.estimators import log_ratio
+from opsd.signals import TeacherSignal, TopKSignal
 
 NEAR_AN_END = 0.05  # between 0 and this (or its mirror) the generalised JSD is close to 0 whatever the two models say
+BASELINES = ("expected", "none")
 
 
-@dataclass(frozen=True)
-class LossRecord:
-    """What a divergence returns.
+class Compared(NamedTuple):
+    """What a divergence finds at a block of tokens.
 
     Args:
-        loss: scalar with gradient to the student, Σ weight_N · divergence_N.
-        divergence_N: float32, nats per token, detached.
-        entropy_N: float32, the student's entropy in nats, detached.
+        value_R: nats per token.
+        slope_RV: s(v)·∂value/∂s(v), up to multiples of s(v); the gradient with respect to logits is slope - s·Σ slope.
+        records: (R,) tensors by name.
     """
 
-    loss: Tensor
-    divergence_N: Tensor
-    entropy_N: Tensor
+    value_R: Tensor
+    slope_RV: Tensor
+    records: dict[str, Tensor]
+
+
+class _View(NamedTuple):
+    """The entries that are compared: all of them, or a support and what stands for the rest."""
+
+    log_s: Tensor
+    s: Tensor
+    log_t: Tensor
+    ids_RK: Tensor | None = None
+    log_rest_s: Tensor | None = None
+
+
+def sampled_logprobs(teacher: Tensor | TopKSignal, token_ids_R: Tensor) -> Tensor:
+    """Return the teacher's log-probabilities of the sampled tokens, (R,)."""
+    if isinstance(teacher, TopKSignal):
+        return teacher.sampled_logprobs_N
+    return teacher.gather(-1, token_ids_R[:, None])[:, 0]
 
 
 @dataclass(frozen=True)
@@ -45,15 +66,40 @@ class Divergence:
     Args:
         beta: in [0, 1].
         temperature: divides both sides' logits, > 0.
+        support: what is compared; a key of `supports.SUPPORTS`.
+        support_k: ids per side of a top-k support; SDPO (arXiv 2601.20802) takes 100, SDFT's recipe 20.
+        tail: what becomes of the mass outside a top-k support; a key of `supports.TAILS`.
+        force_tail: accept tail "none" with β > 0, whose minimum is no mass on the support at all.
+        entry_clip: nats; each vocabulary entry adds at most this (OPSD, arXiv 2601.18734: 0.05). A forward KL can
+            then be negative, which is no error. None does not clip.
+        token_clip: nats; each token adds at most this, and has no gradient above it. None does not clip.
+        entropy_gate: nats of the teacher's entropy above which the forward KL is added to the reverse KL (EOPD, arXiv
+            2603.07079). None does not gate.
+        baseline: what a sampled token's log-ratio is compared with in the policy gradient: "expected", its mean over
+            the student's distribution (which the kernel has at hand; least variance), or "none".
 
     Raises:
-        ConfigError: beta or temperature outside its range.
+        ConfigError: a setting outside its range, or a combination that cannot work.
     """
 
     beta: float = 1.0
     temperature: float = 1.0
+    support: str = "full"
+    support_k: int = 100
+    tail: str = "bucket"
+    force_tail: bool = False
+    entry_clip: float | None = None
+    token_clip: float | None = None
+    entropy_gate: float | None = None
+    baseline: str = "expected"
 
     def __post_init__(self) -> None:
+        self._check_ranges()
+        self._check_combinations()
+
+    # ---- what is refused ---------------------------------------------------------------------------------------
+
+    def _check_ranges(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
             raise ConfigError(
                 f"beta must lie between 0 and 1, and is {self.beta}. It interpolates from the forward KL (0) to the "
@@ -64,68 +110,186 @@ class Divergence:
                 f"temperature must be above 0, and is {self.temperature}. Logits are divided by it. Use 1 to train "
                 "on the distributions as they are."
             )
+        for name, known in (("support", supports.SUPPORTS), ("tail", supports.TAILS), ("baseline", BASELINES)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(not_one_of(name, value, known))
+        if self.support_k < 1:
+            raise ConfigError(f"support_k must be at least 1, and is {self.support_k}. It is the size of the support.")
+        for name in ("entry_clip", "token_clip", "entropy_gate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0.0:
+                raise ConfigError(f"{name} must be above 0 nats, and is {value}. Leave it out to do without.")
+
+    def _check_combinations(self) -> None:
+        if self.entropy_gate is not None and self.beta != 1.0:
+            raise ConfigError(
+                f"entropy_gate adds the forward KL to the reverse KL where the teacher is uncertain, and beta is "
+                f"{self.beta:g}. Set beta to 1 (reverse KL), or leave entropy_gate out."
+            )
+        if self.support == "sampled":
+            self._check_sampled()
+        elif self._is_top_k and self.tail == "none" and self.beta > 0.0 and not self.force_tail:
+            raise ConfigError(
+                f"support {self.support!r} with tail 'none' and {table.words(self.beta)} is refused: the loss falls "
+                "when the student moves its mass outside the support, where nothing is compared, and training finds "
+                "that out (verl PR 5041). Use tail 'bucket' or 'renormalise', or set force_tail to train it anyway."
+            )
+
+    def _check_sampled(self) -> None:
+        if self.beta != 1.0:
+            raise ConfigError(
+                f"support 'sampled' estimates the reverse KL from the student's own tokens, and beta is {self.beta:g}. "
+                "Other divergences are expectations over tokens that the student did not sample. Set beta to 1."
+            )
+        for name in ("entry_clip", "entropy_gate"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name} looks at the whole distribution, and support 'sampled' at one token of it. Use "
+                    "token_clip, or another support."
+                )
+
+    def check_signal(self, signal: TeacherSignal) -> None:
+        """Refuse a signal that does not know what this divergence compares.
+
+        Raises:
+            ConfigError: the teacher lists its likeliest tokens only, and more is asked of it.
+        """
+        if not isinstance(signal, TopKSignal):
+            return
+        if self.support not in ("teacher_top_k", "sampled"):
+            raise ConfigError(
+                f"support {self.support!r} needs the teacher's whole distribution, and this teacher lists its "
+                "likeliest tokens only. Use support 'teacher_top_k' or 'sampled', or a teacher that runs here."
+            )
+        if self.temperature != 1.0 and not (self._is_top_k and self.tail == "renormalise"):
+            raise ConfigError(
+                f"temperature is {self.temperature:g}, and this teacher lists its likeliest tokens at temperature 1: "
+                "what the rest of the vocabulary weighs at another one cannot be known. Set temperature to 1, or "
+                "tail to 'renormalise'."
+            )
+
+    # ---- in words ----------------------------------------------------------------------------------------------
+
+    @property
+    def _is_top_k(self) -> bool:
+        return self.support not in ("full", "sampled")
 
     @property
     def words(self) -> str:
         """The divergence in words, as logs and reports name it."""
-        if self.beta in (0.0, 1.0):
-            name = "reverse KL(student ‖ teacher)" if self.beta else "forward KL(teacher ‖ student)"
-        else:
-            name = f"generalised JSD (β = {self.beta:g})"
-        return name if self.temperature == 1.0 else f"{name} at temperature {self.temperature:g}"
+        said = [table.words(self.beta)]
+        if self.support != "full":
+            said.append("over " + supports.SUPPORTS[self.support].format(k=self.support_k))
+        if self._is_top_k:
+            said.append(supports.TAILS[self.tail])
+        if self.support == "sampled" and self.baseline == "none":
+            said.append("no baseline")
+        if self.entropy_gate is not None:
+            said.append(f"and the forward KL where the teacher's entropy is above {self.entropy_gate:g} nats")
+        if self.entry_clip is not None:
+            said.append(f"each entry at most {self.entry_clip:g} nats")
+        if self.token_clip is not None:
+            said.append(f"each token at most {self.token_clip:g} nats")
+        text = ", ".join(said)
+        return text if self.temperature == 1.0 else f"{text}, at temperature {self.temperature:g}"
 
     @property
     def formula(self) -> str:
-        """The divergence as a formula; s is the student, t the teacher, v runs over the vocabulary."""
-        if self.beta == 1.0:
-            return "Σ_v s(v)·[log s(v) − log t(v)]"
-        if self.beta == 0.0:
-            return "Σ_v t(v)·[log t(v) − log s(v)]"
-        b, a = f"{self.beta:g}", f"{1 - self.beta:g}"
-        return f"{b}·KL(t ‖ m) + {a}·KL(s ‖ m),  m = {b}·t + {a}·s"
+        """The divergence as a formula; s is the student, t the teacher, y the sampled token, v runs over entries."""
+        if self.support == "sampled":
+            less = " − KL(s ‖ t)" if self.baseline == "expected" else ""
+            return f"log s(y) − log t(y),  gradient (log s(y) − log t(y){less})·∇log s(y)"
+        text = table.formula(self.beta)
+        if self.entropy_gate is not None:
+            text += f" + [H(t) > {self.entropy_gate:g}]·" + table.formula(0.0)
+        if self.entry_clip is not None:
+            text = f"Σ_v min({self.entry_clip:g}, its entry) of {text}"
+        return text if self.token_clip is None else f"min({self.token_clip:g}, {text})"
 
-    def __call__(self, hidden_ND: Tensor, head: Head, signal: HiddenSignal, weight_N: Tensor) -> LossRecord:
-        """Compute the weighted sum of per-token divergences.
+    # ---- the computation ---------------------------------------------------------------------------------------
+
+    def compare(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, token_ids_R: Tensor | None) -> Compared:
+        """Compare student and teacher at a block of tokens.
 
         Args:
-            hidden_ND: float, the student's last hidden states, with gradient.
-            head: the student's head.
-            signal: the teacher's answer for the same N tokens.
-            weight_N: float32, what each token counts (row weight × token weight ÷ normaliser). A token of weight 0
-                is left out altogether: even a NaN there changes nothing.
-
-        Returns:
-            The record; heads that are padded to different sizes are compared over the ids that both have.
+            log_s: (R, V) the student's log-probabilities, nats.
+            s: exp(log_s).
+            teacher: (R, V) the teacher's log-probabilities, or its likeliest ones.
+            token_ids_R: the scored tokens; needed for support "sampled".
         """
-        assert hidden_ND.shape[0] == signal.hidden_ND.shape[0] == weight_N.shape[0], "student and teacher differ in N"
-        used_N = weight_N != 0
-        vocab_size = min(head.vocab_size, signal.head.vocab_size)
-        divergence_N, entropy_N = self._per_token(
-            hidden_ND[used_N], head.narrow(vocab_size), signal.hidden_ND[used_N], signal.head.narrow(vocab_size)
+        records: dict[str, Tensor] = {}
+        if self.support == "sampled":
+            assert token_ids_R is not None, "support 'sampled' needs the sampled tokens"
+            value_R, slope_RV = self._policy_gradient(log_s, s, teacher, token_ids_R)
+        else:
+            view = self._view(log_s, s, teacher, records)
+            found = self._entries(view, records)
+            if self.entry_clip is not None:
+                found, records["clipped/entries"] = table.clip_entries(found, view.s, self.entry_clip)
+            value_R, slope_RV = found.value.sum(-1), self._spread(found, view, s)
+        if self.token_clip is not None:
+            clipped_R = value_R > self.token_clip
+            records["clipped/tokens"] = clipped_R.float()
+            value_R = value_R.clamp(max=self.token_clip)
+            slope_RV = slope_RV.masked_fill(clipped_R[:, None], 0.0)
+        return Compared(value_R, slope_RV, records)
+
+    def _entries(self, view: _View, records: dict[str, Tensor]) -> Entries:
+        found = entries(view.log_s, view.s, view.log_t, self.beta)
+        if self.entropy_gate is None:
+            return found
+        entropy_R = -(view.log_t.exp() * view.log_t.clamp(min=table.FLOOR)).sum(-1)
+        gate_R1 = (entropy_R > self.entropy_gate).to(view.s.dtype)[:, None]
+        records["gated"] = gate_R1[:, 0]
+        forward = entries(view.log_s, view.s, view.log_t, 0.0)
+        return Entries(
+            found.value + gate_R1 * forward.value,
+            found.slope + gate_R1 * forward.slope,
+            found.shift + gate_R1 * forward.shift,
         )
-        # The sum over no rows is 0 and reaches every parameter: a process without a scored token must not hang DDP.
-        loss = (divergence_N * weight_N[used_N]).sum() + hidden_ND[:0].sum()
-        return LossRecord(loss, _scatter(divergence_N, used_N), _scatter(entropy_N, used_N))
 
-    def _per_token(self, student_ND: Tensor, head: Head, teacher_ND: Tensor, other: Head) -> tuple[Tensor, Tensor]:
-        return ChunkedDivergenceFunction.apply(
-            student_ND,
-            head.weight_VD,
-            head.bias_V,
-            teacher_ND,
-            other.weight_VD,
-            other.bias_V,
-            self.beta,
-            self.temperature,
-            head.scale,
-            head.softcap,
-            other.scale,
-            other.softcap,
-        )
+    def _view(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, records: dict[str, Tensor]) -> _View:
+        """Return the entries to compare, and record how much mass a support holds."""
+        if not self._is_top_k:
+            assert isinstance(teacher, Tensor)
+            return _View(log_s, s, teacher)
+        if isinstance(teacher, TopKSignal):
+            used_RK = teacher.logprobs_NK > -torch.inf
+            ids_RK = torch.where(used_RK, teacher.ids_NK, teacher.ids_NK[:, :1])
+            log_t = teacher.logprobs_NK.to(log_s.dtype)
+            log_rest_t = supports.log_rest_of_listed(log_t)
+            log_t = log_t / self.temperature
+        else:
+            ids_RK, used_RK = supports.choose(self.support, self.support_k, log_s, teacher)
+            log_t = supports.gather(teacher, ids_RK, used_RK)
+            log_rest_t = supports.log_rest(teacher.exp(), ids_RK)
+        log_rest_s = supports.log_rest(s, ids_RK)
+        records["support/student"], records["support/teacher"] = (1 - x.exp()[:, 0] for x in (log_rest_s, log_rest_t))
+        compared_s = supports.with_tail(supports.gather(log_s, ids_RK, used_RK), log_rest_s, self.tail)
+        compared_t = supports.with_tail(log_t, log_rest_t, self.tail)
+        return _View(compared_s, compared_s.exp(), compared_t, ids_RK, log_rest_s)
 
+    def _spread(self, found: Entries, view: _View, s: Tensor) -> Tensor:
+        if view.ids_RK is None or view.log_rest_s is None:
+            return found.slope
+        return supports.spread(found, view.s, s, view.ids_RK, view.log_rest_s, self.tail)
 
-def _scatter(values: Tensor, used_N: Tensor) -> Tensor:
-    """Put the values of the used tokens back among N, zeros elsewhere."""
-    out_N = torch.zeros(used_N.shape, dtype=torch.float32, device=used_N.device)
-    out_N[used_N] = values.detach().float()
-    return out_N
+    def _policy_gradient(
+        self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, token_ids_R: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return log s(y) - log t(y), and the slope whose gradient is (that - baseline)·∇log s(y)."""
+        ids_R1 = token_ids_R[:, None]
+        ratio_R = log_ratio(log_s.gather(-1, ids_R1)[:, 0], sampled_logprobs(teacher, token_ids_R))
+        coefficient_R = ratio_R - self._expected(log_s, s, teacher)
+        slope_RV = torch.zeros_like(log_s).scatter_(-1, ids_R1, coefficient_R[:, None].to(log_s.dtype))
+        return ratio_R, slope_RV
+
+    def _expected(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal) -> Tensor | float:
+        """Return the baseline: KL(s ‖ t), or that of its coarsening where the teacher lists its likeliest tokens."""
+        if self.baseline == "none":
+            return 0.0
+        if isinstance(teacher, Tensor):
+            return entries(log_s, s, teacher, 1.0).value.sum(-1)
+        view = Divergence(support="teacher_top_k")._view(log_s, s, teacher, {})
+        return entries(view.log_s, view.s, view.log_t, 1.0).value.sum(-1)

@@ -15,8 +15,9 @@ from torch import nn
 from opsd.errors import AlignmentError
 from opsd.evaluation.sampling import generate
 from opsd.forward import check_model, context_length, evaluating, last_hidden
+from opsd.heads import Head
 from opsd.rollouts import Ids, Rollouts
-from opsd.signals import Head, HiddenSignal
+from opsd.signals import HiddenSignal
 from opsd.teachers.base import StudentHandle, Teacher
 
 

@@ -1,0 +1,99 @@
+"""What the sampled tokens alone say: estimators of the reverse KL, and what a token's future costs.
+
+Pure functions of log-probabilities of the tokens that were sampled. r = log s(y) - log t(y), in nats.
+
+Shapes: N scored tokens of a micro-batch (packed, in order) with `row_N`, the rollout of each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opsd.losses.entries import FLOOR
+
+FUTURES = {
+    "none": "each token pays for itself",
+    "discounted": "each token also pays for the later ones, discounted by {discount:g} a token",
+    "length_normalised": "each token also pays the mean of the later ones",
+}
+
+
+def log_ratio(student_N: Tensor, teacher_N: Tensor) -> Tensor:
+    """Return r, each log-probability floored as in the divergence."""
+    return student_N.clamp(min=FLOOR) - teacher_N.clamp(min=FLOOR)
+
+
+def k1(ratio_N: Tensor) -> Tensor:
+    """Return r: unbiased for KL(s ‖ t), of high variance, negative half the time (Schulman 2020)."""
+    return ratio_N
+
+
+def k2(ratio_N: Tensor) -> Tensor:
+    """Return r²/2: biased, of low variance; its gradient is unbiased for the KL's."""
+    return 0.5 * ratio_N.square()
+
+
+def k3(ratio_N: Tensor) -> Tensor:
+    """Return e^-r - 1 + r: unbiased, never negative."""
+    return torch.expm1(-ratio_N) + ratio_N
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+
+
+def discounted_future(ratio_N: Tensor, row_N: Tensor, discount: float) -> Tensor:
+    """Return Σ_{m>n} discount^(m-n)·r_m over the rest of the same rollout.
+
+    With the token's own r it is the cost to go whose negative Thinking Machines' on-policy distillation uses as the
+    advantage; their discount is 0.
+
+    Args:
+        ratio_N: float32, r.
+        row_N: int64; tokens of a rollout stand together, in order.
+        discount: in [0, 1].
+    """
+    future_N = torch.zeros_like(ratio_N)
+    for places in _rows(row_N):
+        rest = 0.0
+        values = ratio_N[places].tolist()
+        found = []
+        for value in reversed(values):
+            found.append(rest)
+            rest = discount * (value + rest)
+        future_N[places] = torch.tensor(found[::-1], dtype=ratio_N.dtype, device=ratio_N.device)
+    return future_N
+
+
+def mean_future(ratio_N: Tensor, row_N: Tensor) -> Tensor:
+    """Return the mean of r over the later tokens of the same rollout, 0 at the last.
+
+    MiniLLM's length-normalised return (arXiv 2306.08543, section 2.2); with the exact divergence of the token itself,
+    its single-step decomposition.
+    """
+    future_N = torch.zeros_like(ratio_N)
+    for places in _rows(row_N):
+        values = ratio_N[places]
+        after = values.flip(0).cumsum(0).flip(0) - values
+        count = torch.arange(len(values) - 1, -1, -1, device=values.device)
+        future_N[places] = after / count.clamp(min=1)
+    return future_N
+
+
+def _rows(row_N: Tensor) -> list[Tensor]:
+    return [(row_N == row).nonzero()[:, 0] for row in row_N.unique()]
+
+
+def importance_weight(student_N: Tensor, sampler_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Correct for rollouts from an engine whose probabilities differ from the trainer's, by the truncated ratio.
+
+    Args:
+        student_N: log s(y) in nats, the trainer's.
+        sampler_N: log-probability of the same token where it was sampled; NaN where unknown (off-policy rows).
+        clip: the ratio's largest value; truncation bounds the variance and biases towards smaller steps.
+
+    Returns:
+        min(s / sampler, clip), 1 where unknown, without gradient; and 1 where it was truncated, else 0.
+    """
+    ratio_N = (student_N - sampler_N).exp().nan_to_num(nan=1.0, posinf=torch.inf)
+    return ratio_N.clamp(max=clip), (ratio_N > clip).to(ratio_N.dtype)

@@ -1,0 +1,200 @@
+"""The fused kernel: every vocabulary-wide product once, with the gradient computed in the forward pass.
+
+A chunk of tokens gets its logits, student's and teachers', in buffers that are used again for the next chunk; a rule
+turns them, a few tokens at a time so that they stay in the cache, into a loss per token and its gradient with respect
+to the student's logits; the gradient goes back through the head at once. That is 4 products per token for one teacher
+(student's logits, teacher's logits, gradients of states and of head), 3 where the head is frozen.
+
+The price: the gradient of the head, as large as the head, lives from the forward to the backward pass. `recompute`
+trades it back: the forward pass keeps nothing, the backward pass does all over again (6 products, or 5).
+
+It knows heads and chunks, and is blind to what a rule computes.
+
+Shapes: N tokens of a micro-batch · R tokens of a chunk, or of a block of it · D hidden width · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from opsd.heads import Head, accumulate_dtype, multiply, product_dtype
+from opsd.signals import HiddenSignal
+
+MEBIBYTE = 2**20
+# Logits of a chunk, student's and teachers' together, in MiB. On a CPU: above it the products gain nothing
+# (benchmarks/losses.py). On a GPU: what TRL 1.16's two tiles of 4,096 × 32,768 float32 values take.
+BUDGET_MB = {"cpu": 160, "cuda": 1024}
+# Values per block of a rule: several tensors of 2 MiB stay in a CPU's cache; a GPU wants fewer, larger launches.
+BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**25}
+
+
+class Outcome(NamedTuple):
+    """What a rule makes of a block of tokens.
+
+    Args:
+        loss_R: float32, each token's part of the loss, weighted.
+        grad_RV: float32, its gradient with respect to the student's logits.
+        records: detached float32 (R,) tensors by name, for the log and for token weights.
+    """
+
+    loss_R: Tensor
+    grad_RV: Tensor
+    records: dict[str, Tensor]
+
+
+class Rule(Protocol):
+    """Turns the logits of a block of tokens into their loss."""
+
+    def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> Outcome:
+        """Return the outcome.
+
+        Args:
+            student_RV: the student's logits.
+            others: the logits of each of the kernel's other parts.
+            rows: which of the N tokens they are.
+        """
+        ...
+
+
+class Gradients(NamedTuple):
+    """Of the loss, with respect to states, head weight and bias; None where not asked for."""
+
+    hidden_ND: Tensor | None
+    weight_VD: Tensor | None
+    bias_V: Tensor | None
+
+
+@dataclass
+class Kernel:
+    """One evaluation of a rule over all tokens.
+
+    Args:
+        parts: states and heads whose logits the rule needs beside the student's; no gradient reaches them.
+        rule: the loss.
+        budget_mb: MiB that the logits of a chunk may take; None chooses by device.
+        recompute: whether the backward pass computes everything again instead of keeping the head's gradient.
+    """
+
+    parts: Sequence[HiddenSignal]
+    rule: Rule
+    budget_mb: float | None = None
+    recompute: bool = False
+    records: dict[str, Tensor] = field(default_factory=dict)
+
+    def loss(self, hidden_ND: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed loss, with gradient to states and head, and the records of all tokens."""
+        head = head.gathered()
+        if torch.is_grad_enabled():
+            loss = _Fused.apply(hidden_ND, head.weight_VD, head.bias_V, head, self)
+        else:
+            loss, _ = self.run(hidden_ND, head, (False, False, False))
+        return loss, self.records
+
+    def run(self, hidden_ND: Tensor, head: Head, needed: Sequence[bool]) -> tuple[Tensor, Gradients]:
+        """Compute the loss and the gradients that are needed; outside autograd."""
+        dtype = product_dtype(hidden_ND)  # read before autocast is left
+        with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
+            return self._run(hidden_ND, head, needed, dtype)
+
+    def _run(
+        self, hidden_ND: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype
+    ) -> tuple[Tensor, Gradients]:
+        device, sums = hidden_ND.device, accumulate_dtype(hidden_ND.dtype)
+        count, vocab_size = hidden_ND.shape[0], head.vocab_size
+        chunk = self._rows_per_chunk(count, vocab_size, sums.itemsize, device.type)
+        buffers = torch.empty((1 + len(self.parts), chunk, vocab_size), dtype=sums, device=device)
+        states_ND = hidden_ND.to(dtype)
+        gradients = Gradients(
+            *(
+                torch.empty(like.shape, dtype=sums, device=device) if is_needed and like is not None else None
+                for is_needed, like in zip(needed, (hidden_ND, head.weight_VD, head.bias_V), strict=True)
+            )
+        )
+        losses, records = [], []
+        for start in range(0, count, chunk):
+            rows = slice(start, min(start + chunk, count))
+            logits = buffers[:, : rows.stop - start]
+            head.logits_into(states_ND[rows], logits[0])
+            for part, logits_RV in zip(self.parts, logits[1:], strict=True):
+                part.head.logits_into(part.hidden_ND[rows].to(dtype), logits_RV)
+            for loss_R, found in self._apply_rule(logits, rows, head, any(needed)):
+                losses.append(loss_R)
+                records.append(found)
+            if any(needed):
+                _backward(logits[0].to(dtype), states_ND[rows], head, gradients, rows, add=start > 0)
+        if count == 0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.zero_()
+        self.records = {name: torch.cat([found[name] for found in records]) for name in (records[0] if records else ())}
+        return torch.cat(losses).sum() if losses else hidden_ND.new_zeros((), dtype=sums), gradients
+
+    def _apply_rule(
+        self, logits: Tensor, rows: slice, head: Head, needs_gradient: bool
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield losses and records block by block, and leave the gradient where the student's logits were."""
+        length, vocab_size = logits.shape[1:]
+        step = max(1, BLOCK_VALUES.get(logits.device.type, BLOCK_VALUES["cuda"]) // vocab_size)
+        for start in range(0, length, step):
+            block = logits[:, start : start + step]
+            where = slice(rows.start + start, rows.start + min(start + step, length))
+            outcome = self.rule(block[0], list(block[1:]), where)
+            if needs_gradient:
+                block[0].copy_(head.through(outcome.grad_RV, block[0]))
+            yield outcome.loss_R, outcome.records
+
+    def _rows_per_chunk(self, count: int, vocab_size: int, itemsize: int, device: str) -> int:
+        """Return the tokens per chunk that fit the budget, in chunks of nearly equal size."""
+        budget_mb = self.budget_mb or BUDGET_MB.get(device, BUDGET_MB["cuda"])
+        most = int(budget_mb * MEBIBYTE / ((1 + len(self.parts)) * vocab_size * itemsize))
+        chunks = max(1, -(-count // max(1, most)))
+        return -(-count // chunks)
+
+
+def _backward(grad_RV: Tensor, states_RD: Tensor, head: Head, gradients: Gradients, rows: slice, *, add: bool) -> None:
+    """Take a chunk's gradient through the head."""
+    if gradients.hidden_ND is not None:
+        head.hidden_grad_into(grad_RV, gradients.hidden_ND[rows])
+    if gradients.weight_VD is not None:
+        multiply(grad_RV.T, states_RD, gradients.weight_VD, add=add)
+    if gradients.bias_V is not None:
+        total = grad_RV.sum(0, dtype=gradients.bias_V.dtype)
+        gradients.bias_V.copy_(gradients.bias_V + total if add else total)
+
+
+class _Fused(torch.autograd.Function):
+    """Hands autograd the gradients that the kernel found in its forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head, kernel: Kernel
+    ) -> Tensor:
+        ctx.kernel, ctx.head = kernel, head
+        needed = (False,) * 3 if kernel.recompute else ctx.needs_input_grad[:3]
+        loss, ctx.gradients = kernel.run(hidden_ND, head, needed)
+        ctx.save_for_backward(*((hidden_ND, weight_VD, bias_V) if kernel.recompute else ()))
+        ctx.dtypes = [None if like is None else like.dtype for like in (hidden_ND, weight_VD, bias_V)]
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "this loss was sent backward twice. Its gradients are computed in the forward pass and handed over "
+                "without a copy, so they exist once. Compute the loss again."
+            )
+        if ctx.kernel.recompute:
+            hidden_ND, weight_VD, bias_V = ctx.saved_tensors
+            head = replace(ctx.head, weight_VD=weight_VD, bias_V=bias_V)
+            _, gradients = ctx.kernel.run(hidden_ND, head, ctx.needs_input_grad[:3])
+        else:
+            gradients, ctx.gradients = ctx.gradients, None
+        # A pass over a head-sized matrix costs a CPU what a tenth of a product does, and is nearly always by 1.
+        scaled = gradients if grad.is_cpu and grad == 1 else [g if g is None else g.mul_(grad) for g in gradients]
+        cast = [None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        return *cast, None, None

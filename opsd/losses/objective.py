@@ -1,0 +1,264 @@
+"""The objective of a run: the divergence, which tokens count for how much, and what holds the student back.
+
+The one place that turns settings into a loss, and the one entry point of training. It knows signals and tensors;
+nothing of rollouts, prompts, teachers or trainers.
+
+Shapes: N scored tokens of a micro-batch (packed) · D hidden width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from opsd.errors import ConfigError
+from opsd.heads import Head
+from opsd.losses import weights
+from opsd.losses.divergence import Divergence
+from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_future, log_ratio, mean_future
+from opsd.losses.kernel import Kernel
+from opsd.losses.rule import Tokens, TrainingRule
+from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal
+
+KEEP_BY = ("entropy", "disagreement")
+
+
+@dataclass(frozen=True)
+class LossRecord:
+    """What the objective returns.
+
+    Args:
+        loss: scalar with gradient to the student, Σ weight_N · divergence_N and what else the objective adds.
+        divergence_N: float32, nats per token, detached; 0 where a token has no weight.
+        entropy_N: float32, the student's entropy in nats, detached.
+        records: what else is logged, float32 (N,) by name, detached.
+        statistics_seconds: what the pass without gradient took, that weights which rank tokens need first.
+    """
+
+    loss: Tensor
+    divergence_N: Tensor
+    entropy_N: Tensor
+    records: Mapping[str, Tensor] = field(default_factory=dict)
+    statistics_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises.
+
+    Args:
+        divergence: what is compared at each token.
+        keep_fraction: share of each rollout's tokens to train on, in (0, 1] (TIP, arXiv 2604.14084).
+        keep_by: which to keep: the highest student "entropy", or "disagreement", the divergence.
+        future: what a token pays for those after it, a key of `estimators.FUTURES`: with support "sampled" and
+            "discounted" Thinking Machines' on-policy distillation, with full support and "length_normalised" MiniLLM's.
+        discount: of "discounted", per token, in (0, 1].
+        importance_clip: largest ratio of trainer's to sampler's probability, where rollouts carry the sampler's.
+        anchor_coef: weight of KL(student ‖ anchor); the anchor is the student at step 0, without context.
+        budget_mb: memory for a chunk's logits; None chooses by device.
+        recompute: keep no gradient of the head between forward and backward, at half as many products again.
+
+    Raises:
+        ConfigError: a setting outside its range, or a combination that cannot work.
+    """
+
+    divergence: Divergence = field(default_factory=Divergence)
+    keep_fraction: float = 1.0
+    keep_by: str = "entropy"
+    future: str = "none"
+    discount: float = 1.0
+    importance_clip: float | None = None
+    anchor_coef: float = 0.0
+    budget_mb: float | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        for name, known in (("keep_by", KEEP_BY), ("future", tuple(FUTURES))):
+            value = getattr(self, name)
+            if value not in known:
+                raise ConfigError(not_one_of(name, value, known))
+        for name in ("keep_fraction", "discount"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ConfigError(f"{name} must lie above 0 and up to 1, and is {getattr(self, name)}.")
+        if self.importance_clip is not None and not self.importance_clip >= 1.0:
+            raise ConfigError(
+                f"importance_clip must be at least 1, and is {self.importance_clip}. Below 1 it would also cut tokens "
+                "on which trainer and sampler agree. 2 is usual; leave it out for no correction."
+            )
+        if not self.anchor_coef >= 0.0:
+            raise ConfigError(
+                f"anchor_coef must not be negative, and is {self.anchor_coef}: it would push the student away from "
+                "where it began. Use 0 for no anchor."
+            )
+        self._check_future()
+
+    def _check_future(self) -> None:
+        if self.future != "none" and self.divergence.beta != 1.0:
+            raise ConfigError(
+                f"future {self.future!r} belongs to the reverse KL of whole rollouts, and beta is "
+                f"{self.divergence.beta:g}. Set beta to 1, or future to 'none'."
+            )
+        if self.future == "none" and self.discount != 1.0:
+            raise ConfigError("discount has no effect while future is 'none'. Set future to 'discounted'.")
+
+    # ---- in words ----------------------------------------------------------------------------------------------
+
+    @property
+    def words(self) -> str:
+        """The objective in words, as the log names it."""
+        said = [self.divergence.words]
+        if self.future != "none":
+            said.append(FUTURES[self.future].format(discount=self.discount))
+        if self.keep_fraction < 1.0:
+            said.append(f"on the {self.keep_fraction:.0%} of each rollout's tokens with the highest {self.keep_by}")
+        if self.importance_clip is not None:
+            said.append(f"importance ratio at most {self.importance_clip:g}")
+        if self.anchor_coef:
+            said.append(f"+ {self.anchor_coef:g}·KL(student ‖ student at step 0)")
+        return "; ".join(said)
+
+    @property
+    def formula(self) -> str:
+        """The loss of one token as a formula."""
+        text = self.divergence.formula
+        if self.future != "none":
+            text += ", and the gradient of (what later tokens cost)·log s(y)"
+        return text if not self.anchor_coef else f"{text} + {self.anchor_coef:g}·Σ_v s(v)·[log s(v) − log s₀(v)]"
+
+    # ---- the computation ---------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        hidden_ND: Tensor,
+        head: Head,
+        signal: TeacherSignal,
+        tokens: Tokens,
+        *,
+        anchor: HiddenSignal | None = None,
+        wrong: TeacherSignal | None = None,
+    ) -> LossRecord:
+        """Compute the loss of a micro-batch.
+
+        Args:
+            hidden_ND: float, the student's last hidden states, with gradient.
+            head: the student's head.
+            signal: the teacher's answer for the same N tokens.
+            tokens: weights and what else is known of the tokens. A token of weight 0 is left out altogether: even a
+                NaN there changes nothing.
+            anchor: the anchor's answer, where `anchor_coef` is not 0.
+            wrong: the teacher's answer under a wrong context; tokens are then weighed by `weights.contrastive`.
+
+        Returns:
+            The record; heads that are padded to different sizes are compared over the ids that all have.
+
+        Raises:
+            ConfigError: the signal does not know what the divergence compares.
+        """
+        self.divergence.check_signal(signal)
+        assert hidden_ND.shape[0] == len(signal) == tokens.weight_N.shape[0], "student and teacher differ in N"
+        batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong)
+        counted_N = tokens.weight_N != 0
+        used = batch.select(counted_N) if not bool(counted_N.all()) else batch
+        seconds = 0.0
+        if self._needs_statistics or wrong is not None:
+            start = time.perf_counter()
+            used, kept = self._after_statistics(used)
+            seconds = time.perf_counter() - start
+            counted_N = counted_N.masked_scatter(counted_N, kept)
+        loss, found = self._kernel(used).loss(used.hidden_ND, used.head)
+        found = found or {"divergence": used.tokens.weight_N, "entropy": used.tokens.weight_N}  # of no tokens at all
+        if self.divergence.support == "sampled" or self.future != "none":
+            ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
+            found |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}
+        found = {name: _scatter(values, counted_N) for name, values in found.items()}
+        return LossRecord(loss, found.pop("divergence"), found.pop("entropy"), found, seconds)
+
+    @property
+    def _needs_statistics(self) -> bool:
+        return self.keep_fraction < 1.0 or self.future != "none"
+
+    @property
+    def needs_rows(self) -> bool:
+        """Whether tokens of a rollout are compared with each other."""
+        return self._needs_statistics
+
+    def _after_statistics(self, batch: _Batch) -> tuple[_Batch, Tensor]:
+        """Look at all tokens without gradient; return those to train on with their weights and costs, and which."""
+        tokens = batch.tokens
+        assert tokens.row_N is not None and tokens.ids_N is not None, "tokens are compared within their rollout"
+        weight_N, cost_N = tokens.weight_N, None
+        if self._needs_statistics:
+            with torch.no_grad():
+                _, found = self._kernel(replace(batch, anchor=None)).loss(batch.hidden_ND, batch.head)
+            if self.keep_fraction < 1.0:
+                score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
+                weight_N = weight_N * weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
+            ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
+            if self.future == "discounted":
+                cost_N = discounted_future(ratio_N, tokens.row_N, self.discount)
+            elif self.future == "length_normalised":
+                cost_N = mean_future(ratio_N, tokens.row_N)
+        if batch.wrong is not None:
+            ids_N = tokens.ids_N
+            right_N, wrong_N = batch.signal.logprobs(ids_N), batch.wrong.logprobs(ids_N)
+            weight_N = weight_N * weights.contrastive(right_N, wrong_N, tokens.row_N)
+        kept = weight_N != 0
+        return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept
+
+    def _kernel(self, batch: _Batch) -> Kernel:
+        batch = batch.narrow()
+        rule = TrainingRule(
+            self.divergence,
+            batch.signal,
+            batch.tokens,
+            self.importance_clip,
+            batch.anchor,
+            self.anchor_coef,
+        )
+        return Kernel(rule.parts, rule, self.budget_mb, self.recompute)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What the loss is computed from; all of it has the same N."""
+
+    hidden_ND: Tensor
+    head: Head
+    signal: TeacherSignal
+    tokens: Tokens
+    anchor: HiddenSignal | None = None
+    wrong: TeacherSignal | None = None
+
+    def select(self, index: Tensor) -> _Batch:
+        """Return some of the tokens."""
+        return replace(
+            self,
+            hidden_ND=self.hidden_ND[index],
+            signal=self.signal.select(index),
+            tokens=self.tokens.select(index),
+            anchor=self.anchor and self.anchor.select(index),
+            wrong=self.wrong and self.wrong.select(index),
+        )
+
+    def narrow(self) -> _Batch:
+        """Return it with all heads over the ids that they share: they may be padded to different sizes."""
+        signal, anchor = self.signal, self.anchor
+        sizes = [s.vocab_size for s in (signal, anchor) if isinstance(s, DenseSignal)]
+        vocab_size = min([self.head.vocab_size, *sizes])
+        return replace(
+            self,
+            head=self.head.narrow(vocab_size),
+            signal=signal.narrow(vocab_size) if isinstance(signal, DenseSignal) else signal,
+            anchor=anchor and anchor.narrow(vocab_size),
+        )
+
+
+def _scatter(values: Tensor, used_N: Tensor) -> Tensor:
+    """Put the values of the used tokens back among N, zeros elsewhere."""
+    out_N = torch.zeros(used_N.shape, dtype=torch.float32, device=used_N.device)
+    out_N[used_N] = values.detach().float()
+    return out_N

@@ -1,0 +1,118 @@
+"""The rule of training: a block's logits in, each token's weighted loss and its gradient out.
+
+Composes what the other files of this folder define, token by token: divergence, weights that are local to a token
+(importance), what a sampled token costs beside it, and the anchor. It knows no chunks and no heads.
+
+Shapes: N scored tokens · R of them in a block · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opsd.losses.divergence import Divergence, sampled_logprobs
+from opsd.losses.entries import FLOOR, entries
+from opsd.losses.estimators import importance_weight
+from opsd.losses.kernel import Outcome
+from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal, TopKSignal
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the loss is told of the scored tokens.
+
+    Args:
+        weight_N: float32, what each counts: row weight × token weight ÷ normaliser.
+        ids_N: int64, the tokens themselves; None where nothing asks for them.
+        row_N: int64, the rollout of each, where tokens of a rollout are compared.
+        sampler_N: float32, their log-probabilities where they were sampled, for importance correction; NaN if unknown.
+        cost_N: float32, what the policy gradient charges each sampled token beside the divergence.
+    """
+
+    weight_N: Tensor
+    ids_N: Tensor | None = None
+    row_N: Tensor | None = None
+    sampler_N: Tensor | None = None
+    cost_N: Tensor | None = None
+
+    def select(self, index: Tensor | slice) -> Tokens:
+        """Return some of the tokens."""
+        return Tokens(*(None if x is None else x[index] for x in vars(self).values()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TrainingRule:
+    """Σ_n weight · (divergence + anchor) with the gradient of Σ_n weight · cost · log s(y) beside it.
+
+    Args:
+        divergence: what is compared.
+        signal: the teacher's answer for the N tokens.
+        tokens: what is known of them.
+        importance_clip: largest importance ratio, or None for no correction.
+        anchor: the anchor's answer, or None.
+        anchor_coef: weight of KL(student ‖ anchor).
+    """
+
+    divergence: Divergence
+    signal: TeacherSignal
+    tokens: Tokens
+    importance_clip: float | None = None
+    anchor: HiddenSignal | None = None
+    anchor_coef: float = 0.0
+
+    @property
+    def parts(self) -> list[HiddenSignal]:
+        """Whose logits the rule needs beside the student's, in the order in which it gets them."""
+        parts = list(self.signal.parts) if isinstance(self.signal, DenseSignal) else []
+        return parts + ([] if self.anchor is None else [self.anchor])
+
+    def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> Outcome:
+        """Return losses, gradient with respect to the student's logits, and records."""
+        temperature = self.divergence.temperature
+        log_s = torch.log_softmax(student_RV if temperature == 1.0 else student_RV / temperature, dim=-1)
+        s = log_s.exp()
+        tokens = self.tokens.select(rows)
+        teacher = self._teacher(others, rows)
+        value_R, slope_RV, records = self.divergence.compare(log_s, s, teacher, tokens.ids_N)
+        records["divergence"] = value_R
+        records["entropy"] = -torch.linalg.vecdot(s, log_s.clamp(min=FLOOR))
+        if tokens.ids_N is not None:
+            records["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
+            records["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
+        weight_R = tokens.weight_N.to(log_s.dtype)
+        loss_R, slope_RV = self._weigh(value_R, slope_RV, weight_R, tokens, records)
+        if self.anchor is not None:
+            log_anchor = self.anchor.combine(others[-1:], temperature)
+            held = entries(log_s, s, log_anchor, beta=1.0)
+            records["anchor"] = held.value.sum(-1)
+            weight_R = self.anchor_coef * weight_R
+            loss_R = loss_R + weight_R * records["anchor"]
+            slope_RV = slope_RV + weight_R[:, None] * held.slope
+        grad_RV = torch.addcmul(slope_RV, s, slope_RV.sum(-1, keepdim=True), value=-1.0)
+        return Outcome(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, records)
+
+    def _teacher(self, others: Sequence[Tensor], rows: slice) -> Tensor | TopKSignal:
+        if isinstance(self.signal, DenseSignal):
+            own = others[: len(self.signal.parts)]
+            return self.signal.combine(own, self.divergence.temperature)
+        assert isinstance(self.signal, TopKSignal)
+        return self.signal.select(rows)
+
+    def _weigh(
+        self, value_R: Tensor, slope_RV: Tensor, weight_R: Tensor, tokens: Tokens, records: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Weigh values and slopes, after what the sampled tokens are charged and how they were sampled."""
+        if tokens.cost_N is not None:
+            assert tokens.ids_N is not None
+            slope_RV = slope_RV.scatter_add(-1, tokens.ids_N[:, None], tokens.cost_N[:, None].to(slope_RV.dtype))
+        if self.importance_clip is not None and tokens.sampler_N is not None:
+            ratio_R, records["importance/truncated"] = importance_weight(
+                records["logprob"], tokens.sampler_N.to(weight_R.dtype), self.importance_clip
+            )
+            records["importance/ratio"] = ratio_R
+            weight_R = weight_R * ratio_R
+        return weight_R * value_R, weight_R[:, None] * slope_RV
