@@ -145,7 +145,7 @@ class Head:
         for part, weight_PD in self._parts(hidden_RD.dtype):
             multiply(hidden_RD, weight_PD.T, logits_RV[:, part])
         if self.bias_V is not None:
-            logits_RV.add_(self.bias_V.detach())
+            logits_RV.add_(self.bias_V)
         if self.scale != 1.0:
             logits_RV.mul_(self.scale)
         if self.softcap is not None:
@@ -167,15 +167,19 @@ class Head:
         for number, (part, weight_PD) in enumerate(self._parts(grad_RV.dtype)):
             multiply(grad_RV[:, part], weight_PD, hidden_grad_RD, add=number > 0)
 
+    def cast(self, dtype: torch.dtype) -> Head:
+        """Return the head without gradient, in the dtype that products are formed in; a CPU widens it in parts."""
+        head = self.detach()
+        return head if head.weight_VD.is_cpu else replace(head, weight_VD=head.weight_VD.to(dtype))
+
     def _parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the weight in `dtype`: whole where it is that already, or a GPU casts it; else widened in parts."""
-        weight_VD = self.weight_VD.detach()
-        if weight_VD.dtype == dtype or not weight_VD.is_cpu:
-            yield slice(None), weight_VD.to(dtype)
+        """Yield the weight in `dtype`, in parts where it must be widened: the whole would be another copy."""
+        if self.weight_VD.dtype == dtype:
+            yield slice(None), self.weight_VD
             return
         for start in range(0, self.vocab_size, WIDENED_ROWS):
             part = slice(start, start + WIDENED_ROWS)
-            yield part, weight_VD[part].to(dtype)
+            yield part, self.weight_VD[part].to(dtype)
 
 
 class _MeanOverShards(torch.autograd.Function):

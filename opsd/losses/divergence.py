@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, not_one_of
 from opsd.losses import entries as table
 from opsd.losses import supports
 from opsd.losses.entries import Entries, entries

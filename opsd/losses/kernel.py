@@ -92,12 +92,13 @@ class Kernel:
         if torch.is_grad_enabled():
             loss = _Fused.apply(hidden_ND, head.weight_VD, head.bias_V, head, self)
         else:
-            loss, _ = self.run(hidden_ND, head, (False, False, False))
+            loss, _ = self.run(hidden_ND, head, (False, False, False), product_dtype(hidden_ND))
         return loss, self.records
 
-    def run(self, hidden_ND: Tensor, head: Head, needed: Sequence[bool]) -> tuple[Tensor, Gradients]:
-        """Compute the loss and the gradients that are needed; outside autograd."""
-        dtype = product_dtype(hidden_ND)  # read before autocast is left
+    def run(
+        self, hidden_ND: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype
+    ) -> tuple[Tensor, Gradients]:
+        """Compute the loss and the gradients that are needed, outside autograd, with products in `dtype`."""
         with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
             return self._run(hidden_ND, head, needed, dtype)
 
@@ -108,7 +109,8 @@ class Kernel:
         count, vocab_size = hidden_ND.shape[0], head.vocab_size
         chunk = self._rows_per_chunk(count, vocab_size, sums.itemsize, device.type)
         buffers = torch.empty((1 + len(self.parts), chunk, vocab_size), dtype=sums, device=device)
-        states_ND = hidden_ND.to(dtype)
+        states_ND, head = hidden_ND.to(dtype), head.cast(dtype)
+        parts = [(part.hidden_ND, part.head.cast(dtype)) for part in self.parts]
         gradients = Gradients(
             *(
                 torch.empty(like.shape, dtype=sums, device=device) if is_needed and like is not None else None
@@ -120,8 +122,8 @@ class Kernel:
             rows = slice(start, min(start + chunk, count))
             logits = buffers[:, : rows.stop - start]
             head.logits_into(states_ND[rows], logits[0])
-            for part, logits_RV in zip(self.parts, logits[1:], strict=True):
-                part.head.logits_into(part.hidden_ND[rows].to(dtype), logits_RV)
+            for (other_ND, other), logits_RV in zip(parts, logits[1:], strict=True):
+                other.logits_into(other_ND[rows].to(dtype), logits_RV)
             for loss_R, found in self._apply_rule(logits, rows, head, any(needed)):
                 losses.append(loss_R)
                 records.append(found)
@@ -153,7 +155,7 @@ class Kernel:
         budget_mb = self.budget_mb or BUDGET_MB.get(device, BUDGET_MB["cuda"])
         most = int(budget_mb * MEBIBYTE / ((1 + len(self.parts)) * vocab_size * itemsize))
         chunks = max(1, -(-count // max(1, most)))
-        return -(-count // chunks)
+        return max(1, -(-count // chunks))
 
 
 def _backward(grad_RV: Tensor, states_RD: Tensor, head: Head, gradients: Gradients, rows: slice, *, add: bool) -> None:
@@ -175,8 +177,9 @@ class _Fused(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head, kernel: Kernel
     ) -> Tensor:
         ctx.kernel, ctx.head = kernel, head
+        ctx.product_dtype = product_dtype(hidden_ND)  # the backward pass runs outside autocast
         needed = (False,) * 3 if kernel.recompute else ctx.needs_input_grad[:3]
-        loss, ctx.gradients = kernel.run(hidden_ND, head, needed)
+        loss, ctx.gradients = kernel.run(hidden_ND, head, needed, ctx.product_dtype)
         ctx.save_for_backward(*((hidden_ND, weight_VD, bias_V) if kernel.recompute else ()))
         ctx.dtypes = [None if like is None else like.dtype for like in (hidden_ND, weight_VD, bias_V)]
         return loss
@@ -191,7 +194,7 @@ class _Fused(torch.autograd.Function):
         if ctx.kernel.recompute:
             hidden_ND, weight_VD, bias_V = ctx.saved_tensors
             head = replace(ctx.head, weight_VD=weight_VD, bias_V=bias_V)
-            _, gradients = ctx.kernel.run(hidden_ND, head, ctx.needs_input_grad[:3])
+            _, gradients = ctx.kernel.run(hidden_ND, head, ctx.needs_input_grad[:3], ctx.product_dtype)
         else:
             gradients, ctx.gradients = ctx.gradients, None
         # A pass over a head-sized matrix costs a CPU what a tenth of a product does, and is nearly always by 1.

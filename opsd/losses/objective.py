@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, not_one_of
 from opsd.heads import Head
 from opsd.losses import weights
 from opsd.losses.divergence import Divergence
