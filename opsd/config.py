@@ -12,7 +12,8 @@ import torch
 from trl import DistillationConfig
 
 from opsd.errors import ConfigError, OPSDWarning
-from opsd.losses.divergence import NEAR_AN_END, Divergence
+from opsd.losses import Divergence, Objective
+from opsd.losses.divergence import NEAR_AN_END
 from opsd.precision import choose_bf16
 
 # Below it most training tokens are not the student's own: what it meets at inference it has not been trained on.
@@ -42,6 +43,116 @@ class OPSDConfig(DistillationConfig):
         default=False,
         metadata={"help": "Take off-policy completions from the teacher's own samples. No effect where lmbda is 1."},
     )
+    support: str = field(
+        default=Divergence.support,
+        metadata={
+            "help": "What is compared at each token: full (the whole vocabulary), teacher_top_k, student_top_k, union, "
+            "or sampled (the sampled token, as a policy gradient)."
+        },
+    )
+    support_k: int = field(
+        default=Divergence.support_k,
+        metadata={"help": "Tokens per side of a top-k support. SDPO takes 100, SDFT's recipe 20."},
+    )
+    tail: str = field(
+        default=Divergence.tail,
+        metadata={
+            "help": "The mass outside a top-k support: bucket (one entry for the rest), renormalise, or none (refused "
+            "with beta above 0 unless force_tail)."
+        },
+    )
+    force_tail: bool = field(
+        default=Divergence.force_tail,
+        metadata={"help": "Train with tail none although the loss falls when mass leaves the support."},
+    )
+    entry_clip: float | None = field(
+        default=Divergence.entry_clip,
+        metadata={
+            "help": "Nats that each vocabulary entry adds at most (OPSD: 0.05). A forward KL may then be negative, "
+            "which is no error."
+        },
+    )
+    token_clip: float | None = field(
+        default=Divergence.token_clip, metadata={"help": "Nats that each token adds at most; no gradient above."}
+    )
+    entropy_gate: float | None = field(
+        default=Divergence.entropy_gate,
+        metadata={"help": "Nats of teacher entropy above which the forward KL is added to the reverse KL (EOPD)."},
+    )
+    baseline: str = field(
+        default=Divergence.baseline,
+        metadata={
+            "help": "With support sampled, what a token's log-ratio is compared with: expected (its mean) or none."
+        },
+    )
+    keep_fraction: float = field(
+        default=Objective.keep_fraction,
+        metadata={
+            "help": "Share of each rollout's tokens to train on, in (0, 1] (TIP: 0.5). Costs a pass over the head."
+        },
+    )
+    keep_by: str = field(
+        default=Objective.keep_by,
+        metadata={"help": "Which to keep: the highest student entropy, or disagreement (the divergence)."},
+    )
+    future: str = field(
+        default=Objective.future,
+        metadata={
+            "help": "What a token pays for later ones, as a policy gradient: none, discounted (with support sampled: "
+            "Thinking Machines), length_normalised (with full support: MiniLLM)."
+        },
+    )
+    discount: float = field(
+        default=Objective.discount, metadata={"help": "Of future discounted, per token, in (0, 1]."}
+    )
+    importance_clip: float | None = field(
+        default=Objective.importance_clip,
+        metadata={
+            "help": "Correct for an engine (vLLM) whose probabilities differ from the trainer's, by their ratio, at "
+            "most this. Unset: no correction. SDPO takes 2."
+        },
+    )
+    anchor_coef: float = field(
+        default=Objective.anchor_coef,
+        metadata={"help": "Weight of KL(student ‖ student at step 0, plain prompt). Costs one forward pass."},
+    )
+    contrast_context: str | None = field(
+        default=None,
+        metadata={
+            "help": "A template with a wrong hint: tokens are weighed by what the teacher's own context says beyond it "
+            "(RLCSD). Costs one forward pass."
+        },
+    )
+    skip_first_tokens: int = field(
+        default=0, metadata={"help": "Tokens at the start of each completion that are not trained on (SDFT: 3)."}
+    )
+    first_tokens_only: int | None = field(
+        default=None,
+        metadata={"help": "Train on this many tokens from the start of each completion; passes end there."},
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave out completions that were cut at max_completion_length."}
+    )
+    mask_special_tokens: bool = field(
+        default=False,
+        metadata={"help": "Leave out the tokenizer's special tokens, the end of a turn among them."},
+    )
+    mask_tokens: list[str] | None = field(default=None, metadata={"help": "Tokens that are not trained on, as text."})
+    pass_rate_column: str | None = field(
+        default=None,
+        metadata={"help": "Column with the share of attempts p that pass; rows weigh 4·p·(1-p) (SSOPD)."},
+    )
+    budget_mb: float | None = field(
+        default=Objective.budget_mb,
+        metadata={"help": "MiB that the logits of a chunk may take. Unset: 160 on a CPU, 1,024 on a GPU."},
+    )
+    recompute: bool = field(
+        default=Objective.recompute,
+        metadata={
+            "help": "Do not keep the gradient of the head, which is as large as the head, from forward to backward "
+            "pass: half as many products again."
+        },
+    )
     bf16: bool | None = field(
         default=None,
         metadata={
@@ -70,8 +181,13 @@ class OPSDConfig(DistillationConfig):
         super().__post_init__()
         self._warn()
 
+    @property
+    def objective(self) -> Objective:
+        """What training minimises."""
+        return Objective.of(self)
+
     def _check(self) -> None:
-        Divergence(self.beta, self.temperature)
+        self._check_on_policy(self.objective)
         if self.hub_token:
             raise ConfigError(
                 "hub_token would be written into training_args.bin in every checkpoint. Log in with `hf auth login`, "
@@ -88,7 +204,22 @@ class OPSDConfig(DistillationConfig):
                 "there is nothing to score. Set it to the tokens a full answer needs."
             )
 
+        for name, least in {"skip_first_tokens": 0, "first_tokens_only": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} counts tokens of a completion, must be at least {least}, and is {value}.")
+
+    def _check_on_policy(self, objective: Objective) -> None:
+        sampled = objective.divergence.support == "sampled" or objective.future != "none"
+        if sampled and self.lmbda < 1.0:
+            raise ConfigError(
+                f"support 'sampled' and future {self.future!r} learn from tokens that the student sampled, and lmbda "
+                f"is {self.lmbda:g}: {1 - self.lmbda:.0%} of the rows would bring tokens of others, on which a policy "
+                "gradient is biased. Set lmbda to 1, or compare distributions: support 'full' and future 'none'."
+            )
+
     def _warn(self) -> None:
+        self._warn_no_effect()
         if self.lmbda < LOW_LMBDA:
             warnings.warn(
                 f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's own. It "
@@ -105,3 +236,16 @@ class OPSDConfig(DistillationConfig):
                 OPSDWarning,
                 stacklevel=4,
             )
+
+    def _warn_no_effect(self) -> None:
+        """Name settings that change nothing in this combination."""
+        idle = {
+            "support_k": self.support in ("full", "sampled") and self.support_k != Divergence.support_k,
+            "tail": self.support in ("full", "sampled") and self.tail != Divergence.tail,
+            "force_tail": self.force_tail and (self.tail != "none" or self.beta == 0.0),
+            "baseline": self.support != "sampled" and self.baseline != Divergence.baseline,
+            "keep_by": self.keep_fraction == 1.0 and self.keep_by != Objective.keep_by,
+            "importance_clip": self.importance_clip is not None and not self.use_vllm,
+        }
+        for name in (name for name, has_no_effect in idle.items() if has_no_effect):
+            warnings.warn(f"{name} has no effect in this combination of settings.", OPSDWarning, stacklevel=5)

@@ -16,6 +16,8 @@ from opsd.errors import NonFiniteLossError
 from opsd.losses import LossRecord
 from opsd.rollouts import Rollouts
 
+NOT_LOGGED = frozenset({"logprob", "teacher_logprob"})  # the estimators are made of them
+
 WAY_OUT = (
     "Nothing was updated by it, and the checkpoints are as they were. Usual causes: a learning rate that is too high, "
     "float16 without loss scaling, weights that were already broken. Lower the learning rate and resume from the last "
@@ -26,7 +28,7 @@ WAY_OUT = (
 def divergence_metrics(
     record: LossRecord, rollouts: Rollouts, accelerator: Accelerator, micro_batches: int, step: int
 ) -> dict[str, float]:
-    """Return the mean and the largest divergence per token, in nats.
+    """Return the mean and the largest divergence per token, in nats, and the means of what else was recorded.
 
     Args:
         record: the loss of this process's micro-batch.
@@ -41,12 +43,15 @@ def divergence_metrics(
     values_N = record.divergence_N
     bad = not bool(torch.isfinite(values_N).all() & torch.isfinite(record.loss))
     worst = values_N.max() if len(values_N) else values_N.new_zeros(())
-    seen = torch.stack([values_N.sum(), values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad))])
-    total, count, worst, bad_somewhere = accelerator.gather(seen[None]).T
+    others = sorted(set(record.records) - NOT_LOGGED)
+    seen = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), values_N.sum()]
+    seen += [record.records[name].sum() for name in others]
+    count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(seen)[None]).T
     if bool(bad_somewhere.any()):
         _stop_at_rows(record, rollouts, step)
     tokens = rollouts.normaliser / micro_batches if rollouts.normaliser else float(count.sum().clamp(min=1))
-    return {"divergence": float(total.sum()) / tokens, "divergence/max": float(worst.max())}
+    means = {name: float(total.sum()) / tokens for name, total in zip(["divergence", *others], totals, strict=True)}
+    return {**means, "divergence/max": float(worst.max())}
 
 
 def _stop_at_rows(record: LossRecord, rollouts: Rollouts, step: int) -> None:

@@ -66,6 +66,19 @@ def check_sharding(fsdp: bool, deepspeed: bool) -> None:
         )
 
 
+def check_importance(clip: float | None, has_tools: bool) -> None:
+    """Refuse importance correction of completions that several calls of the engine made.
+
+    Raises:
+        ConfigError: it is on, and so are tools.
+    """
+    if clip is not None and has_tools:
+        raise ConfigError(
+            "importance_clip is set and the student calls tools. A completion is then sampled in several calls, and "
+            "TRL keeps no log-probabilities across them. Leave importance_clip out."
+        )
+
+
 def fingerprint(student: nn.Module, vocab_size: int) -> str:
     """Return a hash of the weights that a resumed run must begin with: all but an adapter that adds nothing yet."""
     fresh = hasattr(student, "disable_adapter") and adapter_adds_nothing(student, vocab_size)

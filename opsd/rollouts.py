@@ -30,12 +30,14 @@ class PaddedBatch:
         mask_BL: int64, 1 for tokens.
         keep_BL: bool, True where the *next* token is scored.
         scored_ids_N: int64, the scored tokens themselves, packed like `keep_BL`.
+        row_N: int64, the row of each.
     """
 
     ids_BL: Tensor
     mask_BL: Tensor
     keep_BL: Tensor
     scored_ids_N: Tensor
+    row_N: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class Rollouts:
         loss_mask: per completion, 1 for tokens that are scored, 0 for tool output; None scores all.
         shown: teacher prompts by the key of the one they are shown to (`Teacher.show` fills it).
         normaliser: scorable tokens of the whole generation batch over all processes; the loss divides by it.
+        row_weights: what each row counts; None counts all alike.
+        sampler_logprobs: per completion, log p in nats of each token where it was sampled, NaN where unknown; None
+            where no engine told.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -57,10 +62,14 @@ class Rollouts:
     loss_mask: Sequence[Ids] | None = None
     shown: Mapping[str, Sequence[Ids]] = field(default_factory=dict)
     normaliser: float | None = None
+    row_weights: Sequence[float] | None = None
+    sampler_logprobs: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         if self.loss_mask is None:
             object.__setattr__(self, "loss_mask", [[1] * len(ids) for ids in self.completion_ids])
+        if self.row_weights is None:
+            object.__setattr__(self, "row_weights", [1.0] * len(self.rows))
         assert self.loss_mask is not None
         assert len(self.rows) == len(self.prompt_ids) == len(self.completion_ids) == len(self.loss_mask)
         assert all(len(a) == len(b) for a, b in zip(self.completion_ids, self.loss_mask, strict=True))
@@ -78,11 +87,27 @@ class Rollouts:
     @property
     def scored_ids(self) -> Ids:
         """The scored tokens, row by row: what both sides must agree on."""
+        return self._of_scored(self.completion_ids)
+
+    @property
+    def sampled_logprobs(self) -> list[float] | None:
+        """The scored tokens' log-probabilities where they were sampled, or None where no engine told."""
+        return None if self.sampler_logprobs is None else self._of_scored(self.sampler_logprobs)
+
+    def _of_scored(self, values: Sequence[Sequence[Any]]) -> list[Any]:
         return [
-            token
-            for ids, scored in zip(self.completion_ids, self.loss_mask or (), strict=True)
-            for token, is_scored in zip(ids, scored, strict=True)
+            value
+            for row, scored in zip(values, self.loss_mask or (), strict=True)
+            for value, is_scored in zip(row, scored, strict=True)
             if is_scored
+        ]
+
+    @property
+    def needed_ids(self) -> list[Ids]:
+        """Completions up to their last scored token: with causal attention nothing after it is needed."""
+        return [
+            ids[: max((n for n, is_scored in enumerate(scored, 1) if is_scored), default=0)]
+            for ids, scored in zip(self.completion_ids, self.loss_mask or (), strict=True)
         ]
 
     def select(self, indices: Sequence[int]) -> Rollouts:
@@ -98,11 +123,13 @@ class Rollouts:
             pick(self.loss_mask or ()),
             {key: pick(prompts) for key, prompts in self.shown.items()},
             self.normaliser,
+            pick(self.row_weights or ()),
+            None if self.sampler_logprobs is None else pick(self.sampler_logprobs),
         )
 
     def sorted_by_length(self) -> Rollouts:
         """Return the rows longest first, so that rows of one micro-batch need little padding."""
-        lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.completion_ids, strict=True)]
+        lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.needed_ids, strict=True)]
         return self.select(sorted(range(len(self)), key=lambda i: -lengths[i]))
 
     def split(self, parts: int) -> Iterator[Rollouts]:
@@ -131,19 +158,19 @@ class Rollouts:
         """
         prompts = self.prompt_ids if shown_to is None else self.shown[shown_to]
         assert self.loss_mask is not None
-        length = max(len(p) + len(c) for p, c in zip(prompts, self.completion_ids, strict=True))
+        completions = self.needed_ids
+        length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         ids_BL = torch.full((len(self), length), PAD)
         mask_BL = torch.zeros((len(self), length), dtype=torch.long)
         keep_BL = torch.zeros((len(self), length), dtype=torch.bool)
-        for b, (prompt, completion, scored) in enumerate(
-            zip(prompts, self.completion_ids, self.loss_mask, strict=True)
-        ):
+        for b, (prompt, completion, scored) in enumerate(zip(prompts, completions, self.loss_mask, strict=True)):
             start, end = len(prompt), len(prompt) + len(completion)
             ids_BL[b, :end] = torch.tensor(prompt + completion)
             mask_BL[b, :end] = 1
-            keep_BL[b, start - 1 : end - 1] = torch.tensor(scored, dtype=torch.bool)
+            keep_BL[b, start - 1 : end - 1] = torch.tensor(scored[: len(completion)], dtype=torch.bool)
         scored_ids_N = ids_BL.roll(-1, dims=1)[keep_BL]
-        return PaddedBatch(*(t.to(device) for t in (ids_BL, mask_BL, keep_BL, scored_ids_N)))
+        row_N = keep_BL.nonzero()[:, 0]
+        return PaddedBatch(*(t.to(device) for t in (ids_BL, mask_BL, keep_BL, scored_ids_N, row_N)))
 
     def row_of_token(self, n: int) -> int:
         """Return the row that packed scored token `n` belongs to."""

@@ -34,16 +34,17 @@ from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
 from opsd.context import PromptRenderer
 from opsd.data import check_completions, completion_of, prepare_rows, row_columns
+from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.errors import DataError
-from opsd.forward import check_model, context_length, last_hidden
-from opsd.heads import Head
-from opsd.losses import Divergence, LossRecord
+from opsd.forward import check_model, context_length
+from opsd.losses import LossRecord
 from opsd.metrics import check_gradient, divergence_metrics, keep_maxima
 from opsd.models import check_model_name, is_adapter, load_model, without_autocast
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.sampler import EpochSampler
 from opsd.stopping import GracefulStop
 from opsd.teachers import StudentHandle, Teacher, load_teacher
+from opsd.training_loss import Scored, TrainingLoss
 
 Row = Mapping[str, Any]
 TrainSet: TypeAlias = Dataset | IterableDataset
@@ -95,8 +96,9 @@ class OPSDTrainer(DistillationTrainer):
         self.teacher = load_teacher(teacher)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
         checkpoints.check_writable(args.output_dir)
+        preflight.check_importance(args.importance_clip, has_tools=bool(tools))
         preflight.check_sharding(fsdp=bool(args.fsdp), deepspeed=bool(args.deepspeed))
-        self.divergence = Divergence(args.beta, args.temperature)
+        self.training_loss = TrainingLoss(args, self.teacher)
         train_dataset = self._accept(train_dataset, "train", args)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._accept(rows, name, args) for name, rows in eval_dataset.items()}
@@ -125,6 +127,7 @@ class OPSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        self._engine = EngineLogprobs(self.vllm_generation) if args.use_vllm and args.importance_clip else None
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
@@ -137,10 +140,10 @@ class OPSDTrainer(DistillationTrainer):
         if dataset is None:
             return None
         dataset = prepare_rows(dataset, name=name)
-        if self.teacher.context is not None:
-            self.teacher.context.check_columns(row_columns(dataset))
+        for context in (teacher.context for teacher in self.training_loss.teachers if teacher.context is not None):
+            context.check_columns(row_columns(dataset))
             if isinstance(dataset, Dataset):
-                self.teacher.context.check_rows(dataset)
+                context.check_rows(dataset)
         if name == "train" and not args.seq_kd:
             check_completions(dataset, off_policy=1.0 - args.lmbda)
         return dataset
@@ -158,19 +161,19 @@ class OPSDTrainer(DistillationTrainer):
             self._tokenizer, self.chat_template, self.chat_template_kwargs, tools=self.tools or None
         )
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
-        self.teacher.prepare(self.student)
+        self.training_loss.prepare(self.student, self.eos_token_ids)
         assert trainable == preflight.check_student(student), "the teacher changed what trains"
         preflight.check_rows_fit(self.train_dataset, self.student, self.teacher, self.args.max_completion_length or 0)
         self._facts = {
             "student": preflight.fingerprint(student, len(self._tokenizer)),
             "teacher": self.teacher.description,
-            "divergence": self.divergence.words,
+            "objective": self.training_loss.words,
             "lmbda": self.args.lmbda,
             "seq_kd": self.args.seq_kd,
         }
         shown = self.teacher.context.name if self.teacher.context else "the student's own prompt"
         self._say(f"teacher     {self.teacher.words}\nis shown    {shown}\ncosts       {self.teacher.cost}")
-        self._say(f"divergence  {self.divergence.words}:  {self.divergence.formula}")
+        self._say(f"minimises   {self.training_loss.words}\n            {self.args.objective.formula}")
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -182,9 +185,7 @@ class OPSDTrainer(DistillationTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Name the columns that `remove_unused_columns=True` keeps."""
         if self._signature_columns is None:
-            context = self.teacher.context
-            wanted = context.fields | context.optional_fields if context else frozenset[str]()
-            self._signature_columns = ["prompt", "completion", "completion_ids", *sorted(wanted)]
+            self._signature_columns = ["prompt", "completion", "completion_ids", *sorted(self.training_loss.columns)]
 
     # ---- sample ------------------------------------------------------------------------------------------------
 
@@ -224,13 +225,15 @@ class OPSDTrainer(DistillationTrainer):
             prompt_ids[:count], completion_ids, loss_mask, *_ = self._generate([row["prompt"] for row in on])
         off_policy = self._off_policy(off) if off else []
         loss_mask = (loss_mask or [[1] * len(ids) for ids in completion_ids]) + [[1] * len(ids) for ids in off_policy]
-        rollouts = Rollouts(inputs, prompt_ids, completion_ids + off_policy, loss_mask)
+        sampled = None
+        if self._engine is not None:
+            sampled = self._engine.take(completion_ids) + [[UNKNOWN] * len(ids) for ids in off_policy]
+        rollouts = Rollouts(inputs, prompt_ids, completion_ids + off_policy, loss_mask, sampler_logprobs=sampled)
         self._log_texts(rollouts)
-        shown = self.teacher.show(rollouts)
-        if self.teacher.context is not None:
-            mode = "train" if self.model.training else "eval"
-            counts = self.teacher.context.counts
-            self._metrics[mode]["context/shortened"].append(counts.shortened / max(counts.rendered, 1))
+        shown = self.training_loss.show(rollouts)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, value in self.training_loss.shares(rollouts, shown).items():
+            metrics[name].append(value)
         return shown
 
     def _on_policy_rows(self, rows: int) -> int:
@@ -293,7 +296,7 @@ class OPSDTrainer(DistillationTrainer):
     def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
         # Entered and left around the teacher's own weights: autocast caches what it casts.
         with self.accelerator.autocast():
-            return {"rollouts": rollouts, "signal": self.teacher.score(rollouts)}
+            return {"scored": self.training_loss.score(rollouts)}
 
     # ---- lose --------------------------------------------------------------------------------------------------
 
@@ -301,16 +304,10 @@ class OPSDTrainer(DistillationTrainer):
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, summed student entropy and number of scored tokens; runs inside the wrapped forward pass."""
-        rollouts: Rollouts = inputs["rollouts"]
-        batch = rollouts.pad(self.accelerator.device)
-        hidden_ND = last_hidden(unwrapped_student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
-        # DDP averages gradients over processes, and the normaliser counts the tokens of all of them.
-        processes = self.accelerator.num_processes if rollouts.normaliser else 1
-        weight = processes / (rollouts.normaliser or max(rollouts.num_scorable, 1))
-        weight_N = torch.full((hidden_ND.shape[0],), weight, device=hidden_ND.device)
-        record = self.divergence(hidden_ND, Head.of(unwrapped_student), inputs["signal"], weight_N)
+        device = self.accelerator.device
+        record = self.training_loss(unwrapped_student, inputs["scored"], device, self.accelerator.num_processes)
         self._record = record  # leaves by attribute: a wrapper may cast or copy what is returned
-        return record.loss, record.entropy_N.sum(), torch.tensor(hidden_ND.shape[0], device=hidden_ND.device)
+        return record.loss, record.entropy_N.sum(), torch.tensor(len(record.entropy_N), device=device)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the loss, once every process has seen that it is finite."""
@@ -318,7 +315,10 @@ class OPSDTrainer(DistillationTrainer):
         record, self._record = self._record, None
         assert record is not None
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
-        found = divergence_metrics(record, inputs["rollouts"], self.accelerator, steps, step)
+        scored: Scored = inputs["scored"]
+        found = divergence_metrics(record, scored.rollouts, self.accelerator, steps, step)
+        if record.statistics_seconds:
+            found["statistics_seconds"] = record.statistics_seconds
         for key, value in found.items():
             self._metrics["train" if self.model.training else "eval"][key].append(value)
         return loss

@@ -1,220 +1,298 @@
-"""The divergence against a float64 twin written as loops over the definition."""
+"""Every divergence, support, tail, clip, signal, head and objective: value and gradient against the float64 twin."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
+from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from losses_cases import (
+    BETAS,
+    DIVERGENCES,
+    HEADS,
+    MASKED,
+    SIGNALS,
+    SIZES,
+    answers,
+    name_of,
+    objectives,
+    of_logits,
+    problem,
+)
+from losses_twin import Problem, agrees, is_close, math_value, measured, reference
 
-from opsd.errors import ConfigError
-from opsd.losses import Divergence
-from opsd.signals import Head, HiddenSignal
+from opsd.heads import Head
+from opsd.losses import Divergence, Objective, Tokens
+from opsd.signals import HiddenSignal
 
-BETAS = [0.0, 0.05, 0.3, 0.5, 0.95, 1.0]
-SIZES = [1, 3, 31, 47, 123]
-VALUE_TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 2e-5  # float32 kernel against float64 loops
-
-
-def twin(student: list[float], teacher: list[float], beta: float) -> float:
-    """One token's divergence from two lists of logits, by definition; no tensors."""
-
-    def log_softmax(x: list[float]) -> list[float]:
-        top = max(x)
-        total = math.log(math.fsum(math.exp(v - top) for v in x)) + top
-        return [v - total for v in x]
-
-    def kl(p: list[float], q: list[float]) -> float:
-        return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True) if math.exp(a) > 0)
-
-    s, t = log_softmax(student), log_softmax(teacher)
-    if beta == 1.0:
-        return kl(s, t)
-    if beta == 0.0:
-        return kl(t, s)
-    m = [
-        math.log(beta * math.exp(b) + (1 - beta) * math.exp(a)) if math.exp(a) + math.exp(b) > 0 else -math.inf
-        for a, b in zip(s, t, strict=True)
-    ]
-    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+OBJECTIVES = objectives()
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
 
 
-def torch_twin(hidden, weight_s, teacher_hidden, weight_t, beta, temperature=1.0, scale=1.0, softcap=None, bias=None):
-    """The same in float64 autograd, token by token, for gradients."""
-    total = []
-    for n in range(len(hidden)):
-        z = [hidden[n] @ weight_s.T, teacher_hidden[n] @ weight_t.T]
-        if bias is not None:
-            z = [x + bias for x in z]
-        z = [x * scale for x in z]
-        if softcap is not None:
-            z = [softcap * torch.tanh(x / softcap) for x in z]
-        s, t = (torch.log_softmax(x / temperature, -1) for x in z)
-        if beta == 1.0:
-            total.append((s.exp() * (s - t)).sum())
-        elif beta == 0.0:
-            total.append((t.exp() * (t - s)).sum())
-        else:
-            m = torch.log(beta * t.exp() + (1 - beta) * s.exp())
-            total.append(beta * (t.exp() * (t - m)).sum() + (1 - beta) * (s.exp() * (s - m)).sum())
-    return torch.stack(total) if total else hidden.new_zeros(0)
-
-
-def problem(n: int, v: int, d: int = 8, seed: int = 0):
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=g) for shape in ((n, d), (v, d), (n, d), (v, d))]
-
-
-@pytest.mark.parametrize("beta", BETAS)
+@every_divergence
 @pytest.mark.parametrize("n", SIZES)
-def test_value_and_gradient_equal_the_definition(n: int, beta: float) -> None:
-    h, w, th, tw = problem(n, v=37 + n)
-    weight_N = torch.rand(n, generator=torch.Generator().manual_seed(1)) + 0.1
-    h.requires_grad_(), w.requires_grad_()
-    record = Divergence(beta)(h, Head(w), HiddenSignal(th, Head(tw)), weight_N)
-    record.loss.backward()
-    h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
-    expected_N = torch_twin(h64, w64, th.double(), tw.double(), beta)
-    (expected_N * weight_N.double()).sum().backward()
-    assert torch.allclose(record.divergence_N.double(), expected_N.detach(), atol=VALUE_TOLERANCE)
-    assert torch.allclose(h.grad.double(), h64.grad, atol=GRADIENT_TOLERANCE)
-    assert torch.allclose(w.grad.double(), w64.grad, atol=GRADIENT_TOLERANCE * n)
-    first = twin((h64[0] @ w64.T).tolist(), (th[0].double() @ tw.double().T).tolist(), beta)
-    assert record.divergence_N[0].item() == pytest.approx(first, abs=VALUE_TOLERANCE)
+def test_value_and_gradient_equal_the_definition(n: int, divergence: Divergence) -> None:
+    agrees(Objective(divergence), problem(n, v=19 + n % 7, seed=n, dtype=torch.float32, left_out=n > 1))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("head", [{"scale": 0.25}, {"softcap": 3.0}, {"scale": 2.0, "softcap": 5.0}, {"bias": True}])
-@pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_heads_with_scale_softcap_and_bias_and_temperature(beta: float, head: dict, temperature: float) -> None:
-    h, w, th, tw = problem(7, 41)
-    bias = torch.randn(41, generator=torch.Generator().manual_seed(2)) if head.get("bias") else None
-    scale, softcap = head.get("scale", 1.0), head.get("softcap")
-    h.requires_grad_()
-    signal = HiddenSignal(th, Head(tw, bias, scale, softcap))
-    record = Divergence(beta, temperature)(h, Head(w, bias, scale, softcap), signal, torch.ones(7))
-    record.loss.backward()
-    h64 = h.detach().double().requires_grad_()
-    b64 = None if bias is None else bias.double()
-    expected = torch_twin(h64, w.double(), th.double(), tw.double(), beta, temperature, scale, softcap, b64)
-    expected.sum().backward()
-    assert torch.allclose(record.divergence_N.double(), expected.detach(), atol=VALUE_TOLERANCE)
-    assert torch.allclose(h.grad.double(), h64.grad, atol=GRADIENT_TOLERANCE)
+@every_divergence
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_every_signal_that_a_divergence_takes(signal: str, divergence: Divergence) -> None:
+    asked = problem(signal=signal, left_out=True)
+    if answers(divergence, asked.signal):
+        agrees(Objective(divergence), asked)
 
 
-def test_a_case_worked_by_hand() -> None:
-    """Student (1/2, 1/2), teacher (3/4, 1/4): KL(s‖t) = ½ ln(2/3) + ½ ln 2 = ½ ln(4/3)."""
-    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])
-    eye = Head(torch.eye(2))
-    signal = HiddenSignal(teacher, eye)
-    assert Divergence(1.0)(student, eye, signal, torch.ones(1)).divergence_N.item() == pytest.approx(
-        0.5 * math.log(4 / 3), abs=1e-6
-    )
-    forward = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
-    assert Divergence(0.0)(student, eye, signal, torch.ones(1)).divergence_N.item() == pytest.approx(forward, abs=1e-6)
+@every_divergence
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(("v", "teacher_v"), [(29, 23), (23, 29)], ids=["student padded", "teacher padded"])
+def test_every_head_and_heads_padded_differently(v: int, teacher_v: int, head: str, divergence: Divergence) -> None:
+    agrees(Objective(divergence), problem(5, v=v, teacher_v=teacher_v, head=head))
+
+
+@pytest.mark.parametrize("objective", [o for _, o in OBJECTIVES], ids=[name for name, _ in OBJECTIVES])
+def test_every_objective_of_every_divergence(objective: Objective) -> None:
+    agrees(objective, problem(12, v=17, left_out=True))
+
+
+@every_divergence
+@pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED)
+def test_ids_that_a_head_masks_out_add_no_nan(masked: tuple[str, ...], divergence: Divergence) -> None:
+    agrees(Objective(divergence, anchor_coef=0.3), problem(6, masked=masked))
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED)
+@pytest.mark.parametrize("beta", BETAS)
+def test_ids_that_a_head_masks_out_in_a_mixture(beta: float, masked: tuple[str, ...], signal: str) -> None:
+    # Where the wrong context alone masks an id, p^1.5 / p'^0.5 has no value; in both it is masked out.
+    asked = problem(6, masked=masked, signal=signal)
+    if signal == "geometric, pushed away" and "teacher" in masked:
+        one, two = asked.signal.signals
+        same = replace(two, head=replace(two.head, bias_V=one.head.bias_V))
+        asked = replace(asked, signal=replace(asked.signal, signals=[one, same]))
+    divergence = Divergence(beta)
+    if answers(divergence, asked.signal):
+        agrees(Objective(divergence), asked)
+
+
+@every_divergence
+def test_a_teacher_with_the_students_own_head_gives_it_no_gradient(divergence: Divergence) -> None:
+    agrees(Objective(divergence), problem(tied=True, head="bias"))
+
+
+def logits_of(asked: Problem) -> tuple[list[list[float]], list[list[float]]]:
+    student = asked.head.logits(asked.hidden_ND)
+    return student.tolist(), asked.signal.head.logits(asked.signal.hidden_ND).tolist()
 
 
 @pytest.mark.parametrize("beta", BETAS)
-def test_nan_in_a_token_of_weight_zero_changes_nothing(beta: float) -> None:
-    """Invariant 2: values and gradients of the others, for NaN in the student's and in the teacher's states."""
-    h, w, th, tw = problem(5, 33)
-    weight_N = torch.tensor([1.0, 0.0, 1.0, 0.5, 0.0])
-    poisoned, poisoned_t = h.clone(), th.clone()
-    poisoned[1], poisoned_t[4] = float("nan"), float("nan")
-    clean, dirty = h.clone().requires_grad_(), poisoned.requires_grad_()
-    a = Divergence(beta)(clean, Head(w), HiddenSignal(th, Head(tw)), weight_N)
-    b = Divergence(beta)(dirty, Head(w), HiddenSignal(poisoned_t, Head(tw)), weight_N)
-    a.loss.backward(), b.loss.backward()
-    assert torch.equal(a.loss, b.loss) and torch.equal(a.divergence_N, b.divergence_N)
-    assert torch.equal(clean.grad, dirty.grad)
+@pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED)
+def test_values_equal_a_twin_without_tensors(masked: tuple[str, ...], beta: float) -> None:
+    asked = problem(9, masked=masked)
+    found = measured(Objective(Divergence(beta)), asked).values["divergence"]
+    expected = [math_value(s, t, beta) for s, t in zip(*logits_of(asked), strict=True)]
+    assert is_close(found, torch.tensor(expected, dtype=torch.float64), 1e-6)
 
 
-def test_no_tokens_at_all_is_a_loss_of_zero_that_still_reaches_the_student() -> None:
-    h = torch.randn(0, 8, requires_grad=True)
-    loss = Divergence()(
-        h, Head(torch.randn(9, 8)), HiddenSignal(h.detach(), Head(torch.randn(9, 8))), h.new_zeros(0)
-    ).loss
-    loss.backward()
-    assert loss.item() == 0.0 and h.grad is not None
+# ---- extremes ------------------------------------------------------------------------------------------------------
+
+BIG = 1e4
+EXTREME = {
+    "far apart": ([[BIG, -BIG, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]], [[BIG, 0.0, -BIG, 2.0], [0.0, BIG, -BIG, 3.0]]),
+    "one token owns all, the same": ([[BIG, 0.0, 0.0, 0.0]], [[BIG, 0.0, 0.0, 0.0]]),
+    "one token owns all, another": ([[BIG, 0.0, 0.0, 0.0]], [[0.0, BIG, 0.0, 0.0]]),
+    "all logits large": ([[BIG, BIG + 1, BIG + 2, BIG]], [[-BIG, -BIG - 1, -BIG, -BIG]]),
+    "beyond the floor": ([[0.0, 1.0, -90.0, -300.0]], [[1.0, 0.0, -300.0, -90.0]]),
+    "far beyond the floor": ([[0.0, -150.0, -800.0, 1.0]], [[-150.0, 0.0, 1.0, -800.0]]),
+}
+every_extreme = pytest.mark.parametrize("logits", EXTREME.values(), ids=EXTREME)
 
 
-@settings(max_examples=40, deadline=None)
-@given(beta=st.floats(0, 1), seed=st.integers(0, 10_000), size=st.floats(0.01, 8.0))
-def test_divergences_are_never_negative_and_zero_on_equal_sides(beta: float, seed: int, size: float) -> None:
-    h, w, th, tw = problem(4, 29, seed=seed)
-    record = Divergence(beta)(h * size, Head(w), HiddenSignal(th * size, Head(tw)), torch.ones(4))
-    assert (record.divergence_N >= -1e-5).all() and torch.isfinite(record.divergence_N).all()
-    same = Divergence(beta)(h * size, Head(w), HiddenSignal(h * size, Head(w)), torch.ones(4))
-    assert same.divergence_N.abs().max() <= 1e-5
-
-
+@every_extreme
 @pytest.mark.parametrize("beta", BETAS)
-def test_extreme_logits_stay_finite(beta: float) -> None:
-    student = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
-    teacher = torch.tensor([[1e4, 0.0, -1e4], [0.0, 1e4, -1e4]])
-    eye = Head(torch.eye(3))
-    record = Divergence(beta)(student, eye, HiddenSignal(teacher, eye), torch.ones(2))
-    record.loss.backward()
-    assert torch.isfinite(record.divergence_N).all() and torch.isfinite(student.grad).all()
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_extreme_logits_equal_the_definition(temperature: float, beta: float, logits: tuple) -> None:
+    agrees(Objective(Divergence(beta, temperature)), of_logits(*map(torch.tensor, logits)))
 
 
-def test_the_divided_jsd_tends_to_the_kls() -> None:
-    h, w, th, tw = (0.3 * x for x in problem(3, 19))
-    value = lambda beta: Divergence(beta)(h, Head(w), HiddenSignal(th, Head(tw)), torch.ones(3)).divergence_N  # noqa: E731
-    for beta, end in ((1e-3, 0.0), (1 - 1e-3, 1.0)):
-        assert torch.allclose(value(beta) / (beta * (1 - beta)), value(end), rtol=0.02)
-    assert (value(0.5) <= math.log(2) + 1e-6).all()
+@every_extreme
+@every_divergence
+def test_extreme_logits_give_finite_numbers_in_float32(divergence: Divergence, logits: tuple) -> None:
+    asked = of_logits(*map(torch.tensor, logits))
+    eye = Head(torch.eye(4))
+    asked = replace(asked, hidden_ND=asked.hidden_ND.float(), head=eye)
+    asked = replace(asked, signal=HiddenSignal(asked.signal.hidden_ND.float(), eye))
+    found = measured(Objective(divergence), asked)
+    for numbers in (*(found.values[x] for x in ("loss", "divergence", "entropy")), *found.gradients.values()):
+        assert numbers.isfinite().all()
 
 
-def test_entropy_is_the_students() -> None:
-    h, w, th, tw = problem(6, 23)
-    record = Divergence()(h, Head(w), HiddenSignal(th, Head(tw)), torch.ones(6))
-    p = torch.softmax(h.double() @ w.double().T, -1)
-    assert torch.allclose(record.entropy_N.double(), -(p * p.log()).sum(-1), atol=1e-5)
+# ---- worked by hand ------------------------------------------------------------------------------------------------
+
+LN = math.log
+HALF, QUARTER = [0.0, 0.0], [LN(3.0), 0.0]  # student (1/2, 1/2), teacher (3/4, 1/4)
+BY_HAND = {
+    "reverse": ({}, 0.5 * LN(4 / 3), 0.25 * LN(1 / 3)),
+    "forward": ({"beta": 0.0}, 0.75 * LN(1.5) + 0.25 * LN(0.5), -0.25),
+    # m = (5/8, 3/8); ∂/∂s = ½·log(s/m), so ∂/∂z = s·(that - its mean) = ⅛·log((4/5)/(4/3)).
+    "jsd": (
+        {"beta": 0.5},
+        0.5 * (0.75 * LN(6 / 5) + 0.25 * LN(2 / 3)) + 0.5 * (0.5 * LN(4 / 5) + 0.5 * LN(4 / 3)),
+        0.125 * LN(3 / 5),
+    ),
+    # Entries 0.3041 and -0.1733: the first is capped, and keeps no gradient; -t₂·log s₂ has ∂/∂z₁ = t₂·s₁ = ⅛.
+    "forward, clipped": ({"beta": 0.0, "entry_clip": 0.05}, 0.05 + 0.25 * LN(0.5), 0.125),
+    "reverse, token clipped": ({"token_clip": 0.1}, 0.1, 0.0),
+    # y = 0: log(½ / ¾), less the KL, times (1 - ½).
+    "sampled": ({"support": "sampled"}, LN(2 / 3), 0.5 * (LN(2 / 3) - 0.5 * LN(4 / 3))),
+    "sampled, no baseline": ({"support": "sampled", "baseline": "none"}, LN(2 / 3), 0.5 * LN(2 / 3)),
+    # H(t) = 0.562
+    "gated in": ({"entropy_gate": 0.5}, 0.5 * LN(4 / 3) + 0.75 * LN(1.5) + 0.25 * LN(0.5), 0.25 * LN(1 / 3) - 0.25),
+    "gated out": ({"entropy_gate": 0.6}, 0.5 * LN(4 / 3), 0.25 * LN(1 / 3)),
+    "top 1, none": ({"beta": 0.0, "support": "teacher_top_k", "support_k": 1, "tail": "none"}, 0.75 * LN(1.5), -0.375),
+    "top 1, bucket": ({"support": "teacher_top_k", "support_k": 1}, 0.5 * LN(4 / 3), 0.25 * LN(1 / 3)),
+    "top 1, renormalised": ({"support": "teacher_top_k", "support_k": 1, "tail": "renormalise"}, 0.0, 0.0),
+}
 
 
-def test_memory_does_not_grow_with_tokens_times_vocabulary() -> None:
-    """Eight times the vocabulary-wide work, far less than eight times the memory: logits exist in tiles only."""
-    import subprocess
-    import sys
+@pytest.mark.parametrize(("settings", "value", "slope"), BY_HAND.values(), ids=BY_HAND)
+def test_a_case_worked_by_hand(settings: dict, value: float, slope: float) -> None:
+    asked = of_logits(torch.tensor([HALF]), torch.tensor([QUARTER]))
+    found = measured(Objective(Divergence(**settings)), asked)
+    assert found.values["loss"].item() == pytest.approx(value, abs=1e-12)
+    assert found.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
 
-    code = (
-        "import resource, sys, torch\n"
-        "from trl.kernels import chunked_divergence as kernel\n"
-        "kernel.TOKEN_CHUNK_SIZE, kernel.VOCAB_CHUNK_SIZE = 128, 1024  # TRL's are made for real sizes\n"
-        "from opsd.losses import Divergence\nfrom opsd.signals import Head, HiddenSignal\n"
-        "n = int(sys.argv[1]); g = torch.Generator().manual_seed(0)\n"
-        "h = torch.randn(n, 8, generator=g).requires_grad_(); w = torch.randn(20_000, 8, generator=g)\n"
-        "run = lambda k: Divergence()(h[:k], Head(w), HiddenSignal(h[:k].detach(), Head(w)), torch.ones(k))\n"
-        "run(16).loss.backward()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "run(n).loss.backward()\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+
+def test_the_twin_itself_gives_the_case_worked_by_hand() -> None:
+    for settings, value, slope in BY_HAND.values():
+        found = reference(Objective(Divergence(**settings)), of_logits(torch.tensor([HALF]), torch.tensor([QUARTER])))
+        assert found.values["loss"].item() == pytest.approx(value, abs=1e-12)
+        assert found.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
+
+
+# ---- tokens that do not count --------------------------------------------------------------------------------------
+
+
+def poisoned(asked: Problem) -> Problem:
+    """NaN wherever a token of weight 0 could leak from."""
+
+    def nan_where(x: torch.Tensor, places: slice) -> torch.Tensor:
+        x = x.clone()
+        x[places] = torch.nan
+        return x
+
+    out, tokens = slice(1, None, 4), asked.tokens
+    parts = {
+        name: replace(signal, hidden_ND=nan_where(signal.hidden_ND, out))
+        for name in ("signal", "anchor", "wrong")
+        if isinstance(signal := getattr(asked, name), HiddenSignal)
+    }
+    return replace(
+        asked,
+        hidden_ND=nan_where(asked.hidden_ND, out),
+        tokens=replace(tokens, sampler_N=nan_where(tokens.sampler_N, out)),
+        **parts,
     )
-    grown = [
-        float(subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True).stdout)
-        for n in (256, 2048)
-    ]
-    materialised = 2048 * 20_000 * 4 / 2**20
-    assert grown[1] - grown[0] < 0.2 * materialised, grown
 
 
-@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
-def test_a_beta_outside_its_range_is_refused(beta: float) -> None:
-    with pytest.raises(ConfigError, match="between 0 and 1"):
-        Divergence(beta)
+@pytest.mark.parametrize("wrong", [False, True], ids=["", "contrastive"])
+@pytest.mark.parametrize(
+    "objective",
+    [o for _, o in OBJECTIVES[:: len(DIVERGENCES) // 9]],
+    ids=[x for x, _ in OBJECTIVES[:: len(DIVERGENCES) // 9]],
+)
+def test_nan_in_a_token_of_weight_zero_changes_nothing(objective: Objective, wrong: bool) -> None:
+    clean = problem(11, left_out=True, wrong=wrong)
+    a, b = measured(objective, clean), measured(objective, poisoned(clean))
+    assert all(torch.equal(a.values[name], b.values[name]) for name in a.values)
+    assert all(torch.equal(a.gradients[name], b.gradients[name]) for name in a.gradients)
 
 
-def test_a_temperature_of_zero_is_refused() -> None:
-    with pytest.raises(ConfigError, match="above 0"):
-        Divergence(1.0, 0.0)
+EMPTY = {"no tokens": 0, "no token of weight": 4}
 
 
-def test_words_and_formula_name_the_direction() -> None:
-    assert Divergence(1.0).words == "reverse KL(student ‖ teacher)"
-    assert Divergence(0.0).words == "forward KL(teacher ‖ student)"
-    assert "0.3" in Divergence(0.3).words and "0.7·KL(s ‖ m)" in Divergence(0.3).formula
-    assert all(a != b for a, b in pairwise(Divergence(b).formula for b in BETAS))
+@pytest.mark.parametrize("n", EMPTY.values(), ids=EMPTY)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("objective", [o for _, o in OBJECTIVES[::7]], ids=[x for x, _ in OBJECTIVES[::7]])
+def test_nothing_to_train_on_is_a_loss_of_zero_that_reaches_every_input(
+    objective: Objective, recompute: bool, n: int
+) -> None:
+    asked = problem(n, wrong=True, head="bias")
+    asked = replace(asked, tokens=replace(asked.tokens, weight_N=torch.zeros(n)))
+    found = measured(replace(objective, recompute=recompute), asked)
+    assert found.values["loss"].item() == 0.0
+    assert set(found.gradients) == {"states", "weight", "bias"}
+    assert all(g is not None and g.abs().sum().item() == 0.0 for g in found.gradients.values())
+    assert all(column.shape == (n,) for name, column in found.values.items() if name != "loss")
+
+
+# ---- what carries a gradient ---------------------------------------------------------------------------------------
+
+SMOOTH = [d for d in DIVERGENCES if d.support != "sampled" and d.entry_clip is None and d.token_clip is None]
+
+
+@pytest.mark.parametrize("divergence", SMOOTH, ids=name_of)
+def test_the_gradient_is_that_of_the_value(divergence: Divergence) -> None:
+    """Finite differences: the only comparison here that knows no formula of a gradient at all."""
+    asked = problem(3, v=9, d=3, head="all of it")
+    objective = Objective(divergence, anchor_coef=0.3, recompute=True)  # gradcheck goes backward more than once
+
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        head = replace(asked.head, weight_VD=weight, bias_V=bias)
+        return objective(hidden, head, asked.signal, asked.tokens, anchor=asked.anchor).loss
+
+    inputs = [x.clone().requires_grad_() for x in (asked.hidden_ND, asked.head.weight_VD, asked.head.bias_V)]
+    assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(("states", "weight"), list(product([True, False], repeat=2))[:3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_what_is_trained_gets_a_gradient(recompute: bool, states: bool, weight: bool) -> None:
+    asked, objective = problem(9, head="bias"), Objective(recompute=recompute)
+    expected = reference(objective, asked)
+    hidden = asked.hidden_ND.clone().requires_grad_(states)
+    head = replace(asked.head, weight_VD=asked.head.weight_VD.clone().requires_grad_(weight))
+    objective(hidden, head, asked.signal, asked.tokens).loss.backward()
+    for leaf, name, is_trained in ((hidden, "states", states), (head.weight_VD, "weight", weight)):
+        assert (leaf.grad is not None) == is_trained
+        assert not is_trained or is_close(leaf.grad, expected.gradients[name], 1e-9)
+    assert head.bias_V.grad is None
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_loss_that_is_scaled_before_it_goes_back_scales_its_gradients(recompute: bool) -> None:
+    asked, objective = problem(9, head="bias"), Objective(recompute=recompute)
+    one, three = measured(objective, asked), measured(objective, asked, factor=3.0)
+    assert all(is_close(three.gradients[name], 3.0 * g, 1e-12) for name, g in one.gradients.items())
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    asked = problem(3)
+    loss = Objective()(asked.hidden_ND.requires_grad_(), asked.head, asked.signal, asked.tokens).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward twice.*Compute the loss again"):
+        loss.backward()
+
+
+def test_a_second_backward_pass_of_a_recomputed_loss_gives_the_same_again() -> None:
+    asked = problem(3)
+    hidden = asked.hidden_ND.requires_grad_()
+    loss = Objective(recompute=True)(hidden, asked.head, asked.signal, asked.tokens).loss
+    once, again = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(once, again)
+
+
+@every_divergence
+def test_without_gradients_the_values_are_the_same(divergence: Divergence) -> None:
+    asked, objective = problem(9), Objective(divergence)
+    with torch.no_grad():
+        record = objective(asked.hidden_ND, asked.head, asked.signal, asked.tokens)
+    assert torch.equal(record.loss, measured(objective, asked).values["loss"]) and not record.loss.requires_grad
+
+
+def test_tokens_are_selected_together() -> None:
+    tokens = problem(4).tokens.select(torch.tensor([2, 0]))
+    assert isinstance(tokens, Tokens) and tokens.row_N.tolist() == [0, 0] and tokens.cost_N is None

@@ -15,7 +15,7 @@ from opsd import shipped
 from opsd.config import OPSDConfig
 from opsd.context import PrivilegedContext, PromptRenderer
 from opsd.errors import ConfigError
-from opsd.losses import Divergence
+from opsd.selection import TokenSelection
 from opsd.teachers import TEACHERS, EMATeacher, LiveTeacher, SameCheckpointTeacher, SiblingTeacher, load_teacher
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
 
@@ -89,19 +89,28 @@ def test_recipe_args_are_training_arguments(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "divergence", "rows"),
     [
-        ("opsd", "forward KL(teacher ‖ student) at temperature 1.1", 32),
+        ("opsd", "forward KL(teacher ‖ student) at temperature 1.1, each entry at most 0.05 nats; tokens: all", 32),
         # The paper's text says reverse; its results are forward.
-        ("sdft", "forward KL(teacher ‖ student)", 32),
-        ("sdpo", "generalised JSD (β = 0.5)", 32 * 8),
-        ("crisp", "reverse KL(student ‖ teacher)", 32),
-        ("strong_to_weak", "reverse KL(student ‖ teacher)", 512 * 4),
+        ("sdft", "forward KL(teacher ‖ student); tokens: without the first 3", 32),
+        (
+            "sdpo",
+            "generalised JSD (β = 0.5), over the student's 100 likeliest tokens, one bucket for the rest; tokens: all",
+            32 * 8,
+        ),
+        ("crisp", "reverse KL(student ‖ teacher); tokens: all", 32),
+        (
+            "strong_to_weak",
+            "reverse KL(student ‖ teacher), over the sampled token, as a policy gradient, no baseline; tokens: all",
+            512 * 4,
+        ),
     ],
 )
 def test_published_recipe_has_the_divergence_and_batch_of_its_source(
     name: str, divergence: str, rows: int, tmp_path: Path
 ) -> None:
     args = settings(name, tmp_path)
-    assert Divergence(args.beta, args.temperature).words == divergence
+    selection = TokenSelection.of(args, make_tokenizer(), [])
+    assert f"{args.objective.words}; tokens: {selection.words}" == divergence
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == rows
     assert recipe(name).differences
 

@@ -160,7 +160,7 @@ def test_the_measurement_itself_is_quick_and_positive() -> None:
 def test_bfloat16_reaches_sampling_scoring_and_the_loss(tmp_path: Path, student: str, monkeypatch) -> None:
     """accelerate wraps `forward`, and the loss goes around it: without our own autocast bf16 would do nothing."""
     import opsd.teachers.local
-    import opsd.trainer
+    import opsd.training_loss
     from opsd.forward import last_hidden
 
     trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), student, bf16=True, max_steps=1)
@@ -173,7 +173,7 @@ def test_bfloat16_reaches_sampling_scoring_and_the_loss(tmp_path: Path, student:
 
         return hidden
 
-    monkeypatch.setattr(opsd.trainer, "last_hidden", spy("student"))
+    monkeypatch.setattr(opsd.training_loss, "last_hidden", spy("student"))
     monkeypatch.setattr(opsd.teachers.local, "last_hidden", spy("teacher"))
     original = trainer.model.generate
     monkeypatch.setattr(

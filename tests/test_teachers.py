@@ -12,8 +12,9 @@ from helpers import STUDENTS, make_rollouts, make_student, move, prepared, snaps
 
 from opsd.errors import ConfigError, OPSDWarning, TokenizerMismatchError
 from opsd.forward import last_hidden
-from opsd.losses import Divergence
-from opsd.signals import Head, HiddenSignal
+from opsd.losses import Divergence, Objective, Tokens
+from opsd.heads import Head
+from opsd.signals import HiddenSignal
 from opsd.teachers import TEACHERS as TABLE
 from opsd.teachers import (
     EMATeacher,
@@ -55,7 +56,7 @@ def student_loss(student: torch.nn.Module, teacher: Teacher, beta: float = 1.0):
     signal = teacher.score(rollouts)
     batch = rollouts.pad("cpu")
     hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
-    return Divergence(beta)(hidden_ND, Head.of(student), signal, torch.ones(len(hidden_ND)))
+    return Objective(Divergence(beta))(hidden_ND, Head.of(student), signal, Tokens(torch.ones(len(hidden_ND))))
 
 
 def test_every_strategy_of_the_table_is_tested() -> None:
@@ -205,13 +206,14 @@ def test_the_average_scores_with_its_own_weights() -> None:
     """decay 0 is the student itself after a step; decay near 1 the student it started as."""
     student = make_student("full").eval()
     follower, keeper = (prepared(EMATeacher(decay), student) for decay in (0.0, 0.999999))
-    rollouts = follower.show(make_rollouts())
+    rollouts = keeper.show(follower.show(make_rollouts()))
     ids = rollouts.pad("cpu").scored_ids_N
     before = keeper.score(rollouts).logprobs(ids)
     move(student)
     for teacher in (follower, keeper):
         teacher.after_step(1)
-    live = prepared(LiveTeacher(), student).score(follower.show(rollouts).show("live", rollouts.prompt_ids))
+    live = prepared(LiveTeacher(), student)
+    live = live.score(live.show(rollouts))
     assert torch.allclose(follower.score(rollouts).logprobs(ids), live.logprobs(ids), atol=1e-6)
     assert torch.allclose(keeper.score(rollouts).logprobs(ids), before, atol=1e-4)
 
@@ -262,7 +264,7 @@ def test_another_chat_template_warns_and_is_used() -> None:
     with pytest.warns(OPSDWarning, match="chat templates"):
         teacher = prepared(SiblingTeacher(make_llama(1), tokenizer=other), make_llama())
     rollouts = make_rollouts()
-    shown = teacher.show(rollouts).shown["sibling"]
+    shown = teacher.show(rollouts).shown[teacher.key]
     assert shown != list(rollouts.prompt_ids)
     assert other.decode(shown[0]).endswith("assistant:\n")
 

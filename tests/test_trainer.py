@@ -197,7 +197,7 @@ def test_scored_tokens_are_the_generated_tokens(tmp_path: Path) -> None:
     trainer.model.train()
     rollouts = trainer._generate_and_score_completions(make_rows(4))
     assert list(rollouts.completion_ids) == sampled
-    student, teacher = rollouts.pad("cpu"), rollouts.pad("cpu", "same_checkpoint")
+    student, teacher = rollouts.pad("cpu"), rollouts.pad("cpu", trainer.teacher.key)
     assert student.scored_ids_N.equal(teacher.scored_ids_N)
     assert len(student.scored_ids_N) == sum(map(len, sampled))
 
@@ -217,7 +217,7 @@ def test_nan_in_padding_changes_nothing(tmp_path: Path) -> None:
 
         if poison:
             model.model.register_forward_hook(hook, with_kwargs=True)
-        loss = trainer.compute_loss(model, trainer._scored(trainer.teacher.show(make_rollouts())))
+        loss = trainer.compute_loss(model, trainer._scored(trainer.training_loss.show(make_rollouts())))
         loss.backward()
         results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
     (loss, grads), (poisoned_loss, poisoned) = results

@@ -9,7 +9,7 @@ import pytest
 import transformers
 import trl
 from trl import DistillationConfig, DistillationTrainer
-from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+from trl.generation.vllm_generation import VLLMGeneration
 
 # method -> the parameters that opsd passes or receives
 SEAMS = {
@@ -63,12 +63,13 @@ def test_compute_loss_unpacks_the_three_values_that_are_returned() -> None:
     )
 
 
-def test_the_kernel_takes_the_arguments_in_the_order_they_are_passed() -> None:
-    assert list(inspect.signature(ChunkedDivergenceFunction.forward).parameters)[1:] == [
-        "student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias", "beta",
-        "temperature", "student_logit_scale", "student_final_logit_softcapping", "teacher_logit_scale",
-        "teacher_final_logit_softcapping",
-    ]  # fmt: skip
+def test_the_engine_answers_with_logprobs_where_they_are_expected() -> None:
+    """Importance correction sets `logprobs`, and reads the third of four answers of `generate`."""
+    assert "self.logprobs = logprobs" in inspect.getsource(VLLMGeneration.__init__)
+    assert "return prompt_ids, completion_ids, logprobs, logprob_token_ids" in inspect.getsource(
+        VLLMGeneration.generate
+    )
+    assert "self.vllm_generation.generate(" in inspect.getsource(DistillationTrainer._generate_single_turn)
 
 
 def test_callbacks_at_the_end_of_a_step_run_before_the_save() -> None:

@@ -179,6 +179,8 @@ class Divergence:
     def words(self) -> str:
         """The divergence in words, as logs and reports name it."""
         said = [table.words(self.beta)]
+        if self.temperature != 1.0:
+            said[0] += f" at temperature {self.temperature:g}"
         if self.support != "full":
             said.append("over " + supports.SUPPORTS[self.support].format(k=self.support_k))
         if self._is_top_k:
@@ -191,8 +193,7 @@ class Divergence:
             said.append(f"each entry at most {self.entry_clip:g} nats")
         if self.token_clip is not None:
             said.append(f"each token at most {self.token_clip:g} nats")
-        text = ", ".join(said)
-        return text if self.temperature == 1.0 else f"{text}, at temperature {self.temperature:g}"
+        return ", ".join(said)
 
     @property
     def formula(self) -> str:

@@ -118,7 +118,8 @@ class Kernel:
             )
         )
         losses, records = [], []
-        for start in range(0, count, chunk):
+        # Once for no tokens at all, too: every process must end up with the same records and with gradients.
+        for start in range(0, max(count, 1), chunk):
             rows = slice(start, min(start + chunk, count))
             logits = buffers[:, : rows.stop - start]
             head.logits_into(states_ND[rows], logits[0])
@@ -129,12 +130,8 @@ class Kernel:
                 records.append(found)
             if any(needed):
                 _backward(logits[0].to(dtype), states_ND[rows], head, gradients, rows, add=start > 0)
-        if count == 0:
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.zero_()
-        self.records = {name: torch.cat([found[name] for found in records]) for name in (records[0] if records else ())}
-        return torch.cat(losses).sum() if losses else hidden_ND.new_zeros((), dtype=sums), gradients
+        self.records = {name: torch.cat([found[name] for found in records]) for name in records[0]}
+        return torch.cat(losses).sum(), gradients
 
     def _apply_rule(
         self, logits: Tensor, rows: slice, head: Head, needs_gradient: bool
@@ -142,7 +139,7 @@ class Kernel:
         """Yield losses and records block by block, and leave the gradient where the student's logits were."""
         length, vocab_size = logits.shape[1:]
         step = max(1, BLOCK_VALUES.get(logits.device.type, BLOCK_VALUES["cuda"]) // vocab_size)
-        for start in range(0, length, step):
+        for start in range(0, max(length, 1), step):
             block = logits[:, start : start + step]
             where = slice(rows.start + start, rows.start + min(start + step, length))
             outcome = self.rule(block[0], list(block[1:]), where)

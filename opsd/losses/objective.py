@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,13 @@ class Objective:
     budget_mb: float | None = None
     recompute: bool = False
 
+    @classmethod
+    def of(cls, settings: Any) -> Objective:
+        """Read the settings of a run: attributes named like the fields of Divergence and of this class."""
+        divergence = Divergence(**{f.name: getattr(settings, f.name) for f in fields(Divergence)})
+        own = {f.name: getattr(settings, f.name) for f in fields(cls) if f.name != "divergence"}
+        return cls(divergence, **own)
+
     def __post_init__(self) -> None:
         for name, known in (("keep_by", KEEP_BY), ("future", tuple(FUTURES))):
             value = getattr(self, name)
@@ -94,6 +102,8 @@ class Objective:
                 f"anchor_coef must not be negative, and is {self.anchor_coef}: it would push the student away from "
                 "where it began. Use 0 for no anchor."
             )
+        if self.budget_mb is not None and not self.budget_mb > 0.0:
+            raise ConfigError(f"budget_mb must be above 0, and is {self.budget_mb}. Leave it out to let it be chosen.")
         self._check_future()
 
     def _check_future(self) -> None:
@@ -170,7 +180,6 @@ class Objective:
             seconds = time.perf_counter() - start
             counted_N = counted_N.masked_scatter(counted_N, kept)
         loss, found = self._kernel(used).loss(used.hidden_ND, used.head)
-        found = found or {"divergence": used.tokens.weight_N, "entropy": used.tokens.weight_N}  # of no tokens at all
         if self.divergence.support == "sampled" or self.future != "none":
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             found |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}

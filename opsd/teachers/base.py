@@ -8,10 +8,11 @@ Shapes: N scored tokens of a micro-batch (packed).
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -129,6 +130,17 @@ class Teacher(ABC):
         return {"strategy": self.strategy, **self.settings, "context": context}
 
     @property
+    def key(self) -> str:
+        """Its own prompts' name among a rollout's: two teachers of one strategy are shown different things."""
+        return f"{self.strategy} {id(self):x}"
+
+    def showing(self, context: PrivilegedContext | str | Mapping[str, Any] | None) -> Self:
+        """Return the same teacher, weights and all, shown something else; it follows this one, not the student."""
+        other = copy.copy(self)
+        other.context = PrivilegedContext.of(context)
+        return other
+
+    @property
     def renderer(self) -> PromptRenderer:
         """How this teacher's prompts become ids: its own tokenizer and chat template."""
         assert self._renderer is not None, "call prepare(student) first"
@@ -144,10 +156,10 @@ class Teacher(ABC):
         """Render this teacher's prompt for every rollout, before any sort or split."""
         if self.context is None and self.renderer == self._student.renderer:
             # The very ids the student saw, tools and all; nothing to render again.
-            return rollouts.show(self.strategy, rollouts.prompt_ids)
+            return rollouts.show(self.key, rollouts.prompt_ids)
         prompts = [self.prompt_ids(row) for row in rollouts.rows]
         check_lengths(self.max_length, prompts, [len(ids) for ids in rollouts.completion_ids], "teacher")
-        return rollouts.show(self.strategy, prompts)
+        return rollouts.show(self.key, prompts)
 
     def sample(self, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return this teacher's own completions for rows, seen through its context.
@@ -175,6 +187,6 @@ class Teacher(ABC):
         prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
         rollouts = self.show(Rollouts(rows, prompts, completions))
         signal = self.score(rollouts)
-        scored_ids_N = rollouts.pad("cpu", self.strategy).scored_ids_N
+        scored_ids_N = rollouts.pad("cpu", self.key).scored_ids_N
         values = iter(signal.logprobs(scored_ids_N).tolist())
         return [[next(values) for _ in completion] for completion in completions]

@@ -56,7 +56,7 @@ class LocalTeacher(Teacher):
             AlignmentError: the tokens it scored are not the tokens that the student sampled.
         """
         device = next(self.model.parameters()).device
-        batch = rollouts.pad(device, self.strategy)
+        batch = rollouts.pad(device, self.key)
         if batch.scored_ids_N.tolist() != rollouts.scored_ids:
             raise AlignmentError(
                 f"teacher {self.strategy!r} scored other tokens than the student sampled. Every loss computed from "

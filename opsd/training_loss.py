@@ -1,0 +1,138 @@
+"""From rollouts and a teacher to a loss: which tokens count, who scores them, what training minimises.
+
+Stands between the trainer, which knows steps, and the losses, which know tensors. It is blind to which teacher and
+which divergence it runs.
+
+Shapes: N scored tokens of a micro-batch (packed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from opsd.config import OPSDConfig
+from opsd.forward import last_hidden
+from opsd.heads import Head
+from opsd.losses import LossRecord, Tokens
+from opsd.rollouts import PaddedBatch, Rollouts
+from opsd.selection import TokenSelection
+from opsd.signals import HiddenSignal, TeacherSignal
+from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A micro-batch with every answer that its loss needs; crosses FSDP's wrapper as one opaque object.
+
+    Args:
+        rollouts: the micro-batch.
+        signal: the teacher's answer.
+        anchor: the anchor's answer, where the student is held to one.
+        wrong: the teacher's answer under the wrong context, where tokens are contrasted.
+    """
+
+    rollouts: Rollouts
+    signal: TeacherSignal
+    anchor: HiddenSignal | None = None
+    wrong: TeacherSignal | None = None
+
+
+class TrainingLoss:
+    """The loss of a run.
+
+    Args:
+        args: settings.
+        teacher: scores rollouts.
+    """
+
+    def __init__(self, args: OPSDConfig, teacher: Teacher):
+        self._args = args
+        self.teacher = teacher
+        self.objective = args.objective
+        self.anchor = SameCheckpointTeacher() if args.anchor_coef else None
+        self.contrast = None if args.contrast_context is None else teacher.showing(args.contrast_context)
+        self.selection = TokenSelection()
+
+    @property
+    def teachers(self) -> list[Teacher]:
+        """Everyone who scores."""
+        return [t for t in (self.teacher, self.anchor, self.contrast) if t is not None]
+
+    @property
+    def columns(self) -> set[str]:
+        """The columns of rows that it reads, beside the prompt."""
+        fields = (t.context.fields | t.context.optional_fields for t in self.teachers if t.context)
+        return set().union(*fields, {self._args.pass_rate_column} if self._args.pass_rate_column else ())
+
+    @property
+    def words(self) -> str:
+        """What training minimises, on which tokens; a resumed run must minimise the same."""
+        text = f"{self.objective.words}; tokens: {self.selection.words}"
+        contrast = self.contrast and self.contrast.context
+        return f"{text}; each weighed by what {contrast.name} does not say" if contrast else text
+
+    def prepare(self, student: StudentHandle, end_ids: Sequence[int]) -> None:
+        """Get ready, once, after the student is in place."""
+        self.selection = TokenSelection.of(self._args, student.tokenizer, end_ids)
+        self.teacher.prepare(student)
+        if self.contrast is not None:
+            self.contrast = self.teacher.showing(self.contrast.context)
+        if self.anchor is not None:
+            self.anchor.prepare(student)
+
+    def show(self, rollouts: Rollouts) -> Rollouts:
+        """Select the tokens to train on, and render everyone's prompts; before any sort or split."""
+        rollouts = self.selection.apply(rollouts)
+        for teacher in self.teachers:
+            rollouts = teacher.show(rollouts)
+        return rollouts
+
+    def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
+        """Return what was left out or shortened on the way from rollouts to tokens that are trained on, as shares."""
+        shares = {}
+        if self.teacher.context is not None:
+            counts = self.teacher.context.counts
+            shares["context/shortened"] = counts.shortened / max(counts.rendered, 1)
+        if sampled.num_scorable != shown.num_scorable:
+            shares["tokens/left_out"] = 1.0 - shown.num_scorable / sampled.num_scorable
+        return shares
+
+    def score(self, rollouts: Rollouts) -> Scored:
+        """Ask everyone for their answer on a micro-batch that went through `show`."""
+        signal = self.teacher.score(rollouts)
+        anchor = None if self.anchor is None else self.anchor.score(rollouts)
+        wrong = None if self.contrast is None else self.contrast.score(rollouts)
+        return Scored(rollouts, signal, anchor, wrong)
+
+    def __call__(self, student: nn.Module, scored: Scored, device: torch.device, processes: int) -> LossRecord:
+        """Compute the loss, in one forward pass of the student.
+
+        Args:
+            student: the model that trains.
+            scored: a micro-batch and the answers to it.
+            device: the student's.
+            processes: over which gradients are averaged: DDP takes the mean, and the normaliser counts the tokens of
+                all of them.
+        """
+        batch = scored.rollouts.pad(device)
+        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+        tokens = self._tokens(scored.rollouts, batch, processes)
+        head = Head.of(student)
+        return self.objective(hidden_ND, head, scored.signal, tokens, anchor=scored.anchor, wrong=scored.wrong)
+
+    @staticmethod
+    def _tokens(rollouts: Rollouts, batch: PaddedBatch, processes: int) -> Tokens:
+        share = processes / rollouts.normaliser if rollouts.normaliser else 1.0 / max(rollouts.num_scorable, 1)
+        device = batch.ids_BL.device
+        row_weight_B = torch.tensor(rollouts.row_weights, dtype=torch.float32, device=device)
+        sampler = rollouts.sampled_logprobs
+        return Tokens(
+            weight_N=share * row_weight_B[batch.row_N],
+            ids_N=batch.scored_ids_N,
+            row_N=batch.row_N,
+            sampler_N=None if sampler is None else torch.tensor(sampler, dtype=torch.float32, device=device),
+        )

@@ -1,0 +1,367 @@
+"""The slow twin of opsd/losses: float64, token by token, from the definitions; and what the tests compare with it.
+
+It shares no code with opsd/losses. It reads the settings off an `Objective` and the numbers off heads and signals, which
+are data here; everything else is autograd over the formulas. `math_value` has no tensors at all.
+
+Shapes: N tokens · D width · V vocabulary · E entries that are compared: the vocabulary, or a support and its bucket.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from opsd.heads import Head
+from opsd.losses import Divergence, Objective, Tokens
+from opsd.signals import HiddenSignal, MixtureSignal, TopKSignal
+
+LOWEST = -100.0  # nats
+INF = float("inf")
+
+# What may differ, as a share of 1 + the largest number: (value, gradient). Sums are float64 or float32; a gradient of
+# bfloat16 states or weights is rounded to 8 bits at the end.
+TOLERANCE = {torch.float64: (1e-10, 1e-9), torch.float32: (2e-5, 2e-5), torch.bfloat16: (2e-5, 1e-2)}
+
+# ---- without tensors -----------------------------------------------------------------------------------------------
+
+
+def math_logs(logits: Sequence[float]) -> list[float]:
+    """log(e^z / Σ e^z)."""
+    top = max(logits)
+    total = math.log(math.fsum(math.exp(z - top) for z in logits))
+    return [z - top - total for z in logits]
+
+
+def math_value(student: Sequence[float], teacher: Sequence[float], beta: float) -> float:
+    """One token's divergence from two lists of logits, by its definition."""
+
+    def kl(p: list[float], q: list[float]) -> float:
+        return math.fsum(math.exp(a) * (max(a, LOWEST) - max(b, LOWEST)) for a, b in zip(p, q, strict=True))
+
+    s, t = math_logs(student), math_logs(teacher)
+    if beta in (0.0, 1.0):
+        return kl(s, t) if beta else kl(t, s)
+    masses = [beta * math.exp(b) + (1 - beta) * math.exp(a) for a, b in zip(s, t, strict=True)]
+    m = [math.log(mass) if mass > 0 else -INF for mass in masses]
+    return beta * kl(t, m) + (1 - beta) * kl(s, m)
+
+
+# ---- distributions -------------------------------------------------------------------------------------------------
+
+
+class _Floored(torch.autograd.Function):
+    """The value is floored, the gradient is that of the number itself."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clamp(min=LOWEST)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad
+
+
+floored = _Floored.apply
+
+
+def log_normalised(z: Tensor) -> Tensor:
+    top = z.max().detach()
+    return z - top - (z - top).exp().sum().log()
+
+
+def log_distribution(hidden_D: Tensor, head: Head, vocab_size: int, temperature: float) -> Tensor:
+    """The definition of a head at one token."""
+    z = head.weight_VD[:vocab_size].double() @ hidden_D.double()
+    if head.bias_V is not None:
+        z = z + head.bias_V[:vocab_size].double()
+    z = z * head.scale
+    if head.softcap is not None:
+        z = torch.tanh(z / head.softcap) * head.softcap
+    return log_normalised(z / temperature)
+
+
+def teacher_distribution(signal: HiddenSignal | MixtureSignal, n: int, vocab_size: int, temperature: float) -> Tensor:
+    parts = [signal] if isinstance(signal, HiddenSignal) else signal.signals
+    logs = [log_distribution(p.hidden_ND[n], p.head, vocab_size, temperature).detach() for p in parts]
+    if isinstance(signal, HiddenSignal):
+        return logs[0]
+    if signal.kind == "arithmetic":
+        return sum(w * log_p.exp() for w, log_p in zip(signal.weights, logs, strict=True)).log()
+    powers = [
+        sum(w * x[v] for w, x in zip(signal.weights, logs, strict=True))
+        if all(x[v] > -INF for x in logs)
+        else torch.tensor(-INF)
+        for v in range(vocab_size)
+    ]
+    return log_normalised(torch.stack(powers).double())
+
+
+# ---- entries -------------------------------------------------------------------------------------------------------
+
+
+def weighted(log_p: Tensor, nats: Tensor) -> Tensor:
+    """p · nats, entry by entry; nothing where p is nothing."""
+    return torch.where(log_p > -INF, log_p.exp() * nats, torch.zeros_like(nats))
+
+
+def entry_values(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    if beta == 1.0:
+        return weighted(log_s, floored(log_s) - floored(log_t))
+    if beta == 0.0:
+        return weighted(log_t, floored(log_t) - floored(log_s))
+    mass = beta * log_t.exp() + (1.0 - beta) * log_s.exp()
+    log_m = torch.where(mass > 0, mass, torch.ones_like(mass)).log()
+    return beta * weighted(log_t, floored(log_t) - log_m) + (1.0 - beta) * weighted(log_s, floored(log_s) - log_m)
+
+
+def best(log_p: Tensor, k: int) -> list[int]:
+    values = log_p.tolist()
+    return sorted(range(len(values)), key=lambda v: -values[v])[:k]
+
+
+def support_ids(d: Divergence, log_s: Tensor, log_t: Tensor) -> list[int]:
+    sides = {"teacher_top_k": [log_t], "student_top_k": [log_s], "union": [log_s, log_t]}[d.support]
+    return sorted({v for side in sides for v in best(side, d.support_k)})
+
+
+def log_mass(log_p: Tensor, ids: list[int]) -> Tensor:
+    kept = [v for v in ids if log_p[v] > -INF]
+    return torch.logsumexp(log_p[kept], 0) if kept else torch.tensor(-INF, dtype=torch.float64)
+
+
+def listed(signal: TopKSignal, n: int) -> tuple[list[int], Tensor, Tensor]:
+    """The ids of a list, their log-probabilities and the log of what is left."""
+    kept = [j for j in range(signal.ids_NK.shape[1]) if signal.logprobs_NK[n, j] > -INF]
+    log_t = signal.logprobs_NK[n, kept].double()
+    rest = max(1.0 - math.fsum(log_t.exp().tolist()), 1e-6)
+    return signal.ids_NK[n, kept].tolist(), log_t, torch.tensor(math.log(rest), dtype=torch.float64)
+
+
+def compared(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, records: dict[str, float]) -> tuple[Tensor, Tensor]:
+    """The two (E,) sides of a top-k support after its tail is dealt with."""
+    if isinstance(teacher, Tensor):
+        ids = support_ids(d, log_s, teacher)
+        outside = [v for v in range(len(log_s)) if v not in ids]
+        log_t, rest_t = teacher[ids], log_mass(teacher, outside)
+    else:
+        ids, log_t, rest_t = teacher
+        outside = [v for v in range(len(log_s)) if v not in ids]
+        log_t = log_t / d.temperature
+    rest_s = log_mass(log_s, outside)
+    records["support/student"], records["support/teacher"] = (1 - x.exp().item() for x in (rest_s, rest_t))
+    if d.tail == "none":
+        return log_s[ids], log_t
+    if d.tail == "renormalise":
+        return log_normalised(log_s[ids]), log_normalised(log_t)
+    return torch.cat([log_s[ids], rest_s[None]]), log_normalised(torch.cat([log_t, rest_t[None]]))
+
+
+class Token(NamedTuple):
+    """What one token says: its value, what has its gradient, and log s(y), log t(y), H(s)."""
+
+    value: Tensor
+    with_gradient: Tensor
+    log_s_y: Tensor
+    log_t_y: Tensor
+    entropy: Tensor
+    records: dict[str, float]
+
+
+def distribution_value(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, records: dict[str, float]) -> Tensor:
+    sides = (log_s, teacher) if d.support == "full" else compared(d, log_s, teacher, records)
+    each = entry_values(*sides, d.beta)
+    if d.entropy_gate is not None:
+        entropy = -weighted(sides[1], floored(sides[1])).sum().item()
+        records["gated"] = float(entropy > d.entropy_gate)
+        each = each + records["gated"] * entry_values(*sides, 0.0)
+    if d.entry_clip is not None:
+        records["clipped/entries"] = float(any(x > d.entry_clip for x in each.tolist()))
+        each = torch.stack([x if x <= d.entry_clip else x.detach() * 0 + d.entry_clip for x in each])
+    return each.sum()
+
+
+def token(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, y: int, log_t_y: Tensor) -> Token:
+    records: dict[str, float] = {}
+    if d.support == "sampled":
+        value = (log_s[y].clamp(min=LOWEST) - log_t_y.clamp(min=LOWEST)).detach()
+        coarse = Divergence() if isinstance(teacher, Tensor) else Divergence(support="teacher_top_k")
+        baseline = distribution_value(coarse, log_s, teacher, {}).detach() if d.baseline == "expected" else 0.0
+        with_gradient = (value - baseline) * log_s[y]
+    else:
+        value = with_gradient = distribution_value(d, log_s, teacher, records)
+    if d.token_clip is not None:
+        records["clipped/tokens"] = float(value.item() > d.token_clip)
+        if records["clipped/tokens"]:
+            value, with_gradient = torch.full_like(value, d.token_clip), 0.0 * log_s.sum().nan_to_num(0, 0, 0)
+    entropy = -weighted(log_s, floored(log_s)).sum()
+    return Token(value, with_gradient, log_s[y], log_t_y, entropy, records)
+
+
+# ---- the whole objective -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of an objective."""
+
+    hidden_ND: Tensor
+    head: Head
+    signal: HiddenSignal | MixtureSignal | TopKSignal
+    tokens: Tokens
+    anchor: HiddenSignal | None = None
+    wrong: HiddenSignal | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids that every head has."""
+        others = [self.signal] if isinstance(self.signal, HiddenSignal) else getattr(self.signal, "signals", [])
+        others = [*others, *([] if self.anchor is None else [self.anchor])]
+        return min(len(head.weight_VD) for head in (self.head, *(o.head for o in others)))
+
+
+@dataclass
+class Found:
+    """What is compared: numbers by name, and gradients by name."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+def rollouts(tokens: Tokens, places: Sequence[int]) -> list[list[int]]:
+    found: dict[int, list[int]] = defaultdict(list)
+    for n in places:
+        found[int(tokens.row_N[n])].append(n)
+    return list(found.values())
+
+
+def kept_weights(objective: Objective, rows: list[list[int]], each: dict[int, Token]) -> dict[int, float]:
+    """n → the factor of each token that is kept."""
+    factors = {}
+    for row in rows:
+        count = math.ceil(objective.keep_fraction * len(row))
+        score = (lambda n: -each[n].entropy) if objective.keep_by == "entropy" else (lambda n: -each[n].value)
+        factors |= dict.fromkeys(sorted(row, key=score)[:count], len(row) / count)
+    return factors
+
+
+def cost(objective: Objective, row: list[int], n: int, each: dict[int, Token]) -> float:
+    """What the later tokens of a rollout say against token n."""
+    r = {m: (each[m].log_s_y.clamp(min=LOWEST) - each[m].log_t_y.clamp(min=LOWEST)).item() for m in row if m > n}
+    if objective.future == "discounted":
+        return sum(objective.discount ** (row.index(m) - row.index(n)) * r[m] for m in r)
+    return sum(r.values()) / len(r) if objective.future == "length_normalised" and r else 0.0
+
+
+def contrast(problem: Problem, rows: list[list[int]]) -> dict[int, float]:
+    factors = {}
+    for row in rows:
+        gaps = {}
+        for n in row:
+            y = int(problem.tokens.ids_N[n])
+            right, wrong = (
+                teacher_distribution(x, n, len(x.head.weight_VD), 1.0)[y] for x in (problem.signal, problem.wrong)
+            )
+            gaps[n] = abs((right - wrong).item())
+        mean = sum(gaps.values()) / len(gaps)
+        factors |= {n: gap / mean if mean else 0.0 for n, gap in gaps.items()}
+    return factors
+
+
+def reference(objective: Objective, problem: Problem) -> Found:
+    """The objective by its definition."""
+    d, tokens, v = objective.divergence, problem.tokens, problem.vocab_size
+    leaves = {"states": problem.hidden_ND, "weight": problem.head.weight_VD, "bias": problem.head.bias_V}
+    leaves = {name: x.detach().double().requires_grad_() for name, x in leaves.items() if x is not None}
+    head = replace(problem.head, weight_VD=leaves["weight"], bias_V=leaves.get("bias"))
+    places = [n for n, weight in enumerate(tokens.weight_N.tolist()) if weight != 0]
+    each, logs = {}, {}
+    for n in places:
+        y = int(tokens.ids_N[n])
+        logs[n] = log_distribution(leaves["states"][n], head, v, d.temperature)
+        if isinstance(problem.signal, TopKSignal):
+            teacher, log_t_y = listed(problem.signal, n), problem.signal.sampled_logprobs_N[n].double()
+        else:
+            teacher = teacher_distribution(problem.signal, n, v, d.temperature)
+            log_t_y = teacher[y]
+        each[n] = token(d, logs[n], teacher, y, log_t_y)
+    rows = rollouts(tokens, places)
+    row_of = {n: row for row in rows for n in row}
+    weight = {n: float(tokens.weight_N[n]) for n in places}
+    if objective.keep_fraction < 1:
+        kept = kept_weights(objective, rows, each)
+        weight = {n: weight[n] * factor for n, factor in kept.items()}
+    if problem.wrong is not None:
+        factors = contrast(problem, rows)
+        weight = {n: weight[n] * factors[n] for n in weight if factors[n]}
+    loss, steered = leaves["states"].sum().nan_to_num(0, 0, 0) * 0, leaves["states"].sum().nan_to_num(0, 0, 0) * 0
+    columns: dict[str, dict[int, float]] = defaultdict(dict)
+    for n, w in weight.items():
+        one = each[n]
+        if objective.importance_clip is not None and tokens.sampler_N is not None:
+            sampler = float(tokens.sampler_N[n])
+            ratio = 1.0 if math.isnan(sampler) else math.exp(min(one.log_s_y.item() - sampler, 700.0))
+            columns["importance/truncated"][n] = float(ratio > objective.importance_clip)
+            columns["importance/ratio"][n] = min(ratio, objective.importance_clip)
+            w *= columns["importance/ratio"][n]
+        steer = one.with_gradient + cost(objective, row_of[n], n, each) * one.log_s_y
+        total = one.value.detach()
+        if objective.anchor_coef:
+            held = distribution_value(
+                Divergence(), logs[n], teacher_distribution(problem.anchor, n, v, d.temperature), {}
+            )
+            columns["anchor"][n] = held.item()
+            steer, total = steer + objective.anchor_coef * held, total + objective.anchor_coef * held.detach()
+        loss, steered = loss + w * total, steered + w * steer
+        r = one.log_s_y.clamp(min=LOWEST).item() - one.log_t_y.clamp(min=LOWEST).item()
+        if d.support == "sampled" or objective.future != "none":
+            for name, estimate in (("k1", r), ("k2", r * r / 2), ("k3", math.exp(-r) - 1 + r)):
+                columns[name][n] = estimate
+        told = {"divergence": one.value, "entropy": one.entropy, "logprob": one.log_s_y, "teacher_logprob": one.log_t_y}
+        for name, x in (told | one.records).items():
+            columns[name][n] = float(x)
+    steered.backward()
+    values = {"loss": loss.detach()} | {name: scattered(x, len(tokens.weight_N)) for name, x in columns.items()}
+    return Found(values, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+
+
+def scattered(column: dict[int, float], count: int) -> Tensor:
+    return torch.tensor([column.get(n, 0.0) for n in range(count)], dtype=torch.float64)
+
+
+# ---- the comparison ------------------------------------------------------------------------------------------------
+
+
+def measured(objective: Objective, problem: Problem, factor: float = 1.0) -> Found:
+    """What opsd says of the same problem."""
+    leaves = {"states": problem.hidden_ND, "weight": problem.head.weight_VD, "bias": problem.head.bias_V}
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items() if x is not None}
+    head = replace(problem.head, weight_VD=leaves["weight"], bias_V=leaves.get("bias"))
+    record = objective(
+        leaves["states"], head, problem.signal, problem.tokens, anchor=problem.anchor, wrong=problem.wrong
+    )
+    (record.loss * factor).backward()
+    values = {"loss": record.loss.detach(), "divergence": record.divergence_N, "entropy": record.entropy_N}
+    return Found(values | dict(record.records), {name: leaf.grad for name, leaf in leaves.items()})
+
+
+def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+    size = 1.0 + (expected.abs().max().item() if expected.numel() else 0.0)
+    return found.shape == expected.shape and bool(((found.double() - expected).abs() <= tolerance * size).all())
+
+
+def agrees(objective: Objective, problem: Problem, dtype: torch.dtype | None = None) -> None:
+    """Assert that every value, record and gradient is what the twin finds."""
+    found, expected = measured(objective, problem), reference(objective, problem)
+    of_value, of_gradient = TOLERANCE[dtype or problem.hidden_ND.dtype]
+    for name, value in expected.values.items():
+        # Records are float32 whatever the states are.
+        tolerance = of_value if name == "loss" else max(of_value, 1e-6)
+        assert is_close(found.values[name], value, tolerance), (name, found.values[name], value)
+    for name, gradient in expected.gradients.items():
+        assert is_close(found.gradients[name], gradient, of_gradient), (name, found.gradients[name], gradient)

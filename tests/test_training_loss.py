@@ -1,0 +1,212 @@
+"""From settings to a step: every objective trains a real model, and does what its words say."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_rows
+from datasets import Dataset
+from helpers import changed, logged, make_args, make_rollouts, make_trainer, move, snapshot
+
+from opsd import EMATeacher, OPSDConfig, SameCheckpointTeacher
+from opsd.engine import EngineLogprobs
+from opsd.errors import ConfigError, OPSDWarning, TemplateError
+from opsd.losses import Divergence, Objective
+
+# One line per objective that published systems use: settings, and what their words must say.
+OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
+    "reverse KL": ({}, "reverse KL"),
+    "OPSD": ({"beta": 0.0, "entry_clip": 0.05}, "each entry at most 0.05"),
+    "SDPO": ({"beta": 0.5, "support": "student_top_k", "support_k": 7}, "the student's 7 likeliest tokens"),
+    "SDFT": ({"beta": 0.0, "support": "teacher_top_k", "support_k": 5, "skip_first_tokens": 1}, "without the first 1"),
+    "union": ({"support": "union", "support_k": 3, "tail": "renormalise"}, "renormalised"),
+    "EOPD": ({"entropy_gate": 0.8}, "entropy is above 0.8"),
+    "TIP": ({"keep_fraction": 0.5}, "50%"),
+    "TIP, disagreement": ({"keep_fraction": 0.5, "keep_by": "disagreement"}, "highest disagreement"),
+    "Thinking Machines": ({"support": "sampled", "baseline": "none"}, "the sampled token"),
+    "discounted": ({"support": "sampled", "future": "discounted", "discount": 0.5}, "discounted by 0.5"),
+    "MiniLLM": ({"future": "length_normalised"}, "the mean of the later ones"),
+    "anchored": ({"anchor_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
+    "RLCSD": ({"contrast_context": "worked_solution"}, "worked_solution does not say"),
+    "token clip": ({"token_clip": 0.5}, "each token at most 0.5"),
+    "two passes": ({"recompute": True, "budget_mb": 0.01}, "reverse KL"),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains_and_is_named_in_the_log(name: str, tmp_path: Path, capsys: Any) -> None:
+    settings, words = OBJECTIVES[name]
+    trainer = make_trainer(tmp_path, EMATeacher(0.9, context="answer_only"), **settings)
+    before = snapshot(trainer.model)
+    assert words in capsys.readouterr().out
+    trainer.train()
+    assert changed(trainer, before), "nothing moved"
+    assert all(map(math.isfinite, logged(trainer, "divergence")))
+
+
+@pytest.mark.parametrize("student", ["full", "lora", "arriving adapter"])
+def test_the_anchor_is_the_student_at_step_0_with_the_plain_prompt(tmp_path: Path, student: str) -> None:
+    trainer = make_trainer(
+        tmp_path, SameCheckpointTeacher(context="answer_only"), student, anchor_coef=1.0, max_steps=3
+    )
+    trainer.train()
+    drift = logged(trainer, "anchor")
+    assert drift[0] == pytest.approx(0.0, abs=1e-6) and drift[-1] > 0.0
+    assert logged(trainer, "divergence")[0] > 0.0, "the teacher was shown something, the anchor was not"
+
+
+def test_an_anchor_holds_the_student_back(tmp_path: Path) -> None:
+    """Two students that moved alike: the anchored one's gradient points more towards where it began."""
+    pulls = []
+    for coef in (0.0, 1.0):
+        teacher = SameCheckpointTeacher(context="answer_only")
+        trainer = make_trainer(tmp_path / str(coef), teacher, anchor_coef=coef)
+        before = snapshot(trainer.model)
+        move(trainer.model)
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, trainer._scored(trainer.training_loss.show(make_rollouts(4)))).backward()
+        away = {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
+        pulls.append(sum(float((p.grad * away[name]).sum()) for name, p in trainer.model.named_parameters()))
+    assert pulls[1] > pulls[0] + 1e-4
+
+
+def test_a_token_that_the_wrong_context_moves_as_much_has_no_weight(tmp_path: Path) -> None:
+    """With the same template as right and as wrong context there is nothing that only the right one says."""
+    trainer = make_trainer(
+        tmp_path, SameCheckpointTeacher(context="answer_only"), contrast_context="answer_only", max_steps=1
+    )
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert not changed(trainer, before)
+
+
+def test_the_wrong_context_is_scored_by_the_teacher_as_it_moves(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EMATeacher(0.5, context="answer_only"), contrast_context="worked_solution")
+    trainer.train()
+    loss = trainer.training_loss
+    assert loss.contrast is not None and loss.contrast._weights is loss.teacher._weights
+    assert loss.contrast.context.name == "worked_solution" and loss.teacher.context.name == "answer_only"
+
+
+def test_a_column_that_only_the_wrong_context_needs_is_asked_for_before_a_model_loads(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in make_rows()])
+    with pytest.raises(TemplateError, match="solution"):
+        make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), "no such model", rows,
+                     contrast_context="worked_solution")  # fmt: skip
+
+
+def test_the_settings_are_the_objective(tmp_path: Path) -> None:
+    settings = {"beta": 0.0, "support": "teacher_top_k", "support_k": 9, "tail": "none", "entry_clip": 0.1,
+                "temperature": 1.5, "keep_fraction": 0.25, "anchor_coef": 0.1, "budget_mb": 3.0}  # fmt: skip
+    objective = make_args(tmp_path, **settings).objective
+    assert objective == Objective(
+        Divergence(0.0, 1.5, "teacher_top_k", 9, "none", entry_clip=0.1),
+        keep_fraction=0.25,
+        anchor_coef=0.1,
+        budget_mb=3.0,
+    )
+
+
+# ---- importance -----------------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """What TRL's VLLMGeneration looks like from outside: settings, and `generate` with its four answers."""
+
+    def __init__(self, completions: list[list[int]], logprobs: list[Any]):
+        self.logprobs = None
+        self._answers = completions, logprobs
+
+    def generate(self, prompts: list[list[int]], **kwargs: Any) -> tuple[Any, ...]:
+        completions, logprobs = self._answers
+        return prompts, completions, logprobs if self.logprobs == 0 else None, None
+
+
+def test_what_the_engine_says_of_its_samples_is_kept() -> None:
+    engine = Engine([[5, 6], [7]], [[[-0.5], [None]], [[-2.0]]])
+    listener = EngineLogprobs(engine)
+    assert engine.generate(prompts=[[1], [2]])[1] == [[5, 6], [7]]
+    (first, unknown), second = listener.take([[5, 6], [7]])
+    assert first == -0.5 and math.isnan(unknown) and second == [-2.0]
+    assert all(map(math.isnan, listener.take([[5]])[0])), "an answer is used once"
+
+
+@pytest.mark.parametrize(
+    ("shift", "ratio", "truncated"), [(0.0, 1.0, 0.0), (-3.0, 2.0, 1.0), (0.7, math.exp(-0.7), 0.0)]
+)
+def test_the_loss_is_weighted_by_the_truncated_ratio(
+    tmp_path: Path, shift: float, ratio: float, truncated: float
+) -> None:
+    """The engine's log-probabilities are the student's own, moved by `shift` nats."""
+    with pytest.warns(OPSDWarning, match="importance_clip has no effect"):
+        trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), importance_clip=2.0)
+    loss = trainer.training_loss
+    rollouts = loss.show(make_rollouts(4))
+    cpu = torch.device("cpu")
+    plain = loss(trainer.model, loss.score(rollouts), cpu, 1)
+    own = iter(plain.records["logprob"].tolist())
+    sampled = [[next(own) + shift if kept else 0.0 for kept in mask] for mask in rollouts.loss_mask]
+    object.__setattr__(rollouts, "sampler_logprobs", sampled)
+    corrected = loss(trainer.model, loss.score(rollouts), cpu, 1)
+    assert corrected.loss.item() == pytest.approx(ratio * plain.loss.item(), rel=1e-4)
+    assert corrected.records["importance/ratio"].mean().item() == pytest.approx(ratio, rel=1e-4)
+    assert corrected.records["importance/truncated"].mean().item() == truncated
+
+
+# ---- refused, or said to do nothing ---------------------------------------------------------------------------------
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"support": "sampled", "lmbda": 0.5}, "Set lmbda to 1"),
+    ({"future": "length_normalised", "lmbda": 0.5}, "Set lmbda to 1"),
+    ({"support": "teacher_top_k", "tail": "none"}, "mass outside the support"),
+    ({"support": "teachers_top_k"}, "Did you mean 'teacher_top_k'"),
+    ({"skip_first_tokens": -1}, "at least 0"),
+    ({"first_tokens_only": 0}, "at least 1"),
+    ({"anchor_coef": -0.1}, "must not be negative"),
+    ({"keep_fraction": 0.0}, "above 0 and up to 1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), REFUSED)
+def test_what_cannot_work_is_refused_before_a_model_loads(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_args("unused", **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("support_k", {"support_k": 5}),
+        ("tail", {"tail": "renormalise"}),
+        ("force_tail", {"force_tail": True}),
+        ("baseline", {"baseline": "none"}),
+        ("keep_by", {"keep_by": "disagreement"}),
+        ("importance_clip", {"importance_clip": 2.0}),
+    ],
+)
+def test_a_setting_without_effect_warns(name: str, settings: dict[str, Any]) -> None:
+    with pytest.warns(OPSDWarning, match=f"{name} has no effect"):
+        make_args("unused", **settings)
+
+
+def test_importance_correction_across_tool_calls_is_refused(tmp_path: Path) -> None:
+    from opsd import OPSDTrainer
+
+    args = OPSDConfig(str(tmp_path), importance_clip=2.0, use_vllm=True, use_cpu=True, bf16=False, report_to="none")
+    with pytest.raises(ConfigError, match="calls tools"):
+        OPSDTrainer("no such model", args=args, train_dataset=Dataset.from_list(make_rows()), tools=[len])
+
+
+def test_scored_crosses_wrappers_as_one_opaque_object() -> None:
+    """FSDP2 with bf16 casts float tensors in containers that it knows how to walk."""
+    from torch.utils import _pytree
+
+    from opsd.training_loss import Scored
+
+    leaves = _pytree.tree_leaves({"scored": Scored(make_rollouts(2), SimpleNamespace())})  # type: ignore[arg-type]
+    assert len(leaves) == 1
