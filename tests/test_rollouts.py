@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from opsd.errors import DataError
 from opsd.rollouts import Rollouts, check_lengths
 
+PER_ROW = ("prompt_ids", "completion_ids", "loss_mask", "row_weights", "sampler_logprobs")
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
 
@@ -19,6 +22,9 @@ def rollouts(draw: st.DrawFn, rows: int | None = None) -> Rollouts:
     completions = [draw(st.lists(st.integers(1, 99), max_size=6)) for _ in range(n)]
     mask = [[draw(st.integers(0, 1)) for _ in c] for c in completions]
     made = Rollouts([{"prompt": str(i)} for i in range(n)], [draw(ids) for _ in range(n)], completions, mask)
+    made = replace(
+        made, row_weights=[float(i) for i in range(n)], sampler_logprobs=[[-t for t in c] for c in completions]
+    )
     return made.show("teacher", [draw(ids) for _ in range(n)])
 
 
@@ -32,11 +38,21 @@ def test_padding_keeps_exactly_the_scored_tokens_in_order(made: Rollouts, shown_
     ]
     assert batch.scored_ids_N.tolist() == expected == made.scored_ids
     assert int(batch.keep_BL.sum()) == made.num_scorable
-    for b, (prompt, completion) in enumerate(zip(prompts, made.completion_ids, strict=True)):
+    rows = [b for b, mask in enumerate(made.loss_mask) for scored in mask if scored]
+    assert batch.row_N.tolist() == rows
+    for b, (prompt, completion) in enumerate(zip(prompts, made.needed_ids, strict=True)):
         n = len(prompt) + len(completion)
         assert batch.ids_BL[b, :n].tolist() == prompt + completion
         assert batch.mask_BL[b].tolist() == [1] * n + [0] * (batch.mask_BL.shape[1] - n)
-    assert batch.ids_BL.shape[1] == max(len(p) + len(c) for p, c in zip(prompts, made.completion_ids, strict=True))
+    assert batch.ids_BL.shape[1] == max(len(p) + len(c) for p, c in zip(prompts, made.needed_ids, strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rollouts())
+def test_only_tokens_after_the_last_scored_one_are_not_needed(made: Rollouts) -> None:
+    for ids, needed, mask in zip(made.completion_ids, made.needed_ids, made.loss_mask, strict=True):
+        assert ids[: len(needed)] == needed and not any(mask[len(needed) :])
+        assert not needed or mask[len(needed) - 1]
 
 
 @settings(max_examples=40, deadline=None)
@@ -45,20 +61,15 @@ def test_sorting_and_splitting_keep_every_row_with_all_that_belongs_to_it(made: 
     pieces = list(made.normalised_by(7).sorted_by_length().split(parts))
     assert [len(p) for p in pieces] == [6 // parts] * parts
     together = {
-        r["prompt"]: (p, c, m, t)
+        row["prompt"]: belongings
         for piece in pieces
-        for r, p, c, m, t in zip(
-            piece.rows, piece.prompt_ids, piece.completion_ids, piece.loss_mask, piece.shown["teacher"], strict=True
+        for row, *belongings in zip(
+            piece.rows, *map(piece.__getattribute__, PER_ROW), piece.shown["teacher"], strict=True
         )
     }
     for i in range(6):
-        assert together[str(i)] == (
-            made.prompt_ids[i],
-            made.completion_ids[i],
-            made.loss_mask[i],
-            made.shown["teacher"][i],
-        )
-    lengths = [len(p) + len(c) for piece in pieces for p, c in zip(piece.prompt_ids, piece.completion_ids, strict=True)]
+        assert together[str(i)] == [*(getattr(made, name)[i] for name in PER_ROW), made.shown["teacher"][i]]
+    lengths = [len(p) + len(c) for piece in pieces for p, c in zip(piece.prompt_ids, piece.needed_ids, strict=True)]
     assert lengths == sorted(lengths, reverse=True)
     assert all(piece.normaliser == 7 for piece in pieces)
 
