@@ -153,6 +153,10 @@ class OPSDConfig(DistillationConfig):
             "pass: half as many products again."
         },
     )
+    compile: bool | None = field(
+        default=Objective.compile,
+        metadata={"help": "Fuse the loss's work between the products with torch.compile. Unset: on a GPU with Triton."},
+    )
     bf16: bool | None = field(
         default=None,
         metadata={

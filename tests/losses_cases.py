@@ -194,9 +194,9 @@ def answers(divergence: Divergence, signal: object) -> bool:
     return True
 
 
-def of_logits(student: Tensor, teacher: Tensor, **tokens: Tensor) -> Problem:
-    """A problem whose states are its logits."""
-    student, teacher = student.double(), teacher.double()
+def of_logits(student: list | Tensor, teacher: list | Tensor, **tokens: Tensor) -> Problem:
+    """A problem whose states are its logits, in float64."""
+    student, teacher = (torch.as_tensor(x, dtype=torch.float64) for x in (student, teacher))
     eye = Head(torch.eye(student.shape[1], dtype=student.dtype))
     weight_N = tokens.pop("weight_N", torch.ones(len(student)))
     tokens.setdefault("ids_N", torch.zeros(len(student), dtype=torch.int64))

@@ -1,7 +1,7 @@
 """The slow twin of opsd/losses: float64, token by token, from the definitions; and what the tests compare with it.
 
-It shares no code with opsd/losses. It reads the settings off an `Objective` and the numbers off heads and signals, which
-are data here; everything else is autograd over the formulas. `math_value` has no tensors at all.
+It shares no code with opsd/losses. It reads the settings off an `Objective` and the numbers off heads and signals,
+which are data here; everything else is autograd over the formulas. `math_value` has no tensors at all.
 
 Shapes: N tokens · D width · V vocabulary · E entries that are compared: the vocabulary, or a support and its bucket.
 """

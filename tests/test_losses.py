@@ -115,13 +115,13 @@ every_extreme = pytest.mark.parametrize("logits", EXTREME.values(), ids=EXTREME)
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_extreme_logits_equal_the_definition(temperature: float, beta: float, logits: tuple) -> None:
-    agrees(Objective(Divergence(beta, temperature)), of_logits(*map(torch.tensor, logits)))
+    agrees(Objective(Divergence(beta, temperature)), of_logits(*logits))
 
 
 @every_extreme
 @every_divergence
 def test_extreme_logits_give_finite_numbers_in_float32(divergence: Divergence, logits: tuple) -> None:
-    asked = of_logits(*map(torch.tensor, logits))
+    asked = of_logits(*logits)
     eye = Head(torch.eye(4))
     asked = replace(asked, hidden_ND=asked.hidden_ND.float(), head=eye)
     asked = replace(asked, signal=HiddenSignal(asked.signal.hidden_ND.float(), eye))
@@ -160,7 +160,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("settings", "value", "slope"), BY_HAND.values(), ids=BY_HAND)
 def test_a_case_worked_by_hand(settings: dict, value: float, slope: float) -> None:
-    asked = of_logits(torch.tensor([HALF]), torch.tensor([QUARTER]))
+    asked = of_logits([HALF], [QUARTER])
     found = measured(Objective(Divergence(**settings)), asked)
     assert found.values["loss"].item() == pytest.approx(value, abs=1e-12)
     assert found.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
@@ -168,7 +168,7 @@ def test_a_case_worked_by_hand(settings: dict, value: float, slope: float) -> No
 
 def test_the_twin_itself_gives_the_case_worked_by_hand() -> None:
     for settings, value, slope in BY_HAND.values():
-        found = reference(Objective(Divergence(**settings)), of_logits(torch.tensor([HALF]), torch.tensor([QUARTER])))
+        found = reference(Objective(Divergence(**settings)), of_logits([HALF], [QUARTER]))
         assert found.values["loss"].item() == pytest.approx(value, abs=1e-12)
         assert found.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
 

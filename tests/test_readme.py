@@ -5,17 +5,24 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from conftest import make_rows
+import yaml
+from conftest import make_rows, make_tokenizer
+from helpers import make_args
 
+from opsd import OPSDConfig
 from opsd.cli import main
 from opsd.context import PrivilegedContext
+from opsd.losses import Divergence, Objective
+from opsd.selection import TokenSelection
 from opsd.teachers import TEACHERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+LOSSES = (ROOT / "docs" / "losses.md").read_text()
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Small and on the CPU, on top of what the README says.
 SMALL = "--max_completion_length 4 --per_device_train_batch_size 2 --use_cpu true --bf16 false --save_steps 1"
@@ -57,12 +64,41 @@ def test_the_commands_run_in_their_order(tmp_path: Path, llama_folder: str, monk
     assert Path("runs/first/checkpoint-2").is_dir() and Path("worked_solution.jinja").is_file()
 
 
+def test_the_python_of_the_guide_to_losses_runs(capsys) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", LOSSES, flags=re.S)
+    exec(code, {})
+    assert "the teacher's 20 likeliest tokens" in capsys.readouterr().out
+
+
+def test_the_guide_to_losses_has_every_setting_with_its_default() -> None:
+    """Tables name a default where it is a number; a switch that is off, or unset, says so in words."""
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", LOSSES, flags=re.M))
+    defaults = {f.name: f.default for cls in (Divergence, Objective, TokenSelection) for f in fields(cls)}
+    inner = {"divergence", "left_out_ids", "end_ids"}
+    assert set(rows) == set(defaults) - inner | {"mask_special_tokens", "mask_tokens", "contrast_context"}
+    for name, shown in rows.items():
+        value = OPSDConfig.__dataclass_fields__[name].default
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            assert shown == f"{value:g}", name
+
+
+def test_the_words_in_the_guide_to_losses_are_what_a_run_prints() -> None:
+    settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", LOSSES, flags=re.S)[0])
+    args = make_args("unused", **settings)
+    selection = TokenSelection.of(args, make_tokenizer(), [])
+    assert f"{args.objective.words}; tokens: {selection.words}\n" in LOSSES
+    assert f"            {args.objective.formula}\n" in LOSSES
+
+
 def test_the_table_names_every_teacher() -> None:
     for cls in TEACHERS.values():
         assert f"| `{cls.__name__}(" in README
 
 
-@pytest.mark.parametrize("document", ["README.md", "templates/README.md", "teachers/README.md", "examples/README.md"])
+DOCUMENTS = ["README.md", "templates/README.md", "teachers/README.md", "examples/README.md", "docs/losses.md"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_between_files_lead_somewhere(document: str) -> None:
     text = (ROOT / document).read_text()
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):

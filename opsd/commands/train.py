@@ -28,6 +28,9 @@ also be given, or changed, on the command line.
 
 often used keys
   beta             1 reverse KL (default), 0 forward KL, between them the generalised JSD
+  support, tail    full (default), teacher_top_k, student_top_k, union, sampled; bucket, renormalise
+  entry_clip       nats per vocabulary entry at most; token_clip per token
+  skip_first_tokens, keep_fraction, anchor_coef, …      docs/losses.md has all of them
   lmbda            share of rows trained on-policy (default 1)
   temperature      of sampling and of the divergence
   max_completion_length, per_device_train_batch_size, gradient_accumulation_steps

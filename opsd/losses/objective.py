@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 from opsd.errors import ConfigError, not_one_of
 from opsd.heads import Head
@@ -22,7 +24,7 @@ from opsd.losses import weights
 from opsd.losses.divergence import Divergence
 from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_future, log_ratio, mean_future
 from opsd.losses.kernel import Kernel
-from opsd.losses.rule import Tokens, TrainingRule
+from opsd.losses.rule import Tokens, TrainingRule, compiled
 from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal
 
 KEEP_BY = ("entropy", "disagreement")
@@ -62,6 +64,7 @@ class Objective:
         anchor_coef: weight of KL(student ‖ anchor); the anchor is the student at step 0, without context.
         budget_mb: memory for a chunk's logits; None chooses by device.
         recompute: keep no gradient of the head between forward and backward, at half as many products again.
+        compile: fuse what lies between the products with torch.compile; None does so on a GPU that has Triton.
 
     Raises:
         ConfigError: a setting outside its range, or a combination that cannot work.
@@ -76,6 +79,7 @@ class Objective:
     anchor_coef: float = 0.0
     budget_mb: float | None = None
     recompute: bool = False
+    compile: bool | None = None
 
     @classmethod
     def of(cls, settings: Any) -> Objective:
@@ -228,7 +232,8 @@ class Objective:
             batch.anchor,
             self.anchor_coef,
         )
-        return Kernel(rule.parts, rule, self.budget_mb, self.recompute)
+        fuse = has_triton() and batch.hidden_ND.is_cuda if self.compile is None else self.compile
+        return Kernel(rule.parts, partial(compiled(), rule) if fuse else rule, self.budget_mb, self.recompute)
 
 
 @dataclass(frozen=True)

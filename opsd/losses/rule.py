@@ -8,8 +8,9 @@ Shapes: N scored tokens · R of them in a block · V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,12 @@ from opsd.losses.entries import FLOOR, entries
 from opsd.losses.estimators import importance_weight
 from opsd.losses.kernel import Outcome
 from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal, TopKSignal
+
+
+@cache
+def compiled() -> Callable[..., Outcome]:
+    """Return the rule's call, fused by torch.compile: one graph for all sizes, built on first use (seconds)."""
+    return torch.compile(TrainingRule.__call__, dynamic=True)
 
 
 @dataclass(frozen=True)
