@@ -6,7 +6,7 @@ the normaliser, and how much it leaves out is logged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +60,11 @@ class TokenSelection:
         )
 
     @property
+    def selects(self) -> bool:
+        """Whether anything can be left out."""
+        return self.words != "all"
+
+    @property
     def words(self) -> str:
         """Which tokens are trained on, in words."""
         said = []
@@ -81,7 +86,11 @@ class TokenSelection:
         Raises:
             DataError: a row's pass rate is missing or no share.
         """
-        row_weights = [self._row_weight(number, row) for number, row in enumerate(rollouts.rows)]
+        column = self.pass_rate_column
+        row_weights = [
+            1.0 if column is None else row_weight(row.get(column), column, number)
+            for number, row in enumerate(rollouts.rows)
+        ]
         masks = [
             self._mask(mask, ids) if weight else [0] * len(mask)
             for mask, ids, weight in zip(rollouts.loss_mask or (), rollouts.completion_ids, row_weights, strict=True)
@@ -97,17 +106,20 @@ class TokenSelection:
             mask = weights.without_ids(mask, completion_ids, self.left_out_ids)
         return weights.skip_first(mask, self.skip_first_tokens)
 
-    def _row_weight(self, number: int, row: Mapping[str, Any]) -> float:
-        if self.pass_rate_column is None:
-            return 1.0
-        try:
-            return weights.by_pass_rate(float(row[self.pass_rate_column]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"row {number} of a batch: column {self.pass_rate_column!r} holds no pass rate "
-                f"({row.get(self.pass_rate_column)!r}). Rows are weighed by 4·p·(1-p) of it, so it must be a number "
-                "between 0 and 1 in every row. Fill it, or leave pass_rate_column out."
-            ) from error
+
+def row_weight(rate: Any, column: str, number: int) -> float:
+    """Return what a row counts by its pass rate.
+
+    Raises:
+        DataError: the rate is missing or no share.
+    """
+    try:
+        return weights.by_pass_rate(float(rate))
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"row {number}: column {column!r} holds no pass rate ({rate!r}). Rows are weighed by 4·p·(1-p) of it, so "
+            "it must be a number between 0 and 1 in every row. Fill it, or leave pass_rate_column out."
+        ) from error
 
 
 def _id_of(text: str, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -33,7 +33,7 @@ from trl import DistillationTrainer
 from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
 from opsd.context import PromptRenderer
-from opsd.data import check_completions, completion_of, prepare_rows, row_columns
+from opsd.data import check_completions, completion_of, prepare_rows
 from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.errors import DataError
 from opsd.forward import check_model, context_length
@@ -140,10 +140,7 @@ class OPSDTrainer(DistillationTrainer):
         if dataset is None:
             return None
         dataset = prepare_rows(dataset, name=name)
-        for context in (teacher.context for teacher in self.training_loss.teachers if teacher.context is not None):
-            context.check_columns(row_columns(dataset))
-            if isinstance(dataset, Dataset):
-                context.check_rows(dataset)
+        self.training_loss.check_rows(dataset)
         if name == "train" and not args.seq_kd:
             check_completions(dataset, off_policy=1.0 - args.lmbda)
         return dataset

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from datasets import Dataset, IterableDataset
 from torch import nn
 
 from opsd.config import OPSDConfig
+from opsd.data import row_columns
 from opsd.forward import last_hidden
 from opsd.heads import Head
 from opsd.losses import LossRecord, Tokens
 from opsd.rollouts import PaddedBatch, Rollouts
-from opsd.selection import TokenSelection
+from opsd.selection import TokenSelection, row_weight
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher
 
@@ -68,6 +70,24 @@ class TrainingLoss:
         fields = (t.context.fields | t.context.optional_fields for t in self.teachers if t.context)
         return set().union(*fields, {self._args.pass_rate_column} if self._args.pass_rate_column else ())
 
+    def check_rows(self, dataset: Dataset | IterableDataset) -> None:
+        """Check that rows have what contexts and weights read, before a model loads; streams: when they are used.
+
+        Raises:
+            TemplateError: a template needs a column that is not there.
+            DataError: a pass rate that is none.
+        """
+        columns = row_columns(dataset)
+        for context in (teacher.context for teacher in self.teachers if teacher.context is not None):
+            context.check_columns(columns)
+            if isinstance(dataset, Dataset):
+                context.check_rows(dataset)
+        column = self._args.pass_rate_column
+        if column is not None and isinstance(dataset, Dataset):
+            rates = dataset[column] if column in columns else [None]
+            for number, rate in enumerate(rates):
+                row_weight(rate, column, number)
+
     @property
     def words(self) -> str:
         """What training minimises, on which tokens; a resumed run must minimise the same."""
@@ -97,8 +117,8 @@ class TrainingLoss:
         if self.teacher.context is not None:
             counts = self.teacher.context.counts
             shares["context/shortened"] = counts.shortened / max(counts.rendered, 1)
-        if sampled.num_scorable != shown.num_scorable:
-            shares["tokens/left_out"] = 1.0 - shown.num_scorable / sampled.num_scorable
+        if self.selection.selects:
+            shares["tokens/left_out"] = 1.0 - shown.num_scorable / max(sampled.num_scorable, 1)
         return shares
 
     def score(self, rollouts: Rollouts) -> Scored:

@@ -217,11 +217,10 @@ class Problem:
     anchor: HiddenSignal | None = None
     wrong: HiddenSignal | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        """The ids that every head has."""
+    def vocab_size(self, is_anchored: bool) -> int:
+        """The ids that every head has which is used."""
         others = [self.signal] if isinstance(self.signal, HiddenSignal) else getattr(self.signal, "signals", [])
-        others = [*others, *([] if self.anchor is None else [self.anchor])]
+        others = [*others, *([self.anchor] if is_anchored else []), *([] if self.wrong is None else [self.wrong])]
         return min(len(head.weight_VD) for head in (self.head, *(o.head for o in others)))
 
 
@@ -236,7 +235,7 @@ class Found:
 def rollouts(tokens: Tokens, places: Sequence[int]) -> list[list[int]]:
     found: dict[int, list[int]] = defaultdict(list)
     for n in places:
-        found[int(tokens.row_N[n])].append(n)
+        found[0 if tokens.row_N is None else int(tokens.row_N[n])].append(n)
     return list(found.values())
 
 
@@ -258,15 +257,14 @@ def cost(objective: Objective, row: list[int], n: int, each: dict[int, Token]) -
     return sum(r.values()) / len(r) if objective.future == "length_normalised" and r else 0.0
 
 
-def contrast(problem: Problem, rows: list[list[int]]) -> dict[int, float]:
+def contrast(problem: Problem, rows: list[list[int]], vocab_size: int) -> dict[int, float]:
     factors = {}
     for row in rows:
         gaps = {}
         for n in row:
             y = int(problem.tokens.ids_N[n])
-            right, wrong = (
-                teacher_distribution(x, n, len(x.head.weight_VD), 1.0)[y] for x in (problem.signal, problem.wrong)
-            )
+            sides = (problem.signal, problem.wrong)
+            right, wrong = (teacher_distribution(x, n, vocab_size, 1.0)[y] for x in sides)
             gaps[n] = abs((right - wrong).item())
         mean = sum(gaps.values()) / len(gaps)
         factors |= {n: gap / mean if mean else 0.0 for n, gap in gaps.items()}
@@ -275,7 +273,8 @@ def contrast(problem: Problem, rows: list[list[int]]) -> dict[int, float]:
 
 def reference(objective: Objective, problem: Problem) -> Found:
     """The objective by its definition."""
-    d, tokens, v = objective.divergence, problem.tokens, problem.vocab_size
+    d, tokens = objective.divergence, problem.tokens
+    v = problem.vocab_size(objective.anchor_coef > 0)
     leaves = {"states": problem.hidden_ND, "weight": problem.head.weight_VD, "bias": problem.head.bias_V}
     leaves = {name: x.detach().double().requires_grad_() for name, x in leaves.items() if x is not None}
     head = replace(problem.head, weight_VD=leaves["weight"], bias_V=leaves.get("bias"))
@@ -297,7 +296,7 @@ def reference(objective: Objective, problem: Problem) -> Found:
         kept = kept_weights(objective, rows, each)
         weight = {n: weight[n] * factor for n, factor in kept.items()}
     if problem.wrong is not None:
-        factors = contrast(problem, rows)
+        factors = contrast(problem, rows, v)
         weight = {n: weight[n] * factors[n] for n in weight if factors[n]}
     loss, steered = leaves["states"].sum().nan_to_num(0, 0, 0) * 0, leaves["states"].sum().nan_to_num(0, 0, 0) * 0
     columns: dict[str, dict[int, float]] = defaultdict(dict)
@@ -324,7 +323,7 @@ def reference(objective: Objective, problem: Problem) -> Found:
                 columns[name][n] = estimate
         told = {"divergence": one.value, "entropy": one.entropy, "logprob": one.log_s_y, "teacher_logprob": one.log_t_y}
         for name, x in (told | one.records).items():
-            columns[name][n] = float(x)
+            columns[name][n] = x.item() if isinstance(x, Tensor) else x
     steered.backward()
     values = {"loss": loss.detach()} | {name: scattered(x, len(tokens.weight_N)) for name, x in columns.items()}
     return Found(values, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})

@@ -17,6 +17,7 @@ sys.path.insert(0, {tests!r})
 import torch, torch.distributed as dist
 from helpers import make_args, make_rollouts, make_student, make_trainer
 from opsd import EMATeacher, SameCheckpointTeacher
+from dataclasses import replace
 from datasets import Dataset
 from conftest import make_rows
 
@@ -24,13 +25,18 @@ folder, kind = sys.argv[1:]
 shown = dict(context="answer_only")
 teacher = EMATeacher(0.9, **shown) if kind == "ema" else SameCheckpointTeacher(**shown)
 trainer = make_trainer(folder, teacher, "lora" if kind == "ema" else "full", max_steps=2, save_steps=1,
-                       per_device_train_batch_size=2, gradient_accumulation_steps=1, save_strategy="steps")
+                       per_device_train_batch_size=2, gradient_accumulation_steps=1, save_strategy="steps",
+                       **(dict(support="teacher_top_k", support_k=5, keep_fraction=0.5, anchor_coef=0.1)
+                          if kind == "uneven" else {}))
 trainer.train()
 world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
 
 # Gradients of replayed rollouts: each process takes its share of the same eight rows.
 rows = list(range(8))[rank::world]
-rollouts = trainer.teacher.show(make_rollouts(8))
+rollouts = trainer.training_loss.show(make_rollouts(8))
+if kind == "uneven":  # nothing of the second process's rows is scored
+    masks = [m if b % 2 == 0 else [0] * len(m) for b, m in enumerate(rollouts.loss_mask)]
+    rollouts = replace(rollouts, loss_mask=masks)
 trainer.model.train(); trainer.model.zero_grad()
 share = rollouts.normalised_by(rollouts.num_scorable).select(rows)
 loss = trainer.compute_loss(trainer.model_wrapped, trainer._scored(share))
@@ -74,12 +80,16 @@ def test_two_processes_train_one_model_and_log_what_both_saw(tmp_path: Path, scr
     assert (tmp_path / "run" / "checkpoint-2" / "opsd_teacher.json").is_file()
 
 
-def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, script: Path) -> None:
-    """Invariant 7 on replayed rollouts, before any step moved the weights apart: lr 0."""
+@pytest.mark.parametrize("kind", ["same", "uneven"])
+def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, script: Path, kind: str) -> None:
+    """Invariant 7 on replayed rollouts, before any step moved the weights apart: lr 0.
+
+    In "uneven" one process has no token at all to score: it must neither hang nor log other names than the rest.
+    """
     text = script.read_text().replace('save_strategy="steps"', 'learning_rate=0.0, save_strategy="steps"')
     script.write_text(text)
-    (one,) = launch(script, 1, tmp_path / "one", "same")
-    two = launch(script, 2, tmp_path / "two", "same")
+    (one,) = launch(script, 1, tmp_path / "one", kind)
+    two = launch(script, 2, tmp_path / "two", kind)
     assert one["check"] == two[0]["check"] == two[1]["check"]
     assert two[0]["grad"] == pytest.approx(one["grad"], rel=2e-5) and two[1]["grad"] == two[0]["grad"]
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
 from helpers import logged, make_args, make_trainer, prepared
 
 from opsd import SameCheckpointTeacher
@@ -58,6 +59,14 @@ def test_a_pass_rate_that_is_none_is_an_error_that_names_the_column(value: Any) 
     rows = [{**ROLLOUTS.rows[0], "p": value}, *ROLLOUTS.rows[1:]]
     with pytest.raises(DataError, match=r"'p'.*between 0 and 1"):
         TokenSelection(pass_rate_column="p").apply(replace(ROLLOUTS, rows=rows))
+
+
+def test_pass_rates_are_looked_at_before_a_model_loads(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{**row, "p": 0.5 if i else 7.0} for i, row in enumerate(make_rows())])
+    for column in ("p", "no such column"):
+        with pytest.raises(DataError, match=f"row 0: column '{column}' holds no pass rate"):
+            make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), "no such model", rows,
+                         pass_rate_column=column)  # fmt: skip
 
 
 def test_passes_end_at_the_last_token_that_is_trained_on() -> None:

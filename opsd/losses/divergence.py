@@ -197,16 +197,20 @@ class Divergence:
 
     @property
     def formula(self) -> str:
-        """The divergence as a formula; s is the student, t the teacher, y the sampled token, v runs over entries."""
+        """The divergence as a formula: s the student, t the teacher, y the sampled token, v an entry, S the support."""
         if self.support == "sampled":
             less = " − KL(s ‖ t)" if self.baseline == "expected" else ""
             return f"log s(y) − log t(y),  gradient (log s(y) − log t(y){less})·∇log s(y)"
-        text = table.formula(self.beta)
+        entry = table.entry_formula(self.beta)
         if self.entropy_gate is not None:
-            text += f" + [H(t) > {self.entropy_gate:g}]·" + table.formula(0.0)
+            entry += f" + [H(t) > {self.entropy_gate:g}]·{table.entry_formula(0.0)}"
         if self.entry_clip is not None:
-            text = f"Σ_v min({self.entry_clip:g}, its entry) of {text}"
-        return text if self.token_clip is None else f"min({self.token_clip:g}, {text})"
+            entry = f"min({self.entry_clip:g}, {entry})"
+        text = f"{'Σ_v∈S' if self._is_top_k else 'Σ_v'} {entry}"
+        if self.token_clip is not None:
+            text = f"min({self.token_clip:g}, {text})"
+        mixture = f",  m = {self.beta:g}·t + {1 - self.beta:g}·s" if 0.0 < self.beta < 1.0 else ""
+        return text + mixture
 
     # ---- the computation ---------------------------------------------------------------------------------------
 

@@ -89,11 +89,10 @@ def words(beta: float) -> str:
     return f"generalised JSD (β = {beta:g})"
 
 
-def formula(beta: float) -> str:
-    """Return the divergence as a formula; v runs over the entries."""
+def entry_formula(beta: float) -> str:
+    """Return one entry of the divergence as a formula; m is the mixture of the two sides."""
     if beta == 1.0:
-        return "Σ_v s(v)·[log s(v) − log t(v)]"
+        return "s(v)·[log s(v) − log t(v)]"
     if beta == 0.0:
-        return "Σ_v t(v)·[log t(v) − log s(v)]"
-    b, a = f"{beta:g}", f"{1 - beta:g}"
-    return f"{b}·KL(t ‖ m) + {a}·KL(s ‖ m),  m = {b}·t + {a}·s"
+        return "t(v)·[log t(v) − log s(v)]"
+    return f"{beta:g}·t(v)·[log t(v) − log m(v)] + {1 - beta:g}·s(v)·[log s(v) − log m(v)]"

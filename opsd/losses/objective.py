@@ -140,8 +140,8 @@ class Objective:
         """The loss of one token as a formula."""
         text = self.divergence.formula
         if self.future != "none":
-            text += ", and the gradient of (what later tokens cost)·log s(y)"
-        return text if not self.anchor_coef else f"{text} + {self.anchor_coef:g}·Σ_v s(v)·[log s(v) − log s₀(v)]"
+            text += ",  gradient + (what later tokens cost)·∇log s(y)"
+        return text if not self.anchor_coef else f"{text}  + {self.anchor_coef:g}·Σ_v s(v)·[log s(v) − log s₀(v)]"
 
     # ---- the computation ---------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Objective:
         """
         self.divergence.check_signal(signal)
         assert hidden_ND.shape[0] == len(signal) == tokens.weight_N.shape[0], "student and teacher differ in N"
-        batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong)
+        batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong).narrow()
         counted_N = tokens.weight_N != 0
         used = batch.select(counted_N) if not bool(counted_N.all()) else batch
         seconds = 0.0
@@ -223,7 +223,6 @@ class Objective:
         return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept
 
     def _kernel(self, batch: _Batch) -> Kernel:
-        batch = batch.narrow()
         rule = TrainingRule(
             self.divergence,
             batch.signal,
@@ -254,21 +253,17 @@ class _Batch:
             hidden_ND=self.hidden_ND[index],
             signal=self.signal.select(index),
             tokens=self.tokens.select(index),
-            anchor=self.anchor and self.anchor.select(index),
-            wrong=self.wrong and self.wrong.select(index),
+            anchor=None if self.anchor is None else self.anchor.select(index),
+            wrong=None if self.wrong is None else self.wrong.select(index),
         )
 
     def narrow(self) -> _Batch:
         """Return it with all heads over the ids that they share: they may be padded to different sizes."""
-        signal, anchor = self.signal, self.anchor
-        sizes = [s.vocab_size for s in (signal, anchor) if isinstance(s, DenseSignal)]
-        vocab_size = min([self.head.vocab_size, *sizes])
-        return replace(
-            self,
-            head=self.head.narrow(vocab_size),
-            signal=signal.narrow(vocab_size) if isinstance(signal, DenseSignal) else signal,
-            anchor=anchor and anchor.narrow(vocab_size),
-        )
+        others = {"signal": self.signal, "anchor": self.anchor, "wrong": self.wrong}
+        dense = {name: signal for name, signal in others.items() if isinstance(signal, DenseSignal)}
+        vocab_size = min([self.head.vocab_size, *(signal.vocab_size for signal in dense.values())])
+        narrowed: dict[str, Any] = {name: signal.narrow(vocab_size) for name, signal in dense.items()}
+        return replace(self, head=self.head.narrow(vocab_size), **narrowed)
 
 
 def _scatter(values: Tensor, used_N: Tensor) -> Tensor:

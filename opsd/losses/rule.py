@@ -91,7 +91,9 @@ class TrainingRule:
             records["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
             records["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
         weight_R = tokens.weight_N.to(log_s.dtype)
-        loss_R, slope_RV = self._weigh(value_R, slope_RV, weight_R, tokens, records)
+        slope_RV = self._with_cost(slope_RV, tokens)
+        weight_R = self._corrected(weight_R, tokens, records)
+        loss_R, slope_RV = weight_R * value_R, weight_R[:, None] * slope_RV
         if self.anchor is not None:
             log_anchor = self.anchor.combine(others[-1:], temperature)
             held = entries(log_s, s, log_anchor, beta=1.0)
@@ -109,17 +111,19 @@ class TrainingRule:
         assert isinstance(self.signal, TopKSignal)
         return self.signal.select(rows)
 
-    def _weigh(
-        self, value_R: Tensor, slope_RV: Tensor, weight_R: Tensor, tokens: Tokens, records: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """Weigh values and slopes, after what the sampled tokens are charged and how they were sampled."""
-        if tokens.cost_N is not None:
-            assert tokens.ids_N is not None
-            slope_RV = slope_RV.scatter_add(-1, tokens.ids_N[:, None], tokens.cost_N[:, None].to(slope_RV.dtype))
-        if self.importance_clip is not None and tokens.sampler_N is not None:
-            ratio_R, records["importance/truncated"] = importance_weight(
-                records["logprob"], tokens.sampler_N.to(weight_R.dtype), self.importance_clip
-            )
-            records["importance/ratio"] = ratio_R
-            weight_R = weight_R * ratio_R
-        return weight_R * value_R, weight_R[:, None] * slope_RV
+    def _with_cost(self, slope_RV: Tensor, tokens: Tokens) -> Tensor:
+        """Add what the sampled tokens are charged."""
+        if tokens.cost_N is None:
+            return slope_RV
+        assert tokens.ids_N is not None
+        return slope_RV.scatter_add(-1, tokens.ids_N[:, None], tokens.cost_N[:, None].to(slope_RV.dtype))
+
+    def _corrected(self, weight_R: Tensor, tokens: Tokens, records: dict[str, Tensor]) -> Tensor:
+        """Return the weights, corrected for how the tokens were sampled."""
+        if self.importance_clip is None or tokens.sampler_N is None:
+            return weight_R
+        ratio_R, records["importance/truncated"] = importance_weight(
+            records["logprob"], tokens.sampler_N.to(weight_R.dtype), self.importance_clip
+        )
+        records["importance/ratio"] = ratio_R
+        return weight_R * ratio_R

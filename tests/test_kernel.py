@@ -1,0 +1,320 @@
+"""The fused kernel: chunks, blocks, memory, recomputation, dtypes; and that the comparison notices what is broken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from losses_cases import DIVERGENCES, HEADS, SIZES, name_of, objectives, problem
+from losses_twin import agrees, measured, reference
+
+from opsd.heads import Head
+from opsd.losses import Divergence, Objective, divergence, entries, kernel, rule, supports
+from opsd.losses import objective as objective_module
+from opsd.losses.entries import Entries
+from opsd.losses.supports import SUPPORTS
+
+ONE_PER_SUPPORT = {name: Divergence(support=name, support_k=3) for name in SUPPORTS}
+every_support = pytest.mark.parametrize("divergence", ONE_PER_SUPPORT.values(), ids=ONE_PER_SUPPORT)
+# MiB for the logits of a chunk; 47 tokens × 31 ids × 2 sides take 0.022 in float64.
+BUDGETS = {"one row": 1e-9, "two rows": 2 * 2 * 31 * 8 / 2**20, "seven rows": 7 * 2 * 31 * 8 / 2**20, "all": 1.0}
+BLOCKS = {"one row": 1, "two rows": 62, "five rows": 155, "all": 2**19}
+
+
+@every_support
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.parametrize("budget_mb", BUDGETS.values(), ids=BUDGETS)
+def test_chunks_and_blocks_change_nothing(
+    budget_mb: float, block: int, divergence: Divergence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(kernel.BLOCK_VALUES, "cpu", block)
+    objective = Objective(divergence, budget_mb=budget_mb, anchor_coef=0.2)
+    agrees(objective, problem(47, v=31, head="bias", left_out=True))
+
+
+@pytest.mark.parametrize("signal", ["arithmetic", "top-k lists"])
+@pytest.mark.parametrize("n", SIZES)
+def test_chunks_of_every_size_and_signal(n: int, signal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernel.BLOCK_VALUES, "cpu", 70)
+    objective = Objective(Divergence(support="teacher_top_k"), budget_mb=0.003, future="discounted", keep_fraction=0.5)
+    agrees(objective, problem(n, v=23, head="all of it", signal=signal, dtype=torch.float32))
+
+
+def test_a_chunk_takes_what_the_budget_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    real = kernel.torch.empty
+    monkeypatch.setattr(kernel.torch, "empty", lambda *a, **k: sizes.append(a[0]) or real(*a, **k))
+    measured(Objective(budget_mb=BUDGETS["seven rows"]), problem(47, v=31))
+    assert (2, 7, 31) in map(tuple, sizes)
+
+
+# ---- dtypes --------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@every_dtype
+@pytest.mark.parametrize("divergence", DIVERGENCES[::3], ids=name_of)
+def test_states_of_every_dtype(divergence: Divergence, dtype: torch.dtype) -> None:
+    agrees(Objective(divergence, budget_mb=0.001), problem(9, dtype=dtype, head="all of it"))
+
+
+@every_dtype
+@pytest.mark.parametrize("head", HEADS)
+def test_heads_of_every_dtype_widened_in_parts(head: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsd.heads.WIDENED_ROWS", 8)
+    agrees(Objective(budget_mb=0.001), problem(9, dtype=dtype, head=head))
+
+
+def test_float32_states_over_a_bfloat16_head() -> None:
+    asked = problem(9, dtype=torch.bfloat16, head="bias")
+    agrees(Objective(), replace(asked, hidden_ND=asked.hidden_ND.float()), torch.bfloat16)
+
+
+@every_support
+def test_autocast_changes_nothing(divergence: Divergence) -> None:
+    asked, objective = problem(9, dtype=torch.float32, head="bias"), Objective(divergence)
+    without = measured(objective, asked)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        within = measured(objective, asked)
+    assert all(torch.equal(within.gradients[name], g) for name, g in without.gradients.items())
+    assert all(torch.equal(within.values[name], x) for name, x in without.values.items())
+
+
+def test_gradients_have_the_dtype_of_what_they_belong_to() -> None:
+    asked = problem(5, dtype=torch.bfloat16, head="bias")
+    found = measured(Objective(), replace(asked, hidden_ND=asked.hidden_ND.float()))
+    assert [g.dtype for g in found.gradients.values()] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert found.values["loss"].dtype == torch.float32
+
+
+# ---- recomputation and memory --------------------------------------------------------------------------------------
+
+SOME = objectives()[::5]
+
+
+@pytest.mark.parametrize("objective", [o for _, o in SOME], ids=[name for name, _ in SOME])
+def test_recomputing_gives_exactly_the_same(objective: Objective) -> None:
+    asked = problem(12, dtype=torch.float32, head="all of it", left_out=True, wrong=True)
+    kept = measured(replace(objective, budget_mb=0.001), asked)
+    again = measured(replace(objective, budget_mb=0.001, recompute=True), asked)
+    assert all(torch.equal(again.values[name], x) for name, x in kept.values.items())
+    assert all(torch.equal(again.gradients[name], g) for name, g in kept.gradients.items())
+
+
+def test_recomputing_under_autocast_uses_the_products_of_the_forward_pass() -> None:
+    asked = problem(9, dtype=torch.float32)
+    hidden = asked.hidden_ND.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = Objective(recompute=True)(hidden, asked.head, asked.signal, asked.tokens).loss
+    loss.backward()
+    assert torch.equal(hidden.grad, measured(Objective(), asked).gradients["states"])
+
+
+MEMORY = """
+import resource, sys, torch
+from opsd.heads import Head
+from opsd.losses import Divergence, Objective, Tokens
+from opsd.signals import HiddenSignal
+n, support, recompute = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+g = torch.Generator().manual_seed(0)
+h = torch.randn(n, 8, generator=g).requires_grad_(); w = torch.randn(20_000, 8, generator=g).requires_grad_()
+objective = Objective(Divergence(support=support), budget_mb=8, recompute=recompute)
+def run(k):
+    tokens = Tokens(torch.ones(k), torch.zeros(k, dtype=torch.int64))
+    objective(h[:k], Head(w), HiddenSignal(h[:k].detach(), Head(w)), tokens).loss.backward()
+run(100)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+run(n)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.parametrize(("support", "recompute"), [("full", False), ("union", False), ("full", True)])
+def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompute: bool) -> None:
+    """Logits exist a chunk at a time: peak memory after 100 tokens and after 1,600 is nearly the same."""
+    command = [sys.executable, "-c", MEMORY, "1600", support, str(recompute)]
+    grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    one_side = 1600 * 20_000 * 4 / 2**20
+    assert grown < 0.15 * one_side, f"{grown:.0f} MiB more, and logits of one side are {one_side:.0f}"
+
+
+# ---- sabotage ------------------------------------------------------------------------------------------------------
+
+real_entries, real_spread, real_through = entries.entries, supports.spread, Head.through
+real_choose, real_clip = supports.choose, entries.clip_entries
+real_cost, real_importance = objective_module.discounted_future, rule.importance_weight
+real_call, real_corrected = rule.TrainingRule.__call__, rule.TrainingRule._corrected
+
+
+def flipped(beta: float) -> Callable[..., Entries]:
+    def entries_of(log_s: Any, s: Any, log_t: Any, b: float) -> Entries:
+        found = real_entries(log_s, s, log_t, b)
+        return Entries(-found.value, -found.slope, found.shift) if b == beta else found
+
+    return entries_of
+
+
+def swapped(log_s: Any, s: Any, log_t: Any, beta: float) -> Entries:
+    return real_entries(log_t, log_t.exp(), log_s, beta)
+
+
+def without_tail_slope(found: Entries, *rest: Any) -> Any:
+    slope = found.slope.clone()
+    slope[:, -1] = 0.0
+    return real_spread(found._replace(slope=slope), *rest)
+
+
+def all_used(*args: Any) -> tuple:
+    ids, used = real_choose(*args)
+    return ids, used | True
+
+
+def times(factor: float) -> Callable[..., Any]:
+    def call(self: Any, *args: Any) -> Any:
+        outcome = real_call(self, *args)
+        return outcome._replace(grad_RV=outcome.grad_RV * factor)
+
+    return call
+
+
+def reversed_time(ratio: Any, row: Any, discount: float) -> Any:
+    return real_cost(ratio.flip(0), row.flip(0), discount).flip(0)
+
+
+def of(**settings: Any) -> Objective:
+    names = Divergence.__dataclass_fields__
+    inner = Divergence(**{k: v for k, v in settings.items() if k in names})
+    return Objective(inner, **{k: v for k, v in settings.items() if k not in names})
+
+
+UNION = {"support": "union", "support_k": 4}
+FUTURE = {"future": "discounted", "discount": 0.8}
+SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
+    "reverse KL's sign": (divergence, "entries", flipped(1.0), of()),
+    "forward KL's sign": (divergence, "entries", flipped(0.0), of(beta=0.0)),
+    "JSD's sign": (divergence, "entries", flipped(0.5), of(beta=0.5)),
+    "reverse KL of the other side": (divergence, "entries", swapped, of()),
+    "forward KL of the other side": (divergence, "entries", swapped, of(beta=0.0)),
+    "JSD of the other side": (divergence, "entries", swapped, of(beta=0.3)),
+    "forward KL in a gate": (divergence, "entries", flipped(0.0), of(entropy_gate=2.0)),
+    "JSD's mixture the other way round": (entries, "_log_mixture", lambda gap, b: (gap * 0, gap * 0), of(beta=0.3)),
+    "weights dropped": (rule.TrainingRule, "_corrected", lambda s, w, *a: w * 0 + 1, of()),
+    "costs dropped": (rule.TrainingRule, "_with_cost", lambda self, slope, tokens: slope, of(**FUTURE)),
+    "the bucket's slope": (supports, "spread", without_tail_slope, of(**UNION)),
+    "the bucket's slope, forward": (supports, "spread", without_tail_slope, of(beta=0.0, **UNION)),
+    "ids counted twice": (supports, "choose", all_used, of(**UNION, tail="renormalise")),
+    "ids counted twice, bucket": (supports, "choose", all_used, of(beta=0.3, **UNION)),
+    "the wrong side's ids": (
+        supports,
+        "choose",
+        lambda n, k, s, t: real_choose(n, k, t, s),
+        of(support="student_top_k", support_k=4),
+    ),
+    "a bucket too many": (
+        supports,
+        "with_tail",
+        lambda p, rest, tail: torch.cat([p, rest], -1),
+        of(**UNION, tail="renormalise"),
+    ),
+    "no gradient": (Head, "through", lambda self, grad, z: grad * 0, of()),
+    "half the gradient": (rule.TrainingRule, "__call__", times(0.5), of()),
+    "temperature left out of the chain": (rule.TrainingRule, "__call__", times(1.5), of(temperature=1.5)),
+    "temperature twice in the chain": (rule.TrainingRule, "__call__", times(1 / 1.5), of(temperature=1.5)),
+    "soft-cap left out of the chain": (Head, "through", lambda self, grad, z: grad * self.scale, of()),
+    "scale left out of the chain": (
+        Head,
+        "through",
+        lambda self, grad, z: real_through(self, grad, z) / self.scale,
+        of(),
+    ),
+    "a cost's sign": (objective_module, "discounted_future", lambda *a: -real_cost(*a), of(**FUTURE)),
+    "a cost of the past": (objective_module, "discounted_future", reversed_time, of(**FUTURE)),
+    "a cost of oneself": (
+        objective_module,
+        "discounted_future",
+        lambda r, row, d: r + real_cost(r, row, d),
+        of(**FUTURE),
+    ),
+    "a cost across rollouts": (
+        objective_module,
+        "discounted_future",
+        lambda r, row, d: real_cost(r, row * 0, d),
+        of(**FUTURE),
+    ),
+    "no discount": (objective_module, "discounted_future", lambda r, row, d: real_cost(r, row, 1.0), of(**FUTURE)),
+    "mean over all": (objective_module, "mean_future", lambda r, row: r * 0 + r.mean(), of(future="length_normalised")),
+    "ratios not truncated": (
+        rule,
+        "importance_weight",
+        lambda s, q, c: real_importance(s, q, 1e9),
+        of(importance_clip=1.2),
+    ),
+    "ratios upside down": (
+        rule,
+        "importance_weight",
+        lambda s, q, c: real_importance(q, s, c),
+        of(importance_clip=1.2),
+    ),
+    "no ratios": (rule.TrainingRule, "_corrected", lambda self, w, *a: w, of(importance_clip=1.2)),
+    "anchor the other way round": (rule, "entries", lambda a, s, b, beta: swapped(a, s, b, beta), of(anchor_coef=0.5)),
+    "anchor's sign": (rule, "entries", flipped(1.0), of(anchor_coef=0.5)),
+    "no entry clip": (entries, "clip_entries", lambda f, s, c: real_clip(f, s, 1e9), of(entry_clip=0.02)),
+    "an entry clip with a gradient": (
+        entries,
+        "clip_entries",
+        lambda f, s, c: (real_clip(f, s, c)[0]._replace(slope=f.slope), real_clip(f, s, c)[1]),
+        of(entry_clip=0.02),
+    ),
+    "another baseline": (Divergence, "_expected", lambda self, *a: 0.3, of(support="sampled")),
+    "a sampled ratio's sign": (divergence, "log_ratio", lambda s, t: t - s, of(support="sampled")),
+    "all tokens kept": (
+        objective_module.weights,
+        "keep_top_fraction",
+        lambda s, *a: torch.ones_like(s),
+        of(keep_fraction=0.5),
+    ),
+    "the worst kept": (
+        objective_module.weights,
+        "keep_top_fraction",
+        lambda s, row, f, real=objective_module.weights.keep_top_fraction: real(-s, row, f),
+        of(keep_fraction=0.5),
+    ),
+    "contrast without a mean": (objective_module.weights, "contrastive", lambda r, w, row: (r - w).abs(), of()),
+    "a mean over the batch": (
+        objective_module.weights,
+        "contrastive",
+        lambda r, w, row, real=objective_module.weights.contrastive: real(r, w, row * 0),
+        of(),
+    ),
+}
+
+
+class TestSabotage:
+    """What is broken on purpose is noticed by the comparison that the tests above use."""
+
+    @pytest.fixture
+    def asked(self) -> Any:
+        return problem(12, v=23, head="all of it", wrong=True, dtype=torch.float32)
+
+    @pytest.mark.parametrize(("place", "name", "broken", "objective"), SABOTAGE.values(), ids=SABOTAGE)
+    def test_is_noticed(
+        self, place: Any, name: str, broken: Any, objective: Objective, asked: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        agrees(objective, asked)
+        monkeypatch.setattr(place, name, broken)
+        with pytest.raises(AssertionError):
+            agrees(objective, asked)
+
+    def test_a_loss_without_its_gradient_is_noticed(self, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = reference(Objective(), asked)
+        monkeypatch.setattr(Head, "hidden_grad_into", lambda self, grad, out: out.zero_())
+        assert not torch.allclose(
+            measured(Objective(), asked).gradients["states"].double(), expected.gradients["states"]
+        )
