@@ -25,6 +25,7 @@ lint: $(VENV)/dev.done
 
 evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/demo.py
+	$(RUN)/python benchmarks/losses.py
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

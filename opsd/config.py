@@ -81,9 +81,7 @@ class OPSDConfig(DistillationConfig):
     )
     baseline: str = field(
         default=Divergence.baseline,
-        metadata={
-            "help": "With support sampled, what a token's log-ratio is compared with: expected (its mean) or none."
-        },
+        metadata={"help": "With support sampled, what a log-ratio is compared with: least_variance, or none."},
     )
     keep_fraction: float = field(
         default=Objective.keep_fraction,

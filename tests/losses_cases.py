@@ -38,7 +38,9 @@ def _table() -> list[dict]:
             {"beta": beta, "support": "union", "support_k": 3, "tail": tail, "force_tail": tail == "none"} | clip
             for tail in TAILS
         ]
-    rows += [{"support": "sampled", "baseline": b} | c for b in ("expected", "none") for c in ({}, {"token_clip": 0.2})]
+    rows += [
+        {"support": "sampled", "baseline": b} | c for b in ("least_variance", "none") for c in ({}, {"token_clip": 0.2})
+    ]
     for clip in ({}, {"entry_clip": 0.02}, {"token_clip": 0.5}):
         rows.append({"entropy_gate": 2.2} | clip)
         rows += [{"entropy_gate": 1.1, "support": "union", "support_k": 3, "tail": tail} | clip for tail in ("bucket",)]

@@ -186,13 +186,25 @@ def distribution_value(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, re
     return each.sum()
 
 
+def baseline_of(d: Divergence, log_s: Tensor, teacher: Tensor | tuple) -> float:
+    """E[r·|∇log s|²] / E[|∇log s|²]: where d/db of the gradient's second moment is 0."""
+    if d.baseline == "none":
+        return 0.0
+    coarse = Divergence(support="teacher_top_k")
+    log_s, log_t = (log_s, teacher) if isinstance(teacher, Tensor) else compared(coarse, log_s, teacher, {})
+    s, up, down = log_s.exp().tolist(), 0.0, 0.0
+    for y in range(len(s)):
+        size = sum(((v == y) - s[v]) ** 2 for v in range(len(s)))  # ∂log s(y)/∂z(v) = [v = y] - s(v)
+        ratio = max(log_s[y].item(), LOWEST) - max(log_t[y].item(), LOWEST)
+        up, down = up + s[y] * size * ratio, down + s[y] * size
+    return up / down if down > 0 else 0.0
+
+
 def token(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, y: int, log_t_y: Tensor) -> Token:
     records: dict[str, float] = {}
     if d.support == "sampled":
         value = (log_s[y].clamp(min=LOWEST) - log_t_y.clamp(min=LOWEST)).detach()
-        coarse = Divergence() if isinstance(teacher, Tensor) else Divergence(support="teacher_top_k")
-        baseline = distribution_value(coarse, log_s, teacher, {}).detach() if d.baseline == "expected" else 0.0
-        with_gradient = (value - baseline) * log_s[y]
+        with_gradient = (value - baseline_of(d, log_s.detach(), teacher)) * log_s[y]
     else:
         value = with_gradient = distribution_value(d, log_s, teacher, records)
     if d.token_clip is not None:

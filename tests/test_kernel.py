@@ -138,11 +138,14 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 @pytest.mark.parametrize(("support", "recompute"), [("full", False), ("union", False), ("full", True)])
 def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompute: bool) -> None:
-    """Logits exist a chunk at a time: peak memory after 100 tokens and after 1,600 is nearly the same."""
-    command = [sys.executable, "-c", MEMORY, "1600", support, str(recompute)]
+    """Logits exist a chunk at a time: peak memory after 100 tokens and after 3,200 is nearly the same.
+
+    Small records kept from every block once pinned the heap between the large tensors: 990 MiB here.
+    """
+    command = [sys.executable, "-c", MEMORY, "3200", support, str(recompute)]
     grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    one_side = 1600 * 20_000 * 4 / 2**20
-    assert grown < 0.15 * one_side, f"{grown:.0f} MiB more, and logits of one side are {one_side:.0f}"
+    one_side = 3200 * 20_000 * 4 / 2**20
+    assert grown < 0.3 * one_side, f"{grown:.0f} MiB more, and logits of one side are {one_side:.0f}"
 
 
 # ---- sabotage ------------------------------------------------------------------------------------------------------
@@ -153,10 +156,10 @@ real_cost, real_importance = objective_module.discounted_future, rule.importance
 real_call, real_corrected = rule.TrainingRule.__call__, rule.TrainingRule._corrected
 
 
-def flipped(beta: float) -> Callable[..., Entries]:
-    def entries_of(log_s: Any, s: Any, log_t: Any, b: float) -> Entries:
-        found = real_entries(log_s, s, log_t, b)
-        return Entries(-found.value, -found.slope, found.shift) if b == beta else found
+def flipped(of_beta: float) -> Callable[..., Entries]:
+    def entries_of(log_s: Any, s: Any, log_t: Any, beta: float) -> Entries:
+        found = real_entries(log_s, s, log_t, beta)
+        return Entries(-found.value, -found.slope, found.shift) if beta == of_beta else found
 
     return entries_of
 
@@ -272,7 +275,7 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         lambda f, s, c: (real_clip(f, s, c)[0]._replace(slope=f.slope), real_clip(f, s, c)[1]),
         of(entry_clip=0.02),
     ),
-    "another baseline": (Divergence, "_expected", lambda self, *a: 0.3, of(support="sampled")),
+    "another baseline": (Divergence, "_baseline", lambda self, *a: 0.3, of(support="sampled")),
     "a sampled ratio's sign": (divergence, "log_ratio", lambda s, t: t - s, of(support="sampled")),
     "all tokens kept": (
         objective_module.weights,

@@ -12,8 +12,8 @@ from helpers import STUDENTS, make_rollouts, make_student, move, prepared, snaps
 
 from opsd.errors import ConfigError, OPSDWarning, TokenizerMismatchError
 from opsd.forward import last_hidden
-from opsd.losses import Divergence, Objective, Tokens
 from opsd.heads import Head
+from opsd.losses import Divergence, Objective, Tokens
 from opsd.signals import HiddenSignal
 from opsd.teachers import TEACHERS as TABLE
 from opsd.teachers import (

@@ -18,11 +18,11 @@ from opsd.errors import ConfigError, not_one_of
 from opsd.losses import entries as table
 from opsd.losses import supports
 from opsd.losses.entries import Entries, entries
-from opsd.losses.estimators import log_ratio
+from opsd.losses.estimators import least_variance_baseline, log_ratio
 from opsd.signals import TeacherSignal, TopKSignal
 
 NEAR_AN_END = 0.05  # between 0 and this (or its mirror) the generalised JSD is close to 0 whatever the two models say
-BASELINES = ("expected", "none")
+BASELINES = ("least_variance", "none")
 
 
 class Compared(NamedTuple):
@@ -75,8 +75,8 @@ class Divergence:
         token_clip: nats; each token adds at most this, and has no gradient above it. None does not clip.
         entropy_gate: nats of the teacher's entropy above which the forward KL is added to the reverse KL (EOPD, arXiv
             2603.07079). None does not gate.
-        baseline: what a sampled token's log-ratio is compared with in the policy gradient: "expected", its mean over
-            the student's distribution (which the kernel has at hand; least variance), or "none".
+        baseline: what a sampled token's log-ratio is compared with in the policy gradient: "least_variance", the
+            number that makes the gradient vary least (`estimators.least_variance_baseline`), or "none".
 
     Raises:
         ConfigError: a setting outside its range, or a combination that cannot work.
@@ -91,7 +91,7 @@ class Divergence:
     entry_clip: float | None = None
     token_clip: float | None = None
     entropy_gate: float | None = None
-    baseline: str = "expected"
+    baseline: str = "least_variance"
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -199,7 +199,7 @@ class Divergence:
     def formula(self) -> str:
         """The divergence as a formula: s the student, t the teacher, y the sampled token, v an entry, S the support."""
         if self.support == "sampled":
-            less = " − KL(s ‖ t)" if self.baseline == "expected" else ""
+            less = "" if self.baseline == "none" else " − b"
             return f"log s(y) − log t(y),  gradient (log s(y) − log t(y){less})·∇log s(y)"
         entry = table.entry_formula(self.beta)
         if self.entropy_gate is not None:
@@ -286,15 +286,16 @@ class Divergence:
         """Return log s(y) - log t(y), and the slope whose gradient is (that - baseline)·∇log s(y)."""
         ids_R1 = token_ids_R[:, None]
         ratio_R = log_ratio(log_s.gather(-1, ids_R1)[:, 0], sampled_logprobs(teacher, token_ids_R))
-        coefficient_R = ratio_R - self._expected(log_s, s, teacher)
+        coefficient_R = ratio_R - self._baseline(log_s, s, teacher)
         slope_RV = torch.zeros_like(log_s).scatter_(-1, ids_R1, coefficient_R[:, None].to(log_s.dtype))
         return ratio_R, slope_RV
 
-    def _expected(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal) -> Tensor | float:
-        """Return the baseline: KL(s ‖ t), or that of its coarsening where the teacher lists its likeliest tokens."""
+    def _baseline(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal) -> Tensor | float:
+        """Return the baseline; where the teacher lists its likeliest tokens, that of its coarsening."""
         if self.baseline == "none":
             return 0.0
-        if isinstance(teacher, Tensor):
-            return entries(log_s, s, teacher, 1.0).value.sum(-1)
-        view = Divergence(support="teacher_top_k")._view(log_s, s, teacher, {})
-        return entries(view.log_s, view.s, view.log_t, 1.0).value.sum(-1)
+        view = _View(log_s, s, teacher) if isinstance(teacher, Tensor) else _COARSE._view(log_s, s, teacher, {})
+        return least_variance_baseline(view.s, log_ratio(view.log_s, view.log_t))
+
+
+_COARSE = Divergence(support="teacher_top_k")

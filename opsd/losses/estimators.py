@@ -42,6 +42,24 @@ def k3(ratio_N: Tensor) -> Tensor:
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
+def least_variance_baseline(s: Tensor, ratio: Tensor) -> Tensor:
+    """Return the b for which (r(y) - b)·∇log s(y) varies least, y drawn from s; unbiased, as any b that knows no y.
+
+    b = E[r·g] / E[g] with g(y) = |∇log s(y)|² = 1 - 2·s(y) + Σ s², the gradient taken with respect to the logits
+    (Greensmith, Bartlett, Baxter 2004, JMLR 5). The mean of r, the usual baseline, can do worse than none.
+
+    Args:
+        s: (R, V) probabilities.
+        ratio: (R, V) r of every entry.
+
+    Returns:
+        (R,); 0 where one token owns all the mass, and every gradient is 0.
+    """
+    size = 1.0 - 2.0 * s + s.square().sum(-1, keepdim=True)
+    share = s * size
+    return (share * ratio).sum(-1) / share.sum(-1).clamp(min=torch.finfo(s.dtype).tiny)
+
+
 def discounted_future(ratio_N: Tensor, row_N: Tensor, discount: float) -> Tensor:
     """Return Σ_{m>n} discount^(m-n)·r_m over the rest of the same rollout.
 

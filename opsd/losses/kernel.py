@@ -117,7 +117,9 @@ class Kernel:
                 for is_needed, like in zip(needed, (hidden_ND, head.weight_VD, head.bias_V), strict=True)
             )
         )
-        losses, records = [], []
+        # Filled in place: small tensors kept from every block would stand between the large ones that a block frees,
+        # and a CPU's heap would grow like all logits together.
+        columns: dict[str, Tensor] = {}
         # Once for no tokens at all, too: every process must end up with the same records and with gradients.
         for start in range(0, max(count, 1), chunk):
             rows = slice(start, min(start + chunk, count))
@@ -125,17 +127,20 @@ class Kernel:
             head.logits_into(states_ND[rows], logits[0])
             for (other_ND, other), logits_RV in zip(parts, logits[1:], strict=True):
                 other.logits_into(other_ND[rows].to(dtype), logits_RV)
-            for loss_R, found in self._apply_rule(logits, rows, head, any(needed)):
-                losses.append(loss_R)
-                records.append(found)
+            for block, found in self._apply_rule(logits, rows, head, any(needed)):
+                for name, values in found.items():
+                    if name not in columns:
+                        columns[name] = values.new_empty(count)
+                    columns[name][block] = values
             if any(needed):
                 _backward(logits[0].to(dtype), states_ND[rows], head, gradients, rows, add=start > 0)
-        self.records = {name: torch.cat([found[name] for found in records]) for name in records[0]}
-        return torch.cat(losses).sum(), gradients
+        loss = columns.pop("loss").sum()
+        self.records = columns
+        return loss, gradients
 
     def _apply_rule(
         self, logits: Tensor, rows: slice, head: Head, needs_gradient: bool
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Yield losses and records block by block, and leave the gradient where the student's logits were."""
         length, vocab_size = logits.shape[1:]
         step = max(1, BLOCK_VALUES.get(logits.device.type, BLOCK_VALUES["cuda"]) // vocab_size)
@@ -145,7 +150,7 @@ class Kernel:
             outcome = self.rule(block[0], list(block[1:]), where)
             if needs_gradient:
                 block[0].copy_(head.through(outcome.grad_RV, block[0]))
-            yield outcome.loss_R, outcome.records
+            yield where, outcome.records | {"loss": outcome.loss_R}
 
     def _rows_per_chunk(self, count: int, vocab_size: int, itemsize: int, device: str) -> int:
         """Return the tokens per chunk that fit the budget, in chunks of nearly equal size."""

@@ -10,6 +10,7 @@ Shapes: N scored tokens of a micro-batch (packed) with `row_N`, the rollout of e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
@@ -76,7 +77,7 @@ def keep_top_fraction(score_N: Tensor, row_N: Tensor, fraction: float) -> Tensor
     weight_N = torch.zeros_like(score_N, dtype=torch.float32)
     for row in row_N.unique():
         places = (row_N == row).nonzero()[:, 0]
-        kept = -int(-fraction * len(places) // 1)
+        kept = max(1, math.ceil(fraction * len(places) - 1e-9))  # 0.07 · 100 is a little more than 7
         best = score_N[places].argsort(descending=True, stable=True)[:kept]
         weight_N[places[best]] = len(places) / kept
     return weight_N

@@ -1,0 +1,228 @@
+"""Which tokens count and how much: the pure functions against loops, and the objective that applies them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from losses_cases import DIVERGENCES, name_of, of_logits, problem, random
+from losses_twin import agrees, measured
+
+from opsd.losses import Divergence, Objective, weights
+from opsd.losses.estimators import (
+    ESTIMATORS,
+    discounted_future,
+    importance_weight,
+    k1,
+    k2,
+    k3,
+    log_ratio,
+    mean_future,
+)
+
+quick = settings(max_examples=25, deadline=None, derandomize=True)
+rows_of = st.lists(st.integers(1, 7), min_size=1, max_size=5)
+
+
+def packed(lengths: list[int]) -> torch.Tensor:
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+
+
+# ---- masks ---------------------------------------------------------------------------------------------------------
+
+MASKS = {
+    "skip first": (weights.skip_first([1, 1, 0, 1], 1), [0, 1, 0, 1]),
+    "skip none": (weights.skip_first([1, 1, 0, 1], 0), [1, 1, 0, 1]),
+    "skip more than there are": (weights.skip_first([1, 1], 9), [0, 0]),
+    "first only": (weights.first_only([1, 0, 1, 1], 3), [1, 0, 1, 0]),
+    "first of none": (weights.first_only([], 3), []),
+    "without ids": (weights.without_ids([1, 1, 0, 1], [5, 6, 7, 5], {5}), [0, 1, 0, 0]),
+    "ended": (weights.without_truncated([1, 0], [5, 2], {2}), [1, 0]),
+    "truncated": (weights.without_truncated([1, 1], [2, 5], {2}), [0, 0]),
+    "nothing generated": (weights.without_truncated([], [], {2}), []),
+    "composed": (weights.first_only(weights.skip_first([1] * 5, 1), 3), [0, 1, 1, 0, 0]),
+}
+
+
+@pytest.mark.parametrize(("found", "expected"), MASKS.values(), ids=MASKS)
+def test_a_mask_leaves_out_what_its_name_says(found: list[int], expected: list[int]) -> None:
+    assert found == expected
+
+
+def test_a_mask_and_ids_of_another_length_are_an_error() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        weights.without_ids([1], [1, 2], set())
+
+
+@pytest.mark.parametrize(("rate", "weight"), [(0.0, 0.0), (0.25, 0.75), (0.5, 1.0), (1.0, 0.0)])
+def test_a_pass_rate_weighs_most_in_the_middle(rate: float, weight: float) -> None:
+    assert weights.by_pass_rate(rate) == weight
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
+def test_a_pass_rate_that_is_no_share_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        weights.by_pass_rate(rate)
+
+
+# ---- the tokens of a rollout ---------------------------------------------------------------------------------------
+
+
+@quick
+@given(lengths=rows_of, fraction=st.floats(0.01, 1.0), seed=st.integers(0, 999))
+def test_the_highest_scores_of_each_rollout_share_its_weight(lengths: list[int], fraction: float, seed: int) -> None:
+    row_N, score_N = packed(lengths), random(sum(lengths), seed=seed)
+    found = weights.keep_top_fraction(score_N, row_N, fraction)
+    for row, length in enumerate(lengths):
+        own, score = found[row_N == row], score_N[row_N == row]
+        kept = own > 0
+        assert kept.sum().item() == math.ceil(fraction * length) and own.sum().item() == pytest.approx(length)
+        assert kept.all() or score[kept].min() >= score[~kept].max()
+
+
+def test_the_earlier_of_two_equal_scores_is_kept() -> None:
+    assert weights.keep_top_fraction(torch.tensor([1.0, 2.0, 2.0, 2.0]), packed([4]), 0.5).tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize(("fraction", "count"), [(0.2, 5), (0.1, 30), (0.7, 10), (0.3, 10), (0.6, 5), (0.07, 100)])
+def test_a_fraction_that_is_whole_in_tokens_keeps_no_token_more(fraction: float, count: int) -> None:
+    kept = weights.keep_top_fraction(random(count, seed=1), packed([count]), fraction).count_nonzero().item()
+    assert kept == round(fraction * count)
+
+
+@quick
+@given(lengths=rows_of, seed=st.integers(0, 999))
+def test_contrast_weighs_by_the_gap_over_its_mean_in_the_rollout(lengths: list[int], seed: int) -> None:
+    row_N = packed(lengths)
+    right, wrong = random(len(row_N), seed=seed), random(len(row_N), seed=seed + 1)
+    found = weights.contrastive(right, wrong, row_N)
+    for row in range(len(lengths)):
+        gap = (right - wrong)[row_N == row].abs().tolist()
+        assert found[row_N == row].tolist() == pytest.approx([x / (sum(gap) / len(gap)) for x in gap])
+
+
+def test_contrast_of_a_rollout_that_nothing_tells_apart_is_zero() -> None:
+    same = torch.tensor([-1.0, -2.0])
+    assert weights.contrastive(same, same, packed([2])).tolist() == [0.0, 0.0]
+    assert weights.contrastive(same[:0], same[:0], packed([1])[:0]).tolist() == []
+
+
+# ---- estimators ----------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(lengths=rows_of, discount=st.floats(0.0, 1.0), seed=st.integers(0, 999))
+def test_the_future_is_that_of_the_same_rollout(lengths: list[int], discount: float, seed: int) -> None:
+    row_N = packed(lengths)
+    r = random(len(row_N), seed=seed)
+    later = [[m for m in range(n + 1, len(r)) if row_N[m] == row_N[n]] for n in range(len(r))]
+    discounted = [sum(discount ** (m - n) * r[m].item() for m in ms) for n, ms in enumerate(later)]
+    assert discounted_future(r, row_N, discount).tolist() == pytest.approx(discounted)
+    means = [sum(r[m].item() for m in ms) / max(len(ms), 1) for ms in later]
+    assert mean_future(r, row_N).tolist() == pytest.approx(means, abs=1e-12)
+
+
+def test_estimators_worked_by_hand() -> None:
+    r = torch.tensor([0.0, math.log(2.0), -math.log(2.0)], dtype=torch.float64)
+    assert k1(r).tolist() == r.tolist()
+    assert k2(r).tolist() == pytest.approx([0.0, math.log(2.0) ** 2 / 2, math.log(2.0) ** 2 / 2])
+    assert k3(r).tolist() == pytest.approx([0.0, math.log(2.0) - 0.5, 1 - math.log(2.0)])
+    assert set(ESTIMATORS) == {"k1", "k2", "k3"}
+
+
+def test_a_log_ratio_is_floored_on_both_sides() -> None:
+    found = log_ratio(torch.tensor([-1.0, -math.inf, -math.inf]), torch.tensor([-math.inf, -2.0, -math.inf]))
+    assert found.tolist() == [99.0, -98.0, 0.0]
+
+
+def test_an_importance_ratio_is_truncated_above_only_and_1_where_unknown() -> None:
+    student = torch.tensor([-1.0, -1.0, -1.0, -3.0, -1.0])
+    sampler = torch.tensor([-1.0, -9.0, math.nan, -1.0, -math.inf])
+    ratio, truncated = importance_weight(student, sampler, 2.0)
+    assert ratio.tolist() == pytest.approx([1.0, 2.0, 1.0, math.exp(-2.0), 2.0])
+    assert truncated.tolist() == [0, 1, 0, 0, 1]
+
+
+# ---- the objective that applies them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"keep_fraction": 0.5}, {"importance_clip": 1.2, "anchor_coef": 0.1}], ids=str
+)
+@pytest.mark.parametrize("divergence", DIVERGENCES[::3], ids=name_of)
+def test_contrast_multiplies_every_other_weight(divergence: Divergence, settings: dict) -> None:
+    agrees(Objective(divergence, **settings), problem(12, v=17, left_out=True, wrong=True, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("sizes", [(23, 29), (29, 23)], ids=["teacher padded", "student padded"])
+def test_anchor_and_contrast_over_heads_padded_differently(sizes: tuple[int, int]) -> None:
+    asked = problem(9, v=sizes[0], teacher_v=sizes[1], wrong=True, dtype=torch.float32)
+    agrees(Objective(anchor_coef=0.5), asked)
+
+
+def test_contrast_of_equal_contexts_trains_on_nothing() -> None:
+    asked = problem(6)
+    found = measured(Objective(), replace(asked, wrong=asked.signal))
+    assert found.values["loss"].item() == 0.0 and found.gradients["weight"].abs().sum().item() == 0.0
+
+
+@pytest.mark.parametrize("signal", ["arithmetic", "geometric, pushed away", "top-k lists"])
+def test_futures_of_every_signal(signal: str) -> None:
+    divergence = Divergence(support="sampled")
+    agrees(Objective(divergence, future="discounted", discount=0.7), problem(11, signal=signal, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"keep_fraction": 0.4}, {"future": "discounted"}, {"future": "length_normalised"}], ids=str
+)
+def test_tokens_of_other_rollouts_change_nothing(settings: dict) -> None:
+    asked = problem(15, dtype=torch.float64)
+    alone = replace(
+        asked,
+        hidden_ND=asked.hidden_ND[5:10],
+        signal=asked.signal.select(slice(5, 10)),
+        tokens=asked.tokens.select(slice(5, 10)),
+    )
+    together, own = measured(Objective(**settings), asked), measured(Objective(**settings), alone)
+    assert torch.allclose(together.gradients["states"][5:10], own.gradients["states"], atol=1e-12)
+
+
+def test_tokens_that_are_not_kept_have_no_gradient_and_no_record() -> None:
+    found = measured(Objective(keep_fraction=0.2), problem(10))
+    kept = found.gradients["states"].abs().sum(-1) > 0
+    assert kept.sum().item() == 2 and torch.equal(found.values["divergence"] != 0, kept)
+
+
+def test_a_cost_is_charged_to_the_tokens_before_and_has_no_gradient_itself() -> None:
+    """Two tokens, of which the second alone disagrees: the first gets exactly r₂·(e_y - s)."""
+    second = torch.tensor([0.0, math.log(3.0)])
+    asked = of_logits(torch.zeros(2, 2), torch.stack([torch.zeros(2), second]), row_N=torch.tensor([0, 0]))
+    asked = replace(asked, tokens=replace(asked.tokens, ids_N=torch.tensor([1, 0])))
+    objective = Objective(Divergence(support="sampled", baseline="none"), future="discounted", discount=0.5)
+    found = measured(objective, asked).gradients["states"]
+    r_2 = math.log(0.5 / 0.25)
+    assert found[0].tolist() == pytest.approx([-0.25 * r_2, 0.25 * r_2])
+    assert found[1].tolist() == pytest.approx([0.5 * r_2, -0.5 * r_2])
+
+
+def test_without_the_samplers_probabilities_there_is_no_correction() -> None:
+    asked = problem(6)
+    asked = replace(asked, tokens=replace(asked.tokens, sampler_N=None))
+    a, b = measured(Objective(importance_clip=2.0), asked), measured(Objective(), asked)
+    assert torch.equal(a.values["loss"], b.values["loss"]) and "importance/ratio" not in a.values
+
+
+def test_an_anchor_of_coefficient_zero_is_not_computed() -> None:
+    assert "anchor" not in measured(Objective(), problem(4)).values
+
+
+def test_an_anchor_on_the_student_itself_adds_nothing() -> None:
+    asked = problem(4)
+    asked = replace(asked, anchor=replace(asked.anchor, hidden_ND=asked.hidden_ND, head=asked.head))
+    held, free = measured(Objective(anchor_coef=2.0), asked), measured(Objective(), asked)
+    assert held.values["loss"].item() == pytest.approx(free.values["loss"].item(), abs=1e-12)
+    assert torch.equal(held.gradients["states"], free.gradients["states"])
