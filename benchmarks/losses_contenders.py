@@ -90,13 +90,11 @@ def top_100(log_s: Tensor, log_t: Tensor, tokens: Tokens) -> Tensor:
 
 
 def sampled(log_s: Tensor, log_t: Tensor, tokens: Tokens) -> Tensor:
-    """log s(y) - log t(y), whose gradient is that of the policy gradient with the KL as baseline."""
+    """log s(y) - log t(y), whose gradient is that of the policy gradient without a baseline."""
     assert tokens.ids_N is not None
     at_s, at_t = (p.gather(-1, tokens.ids_N[:, None])[:, 0] for p in (log_s, log_t))
-    with torch.no_grad():
-        ratio_N = at_s - at_t
-        advantage_N = ratio_N - reverse_kl(log_s, log_t, tokens)
-    return ratio_N + advantage_N * (at_s - at_s.detach())
+    ratio_N = (at_s - at_t).detach()
+    return ratio_N + ratio_N * (at_s - at_s.detach())
 
 
 LOSSES: dict[str, tuple[Divergence, Callable[[Tensor, Tensor, Tokens], Tensor]]] = {
@@ -104,7 +102,7 @@ LOSSES: dict[str, tuple[Divergence, Callable[[Tensor, Tensor, Tokens], Tensor]]]
     "forward KL": (Divergence(0.0), forward_kl),
     "JSD 0.5": (Divergence(0.5), jsd),
     "top-100": (Divergence(1.0, support="teacher_top_k", support_k=100, tail="bucket"), top_100),
-    "sampled": (Divergence(1.0, support="sampled"), sampled),
+    "sampled": (Divergence(1.0, support="sampled", baseline="none"), sampled),
 }
 
 # ---- the contenders: a scalar loss to send backward, or None where the gradients are there already ------------------
