@@ -2,7 +2,7 @@
 
 Measures  forward and backward of one loss from the same last hidden states, in one run. Every round runs each contender
           once, in an order that rotates, so that noise hits all alike; ratios are taken within a round.
-          Peak memory is that of one forward and backward over the inputs, less the gradients that are returned: in a
+          Peak memory is that of one forward and backward over the inputs, with the gradients that are returned: in a
           fresh process each on a CPU, by torch's allocator on a GPU.
 Does not  measure a training step: no model runs, and no optimizer. Inputs are random (logits of deviation 2), every
           token weighs the same, and "products alone" is no loss but a bound: the 4 products (3 where the head is
@@ -92,7 +92,7 @@ def agree(case: Case, x: Inputs, names: list[str]) -> tuple[dict[str, Any], list
 
 
 def peak(case: Case, name: str) -> float:
-    """Return the growth of this process's peak memory over one step, less the gradients returned, in MiB."""
+    """Return the growth of this process's peak memory over one step, in MiB."""
     step(tiny := Case(case.device, case.dtype, 2, 8, 128, case.head, case.loss), make(tiny), name)  # one-time costs
     x = make(case)
     if case.device == "cuda":
@@ -106,7 +106,7 @@ def peak(case: Case, name: str) -> float:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         step(case, x, name)
         highest = resident("VmHWM")
-    return (highest - before - sum(g.nbytes for g in gradients(x).values())) / MEBIBYTE
+    return (highest - before) / MEBIBYTE
 
 
 def resident(field: str) -> int:
@@ -181,14 +181,19 @@ def targets(records: list[dict[str, Any]]) -> dict[str, Any]:
     geometric = float(np.exp(np.mean([np.log(r[RATIO]["TRL"][0]) for r in whole])))
     bounds = [1 / r[RATIO]["products alone"][0] for r in whole]
     full = [r[RATIO]["full logits"][0] for r in whole]
-    memory = [r["peak MiB"]["ours"] / r["peak MiB"]["full logits"] for r in whole if r["peak MiB"]]
+    # Where the head is trained its gradient, which everyone returns, is most of it.
+    frozen = [r["peak MiB"] for r in whole if r["peak MiB"] and r["head"] == "frozen"]
+    memory = [peaks["ours"] / peaks["full logits"] for peaks in frozen]
     reached = {
         "TRL / ours, geometric mean, at least 3": (geometric, geometric >= 3),
         "ours / products alone, worst case, at most 1.3": (max(bounds), max(bounds) <= 1.3),
         "full logits / ours, worst case, at least 1": (min(full), min(full) >= 1),
     }
     if memory:
-        reached["peak memory of ours / full logits, worst case, at most 0.2"] = (max(memory), max(memory) <= 0.2)
+        reached["peak memory of ours / full logits, head frozen, worst case, at most 0.2"] = (
+            max(memory),
+            max(memory) <= 0.2,
+        )
     return {name: {"reached": value, "met": bool(met)} for name, (value, met) in reached.items()}
 
 
@@ -259,7 +264,7 @@ def run(device: str, rounds: int, quick: bool) -> dict[str, Any]:
     records = []
     for number, case in enumerate(cases(device, quick)):
         print(f"{time.strftime('%H:%M:%S')} {case}", flush=True)
-        children = 3 if not quick else int(number == 0)
+        children = 3 if not quick else int(number == 1)
         records.append(measure(case, rounds, children if case.loss == "reverse KL" else 0))
     about = {"hardware": hardware(device), "rounds": rounds - 1, "quick": quick}
     return {**about, "targets": targets(records), "cases": records}

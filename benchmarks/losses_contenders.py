@@ -111,7 +111,7 @@ LOSSES: dict[str, tuple[Divergence, Callable[[Tensor, Tensor, Tokens], Tensor]]]
 def ours(x: Inputs, loss: str, *, recompute: bool = False) -> Tensor:
     """One pass; or two, keeping no gradient of the head between them."""
     signal = HiddenSignal(x.teacher_ND, Head(x.teacher_VD))
-    objective = Objective(LOSSES[loss][0], recompute=recompute)
+    objective = Objective(LOSSES[loss][0], recompute_loss=recompute)
     return objective(x.hidden_ND, Head(x.weight_VD), signal, x.tokens).loss
 
 

@@ -93,15 +93,15 @@ class OPSDConfig(DistillationConfig):
         default=Objective.keep_by,
         metadata={"help": "Which to keep: the highest student entropy, or disagreement (the divergence)."},
     )
-    future: str = field(
-        default=Objective.future,
+    future_cost: str = field(
+        default=Objective.future_cost,
         metadata={
             "help": "What a token pays for later ones, as a policy gradient: none, discounted (with support sampled: "
             "Thinking Machines), length_normalised (with full support: MiniLLM)."
         },
     )
     discount: float = field(
-        default=Objective.discount, metadata={"help": "Of future discounted, per token, in (0, 1]."}
+        default=Objective.discount, metadata={"help": "Of future_cost discounted, per token, in (0, 1]."}
     )
     importance_clip: float | None = field(
         default=Objective.importance_clip,
@@ -140,19 +140,19 @@ class OPSDConfig(DistillationConfig):
         default=None,
         metadata={"help": "Column with the share of attempts p that pass; rows weigh 4·p·(1-p) (SSOPD)."},
     )
-    budget_mb: float | None = field(
-        default=Objective.budget_mb,
-        metadata={"help": "MiB that the logits of a chunk may take. Unset: 160 on a CPU, 1,024 on a GPU."},
+    loss_budget_mb: float | None = field(
+        default=Objective.loss_budget_mb,
+        metadata={"help": "MiB that the logits of a chunk may take. Unset: 128 on a CPU, 1,024 on a GPU."},
     )
-    recompute: bool = field(
-        default=Objective.recompute,
+    recompute_loss: bool = field(
+        default=Objective.recompute_loss,
         metadata={
             "help": "Do not keep the gradient of the head, which is as large as the head, from forward to backward "
             "pass: half as many products again."
         },
     )
-    compile: bool | None = field(
-        default=Objective.compile,
+    compile_loss: bool | None = field(
+        default=Objective.compile_loss,
         metadata={"help": "Fuse the loss's work between the products with torch.compile. Unset: on a GPU with Triton."},
     )
     bf16: bool | None = field(
@@ -212,12 +212,13 @@ class OPSDConfig(DistillationConfig):
                 raise ConfigError(f"{name} counts tokens of a completion, must be at least {least}, and is {value}.")
 
     def _check_on_policy(self, objective: Objective) -> None:
-        sampled = objective.divergence.support == "sampled" or objective.future != "none"
+        sampled = objective.divergence.support == "sampled" or objective.future_cost != "none"
         if sampled and self.lmbda < 1.0:
             raise ConfigError(
-                f"support 'sampled' and future {self.future!r} learn from tokens that the student sampled, and lmbda "
-                f"is {self.lmbda:g}: {1 - self.lmbda:.0%} of the rows would bring tokens of others, on which a policy "
-                "gradient is biased. Set lmbda to 1, or compare distributions: support 'full' and future 'none'."
+                f"support 'sampled' and future_cost {self.future_cost!r} learn from tokens that the student sampled, "
+                f"and lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the rows would bring tokens of others, on which "
+                "a policy gradient is biased. Set lmbda to 1, or compare distributions: support 'full' and future_cost "
+                "'none'."
             )
 
     def _warn(self) -> None:

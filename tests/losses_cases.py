@@ -75,14 +75,14 @@ OBJECTIVES = {
     "importance": {"importance_clip": 1.5},
     "keep by entropy": {"keep_fraction": 0.4},
     "keep by disagreement": {"keep_fraction": 0.6, "keep_by": "disagreement"},
-    "discounted": {"future": "discounted", "discount": 0.9},
-    "undiscounted": {"future": "discounted"},
-    "length-normalised": {"future": "length_normalised"},
+    "discounted": {"future_cost": "discounted", "discount": 0.9},
+    "undiscounted": {"future_cost": "discounted"},
+    "length-normalised": {"future_cost": "length_normalised"},
     "all of it": {
         "anchor_coef": 0.4,
         "importance_clip": 1.5,
         "keep_fraction": 0.7,
-        "future": "discounted",
+        "future_cost": "discounted",
         "discount": 0.5,
     },
 }
@@ -101,7 +101,7 @@ def objectives() -> list[tuple[str, Objective]]:
         try:
             found.append((f"{name}: {name_of(divergence)}", Objective(divergence, **settings)))
         except ConfigError:
-            assert divergence.beta != 1.0 and "future" in settings
+            assert divergence.beta != 1.0 and "future_cost" in settings
     return found
 
 

@@ -264,9 +264,9 @@ def kept_weights(objective: Objective, rows: list[list[int]], each: dict[int, To
 def cost(objective: Objective, row: list[int], n: int, each: dict[int, Token]) -> float:
     """What the later tokens of a rollout say against token n."""
     r = {m: (each[m].log_s_y.clamp(min=LOWEST) - each[m].log_t_y.clamp(min=LOWEST)).item() for m in row if m > n}
-    if objective.future == "discounted":
+    if objective.future_cost == "discounted":
         return sum(objective.discount ** (row.index(m) - row.index(n)) * r[m] for m in r)
-    return sum(r.values()) / len(r) if objective.future == "length_normalised" and r else 0.0
+    return sum(r.values()) / len(r) if objective.future_cost == "length_normalised" and r else 0.0
 
 
 def contrast(problem: Problem, rows: list[list[int]], vocab_size: int) -> dict[int, float]:
@@ -330,7 +330,7 @@ def reference(objective: Objective, problem: Problem) -> Found:
             steer, total = steer + objective.anchor_coef * held, total + objective.anchor_coef * held.detach()
         loss, steered = loss + w * total, steered + w * steer
         r = one.log_s_y.clamp(min=LOWEST).item() - one.log_t_y.clamp(min=LOWEST).item()
-        if d.support == "sampled" or objective.future != "none":
+        if d.support == "sampled" or objective.future_cost != "none":
             for name, estimate in (("k1", r), ("k2", r * r / 2), ("k3", math.exp(-r) - 1 + r)):
                 columns[name][n] = estimate
         told = {"divergence": one.value, "entropy": one.entropy, "logprob": one.log_s_y, "teacher_logprob": one.log_t_y}

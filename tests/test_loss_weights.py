@@ -173,11 +173,13 @@ def test_contrast_of_equal_contexts_trains_on_nothing() -> None:
 @pytest.mark.parametrize("signal", ["arithmetic", "geometric, pushed away", "top-k lists"])
 def test_futures_of_every_signal(signal: str) -> None:
     divergence = Divergence(support="sampled")
-    agrees(Objective(divergence, future="discounted", discount=0.7), problem(11, signal=signal, dtype=torch.float32))
+    agrees(
+        Objective(divergence, future_cost="discounted", discount=0.7), problem(11, signal=signal, dtype=torch.float32)
+    )
 
 
 @pytest.mark.parametrize(
-    "settings", [{"keep_fraction": 0.4}, {"future": "discounted"}, {"future": "length_normalised"}], ids=str
+    "settings", [{"keep_fraction": 0.4}, {"future_cost": "discounted"}, {"future_cost": "length_normalised"}], ids=str
 )
 def test_tokens_of_other_rollouts_change_nothing(settings: dict) -> None:
     asked = problem(15, dtype=torch.float64)
@@ -202,7 +204,7 @@ def test_a_cost_is_charged_to_the_tokens_before_and_has_no_gradient_itself() -> 
     second = torch.tensor([0.0, math.log(3.0)])
     asked = of_logits(torch.zeros(2, 2), torch.stack([torch.zeros(2), second]), row_N=torch.tensor([0, 0]))
     asked = replace(asked, tokens=replace(asked.tokens, ids_N=torch.tensor([1, 0])))
-    objective = Objective(Divergence(support="sampled", baseline="none"), future="discounted", discount=0.5)
+    objective = Objective(Divergence(support="sampled", baseline="none"), future_cost="discounted", discount=0.5)
     found = measured(objective, asked).gradients["states"]
     r_2 = math.log(0.5 / 0.25)
     assert found[0].tolist() == pytest.approx([-0.25 * r_2, 0.25 * r_2])

@@ -222,7 +222,7 @@ def test_nothing_to_train_on_is_a_loss_of_zero_that_reaches_every_input(
 ) -> None:
     asked = problem(n, wrong=True, head="bias")
     asked = replace(asked, tokens=replace(asked.tokens, weight_N=torch.zeros(n)))
-    found = measured(replace(objective, recompute=recompute), asked)
+    found = measured(replace(objective, recompute_loss=recompute), asked)
     assert found.values["loss"].item() == 0.0
     assert set(found.gradients) == {"states", "weight", "bias"}
     assert all(g is not None and g.abs().sum().item() == 0.0 for g in found.gradients.values())
@@ -238,7 +238,7 @@ SMOOTH = [d for d in DIVERGENCES if d.support != "sampled" and d.entry_clip is N
 def test_the_gradient_is_that_of_the_value(divergence: Divergence) -> None:
     """Finite differences: the only comparison here that knows no formula of a gradient at all."""
     asked = problem(3, v=9, d=3, head="all of it")
-    objective = Objective(divergence, anchor_coef=0.3, recompute=True)  # gradcheck goes backward more than once
+    objective = Objective(divergence, anchor_coef=0.3, recompute_loss=True)  # gradcheck goes backward more than once
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         head = replace(asked.head, weight_VD=weight, bias_V=bias)
@@ -251,7 +251,7 @@ def test_the_gradient_is_that_of_the_value(divergence: Divergence) -> None:
 @pytest.mark.parametrize(("states", "weight"), list(product([True, False], repeat=2))[:3])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_only_what_is_trained_gets_a_gradient(recompute: bool, states: bool, weight: bool) -> None:
-    asked, objective = problem(9, head="bias"), Objective(recompute=recompute)
+    asked, objective = problem(9, head="bias"), Objective(recompute_loss=recompute)
     expected = reference(objective, asked)
     hidden = asked.hidden_ND.clone().requires_grad_(states)
     head = replace(asked.head, weight_VD=asked.head.weight_VD.clone().requires_grad_(weight))
@@ -264,7 +264,7 @@ def test_only_what_is_trained_gets_a_gradient(recompute: bool, states: bool, wei
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_loss_that_is_scaled_before_it_goes_back_scales_its_gradients(recompute: bool) -> None:
-    asked, objective = problem(9, head="bias"), Objective(recompute=recompute)
+    asked, objective = problem(9, head="bias"), Objective(recompute_loss=recompute)
     one, three = measured(objective, asked), measured(objective, asked, factor=3.0)
     assert all(is_close(three.gradients[name], 3.0 * g, 1e-12) for name, g in one.gradients.items())
 
@@ -280,7 +280,7 @@ def test_a_second_backward_pass_is_refused() -> None:
 def test_a_second_backward_pass_of_a_recomputed_loss_gives_the_same_again() -> None:
     asked = problem(3)
     hidden = asked.hidden_ND.requires_grad_()
-    loss = Objective(recompute=True)(hidden, asked.head, asked.signal, asked.tokens).loss
+    loss = Objective(recompute_loss=True)(hidden, asked.head, asked.signal, asked.tokens).loss
     once, again = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, again)
 

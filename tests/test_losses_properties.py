@@ -217,7 +217,7 @@ def test_costs_of_the_future_give_the_gradient_of_whole_rollouts(divergence: Div
         ids_N=torch.tensor(pairs).flatten(),
         row_N=torch.arange(len(pairs)).repeat_interleave(2),
     )
-    found = measured(Objective(divergence, future="discounted"), asked).gradients["states"]
+    found = measured(Objective(divergence, future_cost="discounted"), asked).gradients["states"]
     assert torch.allclose(found[0::2].sum(0), first.grad, atol=1e-12)
     by_first = torch.stack(
         [sum(found[2 * i + 1] for i, (a, _) in enumerate(pairs) if a == first_id) for first_id in range(v)]
@@ -248,16 +248,16 @@ REFUSED = [
     ({"support": "sampled", "entry_clip": 0.1}, "entry_clip looks at the whole", "one token", "token_clip"),
     ({"support": "sampled", "entropy_gate": 1.0}, "entropy_gate looks at the whole", "one token", "another support"),
     ({"keep_by": "entropie"}, "keep_by is 'entropie'", "must be one of", "Did you mean 'entropy'"),
-    ({"future": "all"}, "future is 'all'", "must be one of", "discounted"),
+    ({"future_cost": "all"}, "future_cost is 'all'", "must be one of", "discounted"),
     ({"keep_fraction": 0.0}, "keep_fraction", "above 0", "is 0"),
     ({"keep_fraction": 1.1}, "keep_fraction", "up to 1", "is 1.1"),
-    ({"future": "discounted", "discount": 0.0}, "discount", "above 0", "is 0"),
-    ({"discount": 0.5}, "discount", "no effect", "Set future"),
+    ({"future_cost": "discounted", "discount": 0.0}, "discount", "above 0", "is 0"),
+    ({"discount": 0.5}, "discount", "no effect", "Set future_cost"),
     ({"importance_clip": 0.5}, "at least 1", "Below 1", "leave it out"),
     ({"importance_clip": math.nan}, "at least 1", "Below 1", "leave it out"),
     ({"anchor_coef": -0.1}, "must not be negative", "push the student away", "Use 0"),
-    ({"budget_mb": 0.0}, "budget_mb must be above 0", "is 0", "Leave it out"),
-    ({"future": "discounted", "beta": 0.5}, "belongs to the reverse KL", "beta is 0.5", "Set beta to 1"),
+    ({"loss_budget_mb": 0.0}, "loss_budget_mb must be above 0", "is 0", "Leave it out"),
+    ({"future_cost": "discounted", "beta": 0.5}, "belongs to the reverse KL", "beta is 0.5", "Set beta to 1"),
 ]
 
 

@@ -45,7 +45,7 @@ def problem(rows):
 def compute(weight, teacher_weight, hidden, teacher, weight_N, recompute):
     hidden = hidden.clone().requires_grad_()
     signal = HiddenSignal(teacher, Head(teacher_weight))
-    objective = Objective(Divergence(1.0), budget_mb=TINY_MB, recompute=recompute)
+    objective = Objective(Divergence(1.0), loss_budget_mb=TINY_MB, recompute_loss=recompute)
     with CommDebugMode() as forward:
         loss = objective(hidden, Head(weight), signal, Tokens(weight_N)).loss
     with CommDebugMode() as backward:

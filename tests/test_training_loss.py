@@ -29,12 +29,12 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "TIP": ({"keep_fraction": 0.5}, "50%"),
     "TIP, disagreement": ({"keep_fraction": 0.5, "keep_by": "disagreement"}, "highest disagreement"),
     "Thinking Machines": ({"support": "sampled", "baseline": "none"}, "the sampled token"),
-    "discounted": ({"support": "sampled", "future": "discounted", "discount": 0.5}, "discounted by 0.5"),
-    "MiniLLM": ({"future": "length_normalised"}, "the mean of the later ones"),
+    "discounted": ({"support": "sampled", "future_cost": "discounted", "discount": 0.5}, "discounted by 0.5"),
+    "MiniLLM": ({"future_cost": "length_normalised"}, "the mean of the later ones"),
     "anchored": ({"anchor_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
     "RLCSD": ({"contrast_context": "worked_solution"}, "worked_solution does not say"),
     "token clip": ({"token_clip": 0.5}, "each token at most 0.5"),
-    "two passes": ({"recompute": True, "budget_mb": 0.01}, "reverse KL"),
+    "two passes": ({"recompute_loss": True, "loss_budget_mb": 0.01}, "reverse KL"),
 }
 
 
@@ -102,13 +102,13 @@ def test_a_column_that_only_the_wrong_context_needs_is_asked_for_before_a_model_
 
 def test_the_settings_are_the_objective(tmp_path: Path) -> None:
     settings = {"beta": 0.0, "support": "teacher_top_k", "support_k": 9, "tail": "none", "entry_clip": 0.1,
-                "temperature": 1.5, "keep_fraction": 0.25, "anchor_coef": 0.1, "budget_mb": 3.0}  # fmt: skip
+                "temperature": 1.5, "keep_fraction": 0.25, "anchor_coef": 0.1, "loss_budget_mb": 3.0}  # fmt: skip
     objective = make_args(tmp_path, **settings).objective
     assert objective == Objective(
         Divergence(0.0, 1.5, "teacher_top_k", 9, "none", entry_clip=0.1),
         keep_fraction=0.25,
         anchor_coef=0.1,
-        budget_mb=3.0,
+        loss_budget_mb=3.0,
     )
 
 
@@ -162,7 +162,7 @@ def test_the_loss_is_weighted_by_the_truncated_ratio(
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"support": "sampled", "lmbda": 0.5}, "Set lmbda to 1"),
-    ({"future": "length_normalised", "lmbda": 0.5}, "Set lmbda to 1"),
+    ({"future_cost": "length_normalised", "lmbda": 0.5}, "Set lmbda to 1"),
     ({"support": "teacher_top_k", "tail": "none"}, "mass outside the support"),
     ({"support": "teachers_top_k"}, "Did you mean 'teacher_top_k'"),
     ({"skip_first_tokens": -1}, "at least 0"),

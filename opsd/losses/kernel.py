@@ -15,6 +15,8 @@ Shapes: N tokens of a micro-batch · R tokens of a chunk, or of a block of it ·
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
@@ -28,9 +30,12 @@ from opsd.signals import HiddenSignal
 MEBIBYTE = 2**20
 # Logits of a chunk, student's and teachers' together, in MiB. On a CPU: above it the products gain nothing
 # (benchmarks/losses.py). On a GPU: what TRL 1.16's two tiles of 4,096 × 32,768 float32 values take.
-BUDGET_MB = {"cpu": 160, "cuda": 1024}
+BUDGET_MB = {"cpu": 128, "cuda": 1024}
 # Values per block of a rule: several tensors of 2 MiB stay in a CPU's cache; a GPU wants fewer, larger launches.
 BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**25}
+
+
+_KEPT = threading.local()
 
 
 class Outcome(NamedTuple):
@@ -108,7 +113,7 @@ class Kernel:
         device, sums = hidden_ND.device, accumulate_dtype(hidden_ND.dtype)
         count, vocab_size = hidden_ND.shape[0], head.vocab_size
         chunk = self._rows_per_chunk(count, vocab_size, sums.itemsize, device.type)
-        buffers = torch.empty((1 + len(self.parts), chunk, vocab_size), dtype=sums, device=device)
+        buffers = _buffers((1 + len(self.parts), chunk, vocab_size), sums, device)
         states_ND, head = hidden_ND.to(dtype), head.cast(dtype)
         parts = [(part.hidden_ND, part.head.cast(dtype)) for part in self.parts]
         gradients = Gradients(
@@ -155,9 +160,24 @@ class Kernel:
     def _rows_per_chunk(self, count: int, vocab_size: int, itemsize: int, device: str) -> int:
         """Return the tokens per chunk that fit the budget, in chunks of nearly equal size."""
         budget_mb = self.budget_mb or BUDGET_MB.get(device, BUDGET_MB["cuda"])
-        most = int(budget_mb * MEBIBYTE / ((1 + len(self.parts)) * vocab_size * itemsize))
-        chunks = max(1, -(-count // max(1, most)))
+        most = max(1, int(budget_mb * MEBIBYTE / ((1 + len(self.parts)) * vocab_size * itemsize)))
+        # What must be cut is cut in three at least: two halves would take a quarter of what full logits take.
+        chunks = 1 if count <= most else max(3, -(-count // most))
         return max(1, -(-count // chunks))
+
+
+def _buffers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return uninitialised memory; a CPU's is kept for the next call of this thread.
+
+    A system hands out fresh memory page by page, which costs a CPU a tenth of the products. A GPU's allocator keeps it.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    size = math.prod(shape)
+    kept: Tensor | None = getattr(_KEPT, "values", None)
+    if kept is None or kept.dtype != dtype or kept.numel() < size:
+        _KEPT.values = kept = torch.empty(size, dtype=dtype)
+    return kept[:size].view(shape)
 
 
 def _backward(grad_RV: Tensor, states_RD: Tensor, head: Head, gradients: Gradients, rows: slice, *, add: bool) -> None:

@@ -57,14 +57,14 @@ class Objective:
         divergence: what is compared at each token.
         keep_fraction: share of each rollout's tokens to train on, in (0, 1] (TIP, arXiv 2604.14084).
         keep_by: which to keep: the highest student "entropy", or "disagreement", the divergence.
-        future: what a token pays for those after it, a key of `estimators.FUTURES`: with support "sampled" and
+        future_cost: what a token pays for those after it, a key of `estimators.FUTURES`: with support "sampled" and
             "discounted" Thinking Machines' on-policy distillation, with full support and "length_normalised" MiniLLM's.
         discount: of "discounted", per token, in (0, 1].
         importance_clip: largest ratio of trainer's to sampler's probability, where rollouts carry the sampler's.
         anchor_coef: weight of KL(student ‖ anchor); the anchor is the student at step 0, without context.
-        budget_mb: memory for a chunk's logits; None chooses by device.
-        recompute: keep no gradient of the head between forward and backward, at half as many products again.
-        compile: fuse what lies between the products with torch.compile; None does so on a GPU that has Triton.
+        loss_budget_mb: memory for a chunk's logits; None chooses by device.
+        recompute_loss: keep no gradient of the head between forward and backward, at half as many products again.
+        compile_loss: fuse what lies between the products with torch.compile; None does so on a GPU that has Triton.
 
     Raises:
         ConfigError: a setting outside its range, or a combination that cannot work.
@@ -73,13 +73,13 @@ class Objective:
     divergence: Divergence = field(default_factory=Divergence)
     keep_fraction: float = 1.0
     keep_by: str = "entropy"
-    future: str = "none"
+    future_cost: str = "none"
     discount: float = 1.0
     importance_clip: float | None = None
     anchor_coef: float = 0.0
-    budget_mb: float | None = None
-    recompute: bool = False
-    compile: bool | None = None
+    loss_budget_mb: float | None = None
+    recompute_loss: bool = False
+    compile_loss: bool | None = None
 
     @classmethod
     def of(cls, settings: Any) -> Objective:
@@ -89,7 +89,7 @@ class Objective:
         return cls(divergence, **own)
 
     def __post_init__(self) -> None:
-        for name, known in (("keep_by", KEEP_BY), ("future", tuple(FUTURES))):
+        for name, known in (("keep_by", KEEP_BY), ("future_cost", tuple(FUTURES))):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(not_one_of(name, value, known))
@@ -106,18 +106,20 @@ class Objective:
                 f"anchor_coef must not be negative, and is {self.anchor_coef}: it would push the student away from "
                 "where it began. Use 0 for no anchor."
             )
-        if self.budget_mb is not None and not self.budget_mb > 0.0:
-            raise ConfigError(f"budget_mb must be above 0, and is {self.budget_mb}. Leave it out to let it be chosen.")
+        if self.loss_budget_mb is not None and not self.loss_budget_mb > 0.0:
+            raise ConfigError(
+                f"loss_budget_mb must be above 0, and is {self.loss_budget_mb}. Leave it out to let it be chosen."
+            )
         self._check_future()
 
     def _check_future(self) -> None:
-        if self.future != "none" and self.divergence.beta != 1.0:
+        if self.future_cost != "none" and self.divergence.beta != 1.0:
             raise ConfigError(
-                f"future {self.future!r} belongs to the reverse KL of whole rollouts, and beta is "
-                f"{self.divergence.beta:g}. Set beta to 1, or future to 'none'."
+                f"future_cost {self.future_cost!r} belongs to the reverse KL of whole rollouts, and beta is "
+                f"{self.divergence.beta:g}. Set beta to 1, or future_cost to 'none'."
             )
-        if self.future == "none" and self.discount != 1.0:
-            raise ConfigError("discount has no effect while future is 'none'. Set future to 'discounted'.")
+        if self.future_cost == "none" and self.discount != 1.0:
+            raise ConfigError("discount has no effect while future_cost is 'none'. Set future_cost to 'discounted'.")
 
     # ---- in words ----------------------------------------------------------------------------------------------
 
@@ -125,8 +127,8 @@ class Objective:
     def words(self) -> str:
         """The objective in words, as the log names it."""
         said = [self.divergence.words]
-        if self.future != "none":
-            said.append(FUTURES[self.future].format(discount=self.discount))
+        if self.future_cost != "none":
+            said.append(FUTURES[self.future_cost].format(discount=self.discount))
         if self.keep_fraction < 1.0:
             said.append(f"on the {self.keep_fraction:.0%} of each rollout's tokens with the highest {self.keep_by}")
         if self.importance_clip is not None:
@@ -139,7 +141,7 @@ class Objective:
     def formula(self) -> str:
         """The loss of one token as a formula."""
         text = self.divergence.formula
-        if self.future != "none":
+        if self.future_cost != "none":
             text += ",  gradient + (what later tokens cost)·∇log s(y)"
         return text if not self.anchor_coef else f"{text}  + {self.anchor_coef:g}·Σ_v s(v)·[log s(v) − log s₀(v)]"
 
@@ -184,7 +186,7 @@ class Objective:
             seconds = time.perf_counter() - start
             counted_N = counted_N.masked_scatter(counted_N, kept)
         loss, found = self._kernel(used).loss(used.hidden_ND, used.head)
-        if self.divergence.support == "sampled" or self.future != "none":
+        if self.divergence.support == "sampled" or self.future_cost != "none":
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             found |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}
         found = {name: _scatter(values, counted_N) for name, values in found.items()}
@@ -192,7 +194,7 @@ class Objective:
 
     @property
     def _needs_statistics(self) -> bool:
-        return self.keep_fraction < 1.0 or self.future != "none"
+        return self.keep_fraction < 1.0 or self.future_cost != "none"
 
     @property
     def needs_rows(self) -> bool:
@@ -211,9 +213,9 @@ class Objective:
                 score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
                 weight_N = weight_N * weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
-            if self.future == "discounted":
+            if self.future_cost == "discounted":
                 cost_N = discounted_future(ratio_N, tokens.row_N, self.discount)
-            elif self.future == "length_normalised":
+            elif self.future_cost == "length_normalised":
                 cost_N = mean_future(ratio_N, tokens.row_N)
         if batch.wrong is not None:
             ids_N = tokens.ids_N
@@ -231,8 +233,8 @@ class Objective:
             batch.anchor,
             self.anchor_coef,
         )
-        fuse = has_triton() and batch.hidden_ND.is_cuda if self.compile is None else self.compile
-        return Kernel(rule.parts, partial(compiled(), rule) if fuse else rule, self.budget_mb, self.recompute)
+        fuse = has_triton() and batch.hidden_ND.is_cuda if self.compile_loss is None else self.compile_loss
+        return Kernel(rule.parts, partial(compiled(), rule) if fuse else rule, self.loss_budget_mb, self.recompute_loss)
 
 
 @dataclass(frozen=True)
