@@ -255,7 +255,7 @@ def kept_weights(objective: Objective, rows: list[list[int]], each: dict[int, To
     """n → the factor of each token that is kept."""
     factors = {}
     for row in rows:
-        count = math.ceil(objective.keep_fraction * len(row))
+        count = math.ceil(round(objective.keep_fraction * len(row), 6))
         score = (lambda n: -each[n].entropy) if objective.keep_by == "entropy" else (lambda n: -each[n].value)
         factors |= dict.fromkeys(sorted(row, key=score)[:count], len(row) / count)
     return factors

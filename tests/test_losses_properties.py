@@ -139,13 +139,16 @@ def test_a_teachers_probability_that_underflows_is_bounded(gap: float, beta: flo
 
 SAMPLES, ERROR_RATE = 20_000, 1e-4  # chance that a right implementation fails one of these tests, Bonferroni over z
 STUDENT, TEACHER = [0.3, -0.5, 1.0, 0.0, -2.0], [1.0, 0.0, -0.5, 0.4, 0.2]
+FAR_TEACHER = [-3.0, -2.0, -3.0, -3.5, 4.0]
 
 
-def sampled(baseline: str, sampler: list[float] | None = None) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def sampled(
+    baseline: str, sampler: list[float] | None = None, teacher: list[float] = TEACHER
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One gradient per sampled token, all of one distribution; and the records."""
     drawn_from = torch.tensor(sampler or STUDENT, dtype=torch.float64).log_softmax(-1)
     ids = torch.multinomial(drawn_from.exp(), SAMPLES, replacement=True, generator=torch.Generator().manual_seed(1))
-    asked = of_logits([STUDENT] * SAMPLES, [TEACHER] * SAMPLES, ids_N=ids, sampler_N=drawn_from[ids].float())
+    asked = of_logits([STUDENT] * SAMPLES, [teacher] * SAMPLES, ids_N=ids, sampler_N=drawn_from[ids].float())
     clip = None if sampler is None else 1e6
     found = measured(Objective(Divergence(support="sampled", baseline=baseline), importance_clip=clip), asked)
     return found.gradients["states"], found.values
