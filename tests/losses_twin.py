@@ -312,14 +312,14 @@ def reference(objective: Objective, problem: Problem) -> Found:
         weight = {n: weight[n] * factors[n] for n in weight if factors[n]}
     loss, steered = leaves["states"].sum().nan_to_num(0, 0, 0) * 0, leaves["states"].sum().nan_to_num(0, 0, 0) * 0
     columns: dict[str, dict[int, float]] = defaultdict(dict)
+    # Where all tokens were looked at before some were left out, all of them are in the records.
+    looked = objective.keep_fraction < 1 or objective.future_cost != "none"
+    for n in places if looked else weight:
+        for name, value in told(objective, tokens, n, each[n]).items():
+            columns[name][n] = value
     for n, w in weight.items():
         one = each[n]
-        if objective.importance_clip is not None and tokens.sampler_N is not None:
-            sampler = float(tokens.sampler_N[n])
-            ratio = 1.0 if math.isnan(sampler) else math.exp(min(one.log_s_y.item() - sampler, 700.0))
-            columns["importance/truncated"][n] = float(ratio > objective.importance_clip)
-            columns["importance/ratio"][n] = min(ratio, objective.importance_clip)
-            w *= columns["importance/ratio"][n]
+        w *= columns["importance/ratio"].get(n, 1.0)
         steer = one.with_gradient + cost(objective, row_of[n], n, each) * one.log_s_y
         total = one.value.detach()
         if objective.anchor_coef:
@@ -329,16 +329,24 @@ def reference(objective: Objective, problem: Problem) -> Found:
             columns["anchor"][n] = held.item()
             steer, total = steer + objective.anchor_coef * held, total + objective.anchor_coef * held.detach()
         loss, steered = loss + w * total, steered + w * steer
-        r = one.log_s_y.clamp(min=LOWEST).item() - one.log_t_y.clamp(min=LOWEST).item()
-        if d.support == "sampled" or objective.future_cost != "none":
-            for name, estimate in (("k1", r), ("k2", r * r / 2), ("k3", math.exp(-r) - 1 + r)):
-                columns[name][n] = estimate
-        told = {"divergence": one.value, "entropy": one.entropy, "logprob": one.log_s_y, "teacher_logprob": one.log_t_y}
-        for name, x in (told | one.records).items():
-            columns[name][n] = x.item() if isinstance(x, Tensor) else x
     steered.backward()
-    values = {"loss": loss.detach()} | {name: scattered(x, len(tokens.weight_N)) for name, x in columns.items()}
+    values = {"loss": loss.detach()} | {name: scattered(x, len(tokens.weight_N)) for name, x in columns.items() if x}
     return Found(values, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+
+
+def told(objective: Objective, tokens: Tokens, n: int, one: Token) -> dict[str, float]:
+    """What a token that was looked at leaves in the records."""
+    found = {"divergence": one.value.item(), "entropy": one.entropy.item(), **one.records}
+    found |= {"logprob": one.log_s_y.item(), "teacher_logprob": one.log_t_y.item()}
+    if objective.importance_clip is not None and tokens.sampler_N is not None:
+        sampler = float(tokens.sampler_N[n])
+        ratio = 1.0 if math.isnan(sampler) else math.exp(min(one.log_s_y.item() - sampler, 700.0))
+        found["importance/truncated"] = float(ratio > objective.importance_clip)
+        found["importance/ratio"] = min(ratio, objective.importance_clip)
+    if objective.divergence.support == "sampled" or objective.future_cost != "none":
+        r = one.log_s_y.clamp(min=LOWEST).item() - one.log_t_y.clamp(min=LOWEST).item()
+        found |= {"k1": r, "k2": r * r / 2, "k3": math.exp(-r) - 1 + r}
+    return found
 
 
 def scattered(column: dict[int, float], count: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,15 @@ def test_a_chunk_takes_what_the_budget_says(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(kernel, "_buffers", lambda shape, *a: sizes.append(shape) or real(shape, *a))
     measured(Objective(loss_budget_mb=BUDGETS["seven rows"]), problem(47, v=31))
     assert sizes == [(2, 7, 31)]
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_the_compiled_rule_computes_the_same_for_every_size() -> None:
+    """One graph: a second size, and a last chunk that is shorter, are not compiled again."""
+    objective = Objective(compile_loss=True, anchor_coef=0.2, loss_budget_mb=BUDGETS["seven rows"])
+    agrees(objective, problem(31, dtype=torch.float32))
+    agrees(objective, problem(9, dtype=torch.float32))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 # ---- dtypes --------------------------------------------------------------------------------------------------------

@@ -119,3 +119,24 @@ def test_the_measured_result_is_the_one_of_the_result_file() -> None:
         assert f"| {100 * figure['accuracy']:.1f} % |" in README
         assert f"{100 * figure['interval'][0]:.1f} to {100 * figure['interval'][1]:.1f}" in README
     assert len(record["runs"]) >= 3 and all(run["gain"]["after"]["low"] > 0 for run in record["runs"])
+
+
+def speed_row(case: dict) -> str:
+    """A case of benchmarks/losses.py as the guide to losses shows it."""
+    against = ("TRL", "full logits", "products alone")
+    ratios = [case["ratio to ours, with 95 % interval"].get(name) for name in against]
+    shown = [f"{r[0]:.2f} ({r[1]:.2f} to {r[2]:.2f})" if r else "" for r in ratios]
+    peaks = [f"{case['peak MiB'][name]:,.0f}" for name in ("ours", "TRL", "full logits") if name in case["peak MiB"]]
+    shape = f"{case['tokens']:,} × {case['width']:,} × {case['vocab']:,}"
+    what = f"{case['dtype']}, {shape}, {case['head']}"
+    return f"| {what} | {case['seconds']['ours']:.2f} s | {' | '.join(shown)} | {' / '.join(peaks)} |"
+
+
+def test_the_speeds_in_the_guide_to_losses_are_those_of_the_result_file() -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / "losses.json").read_text())["cpu"]
+    for case in record["cases"]:
+        if case["loss"] == "reverse KL":
+            assert speed_row(case) + "\n" in LOSSES
+    reached = record["targets"]["TRL / ours, geometric mean, at least 3"]["reached"]
+    assert f"**{reached:.1f} times**" in LOSSES and f"**{reached:.1f} times**" in README
+    assert record["rounds"] >= 10 and f"{record['rounds']} rounds" in LOSSES

@@ -179,33 +179,34 @@ class Objective:
         batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong).narrow()
         counted_N = tokens.weight_N != 0
         used = batch.select(counted_N) if not bool(counted_N.all()) else batch
-        seconds = 0.0
+        seconds, seen_N, seen = 0.0, counted_N, {}
         if self._needs_statistics or wrong is not None:
             start = time.perf_counter()
-            used, kept = self._after_statistics(used)
+            used, kept, seen = self._after_statistics(used)
             seconds = time.perf_counter() - start
             counted_N = counted_N.masked_scatter(counted_N, kept)
         loss, found = self._kernel(used).loss(used.hidden_ND, used.head)
+        found = {name: _scatter(values, counted_N) for name, values in found.items()}
+        # Tokens that were looked at and left out are in the log all the same.
+        found |= {name: _scatter(values, seen_N) for name, values in seen.items()}
         if self.divergence.support == "sampled" or self.future_cost != "none":
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             found |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}
-        found = {name: _scatter(values, counted_N) for name, values in found.items()}
         return LossRecord(loss, found.pop("divergence"), found.pop("entropy"), found, seconds)
 
     @property
     def _needs_statistics(self) -> bool:
         return self.keep_fraction < 1.0 or self.future_cost != "none"
 
-    @property
-    def needs_rows(self) -> bool:
-        """Whether tokens of a rollout are compared with each other."""
-        return self._needs_statistics
+    def _after_statistics(self, batch: _Batch) -> tuple[_Batch, Tensor, dict[str, Tensor]]:
+        """Look at all tokens without gradient.
 
-    def _after_statistics(self, batch: _Batch) -> tuple[_Batch, Tensor]:
-        """Look at all tokens without gradient; return those to train on with their weights and costs, and which."""
+        Returns:
+            Those to train on, with their weights and costs; which they are; the records of all.
+        """
         tokens = batch.tokens
         assert tokens.row_N is not None and tokens.ids_N is not None, "tokens are compared within their rollout"
-        weight_N, cost_N = tokens.weight_N, None
+        weight_N, cost_N, found = tokens.weight_N, None, dict[str, Tensor]()
         if self._needs_statistics:
             with torch.no_grad():
                 _, found = self._kernel(replace(batch, anchor=None)).loss(batch.hidden_ND, batch.head)
@@ -222,7 +223,7 @@ class Objective:
             right_N, wrong_N = batch.signal.logprobs(ids_N), batch.wrong.logprobs(ids_N)
             weight_N = weight_N * weights.contrastive(right_N, wrong_N, tokens.row_N)
         kept = weight_N != 0
-        return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept
+        return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept, found
 
     def _kernel(self, batch: _Batch) -> Kernel:
         rule = TrainingRule(
@@ -233,7 +234,7 @@ class Objective:
             batch.anchor,
             self.anchor_coef,
         )
-        fuse = has_triton() and batch.hidden_ND.is_cuda if self.compile_loss is None else self.compile_loss
+        fuse = batch.hidden_ND.is_cuda and has_triton() if self.compile_loss is None else self.compile_loss
         return Kernel(rule.parts, partial(compiled(), rule) if fuse else rule, self.loss_budget_mb, self.recompute_loss)
 
 

@@ -11,7 +11,6 @@ Shapes: N scored tokens of a micro-batch (packed) with `row_N`, the rollout of e
 from __future__ import annotations
 
 import math
-import math
 from collections.abc import Collection, Sequence
 
 import torch
