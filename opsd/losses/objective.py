@@ -179,7 +179,7 @@ class Objective:
         batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong).narrow()
         counted_N = tokens.weight_N != 0
         used = batch.select(counted_N) if not bool(counted_N.all()) else batch
-        seconds, seen_N, seen = 0.0, counted_N, {}
+        seconds, seen_N, seen = 0.0, counted_N, dict[str, Tensor]()
         if self._needs_statistics or wrong is not None:
             start = time.perf_counter()
             used, kept, seen = self._after_statistics(used)
