@@ -12,7 +12,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,17 +23,30 @@ from opsd.errors import CheckpointError
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
 TRAINER_STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin")
+OPTIMIZER = ("optimizer.pt", "optimizer_0", "pytorch_model_fsdp_0", "global_step0")  # a file, or shards in a folder
 UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark of an interrupted save
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-    """Write a teacher's state into a checkpoint folder, each file whole or not at all."""
+def write(
+    folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], step: int = 0, processes: int = 1
+) -> None:
+    """Write a teacher's state into a checkpoint folder, each file whole or not at all.
+
+    Args:
+        folder: the checkpoint.
+        tensors: the teacher's state.
+        facts: what the run is.
+        step: optimizer steps done.
+        processes: of the run; each writes a random state of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    # A folder that is written again, after a resume from before it, is no whole checkpoint until that is done.
+    (folder / TRAINER_STATE).unlink(missing_ok=True)
     temporary = folder / f".{TENSORS}"
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
     temporary.replace(folder / TENSORS)
     temporary = folder / f".{FACTS}"
-    temporary.write_text(json.dumps(facts, indent=2) + "\n")
+    temporary.write_text(json.dumps({"step": step, "processes": processes, **facts}, indent=2) + "\n")
     temporary.replace(folder / FACTS)
 
 
@@ -51,6 +66,13 @@ def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
             "run would go on with another teacher. Start a new run from its weights instead: model_name_or_path."
         )
     stored = json.loads((folder / FACTS).read_text())
+    step = stored.pop("step", None)
+    stored.pop("processes", None)  # more or fewer is another random state, and transformers warns of it
+    if folder.name != f"checkpoint-{step}" and re.fullmatch(r"checkpoint-\d+", folder.name):
+        raise CheckpointError(
+            f"the teacher's state in {folder} is that of step {step}. Student and teacher would belong to different "
+            "steps. Put the folder's own files back, or resume from another checkpoint."
+        )
     wanted = json.loads(json.dumps(facts))
     differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
     if differing:
@@ -66,14 +88,34 @@ def problem(folder: Path) -> str | None:
     """Return why a checkpoint cannot be resumed from, or None."""
     if (folder / UNFINISHED).exists():
         return "its writing was interrupted"
-    for names in ((TRAINER_STATE,), (FACTS,), (TENSORS,), WEIGHTS):
-        if not any((folder / name).is_file() for name in names):
+    for names in ((TRAINER_STATE,), (FACTS,), (TENSORS,), WEIGHTS, OPTIMIZER, ("scheduler.pt",)):
+        if not any((folder / name).exists() for name in names):
             return f"it has no {' or '.join(names)}"
-    try:
-        json.loads((folder / TRAINER_STATE).read_text())
-    except ValueError:
-        return f"its {TRAINER_STATE} is cut short"
+    for path in sorted(folder.iterdir()):
+        if not _is_whole(path):
+            return f"its {path.name} is cut short"
+    processes = json.loads((folder / FACTS).read_text()).get("processes", 1)
+    for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
+        if not (folder / name).is_file():
+            return f"it has no {name}"
     return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Tell whether a file's own form says that nothing of it is missing; forms that say nothing pass."""
+    if path.name.startswith("."):  # a temporary file of a save that never ended
+        return True
+    try:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt"):  # compares what the header lists with the file's length
+                pass
+        elif path.suffix in (".pt", ".pth"):
+            return is_zipfile(path)
+    except (ValueError, SafetensorError, OSError):
+        return False
+    return True
 
 
 def saved(output_dir: str | os.PathLike[str]) -> list[Path]:

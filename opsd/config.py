@@ -12,6 +12,7 @@ import torch
 from trl import DistillationConfig
 
 from opsd.errors import ConfigError, OPSDWarning
+from opsd.groups import Groups
 from opsd.losses import Divergence, Objective
 from opsd.losses.divergence import NEAR_AN_END
 from opsd.precision import choose_bf16
@@ -140,6 +141,32 @@ class OPSDConfig(DistillationConfig):
         default=None,
         metadata={"help": "Column with the share of attempts p that pass; rows weigh 4·p·(1-p) (SSOPD)."},
     )
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Rollouts per prompt. Batch per device × accumulation steps must be a multiple of it, and counts "
+            "rollouts. SDPO takes 8."
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each reward function in the sum. Unset: 1 each."}
+    )
+    success_reward: float = field(
+        default=Groups.success_reward,
+        metadata={"help": "From this reward on a rollout is right: it may be shown to its group's teacher (SDPO)."},
+    )
+    route: str = field(
+        default=Groups.route,
+        metadata={"help": "Which rollouts are distilled: all, wrong (SRPO), or right."},
+    )
+    grpo_coef: float = field(
+        default=Groups.grpo_coef,
+        metadata={"help": "Weight of a GRPO term on rewards beside the distillation, 0 for none."},
+    )
+    grpo_on: str = field(
+        default=Groups.grpo_on,
+        metadata={"help": "Which rollouts the GRPO term reinforces: all, or undistilled (SRPO)."},
+    )
     loss_budget_mb: float | None = field(
         default=Objective.loss_budget_mb,
         metadata={"help": "MiB that the logits of a chunk may take. Unset: 128 on a CPU, 1,024 on a GPU."},
@@ -210,6 +237,21 @@ class OPSDConfig(DistillationConfig):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"{name} counts tokens of a completion, must be at least {least}, and is {value}.")
+        self._check_groups()
+
+    def _check_groups(self) -> None:
+        size, rollouts = self.num_generations, self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if size < 1 or rollouts % size:
+            raise ConfigError(
+                f"num_generations is {size}, and a step makes {rollouts} rollouts per device (batch per device × "
+                "accumulation steps). A group would span two steps or devices, and its rollouts could not be compared. "
+                "Make one a multiple of the other."
+            )
+        if size > 1 and self.lmbda < 1.0:
+            raise ConfigError(
+                f"num_generations is {size} and lmbda {self.lmbda:g}: off-policy rows have one completion, so a group "
+                "of them would be one rollout several times. Set one of them to 1."
+            )
 
     def _check_on_policy(self, objective: Objective) -> None:
         sampled = objective.divergence.support == "sampled" or objective.future_cost != "none"

@@ -1,7 +1,7 @@
 """What the teacher is shown: one dataset row in, the ids of the teacher's prompt out.
 
 A template is a set of Jinja blocks (`system`, `user`, `assistant`), each rendered by itself (blocks.py), so that
-a prompt is made of parts and no text is parsed back into turns. `PromptRenderer` makes ids of messages, for both sides.
+a prompt is made of parts and no text is parsed back into turns.
 Knows nothing of models, teachers, completions or training.
 """
 
@@ -16,49 +16,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from opsd import shipped
 from opsd.blocks import TemplateBlocks, TemplateText, find_template
 from opsd.errors import ConfigError, DataError, TemplateError, did_you_mean
+from opsd.prompts import Prompt, PromptRenderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = list[dict[str, Any]] | str
 Side = Literal["head", "tail", "middle"]
 
 ELLIPSIS = " … "
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptRenderer:
-    """The one place that turns messages or text into prompt ids, for student and teacher, each with its own keywords.
-
-    Without a prefill the ids are those of TRL's `DistillationTrainer._tokenize_prompts`.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    # None: the tokenizer's own
-    chat_template: str | None = None
-    # what the chat template understands, such as enable_thinking
-    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    tools: list[Any] | None = None
-
-    def ids(self, prompt: Prompt, prefill: str = "") -> list[int]:
-        """Return the ids of a prompt, up to where the assistant begins to speak (after the prefill, if any)."""
-        if isinstance(prompt, str):
-            return self.tokenizer(text=prompt + prefill)["input_ids"]
-        if not prefill:
-            return self._apply(prompt, tokenize=True, return_dict=True)["input_ids"]
-        text = self._apply(prompt, tokenize=False) + prefill
-        # The chat template has written the special tokens already.
-        return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
-
-    def _apply(self, messages: list[dict[str, Any]], **form: bool) -> Any:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tools=self.tools or None,  # some templates write a heading for an empty list
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            **form,
-            **self.chat_template_kwargs,
-        )
 
 
 @dataclasses.dataclass
@@ -238,7 +203,7 @@ class PrivilegedContext:
         empty: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
         for number, row in enumerate(rows):
             for group in groups:
-                if all(_is_empty(row.get(field)) for field in group):
+                if all(is_empty(row.get(field)) for field in group):
                     empty[group].append(number)
         found = [f"{_columns([group])}, empty in {_row_numbers(n)}" for group, n in empty.items() if n]
         if found:
@@ -263,7 +228,7 @@ class PrivilegedContext:
     def _values(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None) -> dict[str, Any]:
         values = {**row, **(produced or {})}
         for field in sorted(self.fields):
-            if _is_empty(values.get(field)):
+            if is_empty(values.get(field)):
                 has = f"not among this row's: {', '.join(values)}.{did_you_mean(field, values)}"
                 raise TemplateError(
                     f"template {self.name!r} needs {field!r}, which is {'empty here.' if field in values else has}\n"
@@ -271,7 +236,7 @@ class PrivilegedContext:
                     f"Fill it, drop the row, or make it optional: {{% if {field} is defined %}}."
                 )
         # An optional field without a value is not there: `is defined` is all that a template has to ask.
-        return {k: v for k, v in values.items() if k not in self.optional_fields or not _is_empty(v)}
+        return {k: v for k, v in values.items() if k not in self.optional_fields or not is_empty(v)}
 
     def _as_text(self, prompt: str, parts: Mapping[str, str], prefill: str) -> str:
         if parts["system"].strip() or prefill:
@@ -369,7 +334,8 @@ def _retold(content: Any, own: str, told: str) -> Any:
     return content if told.strip() in ("", own.strip()) else told.strip()
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Tell whether a field holds nothing that could be shown: None, blank text, an empty list."""
     if isinstance(value, str):
         return not value.strip()
     return value is None or (isinstance(value, Sized) and len(value) == 0)

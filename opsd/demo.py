@@ -246,8 +246,9 @@ def _load(folder: str) -> tuple[Any, Any]:
 
 
 def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progress: Callable[[int], None]) -> Score:
-    from opsd.context import PrivilegedContext, PromptRenderer
+    from opsd.context import PrivilegedContext
     from opsd.evaluation import evaluate, load_grader
+    from opsd.prompts import PromptRenderer
 
     renderer, context = PromptRenderer(tokenizer), PrivilegedContext.of(shown)
     result = evaluate(

@@ -19,6 +19,7 @@ from opsd.heads import Head
 
 # Largest |logits - reference| / max|reference| accepted by check_model, per dtype: rounding of one matrix product.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+_COUNTERS: list[list[int]] = []
 
 
 def language_model(model: nn.Module) -> nn.Module:
@@ -45,11 +46,24 @@ def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep_BL: Tens
     Returns:
         Tensor of shape (N, D), N = keep_BL.sum(), in the model's dtype.
     """
+    for counted in _COUNTERS:
+        counted.append(len(ids_BL))
     backbone: nn.Module = language_model(model).base_model  # type: ignore[assignment]
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0)
     return backbone(**inputs).last_hidden_state[keep_BL]
+
+
+@contextmanager
+def counting_passes() -> Iterator[list[int]]:
+    """Count passes for the length of the block: yields a list that gets the sequences of each."""
+    counted: list[int] = []
+    _COUNTERS.append(counted)
+    try:
+        yield counted
+    finally:
+        _COUNTERS.remove(counted)
 
 
 @contextmanager

@@ -121,6 +121,20 @@ class Head:
         bias_V = None if self.bias_V is None else self.bias_V.detach()
         return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V)
 
+    def to(self, device: torch.device) -> Head:
+        """Return the head on a device; the same head where it is there already."""
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return (
+            self
+            if self.weight_VD.device == device
+            else replace(self, weight_VD=self.weight_VD.to(device), bias_V=bias_V)
+        )
+
+    def copy(self) -> Head:
+        """Return the same head in memory of its own."""
+        bias_V = None if self.bias_V is None else self.bias_V.clone()
+        return replace(self, weight_VD=self.weight_VD.clone(), bias_V=bias_V)
+
     def gathered(self) -> Head:
         """Return the head with a sharded weight (DTensor, FSDP2) put together: one all-gather, not one per chunk."""
         bias_V = None if self.bias_V is None else _gather(self.bias_V)

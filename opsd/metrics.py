@@ -54,6 +54,14 @@ def divergence_metrics(
     return {**means, "divergence/max": float(worst.max())}
 
 
+def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
+    """Return the mean of each value over the processes that know it; a collective."""
+    everywhere: list[dict[str, float]] = gather_object([values])
+    names = dict.fromkeys(name for found in everywhere for name in found)
+    known = {name: [found[name] for found in everywhere if not math.isnan(found.get(name, math.nan))] for name in names}
+    return {name: sum(found) / len(found) for name, found in known.items() if found}
+
+
 def _stop_at_rows(record: LossRecord, rollouts: Rollouts, step: int) -> None:
     bad = (~torch.isfinite(record.divergence_N)).nonzero().flatten().tolist()
     where = sorted({rollouts.row_of_token(n) for n in bad})

@@ -6,21 +6,36 @@ Knows a model, a dataset and a teacher; changes none of them.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from opsd.errors import ConfigError, DataError
-from opsd.forward import context_length
-from opsd.rollouts import check_lengths
-from opsd.teachers import StudentHandle, Teacher
+from opsd.errors import ConfigError, DataError, did_you_mean
+from opsd.forward import context_length, counting_passes
+from opsd.rollouts import Rollouts, check_lengths
+from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weights import adapter_adds_nothing
 
 # Rows whose prompts are rendered for both sides before step 1: about ten seconds of one core.
 CHECKED_ROWS = 20_000
+HEADS = ("lm_head", "embed_out", "output_layer")  # as model families name it
+# What every run logs, and what a run with rewards logs beside it; a gate may read these.
+LOGGED = (
+    "loss", "grad_norm", "entropy", "divergence", "divergence/max", "completions/mean_length",
+    "completions/max_length", "completions/min_length", "completions/clipped_ratio",
+    "completions/mean_terminated_length",
+)  # fmt: skip
+GROUP_METRICS = ("group/right", "group/distilled", "group/without_context", "group/unused", "group/flat")
 FINGERPRINT_VALUES = 64  # of each parameter; other weights differ in all of them
 
 
@@ -30,6 +45,13 @@ def check_student(student: nn.Module) -> list[str]:
     Raises:
         ConfigError: there are none.
     """
+    for config in getattr(student, "peft_config", {}).values():
+        check_adapter(config)
+    if isinstance(student.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
+        raise ConfigError(
+            "an adapter is on the head of this model, whose weight the loss reads directly: what the adapter adds "
+            "there would be sampled from and never trained. Merge it, or leave the head out of target_modules."
+        )
     trainable = [name for name, p in student.named_parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError(
@@ -52,17 +74,58 @@ def check_text_only(reads_images: bool) -> None:
         )
 
 
-def check_sharding(fsdp: bool, deepspeed: bool) -> None:
-    """Refuse sharded training, whose parameters are replaced after teachers took hold of them.
+def check_sharding(args: Any) -> None:
+    """Refuse kinds of sharding whose parameters teachers could not follow.
+
+    Args:
+        args: training arguments. accelerate's launcher says the rest by environment variables.
 
     Raises:
-        ConfigError: FSDP or DeepSpeed is on.
+        ConfigError: FSDP 1, or DeepSpeed's ZeRO-3.
     """
-    if fsdp or deepspeed:
+    fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    version = str((args.fsdp_config or {}).get("version") or os.environ.get("FSDP_VERSION") or 1)
+    if fsdp and version != "2":
         raise ConfigError(
-            f"{'FSDP' if fsdp else 'DeepSpeed'} is on, and this version of opsd trains on one device or with DDP. A "
-            "teacher made of the student would hold weights that sharding has replaced: a frozen teacher would follow "
-            "the student without a word. Use torchrun or accelerate without sharding, LoRA, or a quantised base."
+            "FSDP 1 flattens parameters, and a teacher made of the student could not find its own among them. Use "
+            "FSDP 2: fsdp_version: 2 (examples/accelerate/fsdp2.yaml), or fsdp_config: {version: 2}."
+        )
+    if _zero_stage(args) == 3:
+        raise ConfigError(
+            "DeepSpeed's ZeRO-3 empties parameters between passes, and a teacher made of the student would copy "
+            "nothing. Use FSDP 2, which shards as much (examples/accelerate/fsdp2.yaml), or ZeRO-2 "
+            "(examples/accelerate/zero2.yaml)."
+        )
+
+
+def _zero_stage(args: Any) -> int:
+    plugin = getattr(args, "deepspeed_plugin", None)
+    if plugin is not None:
+        return int(plugin.zero_stage)
+    config = args.deepspeed
+    if isinstance(config, str) and Path(config).is_file():
+        config = json.loads(Path(config).read_text())
+    return int(config.get("zero_optimization", {}).get("stage", 0)) if isinstance(config, dict) else 0
+
+
+def check_adapter(config: PeftConfig) -> None:
+    """Refuse adapters that the loss would go around.
+
+    Raises:
+        ConfigError: virtual tokens, or an adapter on the head.
+    """
+    if getattr(config, "is_prompt_learning", False):
+        raise ConfigError(
+            f"{type(config).__name__} learns virtual tokens in front of the prompt. Sampling would use them, and the "
+            "loss, which calls the model below, would not: it would train nothing. Use LoRA."
+        )
+    targets = getattr(config, "target_modules", None) or []
+    names = [targets] if isinstance(targets, str) else targets
+    if any(name.split(".")[-1] in HEADS for name in names):
+        raise ConfigError(
+            "the adapter is on the head (lm_head), whose weight the loss reads directly: what the adapter adds there "
+            "would be sampled from and never trained. Leave the head out of target_modules, or train it whole: "
+            "modules_to_save=['lm_head']."
         )
 
 
@@ -90,7 +153,9 @@ def fingerprint(student: nn.Module, vocab_size: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_rows_fit(dataset: Any, student: StudentHandle, teacher: Teacher, max_new_tokens: int) -> None:
+def check_rows_fit(
+    dataset: Any, student: StudentHandle, teacher: Teacher, max_new_tokens: int, produced: Sequence[str] = ()
+) -> None:
     """Render the first rows' prompts for both sides: templates that fail and prompts that are too long show here.
 
     Args:
@@ -98,6 +163,7 @@ def check_rows_fit(dataset: Any, student: StudentHandle, teacher: Teacher, max_n
         student: the student.
         teacher: the teacher, prepared.
         max_new_tokens: tokens a completion may get.
+        produced: names that training makes for contexts; they stand for a few words here.
 
     Raises:
         DataError: a prompt leaves no room for its completion; names the row.
@@ -105,15 +171,68 @@ def check_rows_fit(dataset: Any, student: StudentHandle, teacher: Teacher, max_n
     """
     if not isinstance(dataset, Dataset):
         return
-    limits = {"student": context_length(student.model), "teacher": teacher.max_length}
+    made = dict.fromkeys(produced, "not made yet")
+    limit = context_length(student.model)
     for number, row in enumerate(islice(dataset, CHECKED_ROWS)):
-        prompts = {"student": student.renderer.ids(row["prompt"])}
-        if teacher.context is not None:
+        check_lengths(limit, [student.renderer.ids(row["prompt"])], [max_new_tokens], "student", first_row=number)
+        for view in teacher.views_of(row):
+            if view.context is None:
+                continue
             try:
-                prompts["teacher"] = teacher.prompt_ids(row)
+                prompt = view.prompt_ids(row, made)
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
-        for who, prompt in prompts.items():
-            check_lengths(limits[who], [prompt], [max_new_tokens], who, first_row=number)
-    if teacher.context is not None:
-        teacher.context.counts = type(teacher.context.counts)()
+            check_lengths(view.max_length, [prompt], [max_new_tokens], "teacher", first_row=number)
+    for view in teacher.views:
+        if view.context is not None:
+            view.context.counts = type(view.context.counts)()
+
+
+def check_groups_stay_whole(dataset: Any, num_generations: int) -> None:
+    """Refuse several rollouts per prompt where rows are a stream.
+
+    Raises:
+        DataError: they are.
+    """
+    if num_generations > 1 and not isinstance(dataset, Dataset):
+        raise DataError(
+            "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
+            "Load them as a Dataset, or set num_generations to 1."
+        )
+
+
+def check_watched(teacher: Teacher, args: Any, has_eval: bool, has_rewards: bool) -> None:
+    """Refuse a gate on a metric that this run will not log.
+
+    Raises:
+        ConfigError: names the metric and what is logged.
+    """
+    known = [*LOGGED, *(["reward", *GROUP_METRICS] if has_rewards else [])]
+    if has_eval and args.eval_strategy != "no":
+        known += [f"eval_{name}" for name in known if name != "grad_norm"]
+    for name in sorted(teacher.watches):
+        # A reward function's own metrics have names that only it knows.
+        if name not in known and not (has_rewards and "rewards/" in name):
+            why = "" if has_eval or not name.startswith("eval_") else " There is no eval_dataset with eval_strategy."
+            raise ConfigError(
+                f"the teacher's gate reads {name!r}, and this run logs no such metric, so the gate would never open."
+                f"{did_you_mean(name, known)}{why} Logged: {', '.join(known)}."
+            )
+
+
+def measured_cost(teacher: Teacher, dataset: Any, student: StudentHandle, produced: Sequence[str] = ()) -> Cost:
+    """Let the teacher score one token for each of two rows, and return what it costs, passes counted.
+
+    Args:
+        dataset: prepared rows.
+        student: the student.
+        teacher: the teacher, prepared.
+        produced: names that training makes for contexts.
+    """
+    rows = list(islice(iter(dataset), 2))
+    made: list[dict[str, Any]] = [dict.fromkeys(produced, "not made yet") for _ in rows]
+    prompts = [student.renderer.ids(row["prompt"]) for row in rows]
+    probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], produced=made)
+    with counting_passes() as sequences:
+        teacher.score(teacher.show(probe))
+    return replace(teacher.cost, passes=sum(sequences) / len(rows))

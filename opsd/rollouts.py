@@ -9,7 +9,7 @@ Shapes: B rows · L tokens of a padded sequence · N scored tokens of a micro-ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from opsd.errors import DataError
 
 Ids = list[int]
 PAD = 0  # any id will do: padded positions are masked, to the right of all tokens, and never kept
+
+# What a row has where nothing else is said.
+USUAL: dict[str, Any] = {"row_weights": 1.0, "produced": {}, "distilled": 1.0, "advantages": 0.0}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ class Rollouts:
         loss_mask: per completion, 1 for tokens that are scored, 0 for tool output; None scores all.
         shown: teacher prompts by the key of the one they are shown to (`Teacher.show` fills it).
         normaliser: scorable tokens of the whole generation batch over all processes; the loss divides by it.
-        row_weights: what each row counts; None counts all alike.
+        row_weights: what each row counts; empty counts all alike.
+        produced: per row, what training made for its teacher's context (a correct sibling's text, feedback); empty
+            for nothing.
+        distilled: per row, 1 where it learns from the teacher and 0 where it only carries a reward; empty for all 1.
+        advantages: per row, what its reward is worth beside its group's; empty for all 0.
         sampler_logprobs: per completion, log p in nats of each token where it was sampled, NaN where unknown; None
             where no engine told.
     """
@@ -62,14 +69,18 @@ class Rollouts:
     loss_mask: Sequence[Ids] | None = None
     shown: Mapping[str, Sequence[Ids]] = field(default_factory=dict)
     normaliser: float | None = None
-    row_weights: Sequence[float] | None = None
+    row_weights: Sequence[float] = ()
+    produced: Sequence[Mapping[str, Any]] = ()
+    distilled: Sequence[float] = ()
+    advantages: Sequence[float] = ()
     sampler_logprobs: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         if self.loss_mask is None:
             object.__setattr__(self, "loss_mask", [[1] * len(ids) for ids in self.completion_ids])
-        if self.row_weights is None:
-            object.__setattr__(self, "row_weights", [1.0] * len(self.rows))
+        for name, usual in USUAL.items():
+            if not getattr(self, name):
+                object.__setattr__(self, name, [usual] * len(self.rows))
         assert self.loss_mask is not None
         assert len(self.rows) == len(self.prompt_ids) == len(self.completion_ids) == len(self.loss_mask)
         assert all(len(a) == len(b) for a, b in zip(self.completion_ids, self.loss_mask, strict=True))
@@ -113,19 +124,30 @@ class Rollouts:
     def select(self, indices: Sequence[int]) -> Rollouts:
         """Return the rows at `indices`, in that order."""
 
-        def pick(values: Sequence[Any]) -> list[Any]:
+        def pick(values: Any) -> Any:
+            if values is None or isinstance(values, float):  # nothing said, or said of the whole generation batch
+                return values
+            if isinstance(values, Mapping):
+                return {key: pick(each) for key, each in values.items()}
             return [values[i] for i in indices]
 
-        return Rollouts(
-            pick(self.rows),
-            pick(self.prompt_ids),
-            pick(self.completion_ids),
-            pick(self.loss_mask or ()),
-            {key: pick(prompts) for key, prompts in self.shown.items()},
-            self.normaliser,
-            pick(self.row_weights or ()),
-            None if self.sampler_logprobs is None else pick(self.sampler_logprobs),
-        )
+        return Rollouts(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
+
+    @property
+    def used(self) -> list[bool]:
+        """Whether a row has any scored token."""
+        return [any(mask) for mask in self.loss_mask or ()]
+
+    def without(self, rows: Sequence[bool]) -> Rollouts:
+        """Return the rollouts with no token scored in the rows that are marked."""
+        masks = zip(self.loss_mask or (), rows, strict=True)
+        return replace(self, loss_mask=[[0] * len(mask) if drop else mask for mask, drop in masks])
+
+    def stacked(self, keys: Sequence[str], key: str) -> Rollouts:
+        """Return the rows once for each of several teachers, one after the other, as shown to one called `key`."""
+        shown = {key: [prompt for each in keys for prompt in self.shown[each]]}
+        again = self.select(list(range(len(self))) * len(keys))
+        return replace(again, shown=shown)
 
     def sorted_by_length(self) -> Rollouts:
         """Return the rows longest first, so that rows of one micro-batch need little padding."""

@@ -22,32 +22,46 @@ class EpochSampler(Sampler[int]):
 
     Args:
         rows: rows in the dataset.
-        batch_size: rows of one generation batch over all processes.
+        batch_size: rollouts of one generation batch over all processes.
+        group: rollouts of one row, which stand next to each other.
         repeats: times each batch is repeated (accumulation steps).
         shuffle: whether the order is random.
         seed: seed of the order.
         epoch: returns the epoch that begins when iteration begins.
 
     Raises:
-        DataError: fewer rows than one batch.
+        DataError: fewer rows than one batch needs.
     """
 
-    def __init__(self, rows: int, *, batch_size: int, repeats: int, shuffle: bool, seed: int, epoch: Callable[[], int]):
-        if rows < batch_size:
+    def __init__(
+        self,
+        rows: int,
+        *,
+        batch_size: int,
+        group: int = 1,
+        repeats: int,
+        shuffle: bool,
+        seed: int,
+        epoch: Callable[[], int],
+    ):
+        assert batch_size % group == 0, "a group never spans two batches"
+        self.rows, self.group, self.repeats = rows, group, repeats
+        self.rows_per_batch = batch_size // group
+        if rows < self.rows_per_batch:
             raise DataError(
-                f"the dataset has {rows} row(s), and one optimizer step takes {batch_size} (batch per device × "
-                "accumulation steps × processes). Without a whole batch there is no step. Lower one of these, or add "
-                "rows."
+                f"the dataset has {rows} row(s), and one optimizer step takes {self.rows_per_batch} (batch per device "
+                "× accumulation steps × processes ÷ num_generations). Without a whole batch there is no step. Lower "
+                "one of these, or add rows."
             )
-        self.rows, self.batch_size, self.repeats = rows, batch_size, repeats
         self.shuffle, self.seed, self._epoch = shuffle, seed, epoch
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self._epoch())
         order = torch.randperm(self.rows, generator=generator).tolist() if self.shuffle else range(self.rows)
-        for start in range(0, self.rows - self.batch_size + 1, self.batch_size):
+        for start in range(0, self.rows - self.rows_per_batch + 1, self.rows_per_batch):
+            batch = [row for row in order[start : start + self.rows_per_batch] for _ in range(self.group)]
             for _ in range(self.repeats):
-                yield from order[start : start + self.batch_size]
+                yield from batch
 
     def __len__(self) -> int:
-        return self.rows // self.batch_size * self.batch_size * self.repeats
+        return self.rows // self.rows_per_batch * self.rows_per_batch * self.group * self.repeats

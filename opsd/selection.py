@@ -88,8 +88,8 @@ class TokenSelection:
         """
         column = self.pass_rate_column
         row_weights = [
-            1.0 if column is None else row_weight(row.get(column), column, number)
-            for number, row in enumerate(rollouts.rows)
+            own if column is None else own * row_weight(row.get(column), column, number)
+            for number, (row, own) in enumerate(zip(rollouts.rows, rollouts.row_weights, strict=True))
         ]
         masks = [
             self._mask(mask, ids) if weight else [0] * len(mask)

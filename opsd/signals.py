@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, not_one_of
 from opsd.heads import Head
 
 ROWS_PER_CHUNK = 512  # logits of this many tokens exist at once when a signal is asked for log-probabilities
@@ -38,6 +38,10 @@ class TeacherSignal(Protocol):
 
     def select(self, index: Tensor | slice) -> TeacherSignal:
         """Return the signal of some of the tokens."""
+        ...
+
+    def groups(self) -> Sequence[tuple[Tensor | slice, DenseSignal | TopKSignal]]:
+        """Return which tokens one plain signal answers for, and that signal; most answer for all."""
         ...
 
 
@@ -63,6 +67,10 @@ class DenseSignal(ABC):
 
     def __len__(self) -> int:
         return self.parts[0].hidden_ND.shape[0]
+
+    def groups(self) -> Sequence[tuple[slice, DenseSignal]]:
+        """Return all tokens, and itself."""
+        return [(slice(None), self)]
 
     @property
     def vocab_size(self) -> int:
@@ -129,18 +137,7 @@ class MixtureSignal(DenseSignal):
     kind: str = "arithmetic"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"a mixture is one of {', '.join(KINDS)}, and kind is {self.kind!r}.")
-        if len(self.signals) != len(self.weights) or not math.isclose(sum(self.weights), 1.0, abs_tol=1e-6):
-            raise ConfigError(
-                f"a mixture of {len(self.signals)} signals has the weights {list(self.weights)}. It needs one weight "
-                "per signal, adding up to 1, or the target would be no distribution."
-            )
-        if self.kind == "arithmetic" and min(self.weights) < 0:
-            raise ConfigError(
-                f"an arithmetic mixture has the weights {list(self.weights)}. A negative weight gives negative "
-                'probabilities. Use kind="geometric" to push away from a signal.'
-            )
+        check_mixture(len(self.signals), self.weights, self.kind)
 
     @property
     def parts(self) -> Sequence[HiddenSignal]:
@@ -170,6 +167,26 @@ class MixtureSignal(DenseSignal):
         return replace(self, signals=[signal.narrow(vocab_size) for signal in self.signals])
 
 
+def check_mixture(parts: int, weights: Sequence[float], kind: str) -> None:
+    """Refuse weights that make no distribution of `parts` distributions.
+
+    Raises:
+        ConfigError: weights that do not fit the parts or the kind.
+    """
+    if kind not in KINDS:
+        raise ConfigError(not_one_of("kind", kind, KINDS))
+    if len(weights) != parts or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
+        raise ConfigError(
+            f"a mixture of {parts} has the weights {list(weights)}. It needs one weight for each, adding up to 1, or "
+            "the target would be no distribution."
+        )
+    if kind == "arithmetic" and min(weights) < 0:
+        raise ConfigError(
+            f"an arithmetic mixture has the weights {list(weights)}. A negative weight gives negative probabilities. "
+            'Use kind="geometric" to push away from a part.'
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class TopKSignal:
     """The likeliest ids of a teacher and their log-probabilities: what a served or cached teacher can give.
@@ -194,3 +211,46 @@ class TopKSignal:
     def select(self, index: Tensor | slice) -> TopKSignal:
         """Return the signal of some of the tokens."""
         return TopKSignal(self.ids_NK[index], self.logprobs_NK[index], self.sampled_logprobs_N[index])
+
+    def groups(self) -> Sequence[tuple[slice, TopKSignal]]:
+        """Return all tokens, and itself."""
+        return [(slice(None), self)]
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedSignal:
+    """Several teachers, each for tokens of its own.
+
+    Args:
+        signals: one per teacher, of its tokens in order.
+        indices: int64, the positions of each one's tokens among the N; together they are 0 … N-1.
+    """
+
+    signals: Sequence[DenseSignal | TopKSignal]
+    indices: Sequence[Tensor]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.signals))
+
+    def groups(self) -> Sequence[tuple[Tensor, DenseSignal | TopKSignal]]:
+        """Return each teacher's tokens and its signal."""
+        return list(zip(self.indices, self.signals, strict=True))
+
+    def logprobs(self, token_ids_N: Tensor) -> Tensor:
+        """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
+        out_N = torch.empty(len(self), dtype=torch.float32, device=token_ids_N.device)
+        for index, signal in self.groups():
+            out_N[index] = signal.logprobs(token_ids_N[index])
+        return out_N
+
+    def select(self, index: Tensor | slice) -> RoutedSignal:
+        """Return the signal of some of the tokens."""
+        owner_N, place_N = (torch.empty(len(self), dtype=torch.long, device=self.indices[0].device) for _ in "op")
+        for number, tokens in enumerate(self.indices):
+            owner_N[tokens], place_N[tokens] = number, torch.arange(len(tokens), device=tokens.device)
+        owner_N, place_N = owner_N[index], place_N[index]
+        chosen = [owner_N == number for number in range(len(self.signals))]
+        return RoutedSignal(
+            [signal.select(place_N[mine]) for signal, mine in zip(self.signals, chosen, strict=True)],
+            [mine.nonzero()[:, 0] for mine in chosen],
+        )

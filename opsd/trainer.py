@@ -32,14 +32,18 @@ from trl import DistillationTrainer
 
 from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
-from opsd.context import PromptRenderer
-from opsd.data import check_completions, completion_of, prepare_rows
+from opsd.data import check_completions, prepare_rows
 from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.errors import DataError
+from opsd.following import FollowStudent
 from opsd.forward import check_model, context_length
+from opsd.groups import Groups
 from opsd.losses import LossRecord
-from opsd.metrics import check_gradient, divergence_metrics, keep_maxima
+from opsd.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.models import check_model_name, is_adapter, load_model, without_autocast
+from opsd.off_policy import off_policy_completions, on_policy_rows
+from opsd.prompts import PromptRenderer
+from opsd.rewards import RewardFunc
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.sampler import EpochSampler
 from opsd.stopping import GracefulStop
@@ -66,6 +70,7 @@ class OPSDTrainer(DistillationTrainer):
         quantization_config: for a model given by id.
         peft_config: wraps the model in an adapter.
         tools: functions the student may call while it samples, as in TRL.
+        reward_funcs: what grades rollouts: functions with TRL's signature, or graders' names ("last_number").
 
     Raises:
         OPSDError: a wrong setting, dataset or template, before a model loads; see `opsd.errors`.
@@ -92,12 +97,17 @@ class OPSDTrainer(DistillationTrainer):
         quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
         tools: list[Callable[..., Any]] | None = None,
+        reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
     ):
         self.teacher = load_teacher(teacher)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
         checkpoints.check_writable(args.output_dir)
         preflight.check_importance(args.importance_clip, has_tools=bool(tools))
-        preflight.check_sharding(fsdp=bool(args.fsdp), deepspeed=bool(args.deepspeed))
+        preflight.check_sharding(args)
+        if peft_config is not None:
+            preflight.check_adapter(peft_config)
+        self.groups = Groups.of(args, reward_funcs)
+        preflight.check_watched(self.teacher, args, eval_dataset is not None, bool(self.groups.rewards.functions))
         self.training_loss = TrainingLoss(args, self.teacher)
         train_dataset = self._accept(train_dataset, "train", args)
         if isinstance(eval_dataset, dict):
@@ -131,7 +141,10 @@ class OPSDTrainer(DistillationTrainer):
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
-        self.callback_handler.callbacks[:0] = [_FollowStudent(self.teacher), self._stop]
+        self.callback_handler.callbacks[:0] = [
+            FollowStudent(self.teacher, self._metrics["train"], self._say),
+            self._stop,
+        ]
 
     # ---- before the first step --------------------------------------------------------------------------------
 
@@ -140,9 +153,10 @@ class OPSDTrainer(DistillationTrainer):
         if dataset is None:
             return None
         dataset = prepare_rows(dataset, name=name)
-        self.training_loss.check_rows(dataset)
-        if name == "train" and not args.seq_kd:
-            check_completions(dataset, off_policy=1.0 - args.lmbda)
+        self.training_loss.check_rows(dataset, self.groups.produced)
+        if name == "train":
+            preflight.check_groups_stay_whole(dataset, args.num_generations)
+            check_completions(dataset, off_policy=0.0 if args.seq_kd else 1.0 - args.lmbda)
         return dataset
 
     def _prepare_teacher(self) -> None:
@@ -154,23 +168,30 @@ class OPSDTrainer(DistillationTrainer):
             for p in student.parameters():
                 broadcast(p.data, from_process=0)
         check_model(student, len(self._tokenizer))
-        renderer = PromptRenderer(
-            self._tokenizer, self.chat_template, self.chat_template_kwargs, tools=self.tools or None
-        )
+        keywords = self.chat_template_kwargs
+        renderer = PromptRenderer(self._tokenizer, self.chat_template, keywords, tools=self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
         self.training_loss.prepare(self.student, self.eos_token_ids)
         assert trainable == preflight.check_student(student), "the teacher changed what trains"
-        preflight.check_rows_fit(self.train_dataset, self.student, self.teacher, self.args.max_completion_length or 0)
+        produced, longest = self.groups.produced, self.args.max_completion_length or 0
+        preflight.check_rows_fit(self.train_dataset, self.student, self.teacher, longest, produced)
         self._facts = {
             "student": preflight.fingerprint(student, len(self._tokenizer)),
             "teacher": self.teacher.description,
             "objective": self.training_loss.words,
+            "groups": self.groups.words,
             "lmbda": self.args.lmbda,
             "seq_kd": self.args.seq_kd,
         }
-        shown = self.teacher.context.name if self.teacher.context else "the student's own prompt"
-        self._say(f"teacher     {self.teacher.words}\nis shown    {shown}\ncosts       {self.teacher.cost}")
-        self._say(f"minimises   {self.training_loss.words}\n            {self.args.objective.formula}")
+        names = [view.context.name if view.context else "the student's own prompt" for view in self.teacher.views]
+        cost = self.teacher.cost
+        if self.train_dataset is not None:
+            cost = preflight.measured_cost(self.teacher, self.train_dataset, self.student, produced)
+        self._say(
+            f"teacher     {self.teacher.words}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}"
+        )
+        objective = f"{self.training_loss.words}\n            {self.args.objective.formula}"
+        self._say(f"learns      {self.groups.words}\nminimises   {objective}")
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -182,13 +203,16 @@ class OPSDTrainer(DistillationTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Name the columns that `remove_unused_columns=True` keeps."""
         if self._signature_columns is None:
-            self._signature_columns = ["prompt", "completion", "completion_ids", *sorted(self.training_loss.columns)]
+            read = sorted(self.training_loss.columns)
+            # Reward functions and routes read columns of their own, whose names only they know.
+            own = (self.train_dataset.column_names or []) if self.train_dataset is not None else []
+            self._signature_columns = list(dict.fromkeys(["prompt", "completion", "completion_ids", *read, *own]))
 
     # ---- sample ------------------------------------------------------------------------------------------------
 
     @property
     def _rows_per_step(self) -> int:
-        """Rows of one generation batch over all processes: one optimizer step."""
+        """Rollouts of one generation batch over all processes: one optimizer step."""
         args = self.args
         return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
 
@@ -198,6 +222,7 @@ class OPSDTrainer(DistillationTrainer):
         return EpochSampler(
             len(dataset),
             batch_size=self._rows_per_step,
+            group=self.args.num_generations,
             repeats=self.args.gradient_accumulation_steps,
             shuffle=bool(self.shuffle_dataset),
             seed=self.args.seed,
@@ -211,55 +236,45 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
         """Return rollouts for a generation batch: the first rows on-policy, the rest off-policy."""
-        count = self._on_policy_rows(len(inputs)) if self.model.training else len(inputs)
+        count = len(inputs)
+        if self.model.training:
+            count = on_policy_rows(len(inputs), self.args.lmbda, self.state.global_step)
         on, off = list(inputs[:count]), list(inputs[count:])
         prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in inputs]
         limit, longest = context_length(self.student.model), self.args.max_completion_length
         check_lengths(limit, prompt_ids, [longest or 0] * len(prompt_ids), "student")
+        metrics = self._metrics["train" if self.model.training else "eval"]
         completion_ids: list[Ids] = []
         loss_mask = None
         if on:
             prompt_ids[:count], completion_ids, loss_mask, *_ = self._generate([row["prompt"] for row in on])
-        off_policy = self._off_policy(off) if off else []
-        loss_mask = (loss_mask or [[1] * len(ids) for ids in completion_ids]) + [[1] * len(ids) for ids in off_policy]
+        others: list[Ids] = []
+        if off:
+            with self.accelerator.autocast():
+                others, cut = off_policy_completions(off, self.args, self.teacher, self._tokenizer)
+            metrics["off_policy/shortened"].append(cut)
+        loss_mask = (loss_mask or [[1] * len(ids) for ids in completion_ids]) + [[1] * len(ids) for ids in others]
         sampled = None
         if self._engine is not None:
-            sampled = self._engine.take(completion_ids) + [[UNKNOWN] * len(ids) for ids in off_policy]
-        rollouts = Rollouts(inputs, prompt_ids, completion_ids + off_policy, loss_mask, sampler_logprobs=sampled)
+            sampled = self._engine.take(completion_ids) + [[UNKNOWN] * len(ids) for ids in others]
+        rollouts = Rollouts(inputs, prompt_ids, completion_ids + others, loss_mask, sampler_logprobs=sampled)
         self._log_texts(rollouts)
+        rollouts = self._graded(rollouts)
         shown = self.training_loss.show(rollouts)
-        metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in self.training_loss.shares(rollouts, shown).items():
             metrics[name].append(value)
         return shown
 
-    def _on_policy_rows(self, rows: int) -> int:
-        """Return how many of this step's rows are on-policy: the same on every process, λ·rows on average.
-
-        floor(λ·rows·(step+1)) - floor(λ·rows·step): the carry of earlier steps without a counter, so a resume needs
-        none.
-        """
-        done, share = self.state.global_step, self.args.lmbda * rows
-        return int(share * (done + 1) + 1e-9) - int(share * done + 1e-9)
-
-    def _off_policy(self, rows: Sequence[Row]) -> list[Ids]:
-        limit = self.args.max_completion_length
-        if self.args.seq_kd:
-            with self.accelerator.autocast():
-                return self.teacher.sample(
-                    rows, max_new_tokens=limit, do_sample=True, temperature=self.temperature, batch_size=len(rows)
-                )
-        completions = [self._completion_ids(row) for row in rows]
-        self._metrics["train"]["off_policy/shortened"].append(sum(len(ids) > limit for ids in completions) / len(rows))
-        return [ids[:limit] for ids in completions]
-
-    def _completion_ids(self, row: Row) -> Ids:
-        completion = completion_of(row)
-        if isinstance(completion, str):
-            ids = self._tokenizer(completion, add_special_tokens=False)["input_ids"]
-            return [*ids, self._tokenizer.eos_token_id]
-        assert completion, "checked before training"
-        return list(completion)
+    def _graded(self, rollouts: Rollouts) -> Rollouts:
+        """Ask the reward functions, if there are any, and log what they said over all processes."""
+        texts = self._tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
+        chats = [[{"role": "assistant", "content": text}] for text in texts]
+        completions = texts if isinstance(rollouts.rows[0]["prompt"], str) else chats
+        rollouts, found = self.groups.grade(rollouts, completions, texts, self.teacher.can_show, self.state)
+        if found:
+            for name, value in mean_over_processes(found).items():
+                self._metrics["train" if self.model.training else "eval"][name].append(value)
+        return rollouts
 
     def _log_texts(self, rollouts: Rollouts) -> None:
         if self.log_completions:
@@ -336,9 +351,10 @@ class OPSDTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
+        state = self.teacher.state_dict()  # in every process: sharded values are put together
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            checkpoints.write(folder, self.teacher.state_dict(), self._facts)
+            checkpoints.write(folder, state, self._facts, self.state.global_step, self.accelerator.num_processes)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -385,13 +401,3 @@ class OPSDTrainer(DistillationTrainer):
     def stopped_by(self) -> int | None:
         """The number of the signal that ended the last `train` before its time, or None."""
         return self._stop.stopped_by
-
-
-class _FollowStudent(TrainerCallback):
-    """Lets the teacher move after every optimizer step."""
-
-    def __init__(self, teacher: Teacher):
-        self._teacher = teacher
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._teacher.after_step(state.global_step)

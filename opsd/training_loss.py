@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset, IterableDataset
-from torch import nn
+from torch import Tensor, nn
 
 from opsd.config import OPSDConfig
 from opsd.data import row_columns
@@ -65,23 +65,30 @@ class TrainingLoss:
         return [t for t in (self.teacher, self.anchor, self.contrast) if t is not None]
 
     @property
-    def columns(self) -> set[str]:
-        """The columns of rows that it reads, beside the prompt."""
-        fields = (t.context.fields | t.context.optional_fields for t in self.teachers if t.context)
-        return set().union(*fields, {self._args.pass_rate_column} if self._args.pass_rate_column else ())
+    def views(self) -> list[Teacher]:
+        """Everyone who is shown a prompt."""
+        return [view for teacher in self.teachers for view in teacher.views]
 
-    def check_rows(self, dataset: Dataset | IterableDataset) -> None:
+    @property
+    def columns(self) -> set[str]:
+        """The columns of rows that contexts and weights read, beside the prompt."""
+        fields = (view.context.fields | view.context.optional_fields for view in self.views if view.context)
+        return set().union(*fields, (self._args.pass_rate_column and {self._args.pass_rate_column}) or ())
+
+    def check_rows(self, dataset: Dataset | IterableDataset, produced: Sequence[str] = ()) -> None:
         """Check that rows have what contexts and weights read, before a model loads; streams: when they are used.
+
+        Args:
+            dataset: prepared rows.
+            produced: names that training adds for contexts.
 
         Raises:
             TemplateError: a template needs a column that is not there.
-            DataError: a pass rate that is none.
+            DataError: a pass rate that is none, a row that no teacher can score.
         """
         columns = row_columns(dataset)
-        for context in (teacher.context for teacher in self.teachers if teacher.context is not None):
-            context.check_columns(columns)
-            if isinstance(dataset, Dataset):
-                context.check_rows(dataset)
+        for teacher in self.teachers:
+            teacher.check_rows(dataset, columns, produced)
         column = self._args.pass_rate_column
         if column is not None and isinstance(dataset, Dataset):
             rates = dataset[column] if column in columns else [None]
@@ -114,9 +121,10 @@ class TrainingLoss:
     def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
         """Return what was left out or shortened on the way from rollouts to tokens that are trained on, as shares."""
         shares = {}
-        if self.teacher.context is not None:
-            counts = self.teacher.context.counts
-            shares["context/shortened"] = counts.shortened / max(counts.rendered, 1)
+        counts = [view.context.counts for view in self.teacher.views if view.context is not None]
+        if counts:
+            rendered = sum(each.rendered for each in counts)
+            shares["context/shortened"] = sum(each.shortened for each in counts) / max(rendered, 1)
         if self.selection.selects:
             shares["tokens/left_out"] = 1.0 - shown.num_scorable / max(sampled.num_scorable, 1)
         return shares
@@ -148,11 +156,16 @@ class TrainingLoss:
     def _tokens(rollouts: Rollouts, batch: PaddedBatch, processes: int) -> Tokens:
         share = processes / rollouts.normaliser if rollouts.normaliser else 1.0 / max(rollouts.num_scorable, 1)
         device = batch.ids_BL.device
-        row_weight_B = torch.tensor(rollouts.row_weights, dtype=torch.float32, device=device)
         sampler = rollouts.sampled_logprobs
+
+        def of_row(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[batch.row_N]
+
         return Tokens(
-            weight_N=share * row_weight_B[batch.row_N],
+            weight_N=share * of_row(rollouts.row_weights),
             ids_N=batch.scored_ids_N,
             row_N=batch.row_N,
             sampler_N=None if sampler is None else torch.tensor(sampler, dtype=torch.float32, device=device),
+            cost_N=-of_row(rollouts.advantages) if any(rollouts.advantages) else None,
+            share_N=None if all(rollouts.distilled) else of_row(rollouts.distilled),
         )

@@ -95,6 +95,7 @@ def make_rows(n: int = 12) -> list[dict[str, object]]:
             "prompt": [{"role": "user", "content": f"What is {i} + {i * 7 % 5}?" + " Say it." * (i % 3)}],
             "answer": str(i + i * 7 % 5),
             "solution": f"First take {i}, then add {i * 7 % 5}.",
+            "domain": "odd" if i % 2 else "even",
         }
         for i in range(n)
     ]

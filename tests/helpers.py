@@ -13,25 +13,45 @@ from peft import LoraConfig, get_peft_model
 from opsd import (
     EMATeacher,
     LiveTeacher,
+    MixtureTeacher,
     OPSDConfig,
     OPSDTrainer,
+    PastCheckpointTeacher,
     PrivilegedContext,
+    RoutedTeacher,
     SameCheckpointTeacher,
     SiblingTeacher,
+    SnapshotTeacher,
 )
-from opsd.context import PromptRenderer
+from opsd.prompts import PromptRenderer
 from opsd.rollouts import Rollouts
 from opsd.teachers import StudentHandle, Teacher
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 STUDENTS = ("full", "lora", "arriving adapter")
 
+# One of each strategy, with contexts of several kinds, for tests of whole runs.
 MAKE_TEACHER = {
     "same_checkpoint": lambda: SameCheckpointTeacher(context="answer_only"),
     "live": lambda: LiveTeacher(context="worked_solution"),
     "ema": lambda: EMATeacher(0.8, context="answer_only"),
+    "ema_product": lambda: EMATeacher(0.8, average="product", warmup=True, every=2, context="answer_only"),
     "sibling": lambda: SiblingTeacher(make_llama(5), tokenizer=make_tokenizer(), context="answer_only"),
+    "past_checkpoint": lambda: PastCheckpointTeacher("checkpoint-3", context="answer_only"),
+    "snapshot": lambda: SnapshotTeacher(
+        2, gate={"metric": "entropy", "bounds": {"completions/mean_length": [0.9, 1.1]}}, context="answer_only"
+    ),
+    "mixture": lambda: MixtureTeacher(
+        EMATeacher(0.8), [0.5, 0.5], contexts=["answer_only", "worked_solution"], kind="geometric"
+    ),
+    "routed": lambda: RoutedTeacher(
+        "domain", {"even": EMATeacher(0.8, context="answer_only"), "odd": SnapshotTeacher(3)}, context="worked_solution"
+    ),
 }
+
+
+# An averaged product is one of LoRA factors.
+RUNS = [(t, s) for t in MAKE_TEACHER for s in STUDENTS if (t, s) != ("ema_product", "full")]
 
 
 def make_student(kind: str, seed: int = 0) -> torch.nn.Module:

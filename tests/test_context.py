@@ -14,8 +14,9 @@ from conftest import make_tokenizer
 from transformers import ByT5Tokenizer
 
 from opsd import shipped
-from opsd.context import PrivilegedContext, PromptRenderer, fitting_templates
+from opsd.context import PrivilegedContext, fitting_templates
 from opsd.errors import ConfigError, DataError, TemplateError
+from opsd.prompts import PromptRenderer
 
 README = (shipped.folder("templates") / "README.md").read_text()
 ROW: dict[str, Any] = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])

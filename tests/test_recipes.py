@@ -13,8 +13,9 @@ from conftest import make_tokenizer
 
 from opsd import shipped
 from opsd.config import OPSDConfig
-from opsd.context import PrivilegedContext, PromptRenderer
+from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError
+from opsd.prompts import PromptRenderer
 from opsd.selection import TokenSelection
 from opsd.teachers import TEACHERS, EMATeacher, LiveTeacher, SameCheckpointTeacher, SiblingTeacher, load_teacher
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
@@ -162,7 +163,7 @@ def test_readme_examples_build(tmp_path: Path) -> None:
     for fragment in map(yaml.safe_load, fragments):
         load_teacher(fragment["teacher"], context=fragment.get("context"))
     mine = write(tmp_path, whole)
-    assert load_teacher(mine).settings == {"decay": 0.99}
+    assert load_teacher(mine).settings["decay"] == 0.99
     assert OPSDConfig(str(tmp_path), use_cpu=True, bf16=False, **read_recipe(mine).args).max_completion_length == 256
 
 
@@ -214,7 +215,7 @@ def test_recipe_name_wins_over_a_folder_of_that_name(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("as_given", [str, Path])
 def test_path_to_yaml_is_a_recipe(as_given: type, tmp_path: Path) -> None:
-    assert load_teacher(as_given(write(tmp_path, VALID))).settings == {"decay": 0.5}
+    assert load_teacher(as_given(write(tmp_path, VALID))).settings["decay"] == 0.5
 
 
 def test_yaml_in_a_folder_is_a_recipe_and_not_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,12 +249,12 @@ def test_misspelt_name_is_told_the_nearest_recipe() -> None:
 
 def test_mapping_changes_the_numbers_of_a_recipe_and_keeps_its_context() -> None:
     teacher = load_teacher({"recipe": "sdft", "decay": 0.5})
-    assert teacher.settings == {"decay": 0.5}
+    assert teacher.settings["decay"] == 0.5
     assert teacher.context is not None and teacher.context.name == "demonstration"
 
 
 def test_mapping_with_a_strategy_needs_no_recipe() -> None:
-    assert load_teacher({"strategy": "ema", "decay": 0.25}).settings == {"decay": 0.25}
+    assert load_teacher({"strategy": "ema", "decay": 0.25}).settings["decay"] == 0.25
 
 
 def test_mapping_is_left_as_it_was() -> None:

@@ -40,10 +40,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Evaluate and print a table."""
     options = make_parser().parse_args(arguments)
-    from opsd.context import PrivilegedContext, PromptRenderer
+    from opsd.context import PrivilegedContext
     from opsd.data import load_rows, prepare_rows, row_columns
     from opsd.evaluation import evaluate, load_grader
     from opsd.models import load_model
+    from opsd.prompts import PromptRenderer
 
     grader = load_grader(options.grader, options.answer_column)
     dataset = prepare_rows(load_rows(options.dataset_name, split=options.dataset_split), name=options.dataset_name)

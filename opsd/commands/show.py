@@ -13,10 +13,11 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opsd.context import PrivilegedContext, PromptRenderer
+from opsd.context import PrivilegedContext
 from opsd.data import completion_of, load_rows, prepare_rows, row_columns
 from opsd.errors import ConfigError
 from opsd.models import check_model_name
+from opsd.prompts import PromptRenderer
 from opsd.run_file import Run, read_run
 from opsd.teachers import load_teacher
 

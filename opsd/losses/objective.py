@@ -9,7 +9,7 @@ Shapes: N scored tokens of a micro-batch (packed) · D hidden width.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -174,13 +174,21 @@ class Objective:
         Raises:
             ConfigError: the signal does not know what the divergence compares.
         """
-        self.divergence.check_signal(signal)
         assert hidden_ND.shape[0] == len(signal) == tokens.weight_N.shape[0], "student and teacher differ in N"
-        batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong).narrow()
-        counted_N = tokens.weight_N != 0
+        head = head.gathered()  # once, and in every process, however many teachers answered
+        found = []
+        for where, part in signal.groups():
+            self.divergence.check_signal(part)
+            batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong)
+            found.append((where, self._of_one_teacher(replace(batch.select(where), signal=part).narrow())))
+        return found[0][1] if len(found) == 1 else _merged(found, len(signal))
+
+    def _of_one_teacher(self, batch: _Batch) -> LossRecord:
+        """Compute the loss of the tokens that one teacher answered for."""
+        counted_N = batch.tokens.weight_N != 0
         used = batch.select(counted_N) if not bool(counted_N.all()) else batch
         seconds, seen_N, seen = 0.0, counted_N, dict[str, Tensor]()
-        if self._needs_statistics or wrong is not None:
+        if self._needs_statistics or batch.wrong is not None:
             start = time.perf_counter()
             used, kept, seen = self._after_statistics(used)
             seconds = time.perf_counter() - start
@@ -206,7 +214,7 @@ class Objective:
         """
         tokens = batch.tokens
         assert tokens.row_N is not None and tokens.ids_N is not None, "tokens are compared within their rollout"
-        weight_N, cost_N, found = tokens.weight_N, None, dict[str, Tensor]()
+        weight_N, cost_N, found = tokens.weight_N, tokens.cost_N, dict[str, Tensor]()
         if self._needs_statistics:
             with torch.no_grad():
                 _, found = self._kernel(replace(batch, anchor=None)).loss(batch.hidden_ND, batch.head)
@@ -215,9 +223,9 @@ class Objective:
                 weight_N = weight_N * weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             if self.future_cost == "discounted":
-                cost_N = discounted_future(ratio_N, tokens.row_N, self.discount)
+                cost_N = tokens.with_cost(discounted_future(ratio_N, tokens.row_N, self.discount))
             elif self.future_cost == "length_normalised":
-                cost_N = mean_future(ratio_N, tokens.row_N)
+                cost_N = tokens.with_cost(mean_future(ratio_N, tokens.row_N))
         if batch.wrong is not None:
             ids_N = tokens.ids_N
             right_N, wrong_N = batch.signal.logprobs(ids_N), batch.wrong.logprobs(ids_N)
@@ -249,7 +257,7 @@ class _Batch:
     anchor: HiddenSignal | None = None
     wrong: TeacherSignal | None = None
 
-    def select(self, index: Tensor) -> _Batch:
+    def select(self, index: Tensor | slice) -> _Batch:
         """Return some of the tokens."""
         return replace(
             self,
@@ -269,8 +277,24 @@ class _Batch:
         return replace(self, head=self.head.narrow(vocab_size), **narrowed)
 
 
-def _scatter(values: Tensor, used_N: Tensor) -> Tensor:
-    """Put the values of the used tokens back among N, zeros elsewhere."""
-    out_N = torch.zeros(used_N.shape, dtype=torch.float32, device=used_N.device)
+def _scatter(values: Tensor, used_N: Tensor, count: int | None = None) -> Tensor:
+    """Put the values of the used tokens (a mask, or positions among `count`) back among N, zeros elsewhere."""
+    out_N = torch.zeros(len(used_N) if count is None else count, dtype=torch.float32, device=used_N.device)
     out_N[used_N] = values.detach().float()
     return out_N
+
+
+def _merged(found: Sequence[tuple[Any, LossRecord]], count: int) -> LossRecord:
+    """Return one record of several teachers' tokens."""
+
+    def together(values: Sequence[tuple[Any, Tensor]]) -> Tensor:
+        return torch.stack([_scatter(each, where, count) for where, each in values]).sum(0)
+
+    names = sorted({name for _, record in found for name in record.records})
+    return LossRecord(
+        torch.stack([record.loss for _, record in found]).sum(),
+        together([(where, record.divergence_N) for where, record in found]),
+        together([(where, record.entropy_N) for where, record in found]),
+        {name: together([(w, r.records[name]) for w, r in found if name in r.records]) for name in names},
+        sum(record.statistics_seconds for _, record in found),
+    )

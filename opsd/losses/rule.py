@@ -37,7 +37,9 @@ class Tokens:
         ids_N: int64, the tokens themselves; None where nothing asks for them.
         row_N: int64, the rollout of each, where tokens of a rollout are compared.
         sampler_N: float32, their log-probabilities where they were sampled, for importance correction; NaN if unknown.
-        cost_N: float32, what the policy gradient charges each sampled token beside the divergence.
+        cost_N: float32, what the policy gradient charges each sampled token beside the divergence: what later tokens
+            cost, less what a reward is worth (GRPO).
+        share_N: float32, the share of the divergence that counts: 0 where a token only carries a reward; None for 1.
     """
 
     weight_N: Tensor
@@ -45,6 +47,12 @@ class Tokens:
     row_N: Tensor | None = None
     sampler_N: Tensor | None = None
     cost_N: Tensor | None = None
+    share_N: Tensor | None = None
+
+    def with_cost(self, cost_N: Tensor) -> Tensor:
+        """Return what tokens are charged with another cost of the divergence on top, where that counts."""
+        cost_N = cost_N if self.share_N is None else self.share_N * cost_N
+        return cost_N if self.cost_N is None else self.cost_N + cost_N
 
     def select(self, index: Tensor | slice) -> Tokens:
         """Return some of the tokens."""
@@ -90,6 +98,10 @@ class TrainingRule:
         if tokens.ids_N is not None:
             records["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
             records["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
+        if tokens.share_N is not None:
+            share_R = tokens.share_N.to(log_s.dtype)
+            value_R = records["divergence"] = share_R * value_R
+            slope_RV = share_R[:, None] * slope_RV
         weight_R = tokens.weight_N.to(log_s.dtype)
         slope_RV = self._with_cost(slope_RV, tokens)
         weight_R = self._corrected(weight_R, tokens, records)

@@ -17,26 +17,44 @@ from opsd.errors import ConfigError, did_you_mean
 from opsd.hub import is_hub_id
 from opsd.teachers.base import Cost, StudentHandle, Teacher
 from opsd.teachers.ema import EMATeacher
-from opsd.teachers.live import LiveTeacher
+from opsd.teachers.gate import Gate
 from opsd.teachers.local import LocalTeacher
-from opsd.teachers.other import PastCheckpointTeacher, SiblingTeacher
+from opsd.teachers.mixture import MixtureTeacher
+from opsd.teachers.own import LiveTeacher, SameCheckpointTeacher
+from opsd.teachers.past import PastCheckpointTeacher
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
-from opsd.teachers.same import SameCheckpointTeacher
+from opsd.teachers.routed import RoutedTeacher
+from opsd.teachers.sibling import SiblingTeacher
+from opsd.teachers.snapshot import SnapshotTeacher
 
 TEACHERS: dict[str, type[Teacher]] = {
-    cls.strategy: cls for cls in (SameCheckpointTeacher, LiveTeacher, PastCheckpointTeacher, EMATeacher, SiblingTeacher)
+    cls.strategy: cls
+    for cls in (
+        SameCheckpointTeacher,
+        LiveTeacher,
+        EMATeacher,
+        SnapshotTeacher,
+        PastCheckpointTeacher,
+        SiblingTeacher,
+        MixtureTeacher,
+        RoutedTeacher,
+    )
 }
 
 __all__ = [
     "TEACHERS",
     "Cost",
     "EMATeacher",
+    "Gate",
     "LiveTeacher",
     "LocalTeacher",
+    "MixtureTeacher",
     "PastCheckpointTeacher",
     "Recipe",
+    "RoutedTeacher",
     "SameCheckpointTeacher",
     "SiblingTeacher",
+    "SnapshotTeacher",
     "StudentHandle",
     "Teacher",
     "load_teacher",
@@ -54,8 +72,9 @@ def load_teacher(
     Args:
         value: a Teacher; a recipe's name or a path to one (`.yaml`); a folder with a model or a hub id (= sibling); a
             mapping (`{"strategy": "ema", "decay": 0.99}`, or `{"recipe": "ema", "decay": 0.999}` to change a
-            recipe's numbers); or None for the same checkpoint, frozen.
-        context: what it is shown; wins over a recipe's own context.
+            recipe's numbers), with a `context` of its own where it is part of a mixture or a route; or None for the
+            same checkpoint, frozen.
+        context: what it is shown; wins over its own or a recipe's context.
 
     Raises:
         ConfigError: nothing has that name, or the strategy has no such setting.
@@ -68,7 +87,9 @@ def load_teacher(
             )
         return value
     settings, recipe_context = _resolve(value)
-    return _build(dict(settings), context if context is not None else recipe_context)
+    settings = dict(settings)
+    own_context = settings.pop("context", recipe_context)
+    return _build(settings, context if context is not None else own_context)
 
 
 def recipe_of(value: TeacherLike) -> Recipe | None:
@@ -128,11 +149,6 @@ def _build(settings: dict[str, Any], context: Any) -> Teacher:
     cls = TEACHERS[strategy]
     parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if k != "context"}
     for key in settings:
-        if key == "context":
-            raise ConfigError(
-                "what a teacher is shown is not one of its numbers: write `context:` beside `teacher:`, or "
-                "load_teacher(…, context=…)."
-            )
         if key not in parameters:
             raise ConfigError(
                 f"teacher strategy {strategy!r} has no setting {key!r}.{did_you_mean(key, parameters)} "

@@ -12,15 +12,22 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
+import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from opsd.context import PrivilegedContext, PromptRenderer
+from opsd.context import PrivilegedContext, is_empty
 from opsd.errors import ConfigError
+from opsd.prompts import PromptRenderer
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.signals import TeacherSignal
+from opsd.teachers.weights import megabytes
+
+Row: TypeAlias = Mapping[str, Any]
+History: TypeAlias = Sequence[Mapping[str, Any]]  # what a run has logged: entries with their `step`
 
 
 @dataclass(frozen=True)
@@ -45,19 +52,22 @@ class StudentHandle:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a teacher costs, stated before the first step.
+    """What a teacher costs beside the student.
 
     Args:
-        megabytes: extra memory for weights.
-        forward_passes: extra forward passes per micro-batch.
+        megabytes: memory of the weights it holds, counted from its tensors; on this process, where they are sharded.
+        offloaded: of these, in CPU memory.
+        passes: sequences it sent through a model per rollout, counted on a probe; None before that.
     """
 
     megabytes: float
-    forward_passes: int = 1
+    offloaded: float = 0.0
+    passes: float | None = None
 
     def __str__(self) -> str:
-        passes = f"{self.forward_passes} extra forward pass" + ("es" if self.forward_passes != 1 else "")
-        return f"{self.megabytes:,.0f} MB of extra weights, {passes} per micro-batch"
+        away = f" ({self.offloaded:,.0f} of them in CPU memory)" if self.offloaded else ""
+        counted = "" if self.passes is None else f", {self.passes:g} forward pass(es) per rollout"
+        return f"{self.megabytes:,.0f} MB of weights beside the student's{away}{counted}"
 
 
 class Teacher(ABC):
@@ -100,12 +110,39 @@ class Teacher(ABC):
         return None
 
     @property
-    def cost(self) -> Cost:
-        """What it costs beside the student."""
-        return Cost(megabytes=0.0)
+    def collective(self) -> bool:
+        """Whether `score` must be called in every process at the same time, rows or no rows."""
+        return False
 
-    def after_step(self, step: int) -> None:  # noqa: B027 - most teachers stand still
-        """Follow the student after optimizer step number `step` (1, 2, …)."""
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The weights that it holds beside the student's; what it costs is counted from them."""
+        return []
+
+    def after_step(self, step: int, history: History = ()) -> str | None:
+        """Follow the student after optimizer step number `step` (1, 2, …); called in every process.
+
+        Args:
+            step: the step that has just ended.
+            history: what was logged so far, up to the step before.
+
+        Returns:
+            What the user is told, or None.
+        """
+        return None
+
+    def shard(self) -> None:  # noqa: B027 - most teachers have nothing that could be sharded
+        """Follow the student into its sharded form; called once, after it was prepared for training."""
+
+    @property
+    def watches(self) -> frozenset[str]:
+        """Logged metrics that `after_step` reads; a run that cannot log them is refused before a model loads."""
+        return frozenset()
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """What it says of itself in the log, the same in every process."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resume needs and cannot make again."""
@@ -120,7 +157,47 @@ class Teacher(ABC):
         """The numbers that define it, for the checkpoint and the log."""
         return {}
 
+    # ---- whose prompts are rendered, for which rows -----------------------------------------------------------
+
+    @property
+    def views(self) -> list[Teacher]:
+        """Everyone who is shown a prompt: itself, or the parts it is made of."""
+        return [self]
+
+    def views_of(self, row: Row) -> list[Teacher]:
+        """Return those of its views that score this row."""
+        return self.views
+
+    def check_rows(self, dataset: Any, columns: Sequence[str], produced: Sequence[str] = ()) -> None:
+        """Check that rows have what contexts read, before a model loads; of a stream only the columns.
+
+        Args:
+            dataset: prepared rows.
+            columns: their columns.
+            produced: names that training will add.
+
+        Raises:
+            TemplateError: a template needs a column, or finds it empty.
+            DataError: a row that no teacher can score.
+        """
+        if self.context is not None:
+            self.context.check_columns(columns, produced)
+            if isinstance(dataset, Dataset):
+                self.context.check_rows(dataset, produced)
+
+    def can_show(self, row: Row, produced: Mapping[str, Any]) -> bool:
+        """Tell whether there is anything to show beside the prompt, where that is made during training."""
+        filled = [name for name, value in {**row, **produced}.items() if not is_empty(value)]
+        contexts = [view.context for view in self.views_of(row)]
+        return all(context is None or not context.missing(filled) for context in contexts)
+
     # ---- what every strategy can do ---------------------------------------------------------------------------
+
+    @property
+    def cost(self) -> Cost:
+        """What it costs beside the student."""
+        away = [t for t in self.tensors if t.device.type == "cpu"] if torch.cuda.is_available() else []
+        return Cost(megabytes(self.tensors), megabytes(away))
 
     @property
     def description(self) -> dict[str, Any]:
@@ -146,7 +223,7 @@ class Teacher(ABC):
         assert self._renderer is not None, "call prepare(student) first"
         return self._renderer
 
-    def prompt_ids(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> Ids:
+    def prompt_ids(self, row: Row, produced: Mapping[str, Any] | None = None) -> Ids:
         """Return the ids of the prompt this teacher sees for a row."""
         if self.context is None:
             return self.renderer.ids(row["prompt"])
@@ -157,11 +234,16 @@ class Teacher(ABC):
         if self.context is None and self.renderer == self._student.renderer:
             # The very ids the student saw, tools and all; nothing to render again.
             return rollouts.show(self.key, rollouts.prompt_ids)
-        prompts = [self.prompt_ids(row) for row in rollouts.rows]
-        check_lengths(self.max_length, prompts, [len(ids) for ids in rollouts.completion_ids], "teacher")
+        prompts = [
+            self.prompt_ids(row, made) if scored else rollouts.prompt_ids[number]
+            for number, (row, made, scored) in enumerate(
+                zip(rollouts.rows, rollouts.produced, rollouts.used, strict=True)
+            )
+        ]
+        check_lengths(self.max_length, prompts, [len(ids) for ids in rollouts.needed_ids], "teacher")
         return rollouts.show(self.key, prompts)
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
+    def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return this teacher's own completions for rows, seen through its context.
 
         Args:
@@ -177,7 +259,7 @@ class Teacher(ABC):
             "teacher that runs in this process, or set seq_kd to false."
         )
 
-    def logprobs(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[Ids]) -> list[list[float]]:
+    def logprobs(self, rows: Sequence[Row], completions: Sequence[Ids]) -> list[list[float]]:
         """Return log p in nats of every completion token under this teacher; needs no trainer.
 
         Args:
@@ -187,6 +269,6 @@ class Teacher(ABC):
         prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
         rollouts = self.show(Rollouts(rows, prompts, completions))
         signal = self.score(rollouts)
-        scored_ids_N = rollouts.pad("cpu", self.key).scored_ids_N
-        values = iter(signal.logprobs(scored_ids_N).tolist())
+        device = next(self._student.model.parameters()).device
+        values = iter(signal.logprobs(torch.tensor(rollouts.scored_ids, device=device)).tolist())
         return [[next(values) for _ in completion] for completion in completions]

@@ -1,40 +1,58 @@
 """An exponential moving average of the student.
 
-Only what training moves is averaged, in float32 whatever the student's dtype. With LoRA that is one more adapter (the
-factors are averaged, not their product); with full fine-tuning one more copy.
+Only what training moves is averaged, in float32 whatever the student's dtype. With LoRA that is one more adapter, of
+the averaged factors or of the averaged product (`products.py`); with full fine-tuning one more copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from opsd.context import PrivilegedContext
-from opsd.errors import ConfigError
-from opsd.teachers.base import Cost, StudentHandle
-from opsd.teachers.local import LocalTeacher
+from opsd.errors import ConfigError, not_one_of
+from opsd.teachers.base import History, StudentHandle
+from opsd.teachers.own import MovingTeacher
+from opsd.teachers.products import AverageOfProducts
 from opsd.teachers.weights import TrainableWeights
 
+AVERAGES = ("factors", "product")
 
-class EMATeacher(LocalTeacher):
+
+class EMATeacher(MovingTeacher):
     """teacher ← decay · teacher + (1 - decay) · student after every optimizer step (SDFT, arXiv 2601.19897).
 
     Args:
         decay: share of the old teacher that stays, in [0, 1). What SDPO and TRL call an update rate is 1 - decay.
+        every: update after every n-th optimizer step; the decay is that of one update.
+        warmup: begin with a smaller decay, min(decay, (1 + n) / (10 + n)) at update n = 1, 2, …, so that the first
+            weights are forgotten sooner (the schedule of TensorFlow's ExponentialMovingAverage).
+        average: with LoRA, what is averaged: the two "factors", or their "product" B·A. docs/decisions.md has the
+            measured difference.
+        rank: of the averaged product; unset, 4 times the adapter's. What a lower one leaves out is logged.
+        offload: keep the average in CPU memory between passes.
         context: what it is shown beside the prompt.
 
     Raises:
-        ConfigError: decay outside its range.
+        ConfigError: a setting outside its range.
     """
 
     strategy = "ema"
 
-    def __init__(self, decay: float, *, context: PrivilegedContext | str | Mapping[str, Any] | None = None):
-        super().__init__(context=context)
+    def __init__(
+        self,
+        decay: float,
+        *,
+        every: int = 1,
+        warmup: bool = False,
+        average: str = "factors",
+        rank: int | None = None,
+        offload: bool = False,
+        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+    ):
+        super().__init__(offload=offload, context=context)
         # YAML reads 1e-1 as text (it wants 1.0e-1).
         if isinstance(decay, str) or not 0.0 <= decay < 1.0:
             raise ConfigError(
@@ -42,47 +60,59 @@ class EMATeacher(LocalTeacher):
                 "that stays: 1 would never move (SameCheckpointTeacher), 0 follows the student at once (LiveTeacher). "
                 "An update rate of 0.05, as SDPO and TRL write it, is a decay of 0.95."
             )
-        self.decay = decay
+        if average not in AVERAGES:
+            raise ConfigError(not_one_of("average", average, AVERAGES))
+        if every < 1 or (rank is not None and rank < 1):
+            raise ConfigError(f"every (steps) and rank must be at least 1, and are {every} and {rank}.")
+        if rank is not None and average != "product":
+            raise ConfigError("rank is that of an averaged product; set average to 'product', or leave rank out.")
+        self.decay, self.every, self.warmup, self.average, self.rank = decay, every, warmup, average, rank
 
     def place(self, student: StudentHandle) -> None:
         """Start as the student."""
-        self._weights = TrainableWeights(student.model, dtype=torch.float32)
+        if self.average == "product":
+            self._weights = AverageOfProducts(student.model, self.rank, offload=self.offload)
+        else:
+            self._weights = TrainableWeights(student.model, torch.float32, offload=self.offload)
 
-    @property
-    def model(self) -> nn.Module:
-        """The student's own module."""
-        return self._student.model
+    def shard(self) -> None:
+        """Refuse an averaged product of sharded factors.
 
-    def teaching(self) -> AbstractContextManager[None]:
-        """Swap the average in."""
-        return self._weights.swapped_in()
+        Raises:
+            ConfigError: they are.
+        """
+        self.weights.pairs()
+        if self.average == "product" and any(hasattr(p, "device_mesh") for p in self.model.parameters()):
+            raise ConfigError("average='product' needs whole factors, and FSDP shards them. Use average='factors'.")
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int, history: History = ()) -> None:
         """Move the average towards the student."""
-        self._weights.move_towards_model(1.0 - self.decay)
+        if step % self.every == 0:
+            self.moved += 1
+            self.weights.move_towards_model(1.0 - self.decay_of(self.moved))
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the average, float32 by parameter name."""
-        return self._weights.values
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take the average back."""
-        self._weights.load(state)
+    def decay_of(self, update: int) -> float:
+        """Return the decay of update number `update` (1, 2, …)."""
+        return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The decay."""
-        return {"decay": self.decay}
+        """What its average depends on."""
+        names = ("decay", "every", "warmup", "average", "rank")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What re-factorisation left out of an averaged product."""
+        return {"teacher/average_lost": self._weights.lost} if isinstance(self._weights, AverageOfProducts) else {}
 
     @property
     def words(self) -> str:
         """Whose weights these are and the formula they follow."""
+        after = "after each step" if self.every == 1 else f"after every {self.every} steps"
+        early = ", in update n at most (1 + n) / (10 + n) of the old" if self.warmup else ""
+        what = " (of the product B·A)" if self.average == "product" else ""
         return (
-            f"a moving average of the student: teacher ← {self.decay:g} · teacher + {1 - self.decay:g} · student "
-            "after each step, starting as the student"
+            f"a moving average of the student{what}: teacher ← {self.decay:g} · teacher + {1 - self.decay:g} · student "
+            f"{after}{early}, starting as the student"
         )
-
-    @property
-    def cost(self) -> Cost:
-        """The float32 average."""
-        return Cost(self._weights.megabytes)

@@ -6,7 +6,7 @@ A strategy says which module scores and in which state; the pass itself is here,
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,9 +16,10 @@ from opsd.errors import AlignmentError
 from opsd.evaluation.sampling import generate
 from opsd.forward import check_model, context_length, evaluating, last_hidden
 from opsd.heads import Head
-from opsd.rollouts import Ids, Rollouts
+from opsd.rollouts import Ids, PaddedBatch, Rollouts
+from opsd.sharding import inside, is_sharded
 from opsd.signals import HiddenSignal
-from opsd.teachers.base import StudentHandle, Teacher
+from opsd.teachers.base import Row, StudentHandle, Teacher
 
 
 class LocalTeacher(Teacher):
@@ -38,6 +39,11 @@ class LocalTeacher(Teacher):
         """Tokens of prompt and completion that the model's positions reach."""
         return context_length(self.model)
 
+    @property
+    def collective(self) -> bool:
+        """Whether its processes exchange weights while it scores."""
+        return is_sharded(self.model)
+
     def prepare(self, student: StudentHandle) -> None:
         """Place the weights and prove, in the teacher's own state, that its logits can be reproduced."""
         super().prepare(student)
@@ -55,23 +61,43 @@ class LocalTeacher(Teacher):
         Raises:
             AlignmentError: the tokens it scored are not the tokens that the student sampled.
         """
-        device = next(self.model.parameters()).device
-        batch = rollouts.pad(device, self.key)
-        if batch.scored_ids_N.tolist() != rollouts.scored_ids:
+        return self.score_views([self], rollouts)[0]
+
+    def score_views(self, views: Sequence[LocalTeacher], rollouts: Rollouts) -> list[HiddenSignal]:
+        """Return what these weights say under several contexts, in one pass over all of them.
+
+        Args:
+            views: this teacher, or others made of it by `showing`.
+            rollouts: a micro-batch that went through `show` of each.
+
+        Raises:
+            AlignmentError: as `score`.
+        """
+        key = views[0].key
+        together = rollouts if len(views) == 1 else rollouts.stacked([view.key for view in views], key)
+        batch = together.pad(next(self.model.parameters()).device, key)
+        if batch.scored_ids_N.tolist() != rollouts.scored_ids * len(views):
             raise AlignmentError(
                 f"teacher {self.strategy!r} scored other tokens than the student sampled. Every loss computed from "
                 "them would be noise. This is a bug in opsd or in a custom teacher: a completion's ids must reach "
                 "both sides unchanged."
             )
         with self.teaching(), evaluating(self.model):
-            hidden_ND = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.keep_BL)
-            return HiddenSignal(hidden_ND, self._head())
+            found = inside(self.model, lambda: self._signal(batch))
+        count = len(found) // len(views)
+        return [found.select(slice(number * count, (number + 1) * count)) for number in range(len(views))]
 
-    def _head(self) -> Head:
-        """The teacher's head; called in the teacher's state, and read by the loss after it was left."""
-        return Head.of(self.model).detach()
+    def _signal(self, batch: PaddedBatch) -> HiddenSignal:
+        """Run the pass, on the teacher's device, and bring its answer to the student's."""
+        hidden_ND = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+        head = Head.of(self.model).detach()
+        if is_sharded(self.model):
+            # What a pass gathered is dropped after it; the loss reads the head later.
+            head = head.gathered().copy()
+        device = next(self._student.model.parameters()).device
+        return HiddenSignal(hidden_ND.to(device), head.to(device))
 
-    def sample(self, rows: Sequence[Mapping[str, Any]], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
+    def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return this teacher's own completions for rows, seen through its context."""
         prompts = [self.prompt_ids(row) for row in rows]
         with self.teaching():

@@ -1,26 +1,30 @@
 """A second set of values for a model's weights, without a second model.
 
-Teachers made of the student keep only what training moves: a copy of the trainable parameters, swapped in while they
-score. With LoRA that is one adapter, with full fine-tuning one copy of the model; the frozen rest is shared. Knows
-modules and tensors; nothing of teachers, rollouts or losses.
+Teachers made of the student keep only what training moves: a copy of the trainable parameters, which the model holds
+while they score. With LoRA that is one adapter, with full fine-tuning one copy of the model; the frozen rest is
+shared. Where FSDP2 shards the student, the copy is sharded the same way. Knows modules and tensors; nothing of
+teachers, rollouts or losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from opsd.forward import evaluating, last_hidden, probe
+from opsd.sharding import exchanged, is_sharded, laid_out_like, local, plain_name, whole
 
 MEGABYTE = 2**20
 
 
 def megabytes(tensors: Sequence[Tensor]) -> float:
-    """Return the memory of tensors in MB, each storage counted once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    """Return the memory of tensors in MB, each storage counted once; of sharded ones this process's part."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (local(tensor) for tensor in tensors)
+    }
     return sum(storages.values()) / MEGABYTE
 
 
@@ -31,43 +35,77 @@ class TrainableWeights:
         model: the student; its trainable parameters are copied as they are now.
         dtype: dtype of the copy; None keeps each parameter's own. An average needs float32: in bfloat16 a decay of
             0.999 never moves, because the step is smaller than half the distance to the next number.
+        offload: keep the copy in CPU memory; it visits the device only while it scores.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None):
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.values = {name: p.detach().to(dtype or p.dtype, copy=True) for name, p in self.parameters.items()}
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, *, offload: bool = False):
+        self.model = model
+        self._device = torch.device("cpu") if offload else None
+        trainable = {plain_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+        self.values = {name: self._copy(p, dtype or p.dtype) for name, p in trainable.items()}
+
+    def _copy(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        return parameter.detach().to(self._device or parameter.device, dtype, copy=True)
 
     @property
-    def megabytes(self) -> float:
-        """Memory of the copy in MB."""
-        return megabytes(list(self.values.values()))
+    def tensors(self) -> list[Tensor]:
+        """The copy."""
+        return list(self.values.values())
 
-    @contextmanager
-    def swapped_in(self) -> Iterator[None]:
+    def pairs(self) -> list[tuple[str, Tensor, Tensor]]:
+        """Return (name, parameter, value) of everything kept.
+
+        Parameters are looked up anew, since sharding replaces them, and a value that is still whole is then cut alike.
+        """
+        parameters = {plain_name(name): p for name, p in self.model.named_parameters()}
+        found: list[tuple[str, Tensor, Tensor]] = []
+        for name in self.values:
+            self.values[name] = laid_out_like(self.values[name], parameters[name])
+            found.append((name, parameters[name], self.values[name]))
+        return found
+
+    def swapped_in(self) -> AbstractContextManager[None]:
         """Let the model hold these values for the length of the block.
 
-        Only pointers move. No graph may be alive across the block: a backward pass would find other values.
+        No graph may be alive across the block: a backward pass would find other values.
         """
-        own = {name: p.data for name, p in self.parameters.items()}
-        try:
-            for name, p in self.parameters.items():
-                p.data = self.values[name].to(p.dtype)
-            yield
-        finally:
-            for name, p in self.parameters.items():
-                p.data = own[name]
+        pairs = [(p, value) for _, p, value in self.pairs()]
+        return exchanged(pairs, self.model) if is_sharded(self.model) else _pointed_at(pairs)
 
     @torch.no_grad()
     def move_towards_model(self, share: float) -> None:
-        """Set each value to (1 - share)·value + share·parameter."""
-        for name, p in self.parameters.items():
-            self.values[name].lerp_(p.detach().to(self.values[name].dtype), share)
+        """Set each value to (1 - share)·value + share·parameter; sharded values shard by shard, sending nothing."""
+        for _, p, value in self.pairs():
+            mine = local(value)
+            mine.lerp_(local(p).to(mine), share)
+
+    def copy_model(self) -> None:
+        """Take the model's values as they are now."""
+        for _, p, value in self.pairs():
+            local(value).copy_(local(p))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the values by name, whole; a collective where they are sharded."""
+        return {name: whole(value) for name, value in self.values.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take values by name, in place."""
         assert state.keys() == self.values.keys(), "these are another model's weights"
         for name, value in self.values.items():
-            value.copy_(state[name])
+            local(value).copy_(local(laid_out_like(state[name], value)))
+
+
+@contextmanager
+def _pointed_at(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Let parameters hold other values for the length of the block; only pointers move."""
+    own = [p.data for p, _ in pairs]
+    try:
+        for p, value in pairs:
+            p.data = value.to(p.device, p.dtype)
+        yield
+    finally:
+        for (p, _), before in zip(pairs, own, strict=True):
+            p.data = before
 
 
 @contextmanager

@@ -1,28 +1,28 @@
-"""Teachers with weights of their own: a past checkpoint of the student, or a sibling.
+"""Another model as teacher: loaded once, frozen, sharing the student's tokenizer.
 
-Both are loaded once, frozen, and must share the student's tokenizer; heads padded to other sizes are compared over
-the ids that both have.
+Heads padded to other sizes are compared over the ids that both have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError
 from opsd.models import check_model_name, without_autocast
-from opsd.teachers.base import Cost, StudentHandle
+from opsd.sharding import shard_like
+from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
+from opsd.teachers.placement import Placement
 from opsd.teachers.tokenizers import check_same_tokenizer
-from opsd.teachers.weights import megabytes
 
 
 class SiblingTeacher(LocalTeacher):
@@ -32,6 +32,10 @@ class SiblingTeacher(LocalTeacher):
         model: a folder, a hub id, or a loaded model.
         revision: branch, tag or commit of a hub id.
         dtype: dtype to load in, such as "bfloat16"; "auto" takes the checkpoint's.
+        device: where it lives, such as "cuda:1"; None is the student's device.
+        offload: keep it in CPU memory between passes.
+        quantize: "8bit" or "4bit", where bitsandbytes is installed.
+        attn_implementation: as transformers names it.
         tokenizer: its tokenizer; None loads it from where the model came from.
         context: what it is shown beside the prompt.
     """
@@ -44,6 +48,10 @@ class SiblingTeacher(LocalTeacher):
         *,
         revision: str | None = None,
         dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+        offload: bool = False,
+        quantize: str | None = None,
+        attn_implementation: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         context: PrivilegedContext | str | Mapping[str, Any] | None = None,
     ):
@@ -51,7 +59,7 @@ class SiblingTeacher(LocalTeacher):
         self._given = model
         self.source = self._source(model)
         self.revision = revision
-        self.dtype = dtype
+        self.placement = Placement(dtype, device, offload, quantize, attn_implementation)
         self._tokenizer = tokenizer
 
     def _source(self, model: str | PathLike[str] | nn.Module) -> str:
@@ -76,14 +84,9 @@ class SiblingTeacher(LocalTeacher):
             tokenizer = AutoTokenizer.from_pretrained(self.source, **load)
         check_same_tokenizer(student.tokenizer, tokenizer)
         if isinstance(self._given, nn.Module):
-            model = without_autocast(self._given)
+            self._model = self.placement.put(without_autocast(self._given), student.model)
         else:
-            # safetensors only: a pickle can run code when it is opened.
-            model = AutoModelForCausalLM.from_pretrained(self.source, dtype=self.dtype, use_safetensors=True, **load)
-        model.requires_grad_(False).eval()
-        # A model that was split over devices, or quantised, already is where it belongs.
-        placed = hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False)
-        self._model = model if placed else model.to(next(student.model.parameters()).device)
+            self._model = self.placement.load(self.source, student.model, **load)
         # It reads prompts through its own chat template.
         self._renderer = replace(self.renderer, tokenizer=tokenizer)
 
@@ -93,8 +96,26 @@ class SiblingTeacher(LocalTeacher):
         return self._model
 
     def teaching(self) -> AbstractContextManager[None]:
-        """It is always in its own state."""
-        return nullcontext()
+        """It is always in its own state; where it rests elsewhere, it visits its device."""
+        return self._on_its_device() if self.placement.offload else nullcontext()
+
+    @contextmanager
+    def _on_its_device(self) -> Iterator[None]:
+        self._model.to(self.placement.on(self._student.model))
+        try:
+            yield
+        finally:
+            self._model.to("cpu")
+
+    def shard(self) -> None:
+        """Shard it over the student's processes where the student is sharded."""
+        if not self.placement.offload and self.placement.quantize is None:
+            shard_like(self._model, self._student.model)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The whole model."""
+        return [*self._model.parameters(), *self._model.buffers()]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -105,30 +126,3 @@ class SiblingTeacher(LocalTeacher):
     def words(self) -> str:
         """Whose weights these are."""
         return f"another model, frozen: {self.source or type(self._model).__name__}"
-
-    @property
-    def cost(self) -> Cost:
-        """The whole model."""
-        return Cost(megabytes(list(self._model.parameters())))
-
-
-class PastCheckpointTeacher(SiblingTeacher):
-    """An earlier self: a checkpoint of the student, from this run, another run or the hub.
-
-    Recovers what a later fine-tune cost (Thinking Machines, "On-Policy Distillation", 2025), or keeps a model near
-    what it was. A folder with a LoRA adapter is loaded on top of the base it names.
-
-    Args:
-        model: the checkpoint's folder or hub id.
-        revision: branch, tag or commit of a hub id.
-        dtype: dtype to load in; "auto" takes the checkpoint's.
-        tokenizer: its tokenizer; None loads it from the same place.
-        context: what it is shown beside the prompt.
-    """
-
-    strategy = "past_checkpoint"
-
-    @property
-    def words(self) -> str:
-        """Whose weights these are."""
-        return f"an earlier checkpoint, frozen: {self.source or type(self._model).__name__}"

@@ -1,0 +1,181 @@
+"""Several rollouts of one prompt: what they earn, what the teacher may be shown of them, who learns how.
+
+SDPO (arXiv 2601.20802) shows the teacher a correct rollout of the same group, or what the verifier said; SRPO
+(arXiv 2604.02288) does so for wrong rollouts and reinforces right ones (GRPO, arXiv 2402.03300). Knows rollouts and
+rewards; nothing of models or losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean, stdev
+from typing import Any
+
+from opsd.errors import ConfigError, not_one_of
+from opsd.rewards import Rewards
+from opsd.rollouts import Rollouts
+
+ROUTES = {
+    "all": "every rollout is distilled",
+    "wrong": "rollouts below success_reward are distilled",
+    "right": "rollouts at or above success_reward are distilled",
+}
+GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
+# What a group makes for contexts, beside the columns of its row.
+PRODUCED = ("sibling", "feedback", "attempt")
+STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
+
+CanShow = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """How rollouts are graded and routed.
+
+    Args:
+        rewards: the reward functions; none leaves rollouts as they are.
+        size: rollouts per prompt.
+        success_reward: from this reward on a rollout is right.
+        route: which rollouts are distilled, a key of ROUTES.
+        grpo_coef: weight of the GRPO term, 0 for none.
+        grpo_on: which rollouts it reinforces, a key of GRPO_ON.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+    """
+
+    rewards: Rewards
+    size: int = 1
+    success_reward: float = 1.0
+    route: str = "all"
+    grpo_coef: float = 0.0
+    grpo_on: str = "all"
+
+    @classmethod
+    def of(cls, args: Any, reward_funcs: Any) -> Groups:
+        """Read the settings of an OPSDConfig."""
+        return cls(
+            Rewards.of(reward_funcs, args.reward_weights),
+            args.num_generations,
+            args.success_reward,
+            args.route,
+            args.grpo_coef,
+            args.grpo_on,
+        )
+
+    def __post_init__(self) -> None:
+        for name, known in (("route", ROUTES), ("grpo_on", GRPO_ON)):
+            if getattr(self, name) not in known:
+                raise ConfigError(not_one_of(name, getattr(self, name), known))
+        if self.grpo_coef < 0:
+            raise ConfigError(
+                f"grpo_coef must not be negative, and is {self.grpo_coef}: it would punish what is right."
+            )
+        needs_rewards = self.route != "all" or self.grpo_coef > 0
+        if needs_rewards and not self.rewards.functions:
+            raise ConfigError(
+                f"route {self.route!r} and grpo_coef {self.grpo_coef:g} need to know which rollouts are right, and "
+                "there is no reward function. Pass reward_funcs=, such as 'last_number' or a function with TRL's "
+                "signature."
+            )
+        if self.grpo_coef > 0 and self.size < 2:
+            raise ConfigError(
+                "grpo_coef is set and num_generations is 1. GRPO compares a rollout with its group, and alone it has "
+                "no advantage. Set num_generations to 2 at least; 8 is usual."
+            )
+        if self.route == "all" and self.grpo_coef > 0 and self.grpo_on == "undistilled":
+            raise ConfigError(
+                "grpo_on is 'undistilled' and route is 'all': every rollout is distilled, so none would be "
+                "reinforced. Set grpo_on to 'all', or route to 'wrong'."
+            )
+
+    @property
+    def produced(self) -> tuple[str, ...]:
+        """The names that contexts may use beside the columns."""
+        return PRODUCED if self.rewards.functions else ()
+
+    @property
+    def words(self) -> str:
+        """Who learns how, in words; a resumed run must do the same."""
+        if not self.rewards.functions:
+            return f"{self.size} rollouts per prompt" if self.size > 1 else "one rollout per prompt"
+        said = f"{self.size} rollout(s) per prompt, rewarded by {', '.join(self.rewards.names)}; {ROUTES[self.route]}"
+        said += f" (success from {self.success_reward:g})"
+        return said + (f"; + {self.grpo_coef:g}·GRPO on {GRPO_ON[self.grpo_on]}" if self.grpo_coef else "")
+
+    def grade(
+        self, rollouts: Rollouts, completions: Sequence[Any], texts: Sequence[str], can_show: CanShow, state: Any
+    ) -> tuple[Rollouts, dict[str, float]]:
+        """Return the rollouts with what they produced and how they learn, and what is logged.
+
+        Rows that are neither distilled nor reinforced have no scored token left: they count nowhere.
+
+        Args:
+            rollouts: whole groups, one after the other.
+            completions: as reward functions get them.
+            texts: the completions as text.
+            can_show: whether a teacher has anything to be shown, given a row and what was produced for it.
+            state: transformers' TrainerState.
+        """
+        if not self.rewards.functions:
+            return rollouts, {}
+        verdicts = self.rewards(rollouts.rows, completions, rollouts.completion_ids, state)
+        right = [reward >= self.success_reward for reward in verdicts.rewards]
+        wrong = [reward < self.success_reward for reward in verdicts.rewards]  # NaN is neither
+        produced = [self._produced(number, texts, right, verdicts.feedback) for number in range(len(rollouts))]
+        routed = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.route]
+        shown = [can_show(row, made) for row, made in zip(rollouts.rows, produced, strict=True)]
+        distilled = [chosen and can for chosen, can in zip(routed, shown, strict=True)]
+        advantages = self._advantages(verdicts.rewards, distilled)
+        idle = [not d and not a for d, a in zip(distilled, advantages, strict=True)]
+        known = [reward for reward in verdicts.rewards if not math.isnan(reward)]
+        graded = replace(
+            rollouts.without(idle), produced=produced, distilled=[float(d) for d in distilled], advantages=advantages
+        )
+        return graded, {
+            **verdicts.means,
+            "reward": fmean(known) if known else math.nan,
+            "group/right": fmean(right),
+            "group/distilled": fmean(distilled),
+            "group/without_context": fmean(c and not s for c, s in zip(routed, shown, strict=True)),
+            "group/unused": fmean(idle),
+            "group/flat": self._flat_share(verdicts.rewards),
+        }
+
+    def _produced(
+        self, number: int, texts: Sequence[str], right: Sequence[bool], feedback: Sequence[str | None]
+    ) -> dict[str, Any]:
+        first = number - number % self.size
+        siblings = [n for n in range(first, min(first + self.size, len(texts))) if right[n] and n != number]
+        made = {"attempt": _answer(texts[number]), "feedback": feedback[number]}
+        made["sibling"] = _answer(texts[siblings[0]]) if siblings else None
+        return {name: value for name, value in made.items() if value}
+
+    def _advantages(self, rewards: Sequence[float], distilled: Sequence[bool]) -> list[float]:
+        """Return coef · (reward - the group's mean) / its deviation where the term applies, 0 elsewhere."""
+        found = []
+        for number, reward in enumerate(rewards):
+            group = self._group(rewards, number)
+            applies = self.grpo_coef > 0 and not (self.grpo_on == "undistilled" and distilled[number])
+            if not applies or math.isnan(reward):
+                found.append(0.0)
+            else:
+                spread = stdev(group) if len(group) > 1 else 0.0
+                found.append(self.grpo_coef * (reward - fmean(group)) / (spread + STD_EPSILON))
+        return found
+
+    def _group(self, rewards: Sequence[float], number: int) -> list[float]:
+        first = number - number % self.size
+        return [reward for reward in rewards[first : first + self.size] if not math.isnan(reward)]
+
+    def _flat_share(self, rewards: Sequence[float]) -> float:
+        """Return the share of groups whose rollouts all earned the same."""
+        groups = [self._group(rewards, first) for first in range(0, len(rewards), self.size)]
+        return fmean(len(set(group)) <= 1 for group in groups)
+
+
+def _answer(text: str) -> str:
+    """Return what was answered, without the thinking before it."""
+    return text.rpartition("</think>")[2].strip()

@@ -1,0 +1,52 @@
+"""Rows that are not sampled from the student: how many of a step, and with which completions.
+
+Knows rows, a tokenizer and a teacher; nothing of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from opsd.config import OPSDConfig
+from opsd.data import completion_of
+from opsd.rollouts import Ids
+from opsd.teachers import Teacher
+from opsd.teachers.base import Row
+
+
+def on_policy_rows(rows: int, lmbda: float, step: int) -> int:
+    """Return how many of a step's rows are on-policy: the same on every process, λ·rows on average.
+
+    floor(λ·rows·(step+1)) - floor(λ·rows·step): the carry of earlier steps without a counter, so a resume needs none.
+
+    Args:
+        rows: rows of one process.
+        lmbda: the share.
+        step: steps done.
+    """
+    share = lmbda * rows
+    return int(share * (step + 1) + 1e-9) - int(share * step + 1e-9)
+
+
+def completion_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
+    """Return a row's own completion as ids; text gets its end of turn."""
+    completion = completion_of(row)
+    if isinstance(completion, str):
+        return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert completion, "checked before training"
+    return list(completion)
+
+
+def off_policy_completions(
+    rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Ids], float]:
+    """Return completions for off-policy rows, and the share of them that was cut at the longest allowed."""
+    limit = args.max_completion_length
+    assert limit is not None
+    if args.seq_kd:
+        sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
+        return teacher.sample(rows, max_new_tokens=limit, **sampling), 0.0
+    completions = [completion_ids(row, tokenizer) for row in rows]
+    return [ids[:limit] for ids in completions], sum(len(ids) > limit for ids in completions) / len(rows)

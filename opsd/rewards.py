@@ -1,0 +1,173 @@
+"""Reward functions: how good a whole rollout is, and what its verifier has to say.
+
+Any function with TRL's signature works, and every grader of `opsd eval` by its name. Knows functions, rows and texts;
+nothing of groups, teachers or losses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from opsd.errors import ConfigError, DataError
+from opsd.evaluation.graders import GRADERS, REASONING_GYM, grade_rows, load_grader
+from opsd.rollouts import Ids
+
+Row: TypeAlias = Mapping[str, Any]
+RewardFunc: TypeAlias = Callable[..., Sequence[float | None]]
+FEEDBACK = "feedback"  # what a reward function calls the column that it gives to `log_extra`
+UNKNOWN = float("nan")
+NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # passed by their plural names
+
+
+def load_reward(value: RewardFunc | str) -> RewardFunc:
+    """Return the reward function that `value` means.
+
+    Args:
+        value: a function with TRL's signature; a grader's name ("last_number", "reasoning_gym:DATASET"), whose verdict
+            is a reward of 1 or 0; or "module:function", a function with TRL's signature.
+
+    Raises:
+        ConfigError: nothing has that name, or it is no plain function.
+    """
+    if isinstance(value, str):
+        if value not in GRADERS and not value.startswith(REASONING_GYM) and ":" in value:
+            return load_reward(_imported(value))
+        return _GraderReward(value)
+    if not callable(value) or inspect.iscoroutinefunction(value) or hasattr(value, "parameters"):
+        raise ConfigError(
+            f"a reward function is a plain function (prompts, completions, completion_ids, **columns) -> rewards, and "
+            f"this is a {type(value).__name__}. Reward models and async functions are not called by opsd: wrap them in "
+            "such a function."
+        )
+    return value
+
+
+class _GraderReward:
+    """A grader as a reward function: 1 for a right answer, 0 for a wrong one, None where the grader failed."""
+
+    def __init__(self, name: str):
+        self.__name__ = name
+        self._grade = load_grader(name)
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        texts = [text_of(completion) for completion in completions]
+        keys = [key for key, values in columns.items() if isinstance(values, list) and len(values) == len(texts)]
+        rows = [{key: columns[key][number] for key in keys} for number in range(len(texts))]
+        correct, failed = grade_rows(self._grade, texts, rows)
+        return [None if number in set(failed) else float(right) for number, right in enumerate(correct)]
+
+
+def text_of(completion: Any) -> str:
+    """Return the text of a completion as TRL passes it: text, or messages."""
+    if isinstance(completion, str):
+        return completion
+    return str(completion[-1].get("content") or "") if completion else ""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What reward functions say of some rollouts.
+
+    Args:
+        rewards: the weighted sum per rollout; NaN where no function gave one.
+        feedback: what the verifiers said of each, or None.
+        means: the mean of each function's rewards by its name, and what functions gave to `log_metric`.
+    """
+
+    rewards: Sequence[float]
+    feedback: Sequence[str | None]
+    means: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The reward functions of a run.
+
+    Args:
+        functions: called in order.
+        weights: of each in the sum.
+
+    Raises:
+        ConfigError: another number of weights than of functions.
+    """
+
+    functions: Sequence[RewardFunc]
+    weights: Sequence[float]
+
+    @classmethod
+    def of(cls, functions: Any, weights: Sequence[float] | None) -> Rewards:
+        """Read what a user gave: one function, a name, a list of either, or None."""
+        given = [] if functions is None else functions if isinstance(functions, list | tuple) else [functions]
+        loaded = [load_reward(each) for each in given]
+        if weights is not None and len(weights) != len(loaded):
+            raise ConfigError(
+                f"reward_weights has {len(weights)} weight(s) for {len(loaded)} reward function(s). Each function "
+                "needs one, in the same order; leave it out for all 1."
+            )
+        return cls(loaded, list(weights or [1.0] * len(loaded)))
+
+    @property
+    def names(self) -> list[str]:
+        """What logs and checkpoints call the functions."""
+        return [getattr(each, "__name__", type(each).__name__) for each in self.functions]
+
+    def __call__(
+        self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Ids], state: Any
+    ) -> Verdicts:
+        """Ask every function about every rollout.
+
+        Args:
+            rows: their dataset rows.
+            completions: texts, or lists with an assistant message where prompts are messages.
+            completion_ids: their ids.
+            state: transformers' TrainerState.
+
+        Raises:
+            DataError: a function returned another number of rewards than it got rollouts.
+        """
+        keys = {key for row in rows for key in row} - set(NOT_COLUMNS)
+        extra: dict[str, list[Any]] = {}
+        means: dict[str, float] = {}
+        columns = {
+            **{key: [row.get(key) for row in rows] for key in keys},
+            "trainer_state": state,
+            "log_extra": lambda name, values: extra.__setitem__(name, list(values)),
+            "log_metric": lambda name, value: means.__setitem__(name, float(value)),
+        }
+        prompts = [row["prompt"] for row in rows]
+        totals, known = [0.0] * len(rows), [False] * len(rows)
+        for function, name, weight in zip(self.functions, self.names, self.weights, strict=True):
+            found = list(function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns))
+            if len(found) != len(rows):
+                raise DataError(
+                    f"reward function {name!r} returned {len(found)} rewards for {len(rows)} rollouts. It must return "
+                    "one for each, in order (None where it has none)."
+                )
+            values = [UNKNOWN if value is None else float(value) for value in found]
+            for number, value in enumerate(values):
+                if not math.isnan(value):
+                    totals[number] += weight * value
+                    known[number] = True
+            real = [value for value in values if not math.isnan(value)]
+            means[f"rewards/{name}"] = sum(real) / len(real) if real else UNKNOWN
+        rewards = [total if is_known else UNKNOWN for total, is_known in zip(totals, known, strict=True)]
+        said = extra.get(FEEDBACK, [None] * len(rows))
+        if len(said) != len(rows):
+            raise DataError(f"log_extra('feedback', …) got {len(said)} texts for {len(rows)} rollouts: one for each.")
+        return Verdicts(rewards, said, means)
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"reward function {name!r} means {attribute!r} of the module {module!r}, which fails: {error}. Check both "
+            "names; a module in the current folder is found with `PYTHONPATH=. opsd …`."
+        ) from error

@@ -1,0 +1,112 @@
+"""What FSDP2 changes for whoever holds a second set of weights or calls less than a whole model.
+
+Parameters become DTensors after teachers took hold of the model, a model's own embeddings and head are whole only
+inside its forward pass, and what a pass gathered stays gathered. Knows torch's distributed tensors; nothing of
+teachers, rollouts or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from trl.models.utils import _ForwardRedirection
+
+# What wrappers put into parameters' names after teachers wrote them down.
+WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
+
+T = TypeVar("T")
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Tell whether FSDP2 has sharded a model."""
+    return isinstance(model, FSDPModule)
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name without what wrappers added."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def inside(model: nn.Module, function: Callable[[], T]) -> T:
+    """Call a function inside a sharded model's forward pass, where the model's own parameters are whole.
+
+    Its result must be one opaque object: FSDP2 casts tensors that it finds on the way out.
+    """
+    return _ForwardRedirection()(model, model, function) if is_sharded(model) else function()
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop what earlier passes gathered, so that the next pass gathers again; sends nothing."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a whole value cut as a parameter is cut; each process takes its part of what it has already."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor, sharing its memory."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor put together; a collective where it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(model: nn.Module, student: nn.Module) -> None:
+    """Shard another model over the student's processes, block by block, where the student is sharded."""
+    if not is_sharded(student) or is_sharded(model):
+        return
+    mesh = next(p for p in student.parameters() if isinstance(p, DTensor)).device_mesh
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+@contextmanager
+def exchanged(pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[None]:
+    """Let sharded parameters hold other values for the length of the block: (parameter, value) pairs.
+
+    The values are copied in and out, shard by shard: FSDP2 gathers from memory of its own, which a swapped pointer
+    would not reach.
+    """
+    reshard(model)
+    own = [local(parameter).clone() for parameter, _ in pairs]
+    with torch.no_grad():
+        for parameter, value in pairs:
+            local(parameter).copy_(local(value))
+    try:
+        yield
+    finally:
+        reshard(model)
+        with torch.no_grad():
+            for (parameter, _), before in zip(pairs, own, strict=True):
+                local(parameter).copy_(before)
+
+
+def agreed(value: Any) -> Any:
+    """Return the first process's value in all processes; a collective where there are several."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,132 @@
+"""Teachers made of teachers: what a mixture and a route have in common.
+
+Preparing, following the student, saving and stating costs go to every part; which part answers for what is the
+strategy's. Knows the interface of teachers only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from torch import Tensor
+
+from opsd.context import PrivilegedContext
+from opsd.errors import ConfigError
+from opsd.teachers.base import History, Row, StudentHandle, Teacher
+
+SEPARATOR = "/"  # between a part's name and its own names in a checkpoint
+
+
+class CompositeTeacher(Teacher):
+    """A teacher made of others, each with a context of its own.
+
+    Args:
+        parts: the others by name.
+        context: what those are shown that have no context of their own.
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, Teacher],
+        *,
+        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+    ):
+        super().__init__(context=context)
+        self.parts = dict(parts)
+        for name, part in self.parts.items():
+            if isinstance(part, CompositeTeacher) and isinstance(self, type(part)):
+                raise ConfigError(
+                    f"part {name!r} of this {self.strategy} is itself one. Name its parts here instead: the result is "
+                    "the same, and the weights are in one place."
+                )
+            if self.context is not None and part.context is None:
+                self.parts[name] = part.showing(self.context)
+
+    @property
+    def owners(self) -> list[Teacher]:
+        """The parts that hold weights: one that is shown several things counts once."""
+        return list(self.parts.values())
+
+    def prepare(self, student: StudentHandle) -> None:
+        """Prepare every part."""
+        super().prepare(student)
+        for part in self.owners:
+            part.prepare(student)
+
+    def shard(self) -> None:
+        """Shard every part."""
+        for part in self.owners:
+            part.shard()
+
+    def after_step(self, step: int, history: History = ()) -> str | None:
+        """Let every part follow."""
+        return "\n".join(filter(None, [part.after_step(step, history) for part in self.owners])) or None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return every part's state, its names behind the part's number."""
+        return {
+            f"{number}{SEPARATOR}{name}": value
+            for number, part in enumerate(self.owners)
+            for name, value in part.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take every part's state back."""
+        for number, part in enumerate(self.owners):
+            start = f"{number}{SEPARATOR}"
+            part.load_state_dict({name[len(start) :]: v for name, v in state.items() if name.startswith(start)})
+
+    def showing(self, context: PrivilegedContext | str | Mapping[str, Any] | None) -> Self:
+        """Return the same teachers, weights and all, all shown something else."""
+        other = copy.copy(self)
+        other.context = PrivilegedContext.of(context)
+        other.parts = {name: part.showing(context) for name, part in self.parts.items()}
+        return other
+
+    @property
+    def views(self) -> list[Teacher]:
+        """Everyone who is shown a prompt."""
+        return [view for part in self.parts.values() for view in part.views]
+
+    def views_of(self, row: Row) -> list[Teacher]:
+        """Return those who score this row."""
+        return [view for part in self.parts.values() for view in part.views_of(row)]
+
+    def check_rows(self, dataset: Any, columns: Sequence[str], produced: Sequence[str] = ()) -> None:
+        """Check every part's context."""
+        for part in self.parts.values():
+            part.check_rows(dataset, columns, produced)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Every part's."""
+        return [tensor for part in self.owners for tensor in part.tensors]
+
+    @property
+    def collective(self) -> bool:
+        """Whether any part's processes exchange weights."""
+        return any(part.collective for part in self.owners)
+
+    @property
+    def watches(self) -> frozenset[str]:
+        """What any part reads."""
+        return frozenset().union(*(part.watches for part in self.owners))
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """What the parts say of themselves, numbered where several say the same."""
+        said = [(number, *item) for number, part in enumerate(self.owners) for item in part.metrics.items()]
+        names = [name for _, name, _ in said]
+        return {name if names.count(name) == 1 else f"{name}/{number}": value for number, name, value in said}
+
+    @property
+    def max_length(self) -> int | None:
+        """The shortest of the parts'."""
+        return min((n for part in self.owners if (n := part.max_length) is not None), default=None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every part's description."""
+        return {"parts": {name: part.description for name, part in self.parts.items()}}

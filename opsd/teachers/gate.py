@@ -1,0 +1,114 @@
+"""May a snapshot be renewed? Decided from what the run has logged, so a resumed run decides alike.
+
+Knows names and numbers of a log; nothing of teachers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+from opsd.errors import ConfigError, not_one_of
+
+BETTER = ("higher", "lower")
+
+Log = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Conditions on logged metrics; values are means over the steps since the teacher could last have been renewed.
+
+    Gates keep a student that has begun to fail from becoming its own teacher (CGTR, arXiv 2606.03532: refresh only on
+    a gain and a safe length).
+
+    Args:
+        metric: a metric that must not have got worse since the last renewal: `reward`, `eval_loss`, …; None for none.
+        better: whether "higher" or "lower" is better.
+        tolerance: by how much it may be worse, in its own unit.
+        bounds: metric -> (lowest, highest) as multiples of what it was in the first window of the run, such as
+            {"completions/mean_length": (0.7, 1.5), "entropy": (0.5, 2.0)}.
+
+    Raises:
+        ConfigError: conditions that cannot work.
+    """
+
+    metric: str | None = None
+    better: str = "higher"
+    tolerance: float = 0.0
+    bounds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.better not in BETTER:
+            raise ConfigError(not_one_of("better", self.better, BETTER))
+        if self.tolerance < 0:
+            raise ConfigError(f"a gate's tolerance must not be negative, and is {self.tolerance}.")
+        if not self.watches:
+            raise ConfigError(
+                "a gate has neither metric nor bounds, so it would let everything through. Name a metric, bounds, or "
+                "leave the gate out."
+            )
+        for name, pair in self.bounds.items():
+            if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+                raise ConfigError(
+                    f"the gate's bounds of {name!r} are {pair!r}. They are two multiples of the metric's first value, "
+                    "lowest and highest: [0.7, 1.5]."
+                )
+
+    @property
+    def watches(self) -> frozenset[str]:
+        """The metrics that it reads."""
+        return frozenset([*self.bounds, *([self.metric] if self.metric else [])])
+
+    def problem(self, log: Log, first: range, last: range, now: range) -> str | None:
+        """Return why the teacher may not be renewed, or None.
+
+        Args:
+            log: a run's entries, each with its `step`.
+            first: the steps of the run's first window.
+            last: the steps of the window before the last renewal; empty before the first.
+            now: the steps of the window that has just ended.
+        """
+        for name, (low, high) in self.bounds.items():
+            value, start = mean(log, name, now), mean(log, name, first)
+            if value is None or start is None:
+                return _missing(name, now)
+            if not low * start <= value <= high * start:
+                share = f"{value / start:.2f} times" if start else "away from"
+                return f"{name} was {value:.4g}, {share} the {start:.4g} it began with (allowed: {low:g} to {high:g})"
+        if self.metric is None:
+            return None
+        value = mean(log, self.metric, now)
+        if value is None:
+            return _missing(self.metric, now)
+        before = mean(log, self.metric, last)
+        if before is None:
+            return None
+        worse = before - value if self.better == "higher" else value - before
+        if worse > self.tolerance:
+            return f"{self.metric} went from {before:.4g} to {value:.4g} ({self.better} is better)"
+        return None
+
+    @property
+    def words(self) -> str:
+        """The conditions in words."""
+        said = [f"{name} stays within {low:g} to {high:g} times its start" for name, (low, high) in self.bounds.items()]
+        if self.metric:
+            by = f" by more than {self.tolerance:g}" if self.tolerance else ""
+            said.insert(0, f"{self.metric} does not {'fall' if self.better == 'higher' else 'rise'}{by}")
+        return " and ".join(said)
+
+
+def mean(log: Log, name: str, steps: range) -> float | None:
+    """Return the mean of a metric's entries at these steps, or None if there are none."""
+    values = [entry[name] for entry in log if entry.get("step") in steps and entry.get(name) is not None]
+    return fmean(values) if values else None
+
+
+def _missing(name: str, steps: range) -> str:
+    return (
+        f"nothing was logged for {name} in steps {steps.start} to {steps.stop - 1} (logging_steps or eval_steps is "
+        "longer than `every`)"
+    )

@@ -1,0 +1,106 @@
+"""Several teachers on one token: as one distribution, their arithmetic or geometric mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from opsd.context import PrivilegedContext
+from opsd.errors import ConfigError
+from opsd.rollouts import Rollouts
+from opsd.signals import HiddenSignal, MixtureSignal, check_mixture
+from opsd.teachers.base import StudentHandle, Teacher
+from opsd.teachers.composite import CompositeTeacher
+from opsd.teachers.local import LocalTeacher
+
+
+class MixtureTeacher(CompositeTeacher):
+    """Σ w·p or ∏ p^w (normalised) of several teachers, or of one set of weights under several contexts.
+
+    Args:
+        teachers: the teachers (objects, names or mappings, as `load_teacher` takes them), each with its own context;
+            or with `contexts` a single one, whose weights exist once and score all contexts in one batched pass.
+        weights: one per teacher or context, adding up to 1; a geometric mixture may have negative ones.
+        kind: "arithmetic" or "geometric".
+        contexts: what the single teacher is shown, one by one.
+        context: what teachers without a context of their own are shown.
+
+    Raises:
+        ConfigError: weights that do not add up to 1, or teachers that cannot be mixed.
+    """
+
+    strategy = "mixture"
+
+    def __init__(
+        self,
+        teachers: Any,
+        weights: Sequence[float],
+        *,
+        kind: str = "arithmetic",
+        contexts: Sequence[PrivilegedContext | str | Mapping[str, Any] | None] | None = None,
+        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+    ):
+        from opsd.teachers import load_teacher  # its table has this class in it
+
+        several = isinstance(teachers, Sequence) and not isinstance(teachers, str)
+        loaded = [load_teacher(teacher) for teacher in (teachers if several else [teachers])]
+        self._owner: Teacher | None = None
+        if contexts is not None:
+            if len(loaded) != 1:
+                raise ConfigError(
+                    f"contexts= shows one teacher several things, and {len(loaded)} teachers were given. Give each "
+                    "teacher its own context, or a single teacher."
+                )
+            self._owner = loaded[0]
+            loaded = [self._owner.showing(each) for each in contexts]
+        for part in loaded:
+            if not isinstance(part, LocalTeacher):
+                raise ConfigError(
+                    f"a mixture needs each teacher's whole distribution, and teacher {part.strategy!r} does not run in "
+                    "this process as one model. Mix models, or route rows to teachers instead: RoutedTeacher."
+                )
+        self.weights, self.kind = list(weights), kind
+        check_mixture(len(loaded), self.weights, kind)
+        super().__init__({str(number): part for number, part in enumerate(loaded)}, context=context)
+
+    @property
+    def owners(self) -> list[Teacher]:
+        """The teachers that hold weights."""
+        return super().owners if self._owner is None else [self._owner]
+
+    def prepare(self, student: StudentHandle) -> None:
+        """Prepare the teachers; one that is shown several things gets its weights once."""
+        super().prepare(student)
+        if self._owner is not None:
+            self.parts = {name: self._owner.showing(part.context) for name, part in self.parts.items()}
+
+    def show(self, rollouts: Rollouts) -> Rollouts:
+        """Render every part's prompt for every rollout."""
+        for part in self.parts.values():
+            rollouts = part.show(rollouts)
+        return rollouts
+
+    def score(self, rollouts: Rollouts) -> MixtureSignal:
+        """Ask every part, those that share weights in one pass."""
+        parts: list[Any] = list(self.parts.values())
+        signals: list[HiddenSignal]
+        if self._owner is None:
+            signals = [part.score(rollouts) for part in parts]
+        else:
+            signals = parts[0].score_views(parts, rollouts)
+        return MixtureSignal(signals, self.weights, self.kind)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Kind, weights and parts."""
+        return {"kind": self.kind, "weights": self.weights, **super().settings}
+
+    @property
+    def words(self) -> str:
+        """Who is mixed, and how."""
+        shares = [f"{w:g} × ({part.words})" for w, part in zip(self.weights, self.parts.values(), strict=True)]
+        if self._owner is not None:
+            names = [part.context.name if part.context else "nothing more" for part in self.parts.values()]
+            shares = [f"{w:g} × shown {name}" for w, name in zip(self.weights, names, strict=True)]
+            return f"the {self.kind} mean of {', '.join(shares)}; all are {self._owner.words}"
+        return f"the {self.kind} mean of {', '.join(shares)}"

@@ -1,0 +1,139 @@
+"""A teacher per kind of row: which one answers stands in a column (multi-teacher distillation)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from opsd.context import PrivilegedContext
+from opsd.errors import ConfigError, DataError, did_you_mean
+from opsd.rollouts import Ids, Rollouts
+from opsd.signals import RoutedSignal
+from opsd.teachers.base import Row, Teacher
+from opsd.teachers.composite import CompositeTeacher
+
+
+class RoutedTeacher(CompositeTeacher):
+    """Each row is scored by the teacher that its column names.
+
+    Args:
+        column: the column.
+        teachers: the column's values (compared as text) -> teachers, as `load_teacher` takes them.
+        context: what teachers without a context of their own are shown.
+
+    Raises:
+        ConfigError: no teachers.
+    """
+
+    strategy = "routed"
+
+    def __init__(
+        self,
+        column: str,
+        teachers: Mapping[Any, Any],
+        *,
+        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+    ):
+        from opsd.teachers import load_teacher  # its table has this class in it
+
+        if not isinstance(teachers, Mapping) or not teachers:
+            raise ConfigError(
+                f"a route needs a teacher for each value of the column {column!r}: {{value: teacher}}, and was given "
+                f"{teachers!r:.80}."
+            )
+        self.column = column
+        super().__init__({str(value): load_teacher(teacher) for value, teacher in teachers.items()}, context=context)
+
+    def route(self, row: Row) -> str:
+        """Return the name of the teacher that scores a row.
+
+        Raises:
+            DataError: there is none.
+        """
+        value = str(row.get(self.column))
+        if value not in self.parts:
+            raise DataError(
+                f"column {self.column!r} holds {value!r}, and no teacher is named for it."
+                f"{did_you_mean(value, self.parts)} Such rows could not be scored. Teachers: {', '.join(self.parts)}. "
+                "Add one, or drop these rows."
+            )
+        return value
+
+    def views_of(self, row: Row) -> list[Teacher]:
+        """Return those who score this row."""
+        return self.parts[self.route(row)].views_of(row)
+
+    def check_rows(self, dataset: Any, columns: Sequence[str], produced: Sequence[str] = ()) -> None:
+        """Check that every row has a teacher, and what that teacher's context reads."""
+        if self.column not in columns:
+            raise DataError(
+                f"teachers are chosen by the column {self.column!r}, and the dataset has: {', '.join(columns)}."
+                f"{did_you_mean(self.column, columns)}"
+            )
+        if not isinstance(dataset, Dataset):
+            super().check_rows(dataset, columns, produced)
+            return
+        routes = [self._route_of(number, value) for number, value in enumerate(dataset[self.column])]
+        for name, part in self.parts.items():
+            mine = [number for number, route in enumerate(routes) if route == name]
+            part.check_rows(dataset.select(mine), columns, produced)
+
+    def _route_of(self, number: int, value: Any) -> str:
+        try:
+            return self.route({self.column: value})
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+
+    def show(self, rollouts: Rollouts) -> Rollouts:
+        """Render for each row its own teacher's prompt."""
+        routes = [self.route(row) for row in rollouts.rows]
+        for name, part in self.parts.items():
+            # For other teachers' rows it renders nothing: they get the student's prompt, which nobody scores.
+            mine = part.show(rollouts.without([route != name for route in routes]))
+            rollouts = replace(rollouts, shown=mine.shown)
+        return rollouts
+
+    def score(self, rollouts: Rollouts) -> RoutedSignal:
+        """Ask each teacher about its rows; one whose weights are sharded is asked in any case."""
+        routes = [self.route(row) for row in rollouts.rows]
+        row_N = [number for number, mask in enumerate(rollouts.loss_mask or ()) for _ in range(sum(mask))]
+        signals: list[Any] = []
+        indices: list[torch.Tensor] = []
+        for name, part in self.parts.items():
+            mine = [number for number, route in enumerate(routes) if route == name]
+            if not mine and not part.collective:
+                continue
+            asked = rollouts.select(mine) if mine else rollouts.select([0]).without([True])
+            signal = part.score(asked)
+            signals.append(signal)
+            tokens = [n for n, row in enumerate(row_N) if row in set(mine)]
+            indices.append(torch.tensor(tokens, dtype=torch.long, device=self._device))
+        return RoutedSignal(signals, indices)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._student.model.parameters()).device
+
+    def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
+        """Return each row's own teacher's completion."""
+        found: dict[int, Ids] = {}
+        for name, part in self.parts.items():
+            mine = [number for number, row in enumerate(rows) if self.route(row) == name]
+            if mine:
+                completions = part.sample([rows[n] for n in mine], max_new_tokens=max_new_tokens, **sampling)
+                found |= dict(zip(mine, completions, strict=True))
+        return [found[number] for number in range(len(rows))]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Column and parts."""
+        return {"column": self.column, **super().settings}
+
+    @property
+    def words(self) -> str:
+        """Who scores what."""
+        return f"by column {self.column!r}: " + "; ".join(f"{name}: {part.words}" for name, part in self.parts.items())
