@@ -45,7 +45,7 @@ def inside(model: nn.Module, function: Callable[[], T]) -> T:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop what earlier passes gathered, so that the next pass gathers again; sends nothing."""
+    """Drop what earlier passes of a sharded model gathered, so that the next gathers again; sends nothing."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -89,7 +89,6 @@ def exchanged(pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[
     The values are copied in and out, shard by shard: FSDP2 gathers from memory of its own, which a swapped pointer
     would not reach.
     """
-    reshard(model)
     own = [local(parameter).clone() for parameter, _ in pairs]
     with torch.no_grad():
         for parameter, value in pairs:

@@ -17,7 +17,7 @@ from opsd.evaluation.sampling import generate
 from opsd.forward import check_model, context_length, evaluating, last_hidden
 from opsd.heads import Head
 from opsd.rollouts import Ids, PaddedBatch, Rollouts
-from opsd.sharding import inside, is_sharded
+from opsd.sharding import inside, is_sharded, reshard
 from opsd.signals import HiddenSignal
 from opsd.teachers.base import Row, StudentHandle, Teacher
 
@@ -84,6 +84,7 @@ class LocalTeacher(Teacher):
             )
         with self.teaching(), evaluating(self.model):
             found = inside(self.model, lambda: self._signal(batch))
+            reshard(self.model)
         count = len(found) // len(views)
         return [found.select(slice(number * count, (number + 1) * count)) for number in range(len(views))]
 

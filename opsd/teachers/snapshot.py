@@ -57,7 +57,7 @@ class SnapshotTeacher(MovingTeacher):
         if step % self.every:
             return None
         # Some metrics are known to one process only, and all must decide alike.
-        problem = agreed(self.gate and self._problem(step, history))
+        problem = None if self.gate is None else agreed(self._problem(step, history))
         if problem:
             return f"the teacher was not renewed at step {step}: {problem}; it stays the student of step {self.moved}"
         self.weights.copy_model()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd.forward import evaluating, last_hidden, probe
-from opsd.sharding import exchanged, is_sharded, laid_out_like, local, plain_name, whole
+from opsd.sharding import exchanged, is_sharded, laid_out_like, local, plain_name, reshard, whole
 
 MEGABYTE = 2**20
 
@@ -57,6 +57,7 @@ class TrainableWeights:
 
         Parameters are looked up anew, since sharding replaces them, and a value that is still whole is then cut alike.
         """
+        reshard(self.model)  # between passes a sharded model may still show what the last one gathered
         parameters = {plain_name(name): p for name, p in self.model.named_parameters()}
         found: list[tuple[str, Tensor, Tensor]] = []
         for name in self.values:

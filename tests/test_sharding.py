@@ -1,0 +1,148 @@
+"""Teachers of a student that FSDP2 shards over two real processes, against the same run in one piece.
+
+The student is sharded by accelerate's own function, the way its launcher does it, on gloo: what FSDP2 computes is the
+same on a CPU. Every strategy trains for some steps on replayed rollouts; then scores, students and teachers' states
+must be those of the run in one piece.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import RUNS
+
+WORKER = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from types import SimpleNamespace
+import torch, torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
+from helpers import MAKE_TEACHER, RUNS, make_args, make_rollouts, make_student, move
+from conftest import make_tokenizer
+from opsd.prompts import PromptRenderer
+from opsd.sharding import inside, whole
+from opsd.teachers import StudentHandle
+from opsd.training_loss import TrainingLoss
+
+os.environ.update(FSDP_VERSION="2", FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+CPU = torch.device("cpu")
+STEPS = 4
+
+def shard(student):
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+                                            reshard_after_forward=True, cpu_ram_efficient_loading=False)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=rank == 0, device=CPU,
+        torch_device_mesh={("fsdp",): device_mesh}, parallelism_config=SimpleNamespace(fsdp_dim_names=["fsdp"]))
+    return fsdp2_prepare_model(accelerator, student)
+
+def run(strategy, kind, sharded):
+    "Train on replayed rollouts: all rows in one piece, or each process its own of a sharded student."
+    student = make_student(kind)
+    teacher = MAKE_TEACHER[strategy]()
+    loss = TrainingLoss(make_args(folder, anchor_coef=0.1), teacher)
+    loss.prepare(StudentHandle(student, PromptRenderer(make_tokenizer())), [2])
+    if sharded:
+        student = shard(student)
+        teacher.shard()
+    optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
+    rollouts = loss.show(make_rollouts(8))
+    if strategy in ("ema", "routed"):  # nothing of the second process's rows is scored, one kind of rows is not there
+        rollouts = loss.show(make_rollouts(8).without([n % 2 == 1 for n in range(8)]))
+    rollouts = rollouts.normalised_by(rollouts.num_scorable)
+    mine = rollouts.select(list(range(8))[rank::world]) if sharded else rollouts
+    processes = world if sharded else 1
+    history, sent = [], 0
+    for step in range(1, STEPS + 1):
+        student.train()
+        before = {n: whole(p.detach()).clone() for n, p in student.named_parameters()}
+        scored = loss.score(mine)
+        for n, p in student.named_parameters():
+            assert torch.equal(whole(p.detach()), before[n]), f"{n} was left changed by the teacher's pass"
+        record = inside(student, lambda: Box(loss(student, scored, CPU, processes))).value
+        record.loss.backward()
+        optimizer.step(); optimizer.zero_grad()
+        with CommDebugMode() as communication:
+            teacher.after_step(step, history)
+        sent += sum(communication.get_comm_counts().values())
+        history.append({"step": step, "entropy": 5.0, "completions/mean_length": 6.0})
+    signal = loss.teacher.score(mine)
+    ids = torch.tensor(mine.scored_ids, dtype=torch.long)
+    values = dict(zip(token_keys(mine), signal.logprobs(ids).tolist()))
+    weights = {n: whole(p.detach()).clone() for n, p in student.named_parameters()}
+    state = {n: v.clone() for n, v in teacher.state_dict().items()}
+    buffers = {id(b) for b in getattr(getattr(teacher, "model", None), "buffers", tuple)()}
+    cut = all(isinstance(t, DTensor) for t in teacher.tensors if id(t) not in buffers)
+    return SimpleNamespace(values=values, weights=weights, state=state, sent=sent, cut=cut)
+
+class Box:
+    "One opaque object: FSDP2 casts tensors that leave a forward pass."
+    def __init__(self, value): self.value = value
+
+def token_keys(rollouts):
+    return [(str(row["prompt"]), n) for row, mask in zip(rollouts.rows, rollouts.loss_mask) for n, on in enumerate(mask) if on]
+
+def apart(a, b):
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return max((float((a[n].double() - b[n].double()).abs().max()) for n in a), default=0.0)
+
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+device_mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("fsdp",))
+found = []
+for strategy, kind in RUNS:
+    if strategy == "ema_product":
+        continue
+    one, two = run(strategy, kind, False), run(strategy, kind, True)
+    start = {n: p.detach() for n, p in make_student(kind).named_parameters()}
+    found.append(dict(strategy=strategy, kind=kind, sent=two.sent, cut=two.cut, tokens=len(two.values),
+        scores=max((abs(two.values[k] - one.values[k]) for k in two.values), default=0.0),
+        students=apart(two.weights, one.weights), states=apart(two.state, one.state), trained=apart(one.weights, start)))
+    if rank == 0:
+        print(found[-1], flush=True)
+json.dump(found, open(os.path.join(folder, f"found-{rank}.json"), "w"))
+dist.barrier()
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("sharded")
+    script = folder / "worker.py"
+    script.write_text(WORKER.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        [*command, str(script), str(folder)], capture_output=True, text=True, env=environment, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    return [case for rank in range(2) for case in json.loads((folder / f"found-{rank}.json").read_text())]
+
+
+def test_every_strategy_was_sharded(found: list[dict]) -> None:
+    assert {(case["strategy"], case["kind"]) for case in found} == {run for run in RUNS if run[0] != "ema_product"}
+    assert any(case["tokens"] == 0 for case in found), "no process was without a scorable row"
+
+
+def test_a_sharded_run_is_the_run_in_one_piece(found: list[dict]) -> None:
+    """Scores, student and teacher's state; a pass that kept gathered weights, or a copy of the wrong shard, fails."""
+    for case in found:
+        assert case["trained"] > 1e-3, case
+        assert case["scores"] <= 1e-4 and case["students"] <= 2e-5 and case["states"] <= 2e-5, case
+
+
+def test_teachers_follow_shard_by_shard_and_send_nothing(found: list[dict]) -> None:
+    """A gate's verdict is sent (two messages for each of two renewals); weights never are."""
+    for case in found:
+        assert case["sent"] <= (4 if case["strategy"] == "snapshot" else 0) and case["cut"], case
