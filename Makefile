@@ -26,6 +26,8 @@ lint: $(VENV)/dev.done
 evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/demo.py
 	$(RUN)/python benchmarks/losses.py
+	$(RUN)/python benchmarks/crashes.py
+	$(RUN)/python benchmarks/ema_average.py
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

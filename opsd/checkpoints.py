@@ -22,8 +22,9 @@ from opsd.errors import CheckpointError
 
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
 TRAINER_STATE = "trainer_state.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin")
-OPTIMIZER = ("optimizer.pt", "optimizer_0", "pytorch_model_fsdp_0", "global_step0")  # a file, or shards in a folder
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin",
+           "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # fmt: skip
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0")  # the last is FSDP's folder of shards
 UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark of an interrupted save
 
 
@@ -73,7 +74,7 @@ def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
             f"the teacher's state in {folder} is that of step {step}. Student and teacher would belong to different "
             "steps. Put the folder's own files back, or resume from another checkpoint."
         )
-    wanted = json.loads(json.dumps(facts))
+    stored, wanted = _flat(stored), _flat(json.loads(json.dumps(facts)))
     differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
     if differing:
         lines = [f"  {key}: {stored.get(key)!r} in the checkpoint, {wanted.get(key)!r} now" for key in differing]
@@ -82,6 +83,14 @@ def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
             "same run. Restore these settings, or start a new run from the checkpoint's weights."
         )
     return load_file(folder / TENSORS)
+
+
+def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, with keys like `teacher.decay`."""
+    flat: dict[str, Any] = {}
+    for key, value in facts.items():
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
 
 
 def problem(folder: Path) -> str | None:
@@ -111,7 +120,7 @@ def _is_whole(path: Path) -> bool:
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # compares what the header lists with the file's length
                 pass
-        elif path.suffix in (".pt", ".pth"):
+        elif path.suffix in (".pt", ".pth", ".bin"):
             return is_zipfile(path)
     except (ValueError, SafetensorError, OSError):
         return False

@@ -81,7 +81,7 @@ def check_sharding(args: Any) -> None:
         args: training arguments. accelerate's launcher says the rest by environment variables.
 
     Raises:
-        ConfigError: FSDP 1, or DeepSpeed's ZeRO-3.
+        ConfigError: FSDP 1, DeepSpeed's ZeRO-3, or a teacher that would have to sample in shards.
     """
     fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
     version = str((args.fsdp_config or {}).get("version") or os.environ.get("FSDP_VERSION") or 1)
@@ -89,6 +89,12 @@ def check_sharding(args: Any) -> None:
         raise ConfigError(
             "FSDP 1 flattens parameters, and a teacher made of the student could not find its own among them. Use "
             "FSDP 2: fsdp_version: 2 (examples/accelerate/fsdp2.yaml), or fsdp_config: {version: 2}."
+        )
+    if fsdp and args.seq_kd:
+        raise ConfigError(
+            "seq_kd lets the teacher sample, and with FSDP each process would gather its weights token by token, as "
+            "often as its own longest completion asks for: one would wait for the others. Sample before the run, into "
+            "a column `completion`, and leave seq_kd out."
         )
     if _zero_stage(args) == 3:
         raise ConfigError(
@@ -183,6 +189,11 @@ def check_rows_fit(
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
             check_lengths(view.max_length, [prompt], [max_new_tokens], "teacher", first_row=number)
+    _forget_counts(teacher)
+
+
+def _forget_counts(teacher: Teacher) -> None:
+    """Let contexts count from the first training step."""
     for view in teacher.views:
         if view.context is not None:
             view.context.counts = type(view.context.counts)()
@@ -220,19 +231,25 @@ def check_watched(teacher: Teacher, args: Any, has_eval: bool, has_rewards: bool
             )
 
 
-def measured_cost(teacher: Teacher, dataset: Any, student: StudentHandle, produced: Sequence[str] = ()) -> Cost:
+def measured_cost(
+    teacher: Teacher, dataset: Any, student: StudentHandle, produced: Sequence[str] = (), micro_batches: int = 1
+) -> Cost:
     """Let the teacher score one token for each of two rows, and return what it costs, passes counted.
 
     Args:
-        dataset: prepared rows.
+        dataset: prepared rows; None where nothing will be trained: then no pass is counted.
         student: the student.
         teacher: the teacher, prepared.
         produced: names that training makes for contexts.
+        micro_batches: of an optimizer step.
     """
+    if dataset is None:
+        return teacher.cost
     rows = list(islice(iter(dataset), 2))
     made: list[dict[str, Any]] = [dict.fromkeys(produced, "not made yet") for _ in rows]
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], produced=made)
     with counting_passes() as sequences:
         teacher.score(teacher.show(probe))
-    return replace(teacher.cost, passes=sum(sequences) / len(rows))
+    _forget_counts(teacher)
+    return replace(teacher.cost, passes=sum(sequences) / len(rows), micro_batches=micro_batches)

@@ -141,10 +141,8 @@ class OPSDTrainer(DistillationTrainer):
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
-        self.callback_handler.callbacks[:0] = [
-            FollowStudent(self.teacher, self._metrics["train"], self._say),
-            self._stop,
-        ]
+        follow = FollowStudent(self.teacher, self._metrics["train"], self._say)
+        self.callback_handler.callbacks[:0] = [follow, self._stop]
 
     # ---- before the first step --------------------------------------------------------------------------------
 
@@ -184,9 +182,8 @@ class OPSDTrainer(DistillationTrainer):
             "seq_kd": self.args.seq_kd,
         }
         names = [view.context.name if view.context else "the student's own prompt" for view in self.teacher.views]
-        cost = self.teacher.cost
-        if self.train_dataset is not None:
-            cost = preflight.measured_cost(self.teacher, self.train_dataset, self.student, produced)
+        steps = self.args.gradient_accumulation_steps
+        cost = preflight.measured_cost(self.teacher, self.train_dataset, self.student, produced, steps)
         self._say(
             f"teacher     {self.teacher.words}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}"
         )
@@ -203,10 +200,9 @@ class OPSDTrainer(DistillationTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Name the columns that `remove_unused_columns=True` keeps."""
         if self._signature_columns is None:
-            read = sorted(self.training_loss.columns)
-            # Reward functions and routes read columns of their own, whose names only they know.
-            own = (self.train_dataset.column_names or []) if self.train_dataset is not None else []
-            self._signature_columns = list(dict.fromkeys(["prompt", "completion", "completion_ids", *read, *own]))
+            # Reward functions and routes read columns whose names only they know.
+            own = getattr(self.train_dataset, "column_names", None) or []
+            self._signature_columns = ["prompt", "completion", "completion_ids", *self.training_loss.columns, *own]
 
     # ---- sample ------------------------------------------------------------------------------------------------
 

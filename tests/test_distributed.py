@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows
+from helpers import RUNS
 
 WORKER = """
 import json, os, sys
@@ -47,6 +48,34 @@ result = json.dumps(dict(world=world, rank=rank, grad=total, check=check,
       divergence=[e["divergence"] for e in trainer.state.log_history if "divergence" in e],
       tokens=[e["scored_tokens"] for e in trainer.state.log_history if "scored_tokens" in e]))
 open(os.path.join(folder, f"result-{world}-{rank}.json"), "w").write(result)
+"""
+
+
+EVERY_TEACHER = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+from helpers import MAKE_TEACHER, RUNS, make_rollouts, make_trainer, move
+
+folder = sys.argv[1]
+found = {}
+for number, (teacher, student) in enumerate(RUNS):
+    trainer = make_trainer(os.path.join(folder, str(number)), MAKE_TEACHER[teacher](), student)
+    world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+    model = trainer.accelerator.prepare_model(trainer.model)
+    # The student moves twice and its teacher follows: gates, averages and copies have done something by then.
+    for step in (1, 2):
+        move(trainer.model)
+        trainer.teacher.after_step(step, [{"step": 1, "entropy": 5.0, "completions/mean_length": 6.0}])
+    rollouts = trainer.training_loss.show(make_rollouts(8).without([n in (1, 3, 5, 7) for n in range(8)]))
+    share = rollouts.normalised_by(rollouts.num_scorable).select(list(range(8))[rank::world])
+    trainer.model.train(); trainer.model.zero_grad()
+    trainer.accelerator.backward(trainer.compute_loss(model, trainer._scored(share)))
+    found[f"{teacher} {student}"] = [
+        sum(float(p.grad.double().pow(2).sum()) for p in trainer.model.parameters() if p.grad is not None),
+        sum(float(v.double().abs().sum()) for v in trainer.teacher.state_dict().values()),
+    ]
+json.dump(found, open(os.path.join(folder, f"result-{world}-{rank}.json"), "w"))
 """
 
 
@@ -92,6 +121,19 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, script: Pat
     two = launch(script, 2, tmp_path / "two", kind)
     assert one["check"] == two[0]["check"] == two[1]["check"]
     assert two[0]["grad"] == pytest.approx(one["grad"], rel=2e-5) and two[1]["grad"] == two[0]["grad"]
+
+
+def test_every_teacher_agrees_between_one_process_and_two(tmp_path: Path) -> None:
+    """Invariant 7, with a process that has no token to score: every collective must be reached by both."""
+    script = tmp_path / "every.py"
+    script.write_text(EVERY_TEACHER.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    (one,) = launch(script, 1, tmp_path / "one", "")
+    first, second = launch(script, 2, tmp_path / "two", "")
+    assert first == second and first.keys() == one.keys() == {f"{t} {s}" for t, s in RUNS}
+    for case, (gradient, state) in one.items():
+        assert gradient > 0 and first[case] == pytest.approx([gradient, state], rel=2e-5), case
 
 
 def test_the_command_line_trains_under_torchrun(tmp_path: Path, llama_folder: str) -> None:

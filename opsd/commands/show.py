@@ -13,13 +13,13 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opsd.context import PrivilegedContext
 from opsd.data import completion_of, load_rows, prepare_rows, row_columns
 from opsd.errors import ConfigError
+from opsd.groups import PRODUCED
 from opsd.models import check_model_name
 from opsd.prompts import PromptRenderer
 from opsd.run_file import Run, read_run
-from opsd.teachers import load_teacher
+from opsd.teachers import Teacher, load_teacher
 
 BOUNDARY = " ▏"
 SHADES = ("on grey15", "on grey27")  # neighbouring tokens differ, so that their edges show
@@ -46,14 +46,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Print both sides."""
     options = make_parser().parse_args(arguments)
-    run, context = _settings(options)
+    run, teacher = _settings(options)
     model, dataset_name = run.model.model_name_or_path or "", run.run.dataset_name or ""
     rows = load_rows(dataset_name, split=run.run.dataset_train_split, name=run.run.dataset_config)
     dataset = prepare_rows(rows, name=dataset_name)
     if not 0 <= options.row < len(dataset):
         raise ConfigError(f"the dataset has rows 0 to {len(dataset) - 1}, and row {options.row} was asked for.")
-    if context is not None:
-        context.check_columns(row_columns(dataset))
+    made = PRODUCED if run.run.reward_funcs else ()
+    teacher.check_rows(dataset, row_columns(dataset), made)
     tokenizer = AutoTokenizer.from_pretrained(
         check_model_name(model), revision=run.model.model_revision, trust_remote_code=run.args.trust_remote_code
     )
@@ -61,29 +61,37 @@ def main(arguments: Sequence[str]) -> int:
     completion, origin = _completion(options.completion, row, tokenizer)
     console = Console()
     renderer = PromptRenderer(tokenizer, None, run.args.chat_template_kwargs or {})
-    student = renderer.ids(row["prompt"])
-    teacher = context.render(row, side=renderer) if context else student
-    shown = f"shown {context.name}" if context else "shown the student's own prompt"
-    sides = [("student", student), (f"teacher ({shown})", teacher)]
+    sides = [("student", renderer.ids(row["prompt"])), *_teacher_sides(teacher, row, renderer, made)]
     width = max(40, console.width // 2 - 1)
     for as_tokens in (False, True):
         panels = [
             Panel(_render(tokenizer, ids, completion, as_tokens), title=title, width=width) for title, ids in sides
         ]
         console.print(Columns(panels) if console.width >= 2 * width else Group(*panels))
-    console.print(
-        f"row {options.row}: student prompt {len(student)} tokens, teacher prompt {len(teacher)}; "
-        f"{len(completion)} tokens are scored on both sides ({origin})."
-    )
+    lengths = ", ".join(f"{title.split(' ')[0]} prompt {len(ids)}" for title, ids in sides)
+    console.print(f"row {options.row}: {lengths} tokens; {len(completion)} tokens are scored on both sides ({origin}).")
     return 0
 
 
-def _settings(options: argparse.Namespace) -> tuple[Run, PrivilegedContext | None]:
-    """Return the run as `opsd train` would read it, and what its teacher is shown."""
+def _teacher_sides(
+    teacher: Teacher, row: Mapping[str, Any], renderer: PromptRenderer, made: Sequence[str]
+) -> list[tuple[str, list[int]]]:
+    """Return title and prompt of every teacher that scores this row."""
+    produced = {name: f"(the {name}, made during training)" for name in made}
+    sides = []
+    for view in teacher.views_of(row):
+        shown = view.context.name if view.context else "the student's own prompt"
+        ids = view.context.render(row, produced, side=renderer) if view.context else renderer.ids(row["prompt"])
+        sides.append((f"teacher (shown {shown})", ids))
+    return sides
+
+
+def _settings(options: argparse.Namespace) -> tuple[Run, Teacher]:
+    """Return the run as `opsd train` would read it, and its teacher, whose weights are not loaded."""
     names = ("model_name_or_path", "dataset_name", "context")
     overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
     run = read_run(Path(options.config) if options.config else None, overrides)
-    return run, load_teacher(run.run.teacher, context=run.run.context).context
+    return run, load_teacher(run.run.teacher, context=run.run.context)
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:

@@ -57,16 +57,20 @@ class Cost:
     Args:
         megabytes: memory of the weights it holds, counted from its tensors; on this process, where they are sharded.
         offloaded: of these, in CPU memory.
-        passes: sequences it sent through a model per rollout, counted on a probe; None before that.
+        passes: sequences it sends through a model per rollout, counted on a probe; None before that.
+        micro_batches: of an optimizer step.
     """
 
     megabytes: float
     offloaded: float = 0.0
     passes: float | None = None
+    micro_batches: int = 1
 
     def __str__(self) -> str:
         away = f" ({self.offloaded:,.0f} of them in CPU memory)" if self.offloaded else ""
-        counted = "" if self.passes is None else f", {self.passes:g} forward pass(es) per rollout"
+        counted = ""
+        if self.passes is not None:
+            counted = f", {self.passes * self.micro_batches:g} forward passes per step ({self.passes:g} per rollout)"
         return f"{self.megabytes:,.0f} MB of weights beside the student's{away}{counted}"
 
 
