@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import re
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import make_tokenizer
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
 
-from opsd import shipped
+from opsd import OPSDTrainer, shipped
 from opsd.config import OPSDConfig
 from opsd.context import PrivilegedContext
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, OPSDWarning
+from opsd.groups import Groups
 from opsd.prompts import PromptRenderer
 from opsd.selection import TokenSelection
-from opsd.teachers import TEACHERS, EMATeacher, LiveTeacher, SameCheckpointTeacher, SiblingTeacher, load_teacher
+from opsd.teachers import (
+    TEACHERS,
+    EMATeacher,
+    LiveTeacher,
+    MixtureTeacher,
+    RoutedTeacher,
+    SameCheckpointTeacher,
+    SiblingTeacher,
+    load_teacher,
+)
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
 
 NAMES = shipped.names("teachers")
-NEED_MODEL = ["past_checkpoint", "sibling", "strong_to_weak"]
 README = (shipped.folder("teachers") / "README.md").read_text(encoding="utf-8")
+SAMPLED = "reverse KL(student ‖ teacher), over the sampled token, as a policy gradient, no baseline; tokens: all"
+SDPO = "generalised JSD (β = 0.5), over the student's 100 likeliest tokens, one bucket for the rest; tokens: all"
 VALID = "about: mine\nsource: here\nteacher: {strategy: ema, decay: 0.5}\n"
 
 
@@ -41,8 +55,17 @@ def recipe(name: str) -> Recipe:
     return read_recipe(path)
 
 
-def settings(name: str, folder: Path) -> OPSDConfig:
-    return OPSDConfig(str(folder), use_cpu=True, bf16=False, **recipe(name).args)
+def yours(name: str, model: str = "organisation/large") -> dict[str, Any]:
+    """What a recipe leaves to the user, with values that could be given."""
+    values = {"model": model, "column": "domain", "teachers": {"even": model, "odd": "live"}}
+    return {key: values[key] for key, value in recipe(name).teacher.items() if value is None}
+
+
+def settings(name: str, folder: Path, **changes: Any) -> OPSDConfig:
+    with warnings.catch_warnings():
+        if recipe(name).args.get("lmbda", 1.0) < 0.5:  # what training off-policy says, tested below
+            warnings.simplefilter("ignore", OPSDWarning)
+        return OPSDConfig(str(folder), use_cpu=True, bf16=False, **{**recipe(name).args, **changes})
 
 
 def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
@@ -61,7 +84,7 @@ def test_recipe_says_what_it_is_for_and_where_its_numbers_come_from(name: str) -
     assert re.search(r"arXiv \d{4}\.\d{5}|Thinking Machines", found.source)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_MODEL])
+@pytest.mark.parametrize("name", [name for name in NAMES if not yours(name)])
 def test_recipe_builds_its_teacher_and_context(name: str) -> None:
     found, teacher = recipe(name), load_teacher(name)
     assert type(teacher) is TEACHERS[found.teacher["strategy"]]
@@ -69,13 +92,16 @@ def test_recipe_builds_its_teacher_and_context(name: str) -> None:
     assert (teacher.context and teacher.context.name) == (shown and shown.name)
 
 
-@pytest.mark.parametrize("name", NEED_MODEL)
-def test_recipe_without_a_model_of_its_own_says_how_to_give_one(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"needs model.*\{recipe: …, model: …\}"):
+@pytest.mark.parametrize("name", [name for name in NAMES if yours(name)])
+def test_recipe_that_leaves_something_to_the_user_says_how_to_give_it(name: str) -> None:
+    given = yours(name)
+    wanted = ", ".join(f"{key}: …" for key in given)
+    with pytest.raises(ConfigError, match=rf"needs {', '.join(given)}, which only you.*\{{recipe: …, {wanted}\}}"):
         load_teacher(name)
-    teacher = load_teacher({"recipe": name, "model": "organisation/large"})
-    assert isinstance(teacher, SiblingTeacher)
-    assert teacher.source == "organisation/large"
+    teacher = load_teacher({"recipe": name, **given})
+    large = teacher.parts["even"] if isinstance(teacher, RoutedTeacher) else teacher
+    assert isinstance(large, SiblingTeacher)
+    assert large.source == "organisation/large"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,33 +113,89 @@ def test_recipe_args_are_training_arguments(name: str, tmp_path: Path) -> None:
         assert not (isinstance(value, str) and re.fullmatch(r"[-+.\deE]+", value)), f"{key} is text"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_recipe_trains_a_step(name: str, tmp_path: Path, llama_folder: str) -> None:
+    small = {"max_steps": 1, "max_completion_length": 4, "per_device_train_batch_size": 8}
+    args = settings(name, tmp_path, **small, gradient_accumulation_steps=1, logging_steps=1, report_to="none")
+    grade = (lambda completions, **_: [i % 2 for i in range(len(completions))]) if args.num_generations == 8 else None
+    trainer = OPSDTrainer(
+        make_llama(1),
+        {"recipe": name, **yours(name, llama_folder)},
+        args=args,
+        train_dataset=Dataset.from_list([{**row, "demonstration": "19", "rule": "Be brief."} for row in make_rows()]),
+        processing_class=make_tokenizer(),
+        reward_funcs=grade,
+    )
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    knows_more = recipe(name).args or recipe(name).context or yours(name)
+    assert (trainer.state.log_history[0]["divergence"] > 1e-6) == bool(knows_more)
+
+
 @pytest.mark.parametrize(
-    ("name", "divergence", "rows"),
+    ("name", "objective", "rows"),
     [
+        ("gkd", "forward KL(teacher ‖ student); tokens: all", None),
+        ("minillm", "reverse KL(student ‖ teacher); each token also pays the mean of the later ones; tokens: all", 64),
+        ("on_policy_distillation", SAMPLED, 512 * 4),
+        ("strong_to_weak_1", "forward KL(teacher ‖ student); tokens: all", None),
+        ("strong_to_weak_2", "reverse KL(student ‖ teacher); tokens: all", None),
         ("opsd", "forward KL(teacher ‖ student) at temperature 1.1, each entry at most 0.05 nats; tokens: all", 32),
         # The paper's text says reverse; its results are forward.
         ("sdft", "forward KL(teacher ‖ student); tokens: without the first 3", 32),
-        (
-            "sdpo",
-            "generalised JSD (β = 0.5), over the student's 100 likeliest tokens, one bucket for the rest; tokens: all",
-            32 * 8,
-        ),
+        ("sdpo", SDPO, 32 * 8),
+        ("srpo", SDPO, 32 * 8),
         ("crisp", "reverse KL(student ‖ teacher); tokens: all", 32),
+        ("earlier_self", SAMPLED, 64 * 4),
         (
-            "strong_to_weak",
-            "reverse KL(student ‖ teacher), over the sampled token, as a policy gradient, no baseline; tokens: all",
-            512 * 4,
+            "context_distillation",
+            "reverse KL(student ‖ teacher), over the student's 256 likeliest tokens, one bucket for the rest; tokens: "
+            "all",
+            128,
         ),
+        ("multi_teacher", SAMPLED, 2 * 256 * 4),
     ],
 )
-def test_published_recipe_has_the_divergence_and_batch_of_its_source(
-    name: str, divergence: str, rows: int, tmp_path: Path
+def test_published_recipe_has_the_objective_and_batch_of_its_source(
+    name: str, objective: str, rows: int | None, tmp_path: Path
 ) -> None:
     args = settings(name, tmp_path)
     selection = TokenSelection.of(args, make_tokenizer(), [])
-    assert f"{args.objective.words}; tokens: {selection.words}" == divergence
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == rows
+    assert f"{args.objective.words}; tokens: {selection.words}" == objective
+    sets_a_batch = "per_device_train_batch_size" in recipe(name).args
+    assert sets_a_batch == (rows is not None)
+    if rows is not None:
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == rows
     assert recipe(name).differences
+
+
+def test_sdpo_and_srpo_show_a_success_of_the_group_and_differ_in_who_learns_how(tmp_path: Path) -> None:
+    eight = "8 rollout(s) per prompt, rewarded by last_number; "
+    words = {name: Groups.of(settings(name, tmp_path), "last_number").words for name in ("sdpo", "srpo")}
+    assert words == {
+        "sdpo": eight + "every rollout is distilled (success from 1)",
+        "srpo": eight + "rollouts below success_reward are distilled (success from 0.5); "
+        "+ 1·GRPO on rollouts that are not distilled",
+    }
+    for name in words:
+        context = load_teacher(name).context
+        assert context is not None and context.optional_fields == {"sibling", "feedback"}
+
+
+def test_strong_to_weak_goes_from_the_teachers_text_to_the_students(tmp_path: Path) -> None:
+    with pytest.warns(OPSDWarning, match="lmbda is 0"):
+        first = OPSDConfig(str(tmp_path), use_cpu=True, bf16=False, **recipe("strong_to_weak_1").args)
+    second = settings("strong_to_weak_2", tmp_path)
+    assert (first.lmbda, first.seq_kd) == (0.0, True)
+    assert (second.lmbda, second.seq_kd) == (1.0, False)
+
+
+def test_mixture_recipe_is_mostly_the_frozen_student() -> None:
+    """SDPO's update rate is the student's share; the other way round the teacher would be a live one."""
+    teacher = load_teacher("mixture")
+    assert isinstance(teacher, MixtureTeacher)
+    shares = {part.strategy: w for part, w in zip(teacher.parts.values(), teacher.weights, strict=True)}
+    assert (teacher.kind, shares) == ("geometric", {"same_checkpoint": 0.95, "live": 0.05})
 
 
 def test_published_update_rates_became_decays() -> None:
@@ -240,7 +322,9 @@ def test_name_of_nothing_is_an_error_and_no_network_call(name: str) -> None:
 
 def test_misspelt_name_is_told_the_nearest_recipe() -> None:
     for value in ("emma", {"recipe": "emma"}):
-        with pytest.raises(ConfigError, match=r"Did you mean 'ema'\?.*Recipes: crisp, ema.*opsd teachers"):
+        with pytest.raises(
+            ConfigError, match=r"Did you mean 'ema'\?.*Recipes: context_distillation, crisp.*opsd teachers"
+        ):
             load_teacher(value)
 
 
@@ -287,6 +371,11 @@ def test_context_beside_a_teacher_object_is_refused() -> None:
         ({"strategy": "live", "decay": 0.9}, r"'live' has no setting 'decay'.*Its settings: none"),
         ({"strategy": "ema"}, r"'ema' needs decay"),
         ({"recipe": "ema", "decay": 1.0}, r"decay must be a number, at least 0 and below 1, and is 1\.0"),
+        ({"recipe": "snapshot", "gate": {"metrc": "reward"}}, r"no setting 'metrc'\. Did you mean 'metric'\?"),
+        ({"recipe": "multi_teacher", "teachers": {"math": "sibling"}}, r"part 'math' of this routed .* needs model"),
+        ({"recipe": "multi_teacher", "teachers": {"math": None}}, r"part 'math' of this routed .* it is null"),
+        ({"recipe": "multi_teacher", "teachers": {"math": "lve"}}, r"part 'math' .* Did you mean 'live'\?"),
+        ({"recipe": "mixture", "teachers": ["live", {"strategy": "ema"}]}, r"part '1' of this mixture .* needs decay"),
         ({"recipe": "sibling", "model": "large"}, r"'large' is neither a folder that exists nor a hub id"),
     ],
 )

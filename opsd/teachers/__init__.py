@@ -6,7 +6,7 @@ Adding one is a file here, a line in `TEACHERS`, and a line in `tests/test_teach
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError, did_you_mean
 from opsd.hub import is_hub_id
 from opsd.teachers.base import Cost, StudentHandle, Teacher
+from opsd.teachers.composite import CompositeTeacher
 from opsd.teachers.ema import EMATeacher
 from opsd.teachers.gate import Gate
 from opsd.teachers.local import LocalTeacher
@@ -156,9 +157,29 @@ def _build(settings: dict[str, Any], context: Any) -> Teacher:
             )
     missing = [k for k, p in parameters.items() if p.default is p.empty and settings.get(k) is None]
     if missing:
+        yours = ", ".join(f"{name}: …" for name in missing)
         raise ConfigError(
-            f"teacher strategy {strategy!r} needs {', '.join(missing)}: a number or a model that only you can choose. "
-            f"Write `teacher: {{strategy: {strategy}, {missing[0]}: …}}`, or {{recipe: …, {missing[0]}: …}} on top of "
-            "a recipe."
+            f"teacher strategy {strategy!r} needs {', '.join(missing)}, which only you can choose. "
+            f"Write `teacher: {{strategy: {strategy}, {yours}}}`, or {{recipe: …, {yours}}} on top of a recipe."
         )
+    if issubclass(cls, CompositeTeacher):
+        settings["teachers"] = _parts(strategy, settings["teachers"])
     return cls(context=context, **settings)
+
+
+def _parts(strategy: str, teachers: Any) -> Any:
+    """Load the teachers of a mixture or a route here, where an error can say which of them it is about."""
+    if isinstance(teachers, Mapping) and not {"strategy", "recipe"} & set(teachers):
+        return {name: _part(strategy, name, teacher) for name, teacher in teachers.items()}
+    if isinstance(teachers, Sequence) and not isinstance(teachers, str):
+        return [_part(strategy, number, teacher) for number, teacher in enumerate(teachers)]
+    return teachers  # a single one
+
+
+def _part(strategy: str, name: Any, value: TeacherLike) -> Teacher:
+    try:
+        if value is None:
+            raise ConfigError("it is null, and only you can choose it. The student at step 0 is `same_checkpoint`.")
+        return load_teacher(value)
+    except ConfigError as error:
+        raise ConfigError(f"part {str(name)!r} of this {strategy} teacher: {error}") from error

@@ -46,8 +46,8 @@ class CompositeTeacher(Teacher):
 
     @property
     def owners(self) -> list[Teacher]:
-        """The parts that hold weights: one that is shown several things counts once."""
-        return list(self.parts.values())
+        """The parts that hold weights: one that has several names, or is shown several things, counts once."""
+        return list({id(part): part for part in self.parts.values()}.values())
 
     def prepare(self, student: StudentHandle) -> None:
         """Prepare every part."""

@@ -90,27 +90,31 @@ class RoutedTeacher(CompositeTeacher):
 
     def show(self, rollouts: Rollouts) -> Rollouts:
         """Render for each row its own teacher's prompt."""
-        routes = [self.route(row) for row in rollouts.rows]
-        for name, part in self.parts.items():
+        routes = self._routes(rollouts.rows)
+        for part in self.owners:
             # For other teachers' rows it renders nothing: they get the student's prompt, which nobody scores.
-            mine = part.show(rollouts.without([route != name for route in routes]))
+            mine = part.show(rollouts.without([route is not part for route in routes]))
             rollouts = replace(rollouts, shown=mine.shown)
         return rollouts
 
+    def _routes(self, rows: Sequence[Row]) -> list[Teacher]:
+        """Return each row's teacher."""
+        return [self.parts[self.route(row)] for row in rows]
+
     def score(self, rollouts: Rollouts) -> RoutedSignal:
         """Ask each teacher about its rows; one whose weights are sharded is asked in any case."""
-        routes = [self.route(row) for row in rollouts.rows]
+        routes = self._routes(rollouts.rows)
         row_N = [number for number, mask in enumerate(rollouts.loss_mask or ()) for _ in range(sum(mask))]
         signals: list[Any] = []
         indices: list[torch.Tensor] = []
-        for name, part in self.parts.items():
-            mine = [number for number, route in enumerate(routes) if route == name]
+        for part in self.owners:
+            mine = [number for number, route in enumerate(routes) if route is part]
             if not mine and not part.collective:
                 continue
             asked = rollouts.select(mine) if mine else rollouts.select([0]).without([True])
             signal = part.score(asked)
             signals.append(signal)
-            tokens = [n for n, row in enumerate(row_N) if row in set(mine)]
+            tokens = [n for n, row in enumerate(row_N) if routes[row] is part]
             indices.append(torch.tensor(tokens, dtype=torch.long, device=self._device))
         return RoutedSignal(signals, indices)
 
@@ -121,8 +125,9 @@ class RoutedTeacher(CompositeTeacher):
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return each row's own teacher's completion."""
         found: dict[int, Ids] = {}
-        for name, part in self.parts.items():
-            mine = [number for number, row in enumerate(rows) if self.route(row) == name]
+        routes = self._routes(rows)
+        for part in self.owners:
+            mine = [number for number, route in enumerate(routes) if route is part]
             if mine:
                 completions = part.sample([rows[n] for n in mine], max_new_tokens=max_new_tokens, **sampling)
                 found |= dict(zip(mine, completions, strict=True))
