@@ -70,7 +70,7 @@ class Cost:
         away = f" ({self.offloaded:,.0f} of them in CPU memory)" if self.offloaded else ""
         counted = ""
         if self.passes is not None:
-            counted = f", {self.passes * self.micro_batches:g} forward passes per step ({self.passes:g} per rollout)"
+            counted = f"; forward passes per step: {self.passes * self.micro_batches:g}, per rollout: {self.passes:g}"
         return f"{self.megabytes:,.0f} MB of weights beside the student's{away}{counted}"
 
 

@@ -26,6 +26,7 @@ class OwnTeacher(LocalTeacher):
 
     Args:
         offload: keep the values in CPU memory between passes: they cost no device memory, and a copy per micro-batch.
+            Where FSDP shards the student, its shards stay on the device.
         context: what it is shown beside the prompt.
     """
 

@@ -49,7 +49,7 @@ class AverageOfProducts(TrainableWeights):
 
     Args:
         model: a PEFT model with LoRA on linear layers.
-        rank: of the average; the adapter's own rank where None would be 4 times it.
+        rank: of the average; None is 4 times the adapter's.
         offload: keep the average in CPU memory.
 
     Raises:
