@@ -69,6 +69,7 @@ def test_ema_script_saves_the_adapter_and_not_the_average(llama_folder: str, tmp
     student = load_file(tmp_path / "out" / ADAPTER)
     assert adapter_has_learned(student)
     average = load_file(tmp_path / "out" / "checkpoint-2" / "opsd_teacher.safetensors")
+    assert int(average.pop("opsd.moved")) == 2
     # PEFT leaves the adapter's name out of its file.
     average = {name.replace(".default.", "."): t for name, t in average.items()}
     assert moved(average, student)
