@@ -113,7 +113,7 @@ class Groups:
         Rows that are neither distilled nor reinforced have no scored token left: they count nowhere.
 
         Args:
-            rollouts: whole groups, one after the other.
+            rollouts: whole groups, one after the other; in evaluation each row once, which then is its own group.
             completions: as reward functions get them.
             texts: the completions as text.
             can_show: whether a teacher has anything to be shown, given a row and what was produced for it.
@@ -124,11 +124,15 @@ class Groups:
         verdicts = self.rewards(rollouts.rows, completions, rollouts.completion_ids, state)
         right = [reward >= self.success_reward for reward in verdicts.rewards]
         wrong = [reward < self.success_reward for reward in verdicts.rewards]  # NaN is neither
-        produced = [self._produced(number, texts, right, verdicts.feedback) for number in range(len(rollouts))]
+        groups = self._groups(rollouts.rows)
+        produced = [
+            self._produced(number, group, texts, right, verdicts.feedback[number])
+            for number, group in enumerate(groups)
+        ]
         routed = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.route]
         shown = [can_show(row, made) for row, made in zip(rollouts.rows, produced, strict=True)]
         distilled = [chosen and can for chosen, can in zip(routed, shown, strict=True)]
-        advantages = self._advantages(verdicts.rewards, distilled)
+        advantages = self._advantages(verdicts.rewards, groups, distilled)
         idle = [not d and not a for d, a in zip(distilled, advantages, strict=True)]
         known = [reward for reward in verdicts.rewards if not math.isnan(reward)]
         graded = replace(
@@ -141,39 +145,45 @@ class Groups:
             "group/distilled": fmean(distilled),
             "group/without_context": fmean(c and not s for c, s in zip(routed, shown, strict=True)),
             "group/unused": fmean(idle),
-            "group/flat": self._flat_share(verdicts.rewards),
+            "group/flat": fmean(len(set(_known(verdicts.rewards, group))) <= 1 for group in groups),
         }
 
+    def _groups(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+        """Return the group of each rollout: those around it that have its prompt."""
+        prompts = [row["prompt"] for row in rows]
+        groups = []
+        for number, prompt in enumerate(prompts):
+            first = number - number % self.size
+            around = range(first, min(first + self.size, len(rows)))
+            groups.append([other for other in around if prompts[other] == prompt])
+        return groups
+
     def _produced(
-        self, number: int, texts: Sequence[str], right: Sequence[bool], feedback: Sequence[str | None]
+        self, number: int, group: Sequence[int], texts: Sequence[str], right: Sequence[bool], feedback: str | None
     ) -> dict[str, Any]:
-        first = number - number % self.size
-        siblings = [n for n in range(first, min(first + self.size, len(texts))) if right[n] and n != number]
-        made = {"attempt": _answer(texts[number]), "feedback": feedback[number]}
+        siblings = [other for other in group if right[other] and other != number]
+        made = {"attempt": _answer(texts[number]), "feedback": feedback}
         made["sibling"] = _answer(texts[siblings[0]]) if siblings else None
         return {name: value for name, value in made.items() if value}
 
-    def _advantages(self, rewards: Sequence[float], distilled: Sequence[bool]) -> list[float]:
+    def _advantages(
+        self, rewards: Sequence[float], groups: Sequence[Sequence[int]], distilled: Sequence[bool]
+    ) -> list[float]:
         """Return coef · (reward - the group's mean) / its deviation where the term applies, 0 elsewhere."""
         found = []
-        for number, reward in enumerate(rewards):
-            group = self._group(rewards, number)
+        for number, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
             applies = self.grpo_coef > 0 and not (self.grpo_on == "undistilled" and distilled[number])
-            if not applies or math.isnan(reward):
+            known = _known(rewards, group)
+            # The mean of equal rewards may miss them by a rounding, and their rows would not count as unused.
+            if not applies or math.isnan(reward) or len(set(known)) <= 1:
                 found.append(0.0)
             else:
-                spread = stdev(group) if len(group) > 1 else 0.0
-                found.append(self.grpo_coef * (reward - fmean(group)) / (spread + STD_EPSILON))
+                found.append(self.grpo_coef * (reward - fmean(known)) / (stdev(known) + STD_EPSILON))
         return found
 
-    def _group(self, rewards: Sequence[float], number: int) -> list[float]:
-        first = number - number % self.size
-        return [reward for reward in rewards[first : first + self.size] if not math.isnan(reward)]
 
-    def _flat_share(self, rewards: Sequence[float]) -> float:
-        """Return the share of groups whose rollouts all earned the same."""
-        groups = [self._group(rewards, first) for first in range(0, len(rewards), self.size)]
-        return fmean(len(set(group)) <= 1 for group in groups)
+def _known(rewards: Sequence[float], group: Sequence[int]) -> list[float]:
+    return [rewards[number] for number in group if not math.isnan(rewards[number])]
 
 
 def _answer(text: str) -> str:

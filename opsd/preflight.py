@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from opsd.errors import ConfigError, DataError, did_you_mean
@@ -45,13 +44,6 @@ def check_student(student: nn.Module) -> list[str]:
     Raises:
         ConfigError: there are none.
     """
-    for config in getattr(student, "peft_config", {}).values():
-        check_adapter(config)
-    if isinstance(student.get_output_embeddings(), BaseTunerLayer):  # type: ignore[operator]
-        raise ConfigError(
-            "an adapter is on the head of this model, whose weight the loss reads directly: what the adapter adds "
-            "there would be sampled from and never trained. Merge it, or leave the head out of target_modules."
-        )
     trainable = [name for name, p in student.named_parameters() if p.requires_grad]
     if not trainable:
         raise ConfigError(

@@ -38,7 +38,8 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
         if value not in GRADERS and not value.startswith(REASONING_GYM) and ":" in value:
             return load_reward(_imported(value))
         return _GraderReward(value)
-    if not callable(value) or inspect.iscoroutinefunction(value) or hasattr(value, "parameters"):
+    is_plain = callable(value) and not hasattr(value, "parameters")
+    if not is_plain or any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
         raise ConfigError(
             f"a reward function is a plain function (prompts, completions, completion_ids, **columns) -> rewards, and "
             f"this is a {type(value).__name__}. Reward models and async functions are not called by opsd: wrap them in "

@@ -47,6 +47,13 @@ class RunArguments:
             "{template: worked_solution, truncate: solution, max_prompt_tokens: 2048}. See `opsd templates`."
         },
     )
+    reward_funcs: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What grades rollouts: a grader's name such as last_number, reasoning_gym:DATASET, or "
+            "module:function with TRL's signature; several are summed by reward_weights."
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Run:
     """A configuration as it was resolved.
 
     Args:
-        run: data, teacher and context.
+        run: data, teacher, context and reward functions.
         args: training arguments.
         model: TRL's model arguments (name, dtype, LoRA, quantisation).
         recipe: the recipe that `teacher` named, if any.

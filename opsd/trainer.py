@@ -124,6 +124,8 @@ class OPSDTrainer(DistillationTrainer):
                 processing_class = processing_class or tokenizer
         else:
             model = without_autocast(model)
+        for config in getattr(model, "peft_config", {}).values():
+            preflight.check_adapter(config)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -182,11 +184,9 @@ class OPSDTrainer(DistillationTrainer):
             "seq_kd": self.args.seq_kd,
         }
         names = [view.context.name if view.context else "the student's own prompt" for view in self.teacher.views]
-        steps = self.args.gradient_accumulation_steps
+        shown, steps = ", ".join(dict.fromkeys(names)), self.args.gradient_accumulation_steps
         cost = preflight.measured_cost(self.teacher, self.train_dataset, self.student, produced, steps)
-        self._say(
-            f"teacher     {self.teacher.words}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}"
-        )
+        self._say(f"teacher     {self.teacher.words}\nis shown    {shown}\ncosts       {cost}")
         objective = f"{self.training_loss.words}\n            {self.args.objective.formula}"
         self._say(f"learns      {self.groups.words}\nminimises   {objective}")
 

@@ -16,6 +16,7 @@ from helpers import make_args
 from opsd import OPSDConfig
 from opsd.cli import main
 from opsd.context import PrivilegedContext
+from opsd.groups import Groups
 from opsd.losses import Divergence, Objective
 from opsd.selection import TokenSelection
 from opsd.teachers import TEACHERS
@@ -73,9 +74,10 @@ def test_the_python_of_the_guide_to_losses_runs(capsys) -> None:
 def test_the_guide_to_losses_has_every_setting_with_its_default() -> None:
     """Tables name a default where it is a number; a switch that is off, or unset, says so in words."""
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", LOSSES, flags=re.M))
-    defaults = {f.name: f.default for cls in (Divergence, Objective, TokenSelection) for f in fields(cls)}
-    inner = {"divergence", "left_out_ids", "end_ids"}
-    assert set(rows) == set(defaults) - inner | {"mask_special_tokens", "mask_tokens", "contrast_context"}
+    defaults = {f.name: f.default for cls in (Divergence, Objective, TokenSelection, Groups) for f in fields(cls)}
+    inner = {"divergence", "left_out_ids", "end_ids", "rewards", "size"}
+    outer = {"mask_special_tokens", "mask_tokens", "contrast_context", "num_generations", "reward_weights"}
+    assert set(rows) == set(defaults) - inner | outer
     for name, shown in rows.items():
         value = OPSDConfig.__dataclass_fields__[name].default
         if isinstance(value, (int, float)) and not isinstance(value, bool):

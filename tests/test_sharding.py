@@ -34,7 +34,7 @@ from opsd.sharding import inside, whole
 from opsd.teachers import StudentHandle
 from opsd.training_loss import TrainingLoss
 
-os.environ.update(FSDP_VERSION="2", FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer", FSDP_CPU_RAM_EFFICIENT_LOADING="false")
+os.environ.update(FSDP_VERSION="2", FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer")
 CPU = torch.device("cpu")
 STEPS = 4
 
@@ -90,7 +90,8 @@ class Box:
     def __init__(self, value): self.value = value
 
 def token_keys(rollouts):
-    return [(str(row["prompt"]), n) for row, mask in zip(rollouts.rows, rollouts.loss_mask) for n, on in enumerate(mask) if on]
+    rows = zip(rollouts.rows, rollouts.loss_mask)
+    return [(str(row["prompt"]), n) for row, mask in rows for n, on in enumerate(mask) if on]
 
 def apart(a, b):
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
@@ -108,7 +109,8 @@ for strategy, kind in RUNS:
     start = {n: p.detach() for n, p in make_student(kind).named_parameters()}
     found.append(dict(strategy=strategy, kind=kind, sent=two.sent, cut=two.cut, tokens=len(two.values),
         scores=max((abs(two.values[k] - one.values[k]) for k in two.values), default=0.0),
-        students=apart(two.weights, one.weights), states=apart(two.state, one.state), trained=apart(one.weights, start)))
+        students=apart(two.weights, one.weights), states=apart(two.state, one.state),
+        trained=apart(one.weights, start)))
     if rank == 0:
         print(found[-1], flush=True)
 json.dump(found, open(os.path.join(folder, f"found-{rank}.json"), "w"))

@@ -31,6 +31,7 @@ often used keys
   support, tail    full (default), teacher_top_k, student_top_k, union, sampled; bucket, renormalise
   entry_clip       nats per vocabulary entry at most; token_clip per token
   skip_first_tokens, keep_fraction, anchor_coef, …      docs/losses.md has all of them
+  num_generations, reward_funcs, route, grpo_coef       several rollouts per prompt, graded, and who learns how
   lmbda            share of rows trained on-policy (default 1)
   temperature      of sampling and of the divergence
   max_completion_length, per_device_train_batch_size, gradient_accumulation_steps
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         eval_dataset=load(test) if test else None,
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
+        reward_funcs=run.run.reward_funcs,
     )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped_by is not None:

@@ -1,0 +1,270 @@
+"""Teachers that change during training: averages, snapshots behind gates, a checkpoint of this run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_rows
+from datasets import Dataset
+from helpers import LORA, logged, make_args, make_rollouts, make_student, make_trainer, move, prepared, snapshot
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from opsd import EMATeacher, OPSDTrainer, PastCheckpointTeacher, SnapshotTeacher
+from opsd.errors import ConfigError
+from opsd.teachers import Gate
+from opsd.teachers.products import A, B, refactored
+
+# ---- averages -----------------------------------------------------------------------------------------------------
+
+
+def products(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """B·A of each layer in float64."""
+    return {n: values[n.replace(A, B)].double() @ values[n].double() for n in values if A in n}
+
+
+def averaged(
+    teacher: EMATeacher, student: torch.nn.Module, steps: int, by: float = 0.02
+) -> list[dict[str, torch.Tensor]]:
+    """Move the student, let the teacher follow, and return the student's states, the first one included."""
+    history = [snapshot(student)]
+    for step in range(1, steps + 1):
+        move(student, by=by)
+        teacher.after_step(step)
+        history.append(snapshot(student))
+    return history
+
+
+def closed_form(history: list[torch.Tensor], decays: list[float]) -> torch.Tensor:
+    """Σ of the states, each times what is left of its share, in float64."""
+    expected = history[0].double()
+    for value, decay in zip(history[1:], decays, strict=True):
+        expected = decay * expected + (1.0 - decay) * value.double()
+    return expected
+
+
+def test_a_decay_of_nearly_one_moves_a_bfloat16_student_s_average() -> None:
+    """In bfloat16 0.9999 never moves; in float32 it follows the closed form to 1e-6."""
+    student = make_student("full").to(torch.bfloat16)
+    teacher = prepared(EMATeacher(0.9999), student)
+    history = averaged(teacher, student, steps=30, by=0.5)
+    moved = 0.0
+    for name, value in teacher.weights.values.items():
+        expected = closed_form([h[name] for h in history], [0.9999] * 30)
+        assert (value.double() - expected).abs().max() <= 1e-6, name
+        moved = max(moved, float((value.double() - history[0][name].double()).abs().max()))
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("warmup", [False, True])
+def test_updates_come_every_n_steps_and_warm_up_forgets_the_start_sooner(every: int, warmup: bool) -> None:
+    student = make_student("full")
+    teacher = prepared(EMATeacher(0.9, every=every, warmup=warmup), student)
+    history = averaged(teacher, student, steps=7)
+    updates = range(1, 7 // every + 1)
+    decays = [min(0.9, (1 + n) / (10 + n)) if warmup else 0.9 for n in updates]
+    for name, value in teacher.weights.values.items():
+        used = [history[0][name], *(history[n * every][name] for n in updates)]
+        assert (value.double() - closed_form(used, decays)).abs().max() <= 1e-6, name
+    assert teacher.moved == len(decays)
+
+
+def test_an_averaged_product_is_the_average_of_products_and_not_of_factors() -> None:
+    student = make_student("arriving adapter")
+    product, factors = (
+        prepared(EMATeacher(0.7, average="product", rank=100), student),
+        prepared(EMATeacher(0.7), student),
+    )
+    history = [products(snapshot(student))]
+    for step in range(1, 6):
+        move(student)
+        product.after_step(step)
+        factors.after_step(step)
+        history.append(products(snapshot(student)))
+    for name, value in products(product.weights.values).items():
+        expected = closed_form([h[name] for h in history], [0.7] * 5)
+        assert (value - expected).abs().max() <= 1e-6, name
+        assert (products(factors.weights.values)[name] - expected).abs().max() > 1e-4
+    with product.teaching():  # the stacked factors must reach the forward pass
+        got = student(torch.arange(3, 20)[None]).logits
+    merged = make_llama()
+    for name, value in products(product.weights.values).items():
+        layer = merged.get_submodule(name.removeprefix("base_model.model.").split(A)[0])
+        layer.weight.data += (LORA["lora_alpha"] / LORA["r"] * value).float()
+    assert torch.allclose(got, merged(torch.arange(3, 20)[None]).logits, atol=1e-4)
+
+
+def test_re_factorisation_keeps_the_largest_part_and_says_what_it_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    b, a = torch.randn(17, 12, generator=generator), torch.randn(12, 23, generator=generator)
+    small_b, small_a, lost = refactored(b, a, rank=5)
+    u, s, vh = torch.linalg.svd(b.double() @ a.double())
+    best = (u[:, :5] * s[:5]) @ vh[:5]
+    assert small_b.shape == (17, 5) and small_a.shape == (5, 23)
+    assert torch.allclose((small_b @ small_a).double(), best, atol=1e-5)
+    assert lost == pytest.approx(float(s[5:].norm() / s.norm()))
+    assert refactored(b, a, rank=12)[2] < 1e-12
+
+    student = make_student("arriving adapter")
+    teacher = prepared(EMATeacher(0.5, average="product", rank=4), student)
+    averaged(teacher, student, steps=6)
+    assert all(len(value) <= 8 for name, value in teacher.weights.values.items() if A in name)
+    assert 0 < teacher.metrics["teacher/average_lost"] < 1
+
+
+def lora(**settings: Any) -> torch.nn.Module:
+    return get_peft_model(make_llama(), LoraConfig(**{**LORA, **settings}))
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (make_llama, "has no LoRA factors"),
+        (lambda: lora(use_dora=True), "magnitude"),
+        (lambda: lora(target_modules=["embed_tokens", "q_proj"]), "lora_embedding"),
+    ],
+)
+def test_a_student_whose_average_is_no_product_is_refused(make: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=f'{why}.*Use average="factors"'):
+        prepared(EMATeacher(0.9, average="product"), make())
+
+
+@pytest.mark.parametrize(
+    "settings", [{"average": "products"}, {"every": 0}, {"average": "product", "rank": 0}, {"rank": 8}]
+)
+def test_settings_of_an_average_outside_their_range_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError):
+        EMATeacher(0.9, **settings)
+
+
+# ---- snapshots ----------------------------------------------------------------------------------------------------
+
+
+def scores(teacher: Any) -> torch.Tensor:
+    rollouts = teacher.show(make_rollouts())
+    return teacher.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids))
+
+
+def test_a_snapshot_stands_still_between_renewals_and_then_is_the_student() -> None:
+    student = make_student("lora").eval()
+    teacher = prepared(SnapshotTeacher(3), student)
+    before = scores(teacher)
+    for step in (1, 2):
+        move(student)
+        assert teacher.after_step(step) is None and torch.equal(scores(teacher), before)
+    move(student)
+    assert teacher.after_step(3) == "the teacher was renewed: it is now the student of step 3"
+    assert not torch.equal(scores(teacher), before)
+    assert all(torch.equal(v, student.get_parameter(n)) for n, v in teacher.weights.values.items())
+
+
+def log(name: str, values: list[float | None], start: int = 1) -> list[dict[str, float]]:
+    return [{"step": start + n, name: value} for n, value in enumerate(values) if value is not None]
+
+
+RANGES = [range(1, 4), range(1, 4), range(4, 7)]  # the run's first window, the last renewal's, the one that ended
+CASES = [
+    ({"metric": "reward"}, log("reward", [1, 1, 1, 2, 2, 2]), None),
+    ({"metric": "reward"}, log("reward", [1, 1, 1, 1, 1, 0.7]), "reward went from 1 to 0.9 (higher is better)"),
+    ({"metric": "reward", "tolerance": 0.1}, log("reward", [1, 1, 1, 1, 1, 0.7]), None),
+    ({"metric": "eval_loss", "better": "lower"}, log("eval_loss", [1, 1, 1, 2, 2, 2]), "went from 1 to 2"),
+    ({"metric": "eval_loss", "better": "lower"}, log("eval_loss", [2, 2, 2, 1, 1, 1]), None),
+    ({"metric": "reward"}, log("reward", [1, 1, 1]), "nothing was logged for reward in steps 4 to 6"),
+    ({"bounds": {"entropy": [0.5, 2.0]}}, log("entropy", [2, 2, 2, 3, 3, 3]), None),
+    ({"bounds": {"entropy": [0.5, 2.0]}}, log("entropy", [2, 2, 2, 0.9, 0.9, 0.9]), "0.45 times the 2 it began with"),
+    ({"bounds": {"entropy": [0.5, 2.0]}}, log("entropy", [2, 2, 2, 5, 5, 5]), "2.50 times"),
+    ({"bounds": {"entropy": [0.5, 2.0]}}, log("entropy", [2, 2, 2]), "nothing was logged for entropy"),
+]
+
+
+@pytest.mark.parametrize(("settings", "entries", "problem"), CASES)
+def test_a_gate_opens_where_its_conditions_hold(settings: dict, entries: list, problem: str | None) -> None:
+    found = Gate(**settings).problem(entries, *RANGES)
+    assert found is None if problem is None else problem in (found or "")
+
+
+def test_before_the_first_renewal_there_is_nothing_to_fall_behind() -> None:
+    assert Gate(metric="reward").problem(log("reward", [0.0] * 6), range(1, 4), range(1, 0), range(4, 7)) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"metric": "reward", "better": "more"},
+        {"metric": "reward", "tolerance": -1.0},
+        {"bounds": {"entropy": [2.0, 1.0]}},
+        {"bounds": {"entropy": [1.0]}},
+        {"metrics": "reward"},
+    ],
+)
+def test_gates_that_cannot_work_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError):
+        SnapshotTeacher(10, gate=settings)
+
+
+def test_a_refused_renewal_is_said_with_its_reason(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The gate reads the run's own log: here lengths must grow, and they cannot."""
+    gate = {"bounds": {"completions/mean_length": [1.5, 9.0]}}
+    trainer = make_trainer(tmp_path, SnapshotTeacher(3, gate=gate, context="answer_only"), max_steps=6)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "the teacher was not renewed at step 3: completions/mean_length was 6, 1.00 times the 6 it began with" in out
+    assert "it stays the student of step 0" in out and logged(trainer, "teacher/snapshot_of_step") == [0] * 6
+
+
+def test_an_open_gate_renews_and_logs_the_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    gate = {"metric": "eval_entropy", "tolerance": 9.0, "bounds": {"entropy": [0.1, 9.0]}}
+    args = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make_trainer(
+        tmp_path,
+        SnapshotTeacher(3, gate=gate, context="answer_only"),
+        eval_rows=Dataset.from_list(make_rows(4)),
+        **args,
+    )
+    trainer.train()
+    assert capsys.readouterr().out.count("the teacher was renewed") == 2
+    assert logged(trainer, "teacher/snapshot_of_step") == [0, 0, 3, 3, 3, 6]
+
+
+@pytest.mark.parametrize("metric", ["rewrd", "reward", "eval_loss", "completions/mean_lenght"])
+def test_a_gate_on_a_metric_that_nobody_computes_is_refused_before_a_model_loads(tmp_path: Path, metric: str) -> None:
+    with pytest.raises(ConfigError, match=f"reads '{metric}', and this run logs no such metric"):
+        make_trainer(tmp_path, SnapshotTeacher(3, gate={"metric": metric}), "no/such-model")
+
+
+def test_a_checkpoint_of_this_run_becomes_the_teacher_at_its_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    student = make_student("full").eval()
+    teacher = prepared(PastCheckpointTeacher("checkpoint-2"), student)
+    first = scores(teacher)
+    move(student)
+    teacher.after_step(1)
+    assert torch.equal(scores(teacher), first)
+    move(student)
+    assert teacher.after_step(2) == "the teacher is now the student of step 2, and stays so"
+    second = scores(teacher)
+    move(student)
+    teacher.after_step(3)
+    assert not torch.equal(first, second) and torch.equal(scores(teacher), second)
+    again = prepared(PastCheckpointTeacher("checkpoint-2"), make_student("full").eval())
+    again.load_state_dict(teacher.state_dict())
+    assert torch.equal(scores(again), second)
+
+
+# ---- adapters that the loss would go around -------------------------------------------------------------------------
+
+VIRTUAL_TOKENS = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+AROUND = [(VIRTUAL_TOKENS, "virtual tokens"), (LoraConfig(target_modules=["lm_head"], r=4), "is on the head")]
+
+
+@pytest.mark.parametrize(("config", "why"), AROUND)
+def test_an_adapter_that_the_loss_would_go_around_is_refused(tmp_path: Path, config: Any, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):  # before the model is looked for
+        OPSDTrainer("no/such-model", args=make_args(tmp_path), peft_config=config)
+    with pytest.raises(ConfigError, match=why):
+        make_trainer(tmp_path, None, get_peft_model(make_llama(tie=False), config))
