@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import signal
 import sys
@@ -27,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
+from demo import hardware  # noqa: E402
 from helpers import MAKE_TEACHER, logged, make_trainer  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "crashes.json"
@@ -150,8 +150,7 @@ def main() -> int:
     killed = sum(bool(case["killed"]) for case in cases)
     print(f"{same} of {len(cases)} runs arrived at the same bits; {killed} were killed before their end")
     if options.kills >= 20:
-        hardware = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
-        result = {"steps": STEPS, "kills": killed, "same": same, "hardware": hardware, "cases": cases}
+        result = {"steps": STEPS, "kills": killed, "same": same, "hardware": hardware(), "cases": cases}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if same == len(cases) else 1
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from demo import hardware
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -138,7 +138,7 @@ def main() -> None:
         "steps": options.steps,
         "learning_rate": options.learning_rate,
         "tokens": rollouts.num_scorable,
-        "hardware": f"CPU, {os.cpu_count()} cores, float32, torch {torch.__version__}",
+        "hardware": hardware(),
         "decays": found,
     }
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
