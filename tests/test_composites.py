@@ -175,8 +175,9 @@ def test_a_part_with_another_tokenizer_is_refused() -> None:
 
 def make_route(**kwargs: object) -> tuple[torch.nn.Module, RoutedTeacher]:
     student = make_student("full").eval()
-    sibling = SiblingTeacher(make_llama(3), tokenizer=make_tokenizer(), context="answer_only")
-    return student, prepared(RoutedTeacher("domain", {"even": sibling, "odd": LiveTeacher()}, **kwargs), student)
+    even = SiblingTeacher(make_llama(3), tokenizer=make_tokenizer(), context="answer_only")
+    odd = SiblingTeacher(make_llama(4), tokenizer=make_tokenizer())
+    return student, prepared(RoutedTeacher("domain", {"even": even, "odd": odd}, **kwargs), student)
 
 
 def test_each_row_is_scored_by_its_own_teacher_in_any_order() -> None:

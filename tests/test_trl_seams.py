@@ -10,6 +10,7 @@ import transformers
 import trl
 from trl import DistillationConfig, DistillationTrainer
 from trl.generation.vllm_generation import VLLMGeneration
+from trl.models.utils import _ForwardRedirection
 
 # method -> the parameters that opsd passes or receives
 SEAMS = {
@@ -70,6 +71,18 @@ def test_the_engine_answers_with_logprobs_where_they_are_expected() -> None:
         VLLMGeneration.generate
     )
     assert "self.vllm_generation.generate(" in inspect.getsource(DistillationTrainer._generate_single_turn)
+
+
+def test_a_call_can_be_sent_through_a_models_forward() -> None:
+    """Teachers that FSDP2 shards score inside their model's forward pass (`opsd.sharding.inside`)."""
+    parameters = inspect.signature(_ForwardRedirection.__call__).parameters
+    assert list(parameters) == ["self", "wrapper_module", "original_module", "method", "args", "kwargs"]
+
+
+def test_what_teachers_are_told_of_a_step_was_logged_before_it() -> None:
+    """Gates read `state.log_history` in on_step_end, which must not hold the step's own entry yet, and always later."""
+    source = inspect.getsource(transformers.Trainer._maybe_log_save_evaluate)
+    assert source.index("self.log(logs") < source.index("self._evaluate(") < source.index("self._save_checkpoint(")
 
 
 def test_callbacks_at_the_end_of_a_step_run_before_the_save() -> None:
