@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,28 @@ json.dump(found, open(os.path.join(folder, f"result-{world}-{rank}.json"), "w"))
 """
 
 
+RESUMED = """
+import hashlib, json, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+from helpers import MAKE_TEACHER, logged, make_trainer
+
+folder, resume = sys.argv[1], sys.argv[2] == "resume"
+found = {}
+for teacher, student in (("ema", "full"), ("routed", "lora")):
+    trainer = make_trainer(os.path.join(folder, teacher), MAKE_TEACHER[teacher](), student, max_steps=5, save_steps=1,
+                           save_strategy="steps", gradient_accumulation_steps=1, learning_rate=5e-3)
+    trainer.train(resume_from_checkpoint=resume)
+    digest = hashlib.sha256()
+    for name, value in [*trainer.model.named_parameters(), *sorted(trainer.teacher.state_dict().items())]:
+        digest.update(name.encode() + value.detach().numpy().tobytes())
+    digest.update(torch.get_rng_state().numpy().tobytes())
+    found[teacher] = [digest.hexdigest(), logged(trainer, "divergence")]
+world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+json.dump(found, open(os.path.join(folder, f"result-{world}-{rank}.json"), "w"))
+"""
+
+
 def launch(script: Path, processes: int, folder: Path, kind: str) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
@@ -134,6 +157,18 @@ def test_every_teacher_agrees_between_one_process_and_two(tmp_path: Path) -> Non
     assert first == second and first.keys() == one.keys() == {f"{t} {s}" for t, s in RUNS}
     for case, (gradient, state) in one.items():
         assert gradient > 0 and first[case] == pytest.approx([gradient, state], rel=2e-5), case
+
+
+def test_two_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
+    """Each process has a random state of its own; three steps make an epoch, so step 4 is in the next one."""
+    script = tmp_path / "resumed.py"
+    script.write_text(RESUMED.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    (tmp_path / "whole").mkdir()
+    whole = launch(script, 2, tmp_path / "whole", "anew")
+    for teacher in whole[0]:
+        shutil.copytree(tmp_path / "whole" / teacher / "checkpoint-2", tmp_path / "again" / teacher / "checkpoint-2")
+    assert launch(script, 2, tmp_path / "again", "resume") == whole
+    assert all((tmp_path / "again" / "ema" / "checkpoint-5" / f"rng_state_{rank}.pth").is_file() for rank in (0, 1))
 
 
 def test_the_command_line_trains_under_torchrun(tmp_path: Path, llama_folder: str) -> None:
