@@ -290,6 +290,7 @@ class OPSDConfig(DistillationConfig):
             "force_tail": self.force_tail and (self.tail != "none" or self.beta == 0.0),
             "baseline": self.support != "sampled" and self.baseline != Divergence.baseline,
             "keep_by": self.keep_fraction == 1.0 and self.keep_by != Objective.keep_by,
+            "grpo_on": self.grpo_coef == 0.0 and self.grpo_on != Groups.grpo_on,
             "importance_clip": self.importance_clip is not None and not self.use_vllm,
         }
         for name in (name for name, has_no_effect in idle.items() if has_no_effect):

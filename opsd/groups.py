@@ -85,11 +85,6 @@ class Groups:
                 "grpo_coef is set and num_generations is 1. GRPO compares a rollout with its group, and alone it has "
                 "no advantage. Set num_generations to 2 at least; 8 is usual."
             )
-        if self.route == "all" and self.grpo_coef > 0 and self.grpo_on == "undistilled":
-            raise ConfigError(
-                "grpo_on is 'undistilled' and route is 'all': every rollout is distilled, so none would be "
-                "reinforced. Set grpo_on to 'all', or route to 'wrong'."
-            )
 
     @property
     def produced(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ WAY_OUT = (
 def divergence_metrics(
     record: LossRecord, rollouts: Rollouts, accelerator: Accelerator, micro_batches: int, step: int
 ) -> dict[str, float]:
-    """Return the mean and the largest divergence per token, in nats, and the means of what else was recorded.
+    """Return the mean and the largest divergence per token, the entropy, and the means of what else was recorded.
 
     Args:
         record: the loss of this process's micro-batch.
@@ -45,13 +45,18 @@ def divergence_metrics(
     worst = values_N.max() if len(values_N) else values_N.new_zeros(())
     others = sorted(set(record.records) - NOT_LOGGED)
     seen = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), values_N.sum()]
+    seen.append(record.entropy_N.sum())
     seen += [record.records[name].sum() for name in others]
     count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(seen)[None]).T
     if bool(bad_somewhere.any()):
         _stop_at_rows(record, rollouts, step)
     tokens = rollouts.normaliser / micro_batches if rollouts.normaliser else float(count.sum().clamp(min=1))
-    means = {name: float(total.sum()) / tokens for name, total in zip(["divergence", *others], totals, strict=True)}
-    return {**means, "divergence/max": float(worst.max())}
+    means = {
+        name: float(total.sum()) / tokens
+        for name, total in zip(["divergence", "entropy", *others], totals, strict=True)
+    }
+    seconds = {"statistics_seconds": record.statistics_seconds} if record.statistics_seconds else {}
+    return {**means, "divergence/max": float(worst.max()), **seconds}
 
 
 def mean_over_processes(values: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,8 +20,10 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 
-from opsd.errors import ConfigError, DataError, did_you_mean
+from opsd.context import PrivilegedContext
+from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.forward import context_length, counting_passes
+from opsd.groups import Groups
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weights import adapter_adds_nothing
@@ -180,8 +183,16 @@ def check_rows_fit(
                 prompt = view.prompt_ids(row, made)
             except DataError as error:
                 raise DataError(f"row {number}: {error}") from error
-            check_lengths(view.max_length, [prompt], [max_new_tokens], "teacher", first_row=number)
+            # What training makes may be as long as a completion.
+            to_come = max_new_tokens * (1 + _whole_rollouts_shown(view.context, produced))
+            check_lengths(view.max_length, [prompt], [to_come], "teacher", first_row=number)
     _forget_counts(teacher)
+
+
+def _whole_rollouts_shown(context: PrivilegedContext, produced: Sequence[str]) -> int:
+    """Return how many rollouts a context shows at full length."""
+    shown = (context.fields | context.optional_fields) & set(produced) & {"sibling", "attempt"}
+    return len(shown - {context.truncate})
 
 
 def _forget_counts(teacher: Teacher) -> None:
@@ -191,17 +202,26 @@ def _forget_counts(teacher: Teacher) -> None:
             view.context.counts = type(view.context.counts)()
 
 
-def check_groups_stay_whole(dataset: Any, num_generations: int) -> None:
-    """Refuse several rollouts per prompt where rows are a stream.
+def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool) -> None:
+    """Refuse several rollouts per prompt where rows are a stream; warn where evaluation will find nothing to show.
 
     Raises:
-        DataError: they are.
+        DataError: a stream.
     """
-    if num_generations > 1 and not isinstance(dataset, Dataset):
+    if trains and groups.size > 1 and not isinstance(dataset, Dataset):
         raise DataError(
             "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
             "Load them as a Dataset, or set num_generations to 1."
         )
+    for context in (view.context for view in teacher.views if view.context is not None and not trains):
+        if (context.fields | context.optional_fields) & set(groups.produced):
+            warnings.warn(
+                f"template {context.name!r} shows what a group of rollouts made, and evaluation samples each row once: "
+                "there are no siblings, and rows with nothing to show count nowhere, so eval_loss may be 0. Read "
+                "eval_reward instead.",
+                OPSDWarning,
+                stacklevel=2,
+            )
 
 
 def check_watched(teacher: Teacher, args: Any, has_eval: bool, has_rewards: bool) -> None:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from opsd.errors import ConfigError, DataError
-from opsd.evaluation.graders import GRADERS, REASONING_GYM, grade_rows, load_grader
+from opsd.errors import ConfigError, DataError, OPSDWarning
+from opsd.evaluation.graders import GRADERS, REASONING_GYM, load_grader, reasoning_gym_scorer
 from opsd.rollouts import Ids
 
 Row: TypeAlias = Mapping[str, Any]
@@ -28,8 +29,9 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
     """Return the reward function that `value` means.
 
     Args:
-        value: a function with TRL's signature; a grader's name ("last_number", "reasoning_gym:DATASET"), whose verdict
-            is a reward of 1 or 0; or "module:function", a function with TRL's signature.
+        value: a function with TRL's signature; a grader's name ("last_number"), whose verdict is a reward of 1 or 0;
+            "reasoning_gym:DATASET", that dataset's own score between 0 and 1; or "module:function", a function with
+            TRL's signature.
 
     Raises:
         ConfigError: nothing has that name, or it is no plain function.
@@ -49,18 +51,33 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
 
 
 class _GraderReward:
-    """A grader as a reward function: 1 for a right answer, 0 for a wrong one, None where the grader failed."""
+    """A grader as a reward function: 1 for a right answer, 0 for a wrong one, None where it failed."""
 
     def __init__(self, name: str):
         self.__name__ = name
-        self._grade = load_grader(name)
+        self._score: Callable[[str, Row], float]
+        if name.startswith(REASONING_GYM):
+            self._score = reasoning_gym_scorer(name.removeprefix(REASONING_GYM))
+        else:
+            self._score = load_grader(name)
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         texts = [text_of(completion) for completion in completions]
         keys = [key for key, values in columns.items() if isinstance(values, list) and len(values) == len(texts)]
         rows = [{key: columns[key][number] for key in keys} for number in range(len(texts))]
-        correct, failed = grade_rows(self._grade, texts, rows)
-        return [None if number in set(failed) else float(right) for number, right in enumerate(correct)]
+        return [self._reward(text, row) for text, row in zip(texts, rows, strict=True)]
+
+    def _reward(self, text: str, row: Row) -> float | None:
+        try:
+            return float(self._score(text, row))
+        except Exception as error:
+            warnings.warn(
+                f"the grader {self.__name__!r} failed on a rollout ({type(error).__name__}: {error}). It has no reward "
+                "from it, which is neither right nor wrong. Repair such rows, or pick another grader.",
+                OPSDWarning,
+                stacklevel=2,
+            )
+            return None
 
 
 def text_of(completion: Any) -> str:
@@ -114,8 +131,9 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        """What logs and checkpoints call the functions."""
-        return [getattr(each, "__name__", type(each).__name__) for each in self.functions]
+        """What logs and checkpoints call the functions; namesakes are numbered."""
+        given = [getattr(each, "__name__", type(each).__name__) for each in self.functions]
+        return [name if given.count(name) == 1 else f"{name}/{number}" for number, name in enumerate(given)]
 
     def __call__(
         self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Ids], state: Any

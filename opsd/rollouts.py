@@ -134,9 +134,9 @@ class Rollouts:
         return Rollouts(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
     @property
-    def used(self) -> list[bool]:
-        """Whether a row has any scored token."""
-        return [any(mask) for mask in self.loss_mask or ()]
+    def taught(self) -> list[bool]:
+        """Whether a teacher's answer for a row counts: it has scored tokens, and is distilled."""
+        return [any(mask) and bool(share) for mask, share in zip(self.loss_mask or (), self.distilled, strict=True)]
 
     def without(self, rows: Sequence[bool]) -> Rollouts:
         """Return the rollouts with no token scored in the rows that are marked."""

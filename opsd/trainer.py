@@ -154,9 +154,9 @@ class OPSDTrainer(DistillationTrainer):
             return None
         dataset = prepare_rows(dataset, name=name)
         self.training_loss.check_rows(dataset, self.groups.produced)
-        if name == "train":
-            preflight.check_groups_stay_whole(dataset, args.num_generations)
-            check_completions(dataset, off_policy=0.0 if args.seq_kd else 1.0 - args.lmbda)
+        preflight.check_groups(dataset, self.teacher, self.groups, trains=name == "train")
+        if name == "train" and not args.seq_kd:
+            check_completions(dataset, off_policy=1.0 - args.lmbda)
         return dataset
 
     def _prepare_teacher(self) -> None:
@@ -325,10 +325,10 @@ class OPSDTrainer(DistillationTrainer):
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
         scored: Scored = inputs["scored"]
         found = divergence_metrics(record, scored.rollouts, self.accelerator, steps, step)
-        if record.statistics_seconds:
-            found["statistics_seconds"] = record.statistics_seconds
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["entropy"].pop()  # TRL's, whose mean over micro-batches counts one without tokens as 0 nats
         for key, value in found.items():
-            self._metrics["train" if self.model.training else "eval"][key].append(value)
+            metrics[key].append(value)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -103,7 +103,7 @@ def test_a_sibling_is_the_first_other_correct_rollout_of_the_same_group() -> Non
 def test_feedback_belongs_to_its_own_rollout_and_blank_feedback_is_none() -> None:
     rollouts, found = graded([0.0] * 4, [None, "too few", " ", "too many"])
     assert [made.get("feedback") for made in rollouts.produced] == [None, "too few", " ", "too many"]
-    assert rollouts.used == [False, True, False, True] and found["group/without_context"] == 0.5
+    assert rollouts.taught == [False, True, False, True] and found["group/without_context"] == 0.5
 
 
 def test_rows_that_stand_for_themselves_have_no_siblings() -> None:
@@ -123,14 +123,14 @@ def test_a_row_without_anything_to_show_is_not_scored_and_is_counted() -> None:
     assert found["group/without_context"] == found["group/unused"] == 5 / 8
     assert found["group/distilled"] == 3 / 8 and found["group/right"] == 1 / 8 and found["group/flat"] == 0.5
     rollouts, found = graded([1.0, 0.0, None, 0.0], context="answer_only")
-    assert all(rollouts.used) and found["group/without_context"] == 0.0, "a column is there for every row"
+    assert all(rollouts.taught) and found["group/without_context"] == 0.0, "a column is there for every row"
 
 
 @pytest.mark.parametrize(("name", "shows"), [("sibling", 3), ("attempt", 4), ("feedback", 1)])
 def test_a_template_of_ones_own_may_need_what_the_group_makes(name: str, shows: int) -> None:
     context = PrivilegedContext.from_string("{% block user %}{{ prompt }} {{ " + name + " }}{% endblock %}")
     rollouts, _ = graded([1.0, 0.0, 0.0, 0.0], [None, "no", None, None], context=context)
-    assert sum(rollouts.used) == shows
+    assert sum(rollouts.taught) == shows
 
 
 def test_own_success_needs_a_reward_function_and_no_column(tmp_path: Path) -> None:
@@ -154,6 +154,7 @@ ROUTED = [
     (ONE, "wrong", "-", "- d d d"),
     (ONE, "right", "-", "- - - -"),
     (ONE, "all", "all", "r dr dr dr"),
+    (ONE, "all", "undistilled", "r d d d"),
     (ONE, "wrong", "all", "r dr dr dr"),
     (ONE, "wrong", "undistilled", "r d d d"),
     (ONE, "right", "all", "r r r r"),
@@ -176,7 +177,8 @@ def test_a_rollout_learns_as_its_reward_routes_it(rewards: Any, route: str, grpo
     whom = expected.split()
     assert list(rollouts.distilled) == ["d" in each for each in whom]
     assert [advantage != 0.0 for advantage in rollouts.advantages] == ["r" in each for each in whom]
-    assert rollouts.used == [each != "-" for each in whom]
+    assert [any(mask) for mask in rollouts.loss_mask] == [each != "-" for each in whom]
+    assert rollouts.taught == ["d" in each for each in whom]
     assert (found["group/distilled"], found["group/unused"]) == (expected.count("d") / 4, expected.count("-") / 4)
 
 
@@ -372,7 +374,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_generations": 8}, "num_generations is 8, and a step makes 4 rollouts per device"),
     ({"num_generations": 0}, "num_generations is 0"),
     ({"lmbda": 0.75}, "num_generations is 4 and lmbda 0.75: off-policy rows have one completion"),
-    ({"grpo_on": "undistilled", "grpo_coef": 0.5}, "every rollout is distilled, so none would be reinforced"),
     ({"grpo_on": "undistiled", "grpo_coef": 0.5}, "Did you mean 'undistilled'"),
     ({"route": "write"}, "route"),
     ({"reward_weights": [1.0, 2.0]}, r"reward_weights has 2 weight\(s\) for 1 reward function"),

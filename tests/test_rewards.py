@@ -100,8 +100,9 @@ def test_what_is_no_reward_function_is_refused_before_training(value: Any, messa
 def test_a_grader_is_a_reward_function_by_its_name() -> None:
     verdicts = asked("last_number")
     assert verdicts.rewards == [1.0, 0.0, 1.0] and verdicts.means == {"rewards/last_number": 2 / 3}
-    chats = [[{"role": "assistant", "content": text}] for text in ("1", "2, no: 7", "")]
-    assert asked("last_number", completions=chats).rewards == [1.0, 0.0, 0.0]
+    chats = [[{"role": "user", "content": "2"}, {"role": "assistant", "content": text}] for text in ("1", "2", "")]
+    assert asked("exact", completions=chats).rewards == [1.0, 1.0, 0.0], "the last message is the answer"
+    assert asked("exact", completions=[[], [{"role": "assistant"}], chats[0]]).rewards == [0.0, 0.0, 0.0]
 
 
 def test_a_reasoning_gym_dataset_grades_with_its_own_scorer() -> None:
@@ -111,11 +112,13 @@ def test_a_reasoning_gym_dataset_grades_with_its_own_scorer() -> None:
     rows = list(Dataset.from_list([{"prompt": item["question"], **item} for item in items]))
     right = [item["metadata"]["expression"] for item in items]
     assert asked("reasoning_gym:countdown", rows=rows, completions=right).rewards == [1.0, 1.0]
-    assert asked("reasoning_gym:countdown", rows=rows, completions=right[::-1]).rewards == [0.0, 0.0]
+    assert asked("reasoning_gym:countdown", rows=rows, completions=right[::-1]).rewards == [0.05, 0.05], (
+        "its own partial score"
+    )
 
 
 def test_where_a_grader_fails_the_reward_is_unknown_and_the_user_is_told() -> None:
     rows = [{"prompt": "How many?", "answer": answer} for answer in ("1", "nobody knows", "")]
-    with pytest.warns(OPSDWarning, match="failed on 2 of 3 rows, first on row 1"):
+    with pytest.warns(OPSDWarning, match=r"(?s)failed on a rollout .*neither right nor wrong"):
         verdicts = asked("last_number", rows=rows)
     assert verdicts.rewards[0] == 1.0 and all(map(math.isnan, verdicts.rewards[1:]))

@@ -143,7 +143,12 @@ def _last_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
 
 
-def _load_reasoning_gym(dataset: str, column: str) -> Grader:
+def reasoning_gym_scorer(dataset: str, column: str = "answer") -> Callable[[str, Row], float]:
+    """Return a reasoning-gym dataset's own scorer: (text, row) -> a score between 0 and 1.
+
+    Raises:
+        ConfigError: reasoning-gym is not installed, or has no scorer of that name.
+    """
     try:
         import reasoning_gym
     except ImportError as error:
@@ -160,10 +165,12 @@ def _load_reasoning_gym(dataset: str, column: str) -> Grader:
             "The grader must be the one the questions were made for. The datasets are in reasoning-gym's GALLERY.md."
         ) from error
 
-    def grade(text: str, row: Row) -> bool:
-        return score(text.strip(), {**row, "answer": row[column]}) > 0.999
+    return lambda text, row: float(score(text.strip(), {**row, "answer": row[column]}))
 
-    return grade
+
+def _load_reasoning_gym(dataset: str, column: str) -> Grader:
+    score = reasoning_gym_scorer(dataset, column)
+    return lambda text, row: score(text, row) > 0.999
 
 
 def _load_function(name: str) -> Grader:

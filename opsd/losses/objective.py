@@ -220,7 +220,8 @@ class Objective:
                 _, found = self._kernel(replace(batch, anchor=None)).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
                 score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
-                weight_N = weight_N * weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
+                kept_N = weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
+                weight_N = weight_N * tokens.where_distilled(kept_N)
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             if self.future_cost == "discounted":
                 cost_N = tokens.with_cost(discounted_future(ratio_N, tokens.row_N, self.discount))
@@ -229,7 +230,7 @@ class Objective:
         if batch.wrong is not None:
             ids_N = tokens.ids_N
             right_N, wrong_N = batch.signal.logprobs(ids_N), batch.wrong.logprobs(ids_N)
-            weight_N = weight_N * weights.contrastive(right_N, wrong_N, tokens.row_N)
+            weight_N = weight_N * tokens.where_distilled(weights.contrastive(right_N, wrong_N, tokens.row_N))
         kept = weight_N != 0
         return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept, found
 

@@ -54,6 +54,10 @@ class Tokens:
         cost_N = cost_N if self.share_N is None else self.share_N * cost_N
         return cost_N if self.cost_N is None else self.cost_N + cost_N
 
+    def where_distilled(self, weight_N: Tensor) -> Tensor:
+        """Return a weight that comes from comparing with the teacher, 1 where tokens only carry a reward."""
+        return weight_N if self.share_N is None else torch.where(self.share_N == 0, 1.0, weight_N)
+
     def select(self, index: Tensor | slice) -> Tokens:
         """Return some of the tokens."""
         return Tokens(*(None if x is None else x[index] for x in vars(self).values()))  # type: ignore[arg-type]

@@ -239,9 +239,9 @@ class Teacher(ABC):
             # The very ids the student saw, tools and all; nothing to render again.
             return rollouts.show(self.key, rollouts.prompt_ids)
         prompts = [
-            self.prompt_ids(row, made) if scored else rollouts.prompt_ids[number]
-            for number, (row, made, scored) in enumerate(
-                zip(rollouts.rows, rollouts.produced, rollouts.used, strict=True)
+            self.prompt_ids(row, made) if taught else rollouts.prompt_ids[number]
+            for number, (row, made, taught) in enumerate(
+                zip(rollouts.rows, rollouts.produced, rollouts.taught, strict=True)
             )
         ]
         check_lengths(self.max_length, prompts, [len(ids) for ids in rollouts.needed_ids], "teacher")
