@@ -29,7 +29,13 @@ UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark of an inte
 
 
 def write(
-    folder: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], step: int = 0, processes: int = 1
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    *,
+    step: int = 0,
+    processes: int = 1,
+    pending: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a teacher's state into a checkpoint folder, each file whole or not at all.
 
@@ -39,6 +45,7 @@ def write(
         facts: what the run is.
         step: optimizer steps done.
         processes: of the run; each writes a random state of its own.
+        pending: metrics since the last log entry, which the next one will average.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # A folder that is written again, after a resume from before it, is no whole checkpoint until that is done.
@@ -47,12 +54,14 @@ def write(
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
     temporary.replace(folder / TENSORS)
     temporary = folder / f".{FACTS}"
-    temporary.write_text(json.dumps({"step": step, "processes": processes, **facts}, indent=2) + "\n")
+    temporary.write_text(
+        json.dumps({"step": step, "processes": processes, "pending": pending or {}, **facts}, indent=2) + "\n"
+    )
     temporary.replace(folder / FACTS)
 
 
-def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return a teacher's tensors from a checkpoint.
+def read(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Return a teacher's tensors from a checkpoint, and the metrics that were not logged yet.
 
     Args:
         folder: the checkpoint.
@@ -67,7 +76,7 @@ def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
             "run would go on with another teacher. Start a new run from its weights instead: model_name_or_path."
         )
     stored = json.loads((folder / FACTS).read_text())
-    step = stored.pop("step", None)
+    step, pending = stored.pop("step", None), stored.pop("pending", {})
     stored.pop("processes", None)  # more or fewer is another random state, and transformers warns of it
     if folder.name != f"checkpoint-{step}" and re.fullmatch(r"checkpoint-\d+", folder.name):
         raise CheckpointError(
@@ -82,7 +91,7 @@ def read(folder: Path, facts: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{folder} was made by a run with other settings:\n" + "\n".join(lines) + "\nA resumed run must be the "
             "same run. Restore these settings, or start a new run from the checkpoint's weights."
         )
-    return load_file(folder / TENSORS)
+    return load_file(folder / TENSORS), pending
 
 
 def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, Any]:
@@ -158,6 +167,12 @@ def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tu
     if not isinstance(resume, bool):
         if not Path(resume).is_dir():
             raise CheckpointError(f"there is no checkpoint {resume}. Checkpoints here: {_names(checkpoints)}.")
+        reason = problem(Path(resume)) if (Path(resume) / FACTS).is_file() else None
+        if reason is not None:
+            raise CheckpointError(
+                f"{resume} cannot be resumed from: {reason}. Name another (here: {_names(checkpoints)}), or let the "
+                "newest that is whole be found: resume_from_checkpoint=True."
+            )
         return Path(resume), []
     passed_over: list[str] = []
     for folder in checkpoints:

@@ -18,7 +18,9 @@ the rule that was broken, why the rule exists, and the way out. `assert` is for 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class OPSDError(Exception):
@@ -59,6 +61,28 @@ class CheckpointError(OPSDError, RuntimeError):
 
 class OPSDWarning(UserWarning):
     """A setting that is allowed and is probably not what was meant."""
+
+
+def as_number(name: str, value: Any) -> float:
+    """Return a setting that must be a number; YAML reads 1e-1 as text, for it wants 1.0e-1.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name} must be a number, and is {value!r}. In YAML write 1.0e-1, with the dot.")
+    return float(value)
+
+
+def as_count(name: str, value: Any) -> int:
+    """Return a setting that must be a whole number of at least 1.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} must be a whole number of at least 1, and is {value!r}.")
+    return value
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -26,10 +26,16 @@ class FollowStudent(TrainerCallback):
         """Shard what it holds as the student is sharded by now."""
         self._teacher.shard()
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let it move by what was logged of the steps done."""
+        self._tell(self._teacher.before_step(state.global_step, state.log_history))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let it move; it sees what was logged up to the step before."""
-        said = self._teacher.after_step(state.global_step, state.log_history)
+        """Let it move, and log what it says of itself: the latest, not a mean."""
+        self._tell(self._teacher.after_step(state.global_step))
+        for name, value in self._teacher.metrics.items():
+            self._metrics[name] = [value]
+
+    def _tell(self, said: str | None) -> None:
         if said:
             self._say(said)
-        for name, value in self._teacher.metrics.items():
-            self._metrics[name].append(value)

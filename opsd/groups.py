@@ -96,7 +96,7 @@ class Groups:
         """Who learns how, in words; a resumed run must do the same."""
         if not self.rewards.functions:
             return f"{self.size} rollouts per prompt" if self.size > 1 else "one rollout per prompt"
-        said = f"{self.size} rollout(s) per prompt, rewarded by {', '.join(self.rewards.names)}; {ROUTES[self.route]}"
+        said = f"{self.size} rollout(s) per prompt, rewarded by {self.rewards.words}; {ROUTES[self.route]}"
         said += f" (success from {self.success_reward:g})"
         return said + (f"; + {self.grpo_coef:g}·GRPO on {GRPO_ON[self.grpo_on]}" if self.grpo_coef else "")
 

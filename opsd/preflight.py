@@ -5,7 +5,6 @@ Knows a model, a dataset and a teacher; changes none of them.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -15,30 +14,32 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 
 from opsd.context import PrivilegedContext
+from opsd.data import row_columns
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.forward import context_length, counting_passes
 from opsd.groups import Groups
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
-from opsd.teachers.weights import adapter_adds_nothing
+from opsd.teachers.weights import adapter_adds_nothing, digest
+from opsd.training_loss import TrainingLoss
 
 # Rows whose prompts are rendered for both sides before step 1: about ten seconds of one core.
 CHECKED_ROWS = 20_000
 HEADS = ("lm_head", "embed_out", "output_layer")  # as model families name it
 # What every run logs, and what a run with rewards logs beside it; a gate may read these.
+# `loss` is not among them: transformers forgets its running mean in a resume, and `divergence` says the same.
 LOGGED = (
-    "loss", "grad_norm", "entropy", "divergence", "divergence/max", "completions/mean_length",
-    "completions/max_length", "completions/min_length", "completions/clipped_ratio",
-    "completions/mean_terminated_length",
+    "entropy", "divergence", "divergence/max", "scored_tokens", "completions/mean_length", "completions/max_length",
+    "completions/min_length", "completions/clipped_ratio", "completions/mean_terminated_length",
+    "completions/min_terminated_length", "completions/max_terminated_length",
 )  # fmt: skip
 GROUP_METRICS = ("group/right", "group/distilled", "group/without_context", "group/unused", "group/flat")
-FINGERPRINT_VALUES = 64  # of each parameter; other weights differ in all of them
+PROBED_ROWS = 8  # scored before step 1 to count what a teacher costs
 
 
 def check_student(student: nn.Module) -> list[str]:
@@ -130,6 +131,32 @@ def check_adapter(config: PeftConfig) -> None:
         )
 
 
+def check_settings(
+    args: Any, teacher: Teacher, groups: Groups, eval_dataset: Any, peft_config: PeftConfig | None, *, has_tools: bool
+) -> None:
+    """Refuse what cannot work together, before any model loads.
+
+    Raises:
+        ConfigError: names the two.
+    """
+    check_importance(args.importance_clip, has_tools)
+    check_sharding(args)
+    if peft_config is not None:
+        check_adapter(peft_config)
+    check_watched(teacher, args, eval_dataset, groups)
+    if args.seq_kd and not teacher.can_sample:
+        raise ConfigError(
+            f"seq_kd takes the teacher's own samples, and teacher {teacher.strategy!r} is no single model that could "
+            "sample. Use another teacher, or set seq_kd to false."
+        )
+    spread = args.accelerator_config
+    if groups.size > 1 and (spread.split_batches or spread.dispatch_batches):
+        raise ConfigError(
+            "num_generations is above 1, and accelerator_config splits or dispatches batches: rollouts of one prompt "
+            "would land in different processes, and could not be compared. Leave both options off."
+        )
+
+
 def check_importance(clip: float | None, has_tools: bool) -> None:
     """Refuse importance correction of completions that several calls of the engine made.
 
@@ -146,12 +173,7 @@ def check_importance(clip: float | None, has_tools: bool) -> None:
 def fingerprint(student: nn.Module, vocab_size: int) -> str:
     """Return a hash of the weights that a resumed run must begin with: all but an adapter that adds nothing yet."""
     fresh = hasattr(student, "disable_adapter") and adapter_adds_nothing(student, vocab_size)
-    digest = hashlib.sha256()
-    for name, p in student.named_parameters():
-        if not (fresh and p.requires_grad):
-            digest.update(f"{name}{tuple(p.shape)}".encode())
-            digest.update(p.detach().flatten()[:FINGERPRINT_VALUES].to("cpu", torch.float32).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest({name: p for name, p in student.named_parameters() if not (fresh and p.requires_grad)})
 
 
 def check_rows_fit(
@@ -189,6 +211,21 @@ def check_rows_fit(
     _forget_counts(teacher)
 
 
+def _check_siblings(teacher: Teacher) -> None:
+    """Refuse a context that only siblings could fill where no rollout has one, and warn where little else could."""
+    for context in (view.context for view in teacher.views if view.context is not None):
+        rule = f"template {context.name!r} shows correct siblings of a rollout, and num_generations is 1: there is none"
+        if "sibling" in context.fields:
+            raise ConfigError(f"{rule}, so nothing would be trained. Set num_generations to 8 or so.")
+        if "sibling" in context.optional_fields and context.missing(()):
+            warnings.warn(
+                f"{rule}. Rollouts without feedback from the verifier (log_extra) will train nothing. Set "
+                "num_generations to 8 or so.",
+                OPSDWarning,
+                stacklevel=2,
+            )
+
+
 def _whole_rollouts_shown(context: PrivilegedContext, produced: Sequence[str]) -> int:
     """Return how many rollouts a context shows at full length."""
     shown = (context.fields | context.optional_fields) & set(produced) & {"sibling", "attempt"}
@@ -206,8 +243,12 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
     """Refuse several rollouts per prompt where rows are a stream; warn where evaluation will find nothing to show.
 
     Raises:
-        DataError: a stream.
+        DataError: a stream, or rows without what a grader reads.
+        ConfigError: a context that nothing could fill.
     """
+    groups.rewards.check_columns(row_columns(dataset))
+    if trains and groups.size == 1 and groups.rewards.functions:
+        _check_siblings(teacher)
     if trains and groups.size > 1 and not isinstance(dataset, Dataset):
         raise DataError(
             "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
@@ -224,44 +265,57 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
             )
 
 
-def check_watched(teacher: Teacher, args: Any, has_eval: bool, has_rewards: bool) -> None:
-    """Refuse a gate on a metric that this run will not log.
+def check_watched(teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups) -> None:
+    """Refuse a gate on a metric that this run will not log, or not often enough.
 
     Raises:
         ConfigError: names the metric and what is logged.
     """
-    known = [*LOGGED, *(["reward", *GROUP_METRICS] if has_rewards else [])]
-    if has_eval and args.eval_strategy != "no":
-        known += [f"eval_{name}" for name in known if name != "grad_norm"]
-    for name in sorted(teacher.watches):
-        # A reward function's own metrics have names that only it knows.
-        if name not in known and not (has_rewards and "rewards/" in name):
-            why = "" if has_eval or not name.startswith("eval_") else " There is no eval_dataset with eval_strategy."
+    own = [*LOGGED, *(["reward", *GROUP_METRICS] if groups.rewards.functions else [])]
+    own += [f"rewards/{name}" for name in groups.rewards.names]
+    sets = [f"eval_{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
+    evaluates = eval_dataset is not None and args.eval_strategy != "no"
+    later = [f"{start}{name}" for start in sets for name in ("loss", *own)] if evaluates else []
+    for name, window in sorted(teacher.watches.items()):
+        # Reward functions may log metrics of their own, whose names only they know.
+        if name not in [*own, *later] and not groups.rewards.functions:
+            why = " There is no eval_dataset with eval_strategy." if name.startswith("eval_") and not later else ""
             raise ConfigError(
                 f"the teacher's gate reads {name!r}, and this run logs no such metric, so the gate would never open."
-                f"{did_you_mean(name, known)}{why} Logged: {', '.join(known)}."
+                f"{did_you_mean(name, [*own, *later])}{why} Logged: {', '.join([*own, *later])}."
+            )
+        interval = "eval_steps" if name.startswith("eval_") else "logging_steps"
+        if getattr(args, interval, None) and getattr(args, interval) > window:
+            raise ConfigError(
+                f"the teacher's gate reads {name!r} every {window} steps, and {interval} is "
+                f"{getattr(args, interval):g}: it would find nothing and never open. Lower it to {window} at most."
             )
 
 
 def measured_cost(
-    teacher: Teacher, dataset: Any, student: StudentHandle, produced: Sequence[str] = (), micro_batches: int = 1
+    scorer: TrainingLoss, dataset: Any, student: StudentHandle, produced: Sequence[str] = (), micro_batches: int = 1
 ) -> Cost:
-    """Let the teacher score one token for each of two rows, and return what it costs, passes counted.
+    """Let everyone who scores do so for a token of some rows, and return what they cost together, passes counted.
 
     Args:
+        scorer: the loss, prepared: its teacher, and what anchors or contrasts it.
         dataset: prepared rows; None where nothing will be trained: then no pass is counted.
         student: the student.
-        teacher: the teacher, prepared.
         produced: names that training makes for contexts.
         micro_batches: of an optimizer step.
     """
+    costs = [teacher.cost for teacher in scorer.teachers]
+    total = Cost(sum(cost.megabytes for cost in costs), sum(cost.offloaded for cost in costs))
     if dataset is None:
-        return teacher.cost
-    rows = list(islice(iter(dataset), 2))
+        return total
+    # Rows from all over, since a route's cost depends on them.
+    apart = max(1, len(dataset) // PROBED_ROWS) if isinstance(dataset, Dataset) else 1
+    rows = list(islice(iter(dataset), 0, apart * PROBED_ROWS, apart))
     made: list[dict[str, Any]] = [dict.fromkeys(produced, "not made yet") for _ in rows]
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], produced=made)
     with counting_passes() as sequences:
-        teacher.score(teacher.show(probe))
-    _forget_counts(teacher)
-    return replace(teacher.cost, passes=sum(sequences) / len(rows), micro_batches=micro_batches)
+        for teacher in scorer.teachers:
+            teacher.score(teacher.show(probe))
+    _forget_counts(scorer.teacher)
+    return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)

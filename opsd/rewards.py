@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from opsd.errors import ConfigError, DataError, OPSDWarning
+from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.graders import GRADERS, REASONING_GYM, load_grader, reasoning_gym_scorer
 from opsd.rollouts import Ids
 
@@ -55,6 +55,7 @@ class _GraderReward:
 
     def __init__(self, name: str):
         self.__name__ = name
+        self.column = "answer"
         self._score: Callable[[str, Row], float]
         if name.startswith(REASONING_GYM):
             self._score = reasoning_gym_scorer(name.removeprefix(REASONING_GYM))
@@ -135,6 +136,27 @@ class Rewards:
         given = [getattr(each, "__name__", type(each).__name__) for each in self.functions]
         return [name if given.count(name) == 1 else f"{name}/{number}" for number, name in enumerate(given)]
 
+    @property
+    def words(self) -> str:
+        """The functions, each with its weight where that is not 1."""
+        weighed = zip(self.names, self.weights, strict=True)
+        return ", ".join(name if weight == 1.0 else f"{weight:g} × {name}" for name, weight in weighed)
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Check that rows have what graders read.
+
+        Raises:
+            DataError: they have not: every rollout would go without a reward.
+        """
+        for function in self.functions:
+            wanted = getattr(function, "column", None) if isinstance(function, _GraderReward) else None
+            if wanted is not None and wanted not in columns:
+                raise DataError(
+                    f"the grader {function.__name__!r} reads the column {wanted!r}, and the dataset has: "
+                    f"{', '.join(columns)}.{did_you_mean(wanted, columns)} No rollout would get a reward. Rename the "
+                    "column, or give a function with TRL's signature."
+                )
+
     def __call__(
         self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Ids], state: Any
     ) -> Verdicts:
@@ -161,13 +183,8 @@ class Rewards:
         prompts = [row["prompt"] for row in rows]
         totals, known = [0.0] * len(rows), [False] * len(rows)
         for function, name, weight in zip(self.functions, self.names, self.weights, strict=True):
-            found = list(function(prompts=prompts, completions=completions, completion_ids=completion_ids, **columns))
-            if len(found) != len(rows):
-                raise DataError(
-                    f"reward function {name!r} returned {len(found)} rewards for {len(rows)} rollouts. It must return "
-                    "one for each, in order (None where it has none)."
-                )
-            values = [UNKNOWN if value is None else float(value) for value in found]
+            asked = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+            values = _as_rewards(function(**asked), name, len(rows))
             for number, value in enumerate(values):
                 if not math.isnan(value):
                     totals[number] += weight * value
@@ -179,6 +196,24 @@ class Rewards:
         if len(said) != len(rows):
             raise DataError(f"log_extra('feedback', …) got {len(said)} texts for {len(rows)} rollouts: one for each.")
         return Verdicts(rewards, said, means)
+
+
+def _as_rewards(found: Any, name: str, count: int) -> list[float]:
+    """Return what a function gave as one finite number for each rollout, NaN for None.
+
+    Raises:
+        DataError: it is something else.
+    """
+    rule = f"It must return one finite number for each of {count} rollouts, in order (None where it has none)."
+    try:
+        values = [UNKNOWN if value is None else float(value) for value in found]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"reward function {name!r} returned {found!r:.80}. {rule}") from error
+    if len(values) != count:
+        raise DataError(f"reward function {name!r} returned {len(values)} rewards. {rule}")
+    if any(map(math.isinf, values)):
+        raise DataError(f"reward function {name!r} returned an infinite reward. {rule}")
+    return values
 
 
 def _imported(name: str) -> Any:

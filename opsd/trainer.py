@@ -102,12 +102,8 @@ class OPSDTrainer(DistillationTrainer):
         self.teacher = load_teacher(teacher)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
         checkpoints.check_writable(args.output_dir)
-        preflight.check_importance(args.importance_clip, has_tools=bool(tools))
-        preflight.check_sharding(args)
-        if peft_config is not None:
-            preflight.check_adapter(peft_config)
         self.groups = Groups.of(args, reward_funcs)
-        preflight.check_watched(self.teacher, args, eval_dataset is not None, bool(self.groups.rewards.functions))
+        preflight.check_settings(args, self.teacher, self.groups, eval_dataset, peft_config, has_tools=bool(tools))
         self.training_loss = TrainingLoss(args, self.teacher)
         train_dataset = self._accept(train_dataset, "train", args)
         if isinstance(eval_dataset, dict):
@@ -185,7 +181,7 @@ class OPSDTrainer(DistillationTrainer):
         }
         names = [view.context.name if view.context else "the student's own prompt" for view in self.teacher.views]
         shown, steps = ", ".join(dict.fromkeys(names)), self.args.gradient_accumulation_steps
-        cost = preflight.measured_cost(self.teacher, self.train_dataset, self.student, produced, steps)
+        cost = preflight.measured_cost(self.training_loss, self.train_dataset, self.student, produced, steps)
         self._say(f"teacher     {self.teacher.words}\nis shown    {shown}\ncosts       {cost}")
         objective = f"{self.training_loss.words}\n            {self.args.objective.formula}"
         self._say(f"learns      {self.groups.words}\nminimises   {objective}")
@@ -350,13 +346,16 @@ class OPSDTrainer(DistillationTrainer):
         state = self.teacher.state_dict()  # in every process: sharded values are put together
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            checkpoints.write(folder, state, self._facts, self.state.global_step, self.accelerator.num_processes)
+            step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
+            checkpoints.write(folder, state, self._facts, step=step, processes=processes, pending=pending)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = checkpoints.read(Path(resume_from_checkpoint), self._facts)
+        state, pending = checkpoints.read(Path(resume_from_checkpoint), self._facts)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.teacher.load_state_dict(state)
+        self._metrics["train"].clear()
+        self._metrics["train"].update(pending)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train; Ctrl-C or SIGTERM saves at the end of the step and says how to resume.

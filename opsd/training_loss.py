@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -55,7 +56,7 @@ class TrainingLoss:
         self._args = args
         self.teacher = teacher
         self.objective = args.objective
-        self.anchor = SameCheckpointTeacher() if args.anchor_coef else None
+        self.anchor: Teacher | None = SameCheckpointTeacher() if args.anchor_coef else None
         self.contrast = None if args.contrast_context is None else teacher.showing(args.contrast_context)
         self.selection = TokenSelection()
 
@@ -108,7 +109,9 @@ class TrainingLoss:
         self.teacher.prepare(student)
         if self.contrast is not None:
             self.contrast = self.teacher.showing(self.contrast.context)
-        if self.anchor is not None:
+        if self.anchor is not None and isinstance(self.teacher, SameCheckpointTeacher):
+            self.anchor = self.teacher.showing(None)  # the same weights: one copy serves both
+        elif self.anchor is not None:
             self.anchor.prepare(student)
 
     def show(self, rollouts: Rollouts) -> Rollouts:
@@ -132,7 +135,7 @@ class TrainingLoss:
     def score(self, rollouts: Rollouts) -> Scored:
         """Ask everyone for their answer on a micro-batch that went through `show`."""
         signal = self.teacher.score(rollouts)
-        anchor = None if self.anchor is None else self.anchor.score(rollouts)
+        anchor: Any = None if self.anchor is None else self.anchor.score(rollouts)
         wrong = None if self.contrast is None else self.contrast.score(rollouts)
         return Scored(rollouts, signal, anchor, wrong)
 

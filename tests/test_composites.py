@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
-from helpers import make_rollouts, make_student, move, prepared
+from helpers import make_rollouts, make_student, make_trainer, move, prepared
 
 from opsd import (
     EMATeacher,
@@ -168,6 +170,29 @@ def test_a_part_with_another_tokenizer_is_refused() -> None:
     with pytest.raises(TokenizerMismatchError):
         parts = [LiveTeacher(), SiblingTeacher(make_llama(1), tokenizer=make_tokenizer(390))]
         prepared(MixtureTeacher(parts, WEIGHTS), make_llama())
+
+
+def test_an_outer_context_reaches_only_those_that_were_given_none() -> None:
+    """It would overwrite what a mixture inside a route is shown, and its contrast would cancel out."""
+    ema = EMATeacher(0.9)
+    inner = MixtureTeacher([EMATeacher(0.9, context="hint"), LiveTeacher()], [0.5, 0.5])
+    several = MixtureTeacher(EMATeacher(0.5), [1.5, -0.5], kind="geometric", contexts=["hint", None])
+    teachers = {"a": inner, "b": several, "c": ema, "d": ema}
+    route = RoutedTeacher("domain", teachers, context="answer_only")
+    shown = [view.context and view.context.name for view in route.views]
+    assert shown == ["hint", "answer_only", "hint", None, "answer_only", "answer_only"]
+    assert len(route.owners) == 3, "one teacher under two names stays one"
+
+
+@pytest.mark.parametrize("weights", [["1e-1", 0.9], 0.5, "0.5", [None, 1.0]])
+def test_weights_that_are_no_numbers_are_refused(weights: object) -> None:
+    with pytest.raises(ConfigError, match="number"):
+        MixtureTeacher(two(), weights)  # type: ignore[arg-type]
+
+
+def test_a_mixture_cannot_sample_and_that_is_said_before_a_model_loads(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seq_kd takes the teacher's own samples"):
+        make_trainer(tmp_path, MixtureTeacher(two(), [0.5, 0.5]), "no/such-model", seq_kd=True, lmbda=0.5)
 
 
 # ---- routes -------------------------------------------------------------------------------------------------------

@@ -67,7 +67,9 @@ for number, (teacher, student) in enumerate(RUNS):
     # The student moves twice and its teacher follows: gates, averages and copies have done something by then.
     for step in (1, 2):
         move(trainer.model)
-        trainer.teacher.after_step(step, [{"step": 1, "entropy": 5.0, "completions/mean_length": 6.0}])
+        trainer.teacher.after_step(step)
+        history = [{"step": n + 1, "entropy": 5.0, "completions/mean_length": 6.0} for n in range(step)]
+        trainer.teacher.before_step(step, history)
     rollouts = trainer.training_loss.show(make_rollouts(8).without([n in (1, 3, 5, 7) for n in range(8)]))
     share = rollouts.normalised_by(rollouts.num_scorable).select(list(range(8))[rank::world])
     trainer.model.train(); trainer.model.zero_grad()

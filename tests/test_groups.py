@@ -140,7 +140,8 @@ def test_own_success_needs_a_reward_function_and_no_column(tmp_path: Path) -> No
     assert "S." in told[0] and "check" not in told[0] and "F." in told[1] and "solved" not in told[1]
     assert told[2] == row["prompt"][0]["content"]
     assert "own_success" not in fitting_templates(["prompt", "answer", "solution"])
-    make_trainer(tmp_path, SameCheckpointTeacher(context=context), reward_funcs="last_number")
+    group = {"num_generations": 4}
+    make_trainer(tmp_path, SameCheckpointTeacher(context=context), reward_funcs="last_number", **group)
     with pytest.raises(TemplateError, match="'feedback' or 'sibling'"):
         make_trainer(tmp_path, SameCheckpointTeacher(context=context), "no such model")
 

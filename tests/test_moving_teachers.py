@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from opsd import EMATeacher, OPSDTrainer, PastCheckpointTeacher, SnapshotTeacher
 from opsd.errors import ConfigError
 from opsd.teachers import Gate
+from opsd.teachers.gate import mean
 from opsd.teachers.products import A, B, refactored
 
 # ---- averages -----------------------------------------------------------------------------------------------------
@@ -154,9 +156,9 @@ def test_a_snapshot_stands_still_between_renewals_and_then_is_the_student() -> N
     before = scores(teacher)
     for step in (1, 2):
         move(student)
-        assert teacher.after_step(step) is None and torch.equal(scores(teacher), before)
+        assert teacher.before_step(step, []) is None and torch.equal(scores(teacher), before)
     move(student)
-    assert teacher.after_step(3) == "the teacher was renewed: it is now the student of step 3"
+    assert teacher.before_step(3, []) == "the teacher was renewed: it is now the student of step 3"
     assert not torch.equal(scores(teacher), before)
     assert all(torch.equal(v, student.get_parameter(n)) for n, v in teacher.weights.values.items())
 
@@ -218,7 +220,7 @@ def test_a_refused_renewal_is_said_with_its_reason(tmp_path: Path, capsys: pytes
 
 def test_an_open_gate_renews_and_logs_the_step(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     gate = {"metric": "eval_entropy", "tolerance": 9.0, "bounds": {"entropy": [0.1, 9.0]}}
-    args = {"max_steps": 6, "eval_strategy": "steps", "eval_steps": 1}
+    args = {"max_steps": 7, "eval_strategy": "steps", "eval_steps": 3, "logging_steps": 3}
     trainer = make_trainer(
         tmp_path,
         SnapshotTeacher(3, gate=gate, context="answer_only"),
@@ -227,7 +229,60 @@ def test_an_open_gate_renews_and_logs_the_step(tmp_path: Path, capsys: pytest.Ca
     )
     trainer.train()
     assert capsys.readouterr().out.count("the teacher was renewed") == 2
-    assert logged(trainer, "teacher/snapshot_of_step") == [0, 0, 3, 3, 3, 6]
+    assert logged(trainer, "teacher/snapshot_of_step") == [0, 3] and trainer.teacher.moved == 6, (
+        "the latest, not a mean of the window"
+    )
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_gate_decides_alike_after_a_resume(tmp_path: Path, stop: int) -> None:
+    """Metrics since the last log entry belong into a checkpoint, and an entry counts for the steps it covers."""
+
+    def reward(completions: list, trainer_state: Any, **columns: Any) -> list[float]:
+        return [{4: 1.0, 5: 0.0, 6: 0.9}.get(trainer_state.global_step, 0.5)] * len(completions)
+
+    def run(folder: Path, resume: bool, max_steps: int = 9) -> OPSDTrainer:
+        gate = {"metric": "reward", "bounds": {"entropy": [0.1, 9.0]}}
+        settings = {"max_steps": max_steps, "logging_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        teacher = SnapshotTeacher(4, gate=gate, context="answer_only")
+        trainer = make_trainer(folder, teacher, "lora", reward_funcs=reward, lr_scheduler_type="constant", **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole", resume=False)
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / "again" / f"checkpoint-{stop}")
+    again = run(tmp_path / "again", resume=True)
+    assert whole.teacher.moved == again.teacher.moved == 8
+    for key in ("reward", "entropy", "divergence", "group/right"):
+        assert logged(whole, key) == logged(again, key), key
+    for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_run_that_logs_too_seldom_for_its_gate_is_refused(tmp_path: Path) -> None:
+    teacher = SnapshotTeacher(4, gate={"metric": "entropy"})
+    with pytest.raises(ConfigError, match=r"reads 'entropy' every 4 steps, and logging_steps is 5"):
+        make_trainer(tmp_path, teacher, "no/such-model", logging_steps=5)
+
+
+def test_an_entry_counts_for_the_steps_it_covers() -> None:
+    """A stop logs once more: entries of one step must not weigh as much as those of two."""
+    rare = [{"step": 2, "reward": 1.0}, {"step": 4, "reward": 0.5}]
+    often = [{"step": 2, "reward": 1.0}, {"step": 3, "reward": 0.75}, {"step": 4, "reward": 0.25}]
+    assert mean(rare, "reward", range(1, 5)) == mean(often, "reward", range(1, 5)) == 0.75
+
+
+@pytest.mark.parametrize("name", ["eval_loss", "divergence", "divergence/max"])
+def test_less_of_a_loss_is_better(name: str) -> None:
+    assert Gate(metric=name).better == "lower" and Gate(metric="reward").better == "higher"
+    assert "does not rise" in Gate(metric=name).words
+
+
+def test_bounds_of_a_metric_that_began_below_zero_or_at_zero() -> None:
+    gate = Gate(bounds={"reward": [0.5, 2.0]})
+    assert gate.problem(log("reward", [-0.5] * 6), *RANGES) is None
+    assert "1.5" not in (gate.problem(log("reward", [-0.5] * 3 + [-2.0] * 3), *RANGES) or "")
+    assert "of which there are no multiples" in (gate.problem(log("reward", [0.0] * 6), *RANGES) or "")
 
 
 @pytest.mark.parametrize("metric", ["rewrd", "reward", "eval_loss", "completions/mean_lenght"])

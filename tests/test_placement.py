@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
-from helpers import make_rollouts, make_student, prepared
+from helpers import make_args, make_rollouts, make_student, prepared
 from transformers import AutoConfig, LlamaConfig
 
 from opsd import EMATeacher, MixtureTeacher, RoutedTeacher, SameCheckpointTeacher, SiblingTeacher
@@ -21,6 +21,7 @@ from opsd.preflight import check_sharding, measured_cost
 from opsd.prompts import PromptRenderer
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
+from opsd.training_loss import TrainingLoss
 
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200, "num_attention_heads": 64}
 
@@ -99,12 +100,13 @@ COSTS: list[tuple[Any, float]] = [
 
 
 @pytest.mark.parametrize(("make", "passes"), COSTS)
-def test_passes_are_counted_on_a_probe_and_leave_no_trace(make: Any, passes: float) -> None:
+def test_passes_are_counted_on_a_probe_and_leave_no_trace(tmp_path: Path, make: Any, passes: float) -> None:
     student = make_student("lora")
     teacher: Teacher = make()
     handle = StudentHandle(student, PromptRenderer(make_tokenizer()))
     teacher.prepare(handle)
-    cost = measured_cost(teacher, Dataset.from_list(make_rows()), handle, micro_batches=4)
+    scorer = TrainingLoss(make_args(tmp_path), teacher)
+    cost = measured_cost(scorer, Dataset.from_list(make_rows()), handle, micro_batches=4)
     assert cost.passes == passes and cost.megabytes == teacher.cost.megabytes
     assert f"forward passes per step: {4 * passes:g}, per rollout: {passes:g}" in str(cost)
     assert all(view.context is None or view.context.counts.rendered == 0 for view in teacher.views)

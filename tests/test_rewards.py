@@ -64,7 +64,7 @@ def test_rewards_are_summed_by_weight_and_none_is_unknown() -> None:
 
 
 def test_what_is_not_said_of_every_rollout_is_refused() -> None:
-    with pytest.raises(DataError, match="'fixed' returned 2 rewards for 3 rollouts"):
+    with pytest.raises(DataError, match=r"'fixed' returned 2 rewards. It must .* for each of 3 rollouts"):
         asked(returns([1.0, 0.0]))
     with pytest.raises(DataError, match="got 1 texts for 3 rollouts"):
         asked(returns([1.0] * 3, ["only one"]))

@@ -73,9 +73,10 @@ def run(strategy, kind, sharded):
         record.loss.backward()
         optimizer.step(); optimizer.zero_grad()
         with CommDebugMode() as communication:
-            teacher.after_step(step, history)
+            teacher.after_step(step)
+            history.append({"step": step, "entropy": 5.0, "completions/mean_length": 6.0})
+            teacher.before_step(step, history)
         sent += sum(communication.get_comm_counts().values())
-        history.append({"step": step, "entropy": 5.0, "completions/mean_length": 6.0})
     signal = loss.teacher.score(mine)
     ids = torch.tensor(mine.scored_ids, dtype=torch.long)
     values = dict(zip(token_keys(mine), signal.logprobs(ids).tolist()))
@@ -124,7 +125,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     script = folder / "worker.py"
     script.write_text(WORKER.replace("{tests!r}", repr(str(Path(__file__).parent))))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     done = subprocess.run(
         [*command, str(script), str(folder)], capture_output=True, text=True, env=environment, timeout=400
     )

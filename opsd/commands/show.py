@@ -37,6 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("config", nargs="?", help="a run's YAML file; options win over it")
     parser.add_argument("--model_name_or_path", help="whose tokenizer and chat template (no weights are loaded)")
     parser.add_argument("--dataset_name", help="a file, a folder or a hub id")
+    parser.add_argument("--teacher", help="a recipe's name or path, whose context is shown")
     parser.add_argument("--context", help="template: a name or a path")
     parser.add_argument("--row", type=int, default=0, help="row number (default: 0)")
     parser.add_argument("--completion", help="completion to show (default: the row's own, else a placeholder)")
@@ -88,7 +89,7 @@ def _teacher_sides(
 
 def _settings(options: argparse.Namespace) -> tuple[Run, Teacher]:
     """Return the run as `opsd train` would read it, and its teacher, whose weights are not loaded."""
-    names = ("model_name_or_path", "dataset_name", "context")
+    names = ("model_name_or_path", "dataset_name", "teacher", "context")
     overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
     run = read_run(Path(options.config) if options.config else None, overrides)
     return run, load_teacher(run.run.teacher, context=run.run.context)

@@ -123,12 +123,20 @@ class Teacher(ABC):
         """The weights that it holds beside the student's; what it costs is counted from them."""
         return []
 
-    def after_step(self, step: int, history: History = ()) -> str | None:
-        """Follow the student after optimizer step number `step` (1, 2, …); called in every process.
+    def after_step(self, step: int) -> str | None:
+        """Follow the student after optimizer step number `step` (1, 2, …), before it is logged and saved.
+
+        Returns:
+            What the user is told, or None.
+        """
+        return None
+
+    def before_step(self, done: int, history: History) -> str | None:
+        """Follow the student before the next step, when all of the steps done was logged and evaluated.
 
         Args:
-            step: the step that has just ended.
-            history: what was logged so far, up to the step before.
+            done: optimizer steps done.
+            history: what was logged of them.
 
         Returns:
             What the user is told, or None.
@@ -139,9 +147,14 @@ class Teacher(ABC):
         """Follow the student into its sharded form; called once, after it was prepared for training."""
 
     @property
-    def watches(self) -> frozenset[str]:
-        """Logged metrics that `after_step` reads; a run that cannot log them is refused before a model loads."""
-        return frozenset()
+    def watches(self) -> Mapping[str, int]:
+        """Logged metrics that `before_step` reads, and in how many steps it must find an entry of each."""
+        return {}
+
+    @property
+    def can_sample(self) -> bool:
+        """Whether `sample` works."""
+        return False
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -221,6 +234,10 @@ class Teacher(ABC):
         other.context = PrivilegedContext.of(context)
         return other
 
+    def with_default_context(self, context: PrivilegedContext) -> Teacher:
+        """Return the teacher with a context for those of its views that were given none."""
+        return self if self.context is not None else self.showing(context)
+
     @property
     def renderer(self) -> PromptRenderer:
         """How this teacher's prompts become ids: its own tokenizer and chat template."""
@@ -259,8 +276,8 @@ class Teacher(ABC):
             ConfigError: this strategy scores and cannot sample.
         """
         raise ConfigError(
-            f"teacher {self.strategy!r} scores tokens and cannot sample its own. Sampling needs weights at hand. Use a "
-            "teacher that runs in this process, or set seq_kd to false."
+            f"teacher {self.strategy!r} scores tokens and cannot sample its own: that takes one model at hand. Use "
+            "another teacher, or set seq_kd to false."
         )
 
     def logprobs(self, rows: Sequence[Row], completions: Sequence[Ids]) -> list[list[float]]:

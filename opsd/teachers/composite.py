@@ -34,15 +34,26 @@ class CompositeTeacher(Teacher):
         context: PrivilegedContext | str | Mapping[str, Any] | None = None,
     ):
         super().__init__(context=context)
-        self.parts = dict(parts)
-        for name, part in self.parts.items():
+        for name, part in parts.items():
             if isinstance(part, CompositeTeacher) and isinstance(self, type(part)):
                 raise ConfigError(
                     f"part {name!r} of this {self.strategy} is itself one. Name its parts here instead: the result is "
                     "the same, and the weights are in one place."
                 )
-            if self.context is not None and part.context is None:
-                self.parts[name] = part.showing(self.context)
+        self.parts = dict(parts)
+        if self.context is not None:
+            self.parts = self._parts_with_default(self.context)
+
+    def _parts_with_default(self, context: PrivilegedContext) -> dict[str, Teacher]:
+        """Return the parts with a context where they have none; a part with two names stays one."""
+        shown = {id(part): part.with_default_context(context) for part in self.parts.values()}
+        return {name: shown[id(part)] for name, part in self.parts.items()}
+
+    def with_default_context(self, context: PrivilegedContext) -> Teacher:
+        """Return the same teachers, those without a context shown this one."""
+        other = copy.copy(self)
+        other.parts = self._parts_with_default(context)
+        return other
 
     @property
     def owners(self) -> list[Teacher]:
@@ -60,9 +71,13 @@ class CompositeTeacher(Teacher):
         for part in self.owners:
             part.shard()
 
-    def after_step(self, step: int, history: History = ()) -> str | None:
+    def after_step(self, step: int) -> str | None:
         """Let every part follow."""
-        return "\n".join(filter(None, [part.after_step(step, history) for part in self.owners])) or None
+        return "\n".join(filter(None, [part.after_step(step) for part in self.owners])) or None
+
+    def before_step(self, done: int, history: History) -> str | None:
+        """Let every part follow."""
+        return "\n".join(filter(None, [part.before_step(done, history) for part in self.owners])) or None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return every part's state, its names behind the part's number."""
@@ -110,9 +125,10 @@ class CompositeTeacher(Teacher):
         return any(part.collective for part in self.owners)
 
     @property
-    def watches(self) -> frozenset[str]:
-        """What any part reads."""
-        return frozenset().union(*(part.watches for part in self.owners))
+    def watches(self) -> dict[str, int]:
+        """What any part reads, at the shortest of their intervals."""
+        watched = [item for part in self.owners for item in part.watches.items()]
+        return {name: min(steps for other, steps in watched if other == name) for name, _ in watched}
 
     @property
     def metrics(self) -> Mapping[str, float]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from opsd.context import PrivilegedContext
-from opsd.errors import ConfigError, not_one_of
-from opsd.teachers.base import History, StudentHandle
+from opsd.errors import ConfigError, as_count, not_one_of
+from opsd.teachers.base import StudentHandle
 from opsd.teachers.own import MovingTeacher
 from opsd.teachers.products import AverageOfProducts
 from opsd.teachers.weights import TrainableWeights
@@ -62,9 +62,10 @@ class EMATeacher(MovingTeacher):
             )
         if average not in AVERAGES:
             raise ConfigError(not_one_of("average", average, AVERAGES))
-        if every < 1 or (rank is not None and rank < 1):
-            raise ConfigError(f"every (steps) and rank must be at least 1, and are {every} and {rank}.")
-        if rank is not None and average != "product":
+        as_count("every", every)
+        if not isinstance(warmup, bool):
+            raise ConfigError(f"warmup is true or false, and not {warmup!r}.")
+        if rank is not None and as_count("rank", rank) and average != "product":
             raise ConfigError("rank is that of an averaged product; set average to 'product', or leave rank out.")
         self.decay, self.every, self.warmup, self.average, self.rank = decay, every, warmup, average, rank
 
@@ -85,7 +86,7 @@ class EMATeacher(MovingTeacher):
         if self.average == "product" and any(hasattr(p, "device_mesh") for p in self.model.parameters()):
             raise ConfigError("average='product' needs whole factors, and FSDP shards them. Use average='factors'.")
 
-    def after_step(self, step: int, history: History = ()) -> None:
+    def after_step(self, step: int) -> None:
         """Move the average towards the student."""
         if step % self.every == 0:
             self.moved += 1

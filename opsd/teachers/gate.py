@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from opsd.errors import ConfigError, not_one_of
+from opsd.errors import ConfigError, as_number, not_one_of
 
 BETTER = ("higher", "lower")
 
@@ -26,32 +26,38 @@ class Gate:
 
     Args:
         metric: a metric that must not have got worse since the last renewal: `reward`, `eval_loss`, …; None for none.
-        better: whether "higher" or "lower" is better.
+        better: whether "higher" or "lower" is better; None takes lower for losses and divergences, higher otherwise.
         tolerance: by how much it may be worse, in its own unit.
         bounds: metric -> (lowest, highest) as multiples of what it was in the first window of the run, such as
-            {"completions/mean_length": (0.7, 1.5), "entropy": (0.5, 2.0)}.
+            {"completions/mean_length": (0.7, 1.5), "entropy": (0.5, 2.0)}; of a negative start the other way round.
 
     Raises:
         ConfigError: conditions that cannot work.
     """
 
     metric: str | None = None
-    better: str = "higher"
+    better: str | None = None
     tolerance: float = 0.0
     bounds: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.better is None:
+            is_loss = (self.metric or "").split("/")[0].endswith(("loss", "divergence"))
+            object.__setattr__(self, "better", "lower" if is_loss else "higher")
         if self.better not in BETTER:
-            raise ConfigError(not_one_of("better", self.better, BETTER))
-        if self.tolerance < 0:
+            raise ConfigError(not_one_of("better", str(self.better), BETTER))
+        if as_number("a gate's tolerance", self.tolerance) < 0:
             raise ConfigError(f"a gate's tolerance must not be negative, and is {self.tolerance}.")
+        if not isinstance(self.bounds, Mapping):
+            raise ConfigError(f"a gate's bounds are {{metric: [lowest, highest]}}, and not {self.bounds!r}.")
         if not self.watches:
             raise ConfigError(
                 "a gate has neither metric nor bounds, so it would let everything through. Name a metric, bounds, or "
                 "leave the gate out."
             )
         for name, pair in self.bounds.items():
-            if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+            numbers = [as_number(f"the gate's bounds of {name!r}", end) for end in pair] if _is_pair(pair) else []
+            if len(numbers) != 2 or not 0 <= numbers[0] < numbers[1]:
                 raise ConfigError(
                     f"the gate's bounds of {name!r} are {pair!r}. They are two multiples of the metric's first value, "
                     "lowest and highest: [0.7, 1.5]."
@@ -74,10 +80,12 @@ class Gate:
         for name, (low, high) in self.bounds.items():
             value, start = mean(log, name, now), mean(log, name, first)
             if value is None or start is None:
-                return _missing(name, now)
-            if not low * start <= value <= high * start:
-                share = f"{value / start:.2f} times" if start else "away from"
-                return f"{name} was {value:.4g}, {share} the {start:.4g} it began with (allowed: {low:g} to {high:g})"
+                return _missing(name, now if value is None else first)
+            if start == 0:
+                return f"{name} began with 0, of which there are no multiples"
+            if not min(low * start, high * start) <= value <= max(low * start, high * start):
+                share = f"{value / start:.2f} times the {start:.4g} it began with"
+                return f"{name} was {value:.4g}, {share} (allowed: {low:g} to {high:g})"
         if self.metric is None:
             return None
         value = mean(log, self.metric, now)
@@ -102,13 +110,24 @@ class Gate:
 
 
 def mean(log: Log, name: str, steps: range) -> float | None:
-    """Return the mean of a metric's entries at these steps, or None if there are none."""
-    values = [entry[name] for entry in log if entry.get("step") in steps and entry.get(name) is not None]
-    return fmean(values) if values else None
+    """Return the mean of a metric's entries at these steps, or None if there are none.
+
+    An entry counts for the steps since the one before it: a run that was stopped logged once more, and decides alike.
+    """
+    values, shares, before = [], [], 0
+    for entry in log:
+        if entry.get(name) is None:
+            continue
+        if entry["step"] in steps:
+            values.append(entry[name])
+            shares.append(entry["step"] - before)
+        before = entry["step"]
+    return fmean(values, shares) if values else None
 
 
 def _missing(name: str, steps: range) -> str:
-    return (
-        f"nothing was logged for {name} in steps {steps.start} to {steps.stop - 1} (logging_steps or eval_steps is "
-        "longer than `every`)"
-    )
+    return f"nothing was logged for {name} in steps {steps.start} to {steps.stop - 1}"
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

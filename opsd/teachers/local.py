@@ -40,6 +40,11 @@ class LocalTeacher(Teacher):
         return context_length(self.model)
 
     @property
+    def can_sample(self) -> bool:
+        """It has a model at hand."""
+        return True
+
+    @property
     def collective(self) -> bool:
         """Whether its processes exchange weights while it scores."""
         return is_sharded(self.model)

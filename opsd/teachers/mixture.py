@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opsd.context import PrivilegedContext
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, as_number
 from opsd.rollouts import Rollouts
 from opsd.signals import HiddenSignal, MixtureSignal, check_mixture
 from opsd.teachers.base import StudentHandle, Teacher
@@ -52,6 +52,11 @@ class MixtureTeacher(CompositeTeacher):
                     "teacher its own context, or a single teacher."
                 )
             self._owner = loaded[0]
+            if self._owner.context is not None or context is not None:
+                raise ConfigError(
+                    "contexts= says one by one what the teacher of this mixture is shown, and a context was given "
+                    "beside it. Name it among the contexts."
+                )
             loaded = [self._owner.showing(each) for each in contexts]
         for part in loaded:
             if not isinstance(part, LocalTeacher):
@@ -59,7 +64,9 @@ class MixtureTeacher(CompositeTeacher):
                     f"a mixture needs each teacher's whole distribution, and teacher {part.strategy!r} does not run in "
                     "this process as one model. Mix models, or route rows to teachers instead: RoutedTeacher."
                 )
-        self.weights, self.kind = list(weights), kind
+        if isinstance(weights, str) or not isinstance(weights, Sequence):
+            raise ConfigError(f"weights is a list, one number for each part, and not {weights!r}.")
+        self.weights, self.kind = [as_number("a weight", weight) for weight in weights], kind
         check_mixture(len(loaded), self.weights, kind)
         super().__init__({str(number): part for number, part in enumerate(loaded)}, context=context)
 
@@ -67,6 +74,10 @@ class MixtureTeacher(CompositeTeacher):
     def owners(self) -> list[Teacher]:
         """The teachers that hold weights."""
         return super().owners if self._owner is None else [self._owner]
+
+    def with_default_context(self, context: PrivilegedContext) -> Teacher:
+        """Return it with a context for parts without one; where `contexts` were given, all was said."""
+        return self if self._owner is not None else super().with_default_context(context)
 
     def prepare(self, student: StudentHandle) -> None:
         """Prepare the teachers; one that is shown several things gets its weights once."""

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
-from opsd.teachers.base import History, StudentHandle
+from opsd.errors import as_count
+from opsd.teachers.base import StudentHandle
 from opsd.teachers.sibling import SiblingTeacher
 from opsd.teachers.weights import TrainableWeights
 
@@ -41,7 +43,7 @@ class PastCheckpointTeacher(SiblingTeacher):
         found = OF_THIS_RUN.fullmatch(model) if isinstance(model, str) and not Path(model).is_dir() else None
         if found is None:
             return super()._source(model)
-        self.step = int(found[1])
+        self.step = as_count("the step of a checkpoint of this run", int(found[1]))
         return found[0]
 
     def place(self, student: StudentHandle) -> None:
@@ -68,7 +70,7 @@ class PastCheckpointTeacher(SiblingTeacher):
         """The model, or the values."""
         return super().tensors if self._own is None else self._own.tensors
 
-    def after_step(self, step: int, history: History = ()) -> str | None:
+    def after_step(self, step: int) -> str | None:
         """Become the student when its step has come."""
         if self._own is None or step != self.step:
             return None
@@ -83,6 +85,11 @@ class PastCheckpointTeacher(SiblingTeacher):
         """Take them back."""
         if self._own is not None:
             self._own.load(state)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which checkpoint; of this run's own the weights come and go."""
+        return super().settings if self.step is None else {"step": self.step}
 
     @property
     def words(self) -> str:

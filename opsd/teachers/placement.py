@@ -42,8 +42,10 @@ class Placement:
     attn_implementation: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.dtype, str) and self.dtype != "auto" and not hasattr(torch, self.dtype):
+        known = isinstance(getattr(torch, str(self.dtype), self.dtype), torch.dtype)
+        if self.dtype != "auto" and not known:
             raise ConfigError(f"there is no dtype {self.dtype!r}. Use auto, float32, bfloat16 or float16.")
+        self._check_device()
         if self.quantize is None:
             return
         if self.quantize not in QUANTISED:
@@ -58,6 +60,14 @@ class Placement:
                 f"quantize={self.quantize!r} needs bitsandbytes, which is not installed. `pip install bitsandbytes`, "
                 "or load the teacher in bfloat16: dtype='bfloat16'."
             )
+
+    def _check_device(self) -> None:
+        try:
+            device = torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise ConfigError(f"there is no device {self.device!r}. Use cpu, cuda or cuda:1.") from error
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(f"device {self.device!r} was asked for, and {torch.cuda.device_count()} GPUs are here.")
 
     def on(self, student: nn.Module) -> torch.device:
         """Return the device on which the model scores."""

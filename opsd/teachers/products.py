@@ -20,6 +20,7 @@ from opsd.sharding import is_sharded
 from opsd.teachers.weights import TrainableWeights
 
 A, B = ".lora_A.", ".lora_B."
+LOST = "opsd.lost"  # stands in a state beside the values
 # Weights that change what a layer adds without being a factor of B·A.
 NOT_PRODUCTS = ("lora_magnitude_vector", "lora_embedding_")
 
@@ -88,7 +89,12 @@ class AverageOfProducts(TrainableWeights):
                 self.lost = max(self.lost, lost)
             self.values[name_a], self.values[name_b] = stacked_a, stacked_b
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the values by name, and what re-factorisations left out so far."""
+        return {**super().state_dict(), LOST: torch.tensor(self.lost, dtype=torch.float64)}
+
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take values by name; their ranks are those of the run that saved them."""
-        assert state.keys() == self.values.keys(), "these are another model's weights"
+        assert state.keys() == {*self.values, LOST}, "these are another model's weights"
+        self.lost = float(state[LOST])
         self.values = {name: state[name].to(value, copy=True) for name, value in self.values.items()}

@@ -122,6 +122,11 @@ class RoutedTeacher(CompositeTeacher):
     def _device(self) -> torch.device:
         return next(self._student.model.parameters()).device
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether all its teachers can."""
+        return all(part.can_sample for part in self.owners)
+
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return each row's own teacher's completion."""
         found: dict[int, Ids] = {}

@@ -23,6 +23,7 @@ from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.placement import Placement
 from opsd.teachers.tokenizers import check_same_tokenizer
+from opsd.teachers.weights import digest
 
 
 class SiblingTeacher(LocalTeacher):
@@ -60,6 +61,15 @@ class SiblingTeacher(LocalTeacher):
         self.source = self._source(model)
         self.revision = revision
         self.placement = Placement(dtype, device, offload, quantize, attn_implementation)
+        self._model: nn.Module | None = None
+        asked = [name for name, value in (("revision", revision), ("quantize", quantize),
+                 ("attn_implementation", attn_implementation)) if value is not None]  # fmt: skip
+        asked += ["dtype"] if dtype != "auto" else []
+        if isinstance(model, nn.Module) and asked:
+            raise ConfigError(
+                f"{', '.join(asked)} say(s) how a model is loaded, and this one is loaded already, so it would be "
+                "ignored. Give the model's folder or hub id, or load it that way yourself."
+            )
         self._tokenizer = tokenizer
 
     def _source(self, model: str | PathLike[str] | nn.Module) -> str:
@@ -83,6 +93,11 @@ class SiblingTeacher(LocalTeacher):
                 )
             tokenizer = AutoTokenizer.from_pretrained(self.source, **load)
         check_same_tokenizer(student.tokenizer, tokenizer)
+        if self._given is student.model:
+            raise ConfigError(
+                "the student itself was given as its own sibling, and a sibling is frozen: nothing could be trained. "
+                "Use SameCheckpointTeacher, LiveTeacher or EMATeacher."
+            )
         if isinstance(self._given, nn.Module):
             self._model = self.placement.put(without_autocast(self._given), student.model)
         else:
@@ -93,6 +108,7 @@ class SiblingTeacher(LocalTeacher):
     @property
     def model(self) -> nn.Module:
         """The loaded module."""
+        assert self._model is not None, "call prepare(student) first"
         return self._model
 
     def teaching(self) -> AbstractContextManager[None]:
@@ -101,26 +117,28 @@ class SiblingTeacher(LocalTeacher):
 
     @contextmanager
     def _on_its_device(self) -> Iterator[None]:
-        self._model.to(self.placement.on(self._student.model))
+        self.model.to(self.placement.on(self._student.model))
         try:
             yield
         finally:
-            self._model.to("cpu")
+            self.model.to("cpu")
 
     def shard(self) -> None:
         """Shard it over the student's processes where the student is sharded."""
         if not self.placement.offload and self.placement.quantize is None:
-            shard_like(self._model, self._student.model)
+            shard_like(self.model, self._student.model)
 
     @property
     def tensors(self) -> list[Tensor]:
         """The whole model."""
-        return [*self._model.parameters(), *self._model.buffers()]
+        return [*self.model.parameters(), *self.model.buffers()]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Where the weights came from."""
-        return {"model": self.source, "revision": self.revision}
+        """Where the weights came from, and which they are."""
+        weights = digest(dict(self._model.named_parameters())) if self._model is not None else None
+        placed = {"dtype": str(self.placement.dtype), "quantize": self.placement.quantize}
+        return {"model": self.source, "revision": self.revision, **placed, "weights": weights}
 
     @property
     def words(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from opsd.context import PrivilegedContext
-from opsd.errors import ConfigError, did_you_mean
+from opsd.errors import ConfigError, as_count, did_you_mean
 from opsd.sharding import agreed
 from opsd.teachers.base import History
 from opsd.teachers.gate import Gate
@@ -40,35 +40,30 @@ class SnapshotTeacher(MovingTeacher):
         context: PrivilegedContext | str | Mapping[str, Any] | None = None,
     ):
         super().__init__(offload=offload, context=context)
-        if not isinstance(every, int) or every < 1:
-            raise ConfigError(f"every counts steps between renewals, at least 1, and is {every!r}.")
-        self.every = every
+        self.every = as_count("every", every)
         self.gate = _as_gate(gate)
-        if self.gate and every < 2:
-            raise ConfigError("a gate compares windows of logged steps, which `every: 1` leaves empty. Use at least 2.")
 
     @property
-    def watches(self) -> frozenset[str]:
+    def watches(self) -> dict[str, int]:
         """The metrics that its gate reads."""
-        return frozenset() if self.gate is None else self.gate.watches
+        return {} if self.gate is None else dict.fromkeys(self.gate.watches, self.every)
 
-    def after_step(self, step: int, history: History = ()) -> str | None:
+    def before_step(self, done: int, history: History) -> str | None:
         """Become the student, if it is time and the gate agrees; returns what happened, for the log."""
-        if step % self.every:
+        if done == 0 or done % self.every:
             return None
         # Some metrics are known to one process only, and all must decide alike.
-        problem = None if self.gate is None else agreed(self._problem(step, history))
+        problem = None if self.gate is None else agreed(self._problem(done, history))
         if problem:
-            return f"the teacher was not renewed at step {step}: {problem}; it stays the student of step {self.moved}"
+            return f"the teacher was not renewed at step {done}: {problem}; it stays the student of step {self.moved}"
         self.weights.copy_model()
-        self.moved = step
-        return f"the teacher was renewed: it is now the student of step {step}"
+        self.moved = done
+        return f"the teacher was renewed: it is now the student of step {done}"
 
-    def _problem(self, step: int, history: History) -> str | None:
+    def _problem(self, done: int, history: History) -> str | None:
         assert self.gate is not None
-        # A step is logged after teachers were told of it, so a window ends one step before its renewal.
-        window = [range(max(end - self.every, 1), end) for end in (self.every, self.moved, step)]
-        return self.gate.problem(history, *window)
+        windows = [range(end - self.every + 1, end + 1) for end in (self.every, self.moved, done)]
+        return self.gate.problem(history, *windows)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -87,9 +82,11 @@ class SnapshotTeacher(MovingTeacher):
         return f"a copy of the student, renewed every {self.every} steps{condition}; step 0 to begin with"
 
 
-def _as_gate(value: Gate | Mapping[str, Any] | None) -> Gate | None:
+def _as_gate(value: Any) -> Gate | None:
     if value is None or isinstance(value, Gate):
         return value
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"a gate is a mapping of its conditions, such as {{metric: reward}}, and not {value!r}.")
     known = Gate.__dataclass_fields__
     for key in value:
         if key not in known:

@@ -8,6 +8,7 @@ teachers, rollouts or losses.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
@@ -18,6 +19,7 @@ from opsd.forward import evaluating, last_hidden, probe
 from opsd.sharding import exchanged, is_sharded, laid_out_like, local, plain_name, reshard, whole
 
 MEGABYTE = 2**20
+DIGESTED_VALUES = 64
 
 
 def megabytes(tensors: Sequence[Tensor]) -> float:
@@ -26,6 +28,15 @@ def megabytes(tensors: Sequence[Tensor]) -> float:
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (local(tensor) for tensor in tensors)
     }
     return sum(storages.values()) / MEGABYTE
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return a short hash of weights, from the first values of each: other weights differ in all of them."""
+    found = hashlib.sha256()
+    for name, t in tensors.items():
+        found.update(f"{name}{tuple(t.shape)}".encode())
+        found.update(t.detach().flatten()[:DIGESTED_VALUES].to("cpu", torch.float32).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 class TrainableWeights:
