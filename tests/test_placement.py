@@ -51,6 +51,8 @@ def test_the_size_that_a_config_tells_is_the_size_of_the_weights(tmp_path: Path,
     ("settings", "message"),
     [
         ({"dtype": "bfloat17"}, "no dtype 'bfloat17'"),
+        ({"dtype": "nn"}, "no dtype 'nn'"),
+        ({"device": "gpu"}, "no device 'gpu'"),
         ({"quantize": "3bit"}, "must be one of 8bit, 4bit"),
         ({"quantize": "4bit", "offload": True}, "exclude each other"),
     ],
@@ -58,6 +60,19 @@ def test_the_size_that_a_config_tells_is_the_size_of_the_weights(tmp_path: Path,
 def test_a_placement_that_cannot_work_is_refused_at_once(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SiblingTeacher("no/such-model", **settings)
+
+
+def test_a_device_that_is_not_here_is_refused_before_the_weights_are_read(llama_folder: str) -> None:
+    with pytest.raises(ConfigError, match="was to live on cuda:97"):
+        prepared(SiblingTeacher(llama_folder, device="cuda:97"), make_llama())
+
+
+def test_settings_of_loading_are_refused_for_a_model_that_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="loaded already"):
+        SiblingTeacher(make_llama(), dtype="bfloat16")
+    student = make_llama()
+    with pytest.raises(ConfigError, match="its own sibling"):
+        prepared(SiblingTeacher(student, tokenizer=make_tokenizer()), student)
 
 
 def test_quantisation_without_bitsandbytes_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

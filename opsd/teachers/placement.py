@@ -45,7 +45,10 @@ class Placement:
         known = isinstance(getattr(torch, str(self.dtype), self.dtype), torch.dtype)
         if self.dtype != "auto" and not known:
             raise ConfigError(f"there is no dtype {self.dtype!r}. Use auto, float32, bfloat16 or float16.")
-        self._check_device()
+        try:
+            torch.device(self.device or "cpu")
+        except RuntimeError as error:
+            raise ConfigError(f"there is no device {self.device!r}. Use cpu, cuda or cuda:1.") from error
         if self.quantize is None:
             return
         if self.quantize not in QUANTISED:
@@ -61,17 +64,19 @@ class Placement:
                 "or load the teacher in bfloat16: dtype='bfloat16'."
             )
 
-    def _check_device(self) -> None:
-        try:
-            device = torch.device(self.device or "cpu")
-        except RuntimeError as error:
-            raise ConfigError(f"there is no device {self.device!r}. Use cpu, cuda or cuda:1.") from error
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"device {self.device!r} was asked for, and {torch.cuda.device_count()} GPUs are here.")
-
     def on(self, student: nn.Module) -> torch.device:
-        """Return the device on which the model scores."""
-        return torch.device(self.device) if self.device else next(student.parameters()).device
+        """Return the device on which the model scores.
+
+        Raises:
+            ConfigError: it is not here.
+        """
+        device = torch.device(self.device) if self.device else next(student.parameters()).device
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise ConfigError(
+                f"a teacher was to live on {device}, and {torch.cuda.device_count()} GPUs are here. Name another "
+                "device, or leave it out: the student's."
+            )
+        return device
 
     def load(self, source: str, student: nn.Module, **kwargs: Any) -> nn.Module:
         """Load a model, frozen, in eval mode, where it belongs.
