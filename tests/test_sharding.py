@@ -135,8 +135,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
     done = run()
     if "SIGSEGV" in done.stderr:
-        # Seen once in twenty runs, on an overloaded machine and not explained: native code crashed. Python code of ours
-        # cannot, so what is tested here gets a second try; the crash is shown with its trace.
+        # Seen once in some twenty runs, on an overloaded machine, and not explained. The crash is shown with its trace,
+        # and a second one fails.
         warnings.warn(f"a process of the sharded run crashed:\n{done.stderr[-6000:]}", UserWarning, stacklevel=2)
         done = run()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
