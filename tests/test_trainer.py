@@ -23,6 +23,7 @@ from helpers import (
     snapshot,
 )
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaModel
 
 from opsd import (
     EMATeacher,
@@ -189,12 +190,15 @@ def test_scored_tokens_are_the_generated_tokens(tmp_path: Path) -> None:
     assert len(student.scored_ids_N) == sum(map(len, sampled))
 
 
-def test_nan_in_padding_changes_nothing(tmp_path: Path) -> None:
-    """Invariant 2 end to end: states of padded positions are NaN, loss and gradients are the same."""
+@pytest.mark.parametrize(("teacher", "student"), RUNS)
+def test_nan_in_padding_changes_nothing(tmp_path: Path, teacher: str, student: str) -> None:
+    """Invariant 2 end to end: states of padded positions are NaN on both sides, loss and gradients are the same."""
     results = []
     for poison in (False, True):
-        model = make_llama()
-        trainer = make_trainer(tmp_path / str(poison), SameCheckpointTeacher(context="answer_only"), model)
+        model = make_student(student)
+        trainer = make_trainer(tmp_path / str(poison), MAKE_TEACHER[teacher](), model)
+        sides = [model, *(view.model for view in trainer.teacher.views)]  # type: ignore[attr-defined]
+        backbones = {id(m): m for side in sides for m in side.modules() if isinstance(m, LlamaModel)}
 
         def hook(module, args, kwargs, output):  # type: ignore[no-untyped-def]
             mask = kwargs["attention_mask"].bool() if kwargs["attention_mask"].dim() == 2 else None
@@ -202,13 +206,13 @@ def test_nan_in_padding_changes_nothing(tmp_path: Path) -> None:
                 output.last_hidden_state = output.last_hidden_state.masked_fill(~mask[..., None], float("nan"))
             return output
 
-        if poison:
-            model.model.register_forward_hook(hook, with_kwargs=True)
+        for backbone in backbones.values() if poison else ():
+            backbone.register_forward_hook(hook, with_kwargs=True)
         loss = trainer.compute_loss(model, trainer._scored(trainer.training_loss.show(make_rollouts())))
         loss.backward()
-        results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+        results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (loss, grads), (poisoned_loss, poisoned) = results
-    assert torch.equal(loss, poisoned_loss) and math.isfinite(loss)
+    assert torch.equal(loss, poisoned_loss) and math.isfinite(loss) and grads
     for name, g in grads.items():
         assert torch.equal(g, poisoned[name]), name
 
