@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -308,9 +309,12 @@ def measured_cost(
     total = Cost(sum(cost.megabytes for cost in costs), sum(cost.offloaded for cost in costs))
     if dataset is None:
         return total
-    # Rows from all over, since a route's cost depends on them.
-    apart = max(1, len(dataset) // PROBED_ROWS) if isinstance(dataset, Dataset) else 1
-    rows = list(islice(iter(dataset), 0, apart * PROBED_ROWS, apart))
+    if isinstance(dataset, Dataset):
+        # Drawn, since a route's cost depends on them, and kinds of rows may alternate.
+        drawn = random.Random(0).sample(range(len(dataset)), min(PROBED_ROWS, len(dataset)))
+        rows = [dataset[number] for number in drawn]
+    else:
+        rows = list(islice(iter(dataset), PROBED_ROWS))
     made: list[dict[str, Any]] = [dict.fromkeys(produced, "not made yet") for _ in rows]
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], produced=made)
