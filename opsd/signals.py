@@ -243,6 +243,11 @@ class RoutedSignal:
             out_N[index] = signal.logprobs(token_ids_N[index])
         return out_N
 
+    def narrow(self, vocab_size: int) -> RoutedSignal:
+        """Return the signal over the first ids only, of those who know the whole vocabulary."""
+        narrowed = [each.narrow(vocab_size) if isinstance(each, DenseSignal) else each for each in self.signals]
+        return replace(self, signals=narrowed)
+
     def select(self, index: Tensor | slice) -> RoutedSignal:
         """Return the signal of some of the tokens."""
         owner_N, place_N = (torch.empty(len(self), dtype=torch.long, device=self.indices[0].device) for _ in "op")

@@ -25,7 +25,7 @@ from opsd.losses.divergence import Divergence
 from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_future, log_ratio, mean_future
 from opsd.losses.kernel import Kernel
 from opsd.losses.rule import Tokens, TrainingRule, compiled
-from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal
+from opsd.signals import DenseSignal, HiddenSignal, RoutedSignal, TeacherSignal
 
 KEEP_BY = ("entropy", "disagreement")
 
@@ -272,9 +272,10 @@ class _Batch:
     def narrow(self) -> _Batch:
         """Return it with all heads over the ids that they share: they may be padded to different sizes."""
         others = {"signal": self.signal, "anchor": self.anchor, "wrong": self.wrong}
-        dense = {name: signal for name, signal in others.items() if isinstance(signal, DenseSignal)}
-        vocab_size = min([self.head.vocab_size, *(signal.vocab_size for signal in dense.values())])
-        narrowed: dict[str, Any] = {name: signal.narrow(vocab_size) for name, signal in dense.items()}
+        wide = {name: signal for name, signal in others.items() if isinstance(signal, DenseSignal | RoutedSignal)}
+        sizes = [signal.vocab_size for signal in wide.values() if isinstance(signal, DenseSignal)]
+        vocab_size = min([self.head.vocab_size, *sizes])
+        narrowed: dict[str, Any] = {name: signal.narrow(vocab_size) for name, signal in wide.items()}
         return replace(self, head=self.head.narrow(vocab_size), **narrowed)
 
 

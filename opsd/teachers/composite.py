@@ -60,38 +60,51 @@ class CompositeTeacher(Teacher):
         """The parts that hold weights: one that has several names, or is shown several things, counts once."""
         return list({id(part): part for part in self.parts.values()}.values())
 
+    @property
+    def leaves(self) -> list[Teacher]:
+        """The owners that are not made of others, each once, however many parts at whatever depth it is in."""
+        nested = [part.leaves if isinstance(part, CompositeTeacher) else [part] for part in self.owners]
+        return list({id(leaf): leaf for leaves in nested for leaf in leaves}.values())
+
     def prepare(self, student: StudentHandle) -> None:
-        """Prepare every part."""
+        """Prepare every teacher once, then those that are made of them."""
+        for leaf in self.leaves:
+            leaf.prepare(student)
+        self.compose(student)
+
+    def compose(self, student: StudentHandle) -> None:
+        """Take hold of the parts, whose teachers are prepared."""
         super().prepare(student)
         for part in self.owners:
-            part.prepare(student)
+            if isinstance(part, CompositeTeacher):
+                part.compose(student)
 
     def shard(self) -> None:
-        """Shard every part."""
-        for part in self.owners:
-            part.shard()
+        """Shard every teacher."""
+        for leaf in self.leaves:
+            leaf.shard()
 
     def after_step(self, step: int) -> str | None:
-        """Let every part follow."""
-        return "\n".join(filter(None, [part.after_step(step) for part in self.owners])) or None
+        """Let every teacher follow."""
+        return "\n".join(filter(None, [leaf.after_step(step) for leaf in self.leaves])) or None
 
     def before_step(self, done: int, history: History) -> str | None:
-        """Let every part follow."""
-        return "\n".join(filter(None, [part.before_step(done, history) for part in self.owners])) or None
+        """Let every teacher follow."""
+        return "\n".join(filter(None, [leaf.before_step(done, history) for leaf in self.leaves])) or None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return every part's state, its names behind the part's number."""
+        """Return every teacher's state, its names behind the teacher's number."""
         return {
             f"{number}{SEPARATOR}{name}": value
-            for number, part in enumerate(self.owners)
-            for name, value in part.state_dict().items()
+            for number, leaf in enumerate(self.leaves)
+            for name, value in leaf.state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take every part's state back."""
-        for number, part in enumerate(self.owners):
+        """Take every teacher's state back."""
+        for number, leaf in enumerate(self.leaves):
             start = f"{number}{SEPARATOR}"
-            part.load_state_dict({name[len(start) :]: v for name, v in state.items() if name.startswith(start)})
+            leaf.load_state_dict({name[len(start) :]: v for name, v in state.items() if name.startswith(start)})
 
     def showing(self, context: PrivilegedContext | str | Mapping[str, Any] | None) -> Self:
         """Return the same teachers, weights and all, all shown something else."""
@@ -116,8 +129,8 @@ class CompositeTeacher(Teacher):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every part's."""
-        return [tensor for part in self.owners for tensor in part.tensors]
+        """Every teacher's."""
+        return [tensor for leaf in self.leaves for tensor in leaf.tensors]
 
     @property
     def collective(self) -> bool:
@@ -132,8 +145,8 @@ class CompositeTeacher(Teacher):
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """What the parts say of themselves, numbered where several say the same."""
-        said = [(number, *item) for number, part in enumerate(self.owners) for item in part.metrics.items()]
+        """What the teachers say of themselves, numbered where several say the same."""
+        said = [(number, *item) for number, leaf in enumerate(self.leaves) for item in leaf.metrics.items()]
         names = [name for _, name, _ in said]
         return {name if names.count(name) == 1 else f"{name}/{number}": value for number, name, value in said}
 

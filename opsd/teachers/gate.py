@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from statistics import fmean
 from typing import Any
 
@@ -113,16 +114,17 @@ def mean(log: Log, name: str, steps: range) -> float | None:
     """Return the mean of a metric's entries at these steps, or None if there are none.
 
     An entry counts for the steps since the one before it: a run that was stopped logged once more, and decides alike.
+    One that covers no steps (an evaluation before step 1) counts where there are no others, and NaN never.
     """
     values, shares, before = [], [], 0
     for entry in log:
         if entry.get(name) is None:
             continue
-        if entry["step"] in steps:
+        if entry["step"] in steps and not isnan(entry[name]):
             values.append(entry[name])
             shares.append(entry["step"] - before)
         before = entry["step"]
-    return fmean(values, shares) if values else None
+    return fmean(values, shares if any(shares) else None) if values else None
 
 
 def _missing(name: str, steps: range) -> str:

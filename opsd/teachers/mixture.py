@@ -79,9 +79,9 @@ class MixtureTeacher(CompositeTeacher):
         """Return it with a context for parts without one; where `contexts` were given, all was said."""
         return self if self._owner is not None else super().with_default_context(context)
 
-    def prepare(self, student: StudentHandle) -> None:
-        """Prepare the teachers; one that is shown several things gets its weights once."""
-        super().prepare(student)
+    def compose(self, student: StudentHandle) -> None:
+        """Take hold of the teachers; one that is shown several things gets its weights once."""
+        super().compose(student)
         if self._owner is not None:
             self.parts = {name: self._owner.showing(part.context) for name, part in self.parts.items()}
 

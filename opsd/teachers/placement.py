@@ -118,7 +118,9 @@ class Placement:
             config = AutoConfig.from_pretrained(source, **kwargs)
         except (OSError, ValueError):
             return  # a folder with an adapter only has its base's config elsewhere; loading will say what is wrong
-        needed = self.bytes_of(config)
+        if getattr(config, "quantization_config", None):
+            return  # quantised already: it takes less than its config's dtype says, and how much only its method knows
+        needed = self.bytes_of(config, trust_remote_code=bool(kwargs.get("trust_remote_code")))
         where = torch.device("cpu") if self.offload else device
         free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
         if needed > free:
@@ -128,10 +130,10 @@ class Placement:
                 "dtype='bfloat16', quantize='4bit', offload=True, or another device."
             )
 
-    def bytes_of(self, config: Any) -> float:
+    def bytes_of(self, config: Any, *, trust_remote_code: bool = False) -> float:
         """Return the size of a model's weights, from its config alone."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         head = model.get_output_embeddings()
         kept = {id(p) for module in (head, model.get_input_embeddings()) if module for p in module.parameters()}
         dtype = self.dtype if isinstance(self.dtype, torch.dtype) else getattr(torch, self.dtype, None)

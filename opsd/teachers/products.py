@@ -59,7 +59,9 @@ class AverageOfProducts(TrainableWeights):
 
     def __init__(self, model: nn.Module, rank: int | None = None, *, offload: bool = False):
         super().__init__(model, torch.float32, offload=offload)
-        self._layers = {name: name.replace(A, B) for name in self.values if A in name}
+        # Where a user froze one factor the product is linear in the other, which is averaged as it is.
+        pairs = {name: name.replace(A, B) for name in self.values if A in name}
+        self._layers = {name_a: name_b for name_a, name_b in pairs.items() if name_b in self.values}
         odd = [name for name in self.values if any(kind in name for kind in NOT_PRODUCTS)]
         odd += [name for name in self._layers if self.values[name].dim() != 2]
         if odd or not self._layers or is_sharded(model):

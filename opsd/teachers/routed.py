@@ -92,8 +92,10 @@ class RoutedTeacher(CompositeTeacher):
         """Render for each row its own teacher's prompt."""
         routes = self._routes(rollouts.rows)
         for part in self.owners:
-            # For other teachers' rows it renders nothing: they get the student's prompt, which nobody scores.
-            mine = part.show(rollouts.without([route is not part for route in routes]))
+            # For other teachers' rows it renders nothing: they get one token, which fits any model and nobody scores.
+            others = [route is not part for route in routes]
+            prompts = [ids[-1:] if other else ids for ids, other in zip(rollouts.prompt_ids, others, strict=True)]
+            mine = part.show(replace(rollouts.without(others), prompt_ids=prompts))
             rollouts = replace(rollouts, shown=mine.shown)
         return rollouts
 

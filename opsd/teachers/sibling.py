@@ -93,10 +93,12 @@ class SiblingTeacher(LocalTeacher):
                 )
             tokenizer = AutoTokenizer.from_pretrained(self.source, **load)
         check_same_tokenizer(student.tokenizer, tokenizer)
-        if self._given is student.model:
+        trained = {id(p) for p in student.model.parameters() if p.requires_grad}
+        if isinstance(self._given, nn.Module) and any(id(p) in trained for p in self._given.parameters()):
             raise ConfigError(
-                "the student itself was given as its own sibling, and a sibling is frozen: nothing could be trained. "
-                "Use SameCheckpointTeacher, LiveTeacher or EMATeacher."
+                "the student itself, or the model that its adapter was put into, was given as its own sibling, and a "
+                "sibling is frozen: nothing could be trained. Use SameCheckpointTeacher, LiveTeacher or EMATeacher, or "
+                "load the model a second time."
             )
         if isinstance(self._given, nn.Module):
             self._model = self.placement.put(without_autocast(self._given), student.model)
