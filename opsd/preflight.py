@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -123,8 +124,11 @@ def check_adapter(config: PeftConfig) -> None:
             "loss, which calls the model below, would not: it would train nothing. Use LoRA."
         )
     targets = getattr(config, "target_modules", None) or []
-    names = [targets] if isinstance(targets, str) else targets
-    if any(name.split(".")[-1] in HEADS for name in names):
+    if isinstance(targets, str):  # a pattern over whole names
+        on_the_head = any(re.fullmatch(targets, f"model.{head}") or re.fullmatch(targets, head) for head in HEADS)
+    else:
+        on_the_head = any(name.split(".")[-1] in HEADS for name in targets)
+    if on_the_head:
         raise ConfigError(
             "the adapter is on the head (lm_head), whose weight the loss reads directly: what the adapter adds there "
             "would be sampled from and never trained. Leave the head out of target_modules, or train it whole: "
@@ -321,5 +325,6 @@ def measured_cost(
     with counting_passes() as sequences:
         for teacher in scorer.teachers:
             teacher.score(teacher.show(probe))
-    _forget_counts(scorer.teacher)
+    for teacher in scorer.teachers:
+        _forget_counts(teacher)
     return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)

@@ -315,6 +315,7 @@ def test_a_checkpoint_of_this_run_becomes_the_teacher_at_its_step(
 
 VIRTUAL_TOKENS = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
 AROUND = [(VIRTUAL_TOKENS, "virtual tokens"), (LoraConfig(target_modules=["lm_head"], r=4), "is on the head")]
+AROUND.append((LoraConfig(target_modules=r".*lm_head", r=4), "is on the head"))
 
 
 @pytest.mark.parametrize(("config", "why"), AROUND)
