@@ -15,7 +15,7 @@ from typing import Any
 
 from opsd.errors import ConfigError, not_one_of
 from opsd.rewards import Rewards
-from opsd.rollouts import Rollouts
+from opsd.rollouts import Ids, Rollouts
 
 ROUTES = {
     "all": "every rollout is distilled",
@@ -27,6 +27,7 @@ GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distill
 PRODUCED = ("sibling", "feedback", "attempt")
 STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
 
+Decode = Callable[[Sequence[Ids]], Sequence[str]]
 CanShow = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 
@@ -101,7 +102,7 @@ class Groups:
         return said + (f"; + {self.grpo_coef:g}·GRPO on {GRPO_ON[self.grpo_on]}" if self.grpo_coef else "")
 
     def grade(
-        self, rollouts: Rollouts, completions: Sequence[Any], texts: Sequence[str], can_show: CanShow, state: Any
+        self, rollouts: Rollouts, decode: Decode, can_show: CanShow, state: Any
     ) -> tuple[Rollouts, dict[str, float]]:
         """Return the rollouts with what they produced and how they learn, and what is logged.
 
@@ -109,13 +110,15 @@ class Groups:
 
         Args:
             rollouts: whole groups, one after the other; in evaluation each row once, which then is its own group.
-            completions: as reward functions get them.
-            texts: the completions as text.
+            decode: gives the text of each of some completions; not asked where nobody reads it.
             can_show: whether a teacher has anything to be shown, given a row and what was produced for it.
             state: transformers' TrainerState.
         """
         if not self.rewards.functions:
             return rollouts, {}
+        texts = decode(rollouts.completion_ids)
+        chats = [[{"role": "assistant", "content": text}] for text in texts]
+        completions = texts if isinstance(rollouts.rows[0]["prompt"], str) else chats
         verdicts = self.rewards(rollouts.rows, completions, rollouts.completion_ids, state)
         right = [reward >= self.success_reward for reward in verdicts.rewards]
         wrong = [reward < self.success_reward for reward in verdicts.rewards]  # NaN is neither

@@ -218,7 +218,7 @@ def check_rows_fit(
 
 def _check_siblings(teacher: Teacher) -> None:
     """Refuse a context that only siblings could fill where no rollout has one, and warn where little else could."""
-    for context in (view.context for view in teacher.views if view.context is not None):
+    for context in teacher.contexts:
         rule = f"template {context.name!r} shows correct siblings of a rollout, and num_generations is 1: there is none"
         if "sibling" in context.fields:
             raise ConfigError(f"{rule}, so nothing would be trained. Set num_generations to 8 or so.")
@@ -239,9 +239,8 @@ def _whole_rollouts_shown(context: PrivilegedContext, produced: Sequence[str]) -
 
 def _forget_counts(teacher: Teacher) -> None:
     """Let contexts count from the first training step."""
-    for view in teacher.views:
-        if view.context is not None:
-            view.context.counts = type(view.context.counts)()
+    for context in teacher.contexts:
+        context.counts = type(context.counts)()
 
 
 def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool) -> None:
@@ -259,7 +258,7 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
             "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
             "Load them as a Dataset, or set num_generations to 1."
         )
-    for context in (view.context for view in teacher.views if view.context is not None and not trains):
+    for context in [] if trains else teacher.contexts:
         if (context.fields | context.optional_fields) & set(groups.produced):
             warnings.warn(
                 f"template {context.name!r} shows what a group of rollouts made, and evaluation samples each row once: "

@@ -6,7 +6,6 @@ nothing of groups, teachers or losses.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 import warnings
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
-from opsd.evaluation.graders import GRADERS, REASONING_GYM, load_grader, reasoning_gym_scorer
+from opsd.evaluation.graders import GRADERS, REASONING_GYM, imported, load_grader, reasoning_gym_scorer
 from opsd.rollouts import Ids
 
 Row: TypeAlias = Mapping[str, Any]
@@ -38,7 +37,7 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
     """
     if isinstance(value, str):
         if value not in GRADERS and not value.startswith(REASONING_GYM) and ":" in value:
-            return load_reward(_imported(value))
+            return load_reward(imported(value, "reward function"))
         return _GraderReward(value)
     is_plain = callable(value) and not hasattr(value, "parameters")
     if not is_plain or any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
@@ -149,12 +148,11 @@ class Rewards:
             DataError: they have not: every rollout would go without a reward.
         """
         for function in self.functions:
-            wanted = getattr(function, "column", None) if isinstance(function, _GraderReward) else None
-            if wanted is not None and wanted not in columns:
+            if isinstance(function, _GraderReward) and function.column not in columns:
                 raise DataError(
-                    f"the grader {function.__name__!r} reads the column {wanted!r}, and the dataset has: "
-                    f"{', '.join(columns)}.{did_you_mean(wanted, columns)} No rollout would get a reward. Rename the "
-                    "column, or give a function with TRL's signature."
+                    f"the grader {function.__name__!r} reads the column {function.column!r}, and the dataset has: "
+                    f"{', '.join(columns)}.{did_you_mean(function.column, columns)} No rollout would get a reward. "
+                    "Rename the column, or give a function with TRL's signature."
                 )
 
     def __call__(
@@ -214,14 +212,3 @@ def _as_rewards(found: Any, name: str, count: int) -> list[float]:
     if any(map(math.isinf, values)):
         raise DataError(f"reward function {name!r} returned an infinite reward. {rule}")
     return values
-
-
-def _imported(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(
-            f"reward function {name!r} means {attribute!r} of the module {module!r}, which fails: {error}. Check both "
-            "names; a module in the current folder is found with `PYTHONPATH=. opsd …`."
-        ) from error

@@ -17,6 +17,7 @@ import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -164,8 +165,7 @@ class OPSDTrainer(DistillationTrainer):
             for p in student.parameters():
                 broadcast(p.data, from_process=0)
         check_model(student, len(self._tokenizer))
-        keywords = self.chat_template_kwargs
-        renderer = PromptRenderer(self._tokenizer, self.chat_template, keywords, tools=self.tools or None)
+        renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
         self.training_loss.prepare(self.student, self.eos_token_ids)
         assert trainable == preflight.check_student(student), "the teacher changed what trains"
@@ -235,7 +235,7 @@ class OPSDTrainer(DistillationTrainer):
         prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in inputs]
         limit, longest = context_length(self.student.model), self.args.max_completion_length
         check_lengths(limit, prompt_ids, [longest or 0] * len(prompt_ids), "student")
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._mode_metrics
         completion_ids: list[Ids] = []
         loss_mask = None
         if on:
@@ -257,15 +257,17 @@ class OPSDTrainer(DistillationTrainer):
             metrics[name].append(value)
         return shown
 
+    @property
+    def _mode_metrics(self) -> dict[str, list[float]]:
+        """What is logged next, of training or of evaluation."""
+        return self._metrics["train" if self.model.training else "eval"]
+
     def _graded(self, rollouts: Rollouts) -> Rollouts:
         """Ask the reward functions, if there are any, and log what they said over all processes."""
-        texts = self._tokenizer.batch_decode(rollouts.completion_ids, skip_special_tokens=True)
-        chats = [[{"role": "assistant", "content": text}] for text in texts]
-        completions = texts if isinstance(rollouts.rows[0]["prompt"], str) else chats
-        rollouts, found = self.groups.grade(rollouts, completions, texts, self.teacher.can_show, self.state)
-        if found:
-            for name, value in mean_over_processes(found).items():
-                self._metrics["train" if self.model.training else "eval"][name].append(value)
+        decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
+        rollouts, found = self.groups.grade(rollouts, decode, self.teacher.can_show, self.state)
+        for name, value in (mean_over_processes(found) if found else {}).items():
+            self._mode_metrics[name].append(value)
         return rollouts
 
     def _log_texts(self, rollouts: Rollouts) -> None:
@@ -321,7 +323,7 @@ class OPSDTrainer(DistillationTrainer):
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
         scored: Scored = inputs["scored"]
         found = divergence_metrics(record, scored.rollouts, self.accelerator, steps, step)
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._mode_metrics
         metrics["entropy"].pop()  # TRL's, whose mean over micro-batches counts one without tokens as 0 nats
         for key, value in found.items():
             metrics[key].append(value)

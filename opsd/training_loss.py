@@ -66,14 +66,10 @@ class TrainingLoss:
         return [t for t in (self.teacher, self.anchor, self.contrast) if t is not None]
 
     @property
-    def views(self) -> list[Teacher]:
-        """Everyone who is shown a prompt."""
-        return [view for teacher in self.teachers for view in teacher.views]
-
-    @property
     def columns(self) -> set[str]:
         """The columns of rows that contexts and weights read, beside the prompt."""
-        fields = (view.context.fields | view.context.optional_fields for view in self.views if view.context)
+        contexts = [context for teacher in self.teachers for context in teacher.contexts]
+        fields = (context.fields | context.optional_fields for context in contexts)
         return set().union(*fields, (self._args.pass_rate_column and {self._args.pass_rate_column}) or ())
 
     def check_rows(self, dataset: Dataset | IterableDataset, produced: Sequence[str] = ()) -> None:
@@ -124,7 +120,7 @@ class TrainingLoss:
     def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
         """Return what was left out or shortened on the way from rollouts to tokens that are trained on, as shares."""
         shares = {}
-        counts = [view.context.counts for view in self.teacher.views if view.context is not None]
+        counts = [context.counts for context in self.teacher.contexts]
         if counts:
             rendered = sum(each.rendered for each in counts)
             shares["context/shortened"] = sum(each.shortened for each in counts) / max(rendered, 1)

@@ -42,7 +42,7 @@ def graded(
     rows = [{"prompt": f"prompt {n // (2 * size)}", "answer": "19"} for n in range(len(rewards))]
     rollouts = Rollouts(rows, [[1]] * len(rows), [[10 + n] * 3 for n in range(len(rows))])
     groups = Groups(Rewards.of(returns(rewards, feedback), None), size=size, **settings)
-    return groups.grade(rollouts, texts, texts, SameCheckpointTeacher(context=context).can_show, STATE)
+    return groups.grade(rollouts, lambda ids: texts, SameCheckpointTeacher(context=context).can_show, STATE)
 
 
 # ---- the order of rows ----------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def test_rows_that_stand_for_themselves_have_no_siblings() -> None:
     groups = Groups(Rewards.of(returns([1.0, 1.0, 0.0]), None), size=4, grpo_coef=1.0)
     rows = [{"prompt": [{"role": "user", "content": f"{n}?"}], "answer": "1"} for n in range(3)]
     rollouts = Rollouts(rows, [[1]] * 3, [[5]] * 3)
-    found, _ = groups.grade(rollouts, ["a", "b", "c"], ["a", "b", "c"], lambda row, made: True, STATE)
+    found, _ = groups.grade(rollouts, lambda ids: ["a", "b", "c"], lambda row, made: True, STATE)
     assert [dict(made) for made in found.produced] == [{"attempt": text} for text in "abc"]
     assert not any(found.advantages)
 

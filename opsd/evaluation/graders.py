@@ -173,15 +173,28 @@ def _load_reasoning_gym(dataset: str, column: str) -> Grader:
     return lambda text, row: score(text, row) > 0.999
 
 
-def _load_function(name: str) -> Grader:
+def imported(name: str, what: str) -> Any:
+    """Return what "module:attribute" names.
+
+    Args:
+        name: the two names.
+        what: what it is to be, for the message.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
     module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"grader {name!r} means the function {attribute!r} of the module {module!r}, which fails: {error}.\n"
+            f"{what} {name!r} means the function {attribute!r} of the module {module!r}, which fails: {error}.\n"
             "Check both names; a module in the current folder is found with `PYTHONPATH=. opsd …`."
         ) from error
+
+
+def _load_function(name: str) -> Grader:
+    found = imported(name, "grader")
     if not callable(found):
         raise ConfigError(
             f"grader {name!r} is a {type(found).__name__}, not a function of (text, row).\n"

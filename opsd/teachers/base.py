@@ -181,6 +181,11 @@ class Teacher(ABC):
         """Everyone who is shown a prompt: itself, or the parts it is made of."""
         return [self]
 
+    @property
+    def contexts(self) -> list[PrivilegedContext]:
+        """What its views are shown, of those that are shown anything."""
+        return [view.context for view in self.views if view.context is not None]
+
     def views_of(self, row: Row) -> list[Teacher]:
         """Return those of its views that score this row."""
         return self.views

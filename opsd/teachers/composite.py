@@ -13,7 +13,6 @@ from typing import Any, Self
 from torch import Tensor
 
 from opsd.context import PrivilegedContext
-from opsd.errors import ConfigError
 from opsd.teachers.base import History, Row, StudentHandle, Teacher
 
 SEPARATOR = "/"  # between a part's name and its own names in a checkpoint
@@ -34,12 +33,6 @@ class CompositeTeacher(Teacher):
         context: PrivilegedContext | str | Mapping[str, Any] | None = None,
     ):
         super().__init__(context=context)
-        for name, part in parts.items():
-            if isinstance(part, CompositeTeacher) and isinstance(self, type(part)):
-                raise ConfigError(
-                    f"part {name!r} of this {self.strategy} is itself one. Name its parts here instead: the result is "
-                    "the same, and the weights are in one place."
-                )
         self.parts = dict(parts)
         if self.context is not None:
             self.parts = self._parts_with_default(self.context)

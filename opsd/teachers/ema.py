@@ -13,6 +13,7 @@ import torch
 
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError, as_count, not_one_of
+from opsd.sharding import is_sharded
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.own import MovingTeacher
 from opsd.teachers.products import AverageOfProducts
@@ -77,14 +78,14 @@ class EMATeacher(MovingTeacher):
             self._weights = TrainableWeights(student.model, torch.float32, offload=self.offload)
 
     def shard(self) -> None:
-        """Refuse an averaged product of sharded factors.
+        """Cut the average as the student is cut.
 
         Raises:
-            ConfigError: they are.
+            ConfigError: it is one of products, whose factors must be whole.
         """
-        self.weights.pairs()
-        if self.average == "product" and any(hasattr(p, "device_mesh") for p in self.model.parameters()):
+        if self.average == "product" and is_sharded(self.model):
             raise ConfigError("average='product' needs whole factors, and FSDP shards them. Use average='factors'.")
+        super().shard()
 
     def after_step(self, step: int) -> None:
         """Move the average towards the student."""

@@ -109,9 +109,11 @@ class MixtureTeacher(CompositeTeacher):
     @property
     def words(self) -> str:
         """Who is mixed, and how."""
-        shares = [f"{w:g} × ({part.words})" for w, part in zip(self.weights, self.parts.values(), strict=True)]
-        if self._owner is not None:
-            names = [part.context.name if part.context else "nothing more" for part in self.parts.values()]
-            shares = [f"{w:g} × shown {name}" for w, name in zip(self.weights, names, strict=True)]
-            return f"the {self.kind} mean of {', '.join(shares)}; all are {self._owner.words}"
-        return f"the {self.kind} mean of {', '.join(shares)}"
+        parts = self.parts.values()
+        if self._owner is None:
+            said, end = [f"({part.words})" for part in parts], ""
+        else:
+            said = [f"shown {part.context.name if part.context else 'nothing more'}" for part in parts]
+            end = f"; all are {self._owner.words}"
+        shares = [f"{weight:g} × {words}" for weight, words in zip(self.weights, said, strict=True)]
+        return f"the {self.kind} mean of {', '.join(shares)}{end}"

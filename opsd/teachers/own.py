@@ -56,6 +56,11 @@ class OwnTeacher(LocalTeacher):
         """Swap the values in."""
         return self.weights.swapped_in()
 
+    def shard(self) -> None:
+        """Cut the values as the student's parameters are cut by now."""
+        if self._weights is not None:
+            self._weights.pairs()
+
     @property
     def tensors(self) -> list[Tensor]:
         """The values, if it holds any."""

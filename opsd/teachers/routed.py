@@ -46,7 +46,14 @@ class RoutedTeacher(CompositeTeacher):
                 f"{teachers!r:.80}."
             )
         self.column = column
-        super().__init__({str(value): load_teacher(teacher) for value, teacher in teachers.items()}, context=context)
+        parts = {str(value): load_teacher(teacher) for value, teacher in teachers.items()}
+        for name, part in parts.items():
+            if isinstance(part, RoutedTeacher):
+                raise ConfigError(
+                    f"part {name!r} of this {self.strategy} is itself one. Name its parts here instead: the result is "
+                    "the same, and the weights are in one place."
+                )
+        super().__init__(parts, context=context)
 
     def route(self, row: Row) -> str:
         """Return the name of the teacher that scores a row.

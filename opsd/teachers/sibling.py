@@ -62,9 +62,9 @@ class SiblingTeacher(LocalTeacher):
         self.revision = revision
         self.placement = Placement(dtype, device, offload, quantize, attn_implementation)
         self._model: nn.Module | None = None
-        asked = [name for name, value in (("revision", revision), ("quantize", quantize),
-                 ("attn_implementation", attn_implementation)) if value is not None]  # fmt: skip
-        asked += ["dtype"] if dtype != "auto" else []
+        loading = {"revision": revision, "quantize": quantize, "attn_implementation": attn_implementation}
+        loading["dtype"] = None if dtype == "auto" else str(dtype)
+        asked = [name for name, value in loading.items() if value is not None]
         if isinstance(model, nn.Module) and asked:
             raise ConfigError(
                 f"{', '.join(asked)} say(s) how a model is loaded, and this one is loaded already, so it would be "
@@ -93,14 +93,8 @@ class SiblingTeacher(LocalTeacher):
                 )
             tokenizer = AutoTokenizer.from_pretrained(self.source, **load)
         check_same_tokenizer(student.tokenizer, tokenizer)
-        trained = {id(p) for p in student.model.parameters() if p.requires_grad}
-        if isinstance(self._given, nn.Module) and any(id(p) in trained for p in self._given.parameters()):
-            raise ConfigError(
-                "the student itself, or the model that its adapter was put into, was given as its own sibling, and a "
-                "sibling is frozen: nothing could be trained. Use SameCheckpointTeacher, LiveTeacher or EMATeacher, or "
-                "load the model a second time."
-            )
         if isinstance(self._given, nn.Module):
+            _check_apart(self._given, student.model)
             self._model = self.placement.put(without_autocast(self._given), student.model)
         else:
             self._model = self.placement.load(self.source, student.model, **load)
@@ -146,3 +140,14 @@ class SiblingTeacher(LocalTeacher):
     def words(self) -> str:
         """Whose weights these are."""
         return f"another model, frozen: {self.source or type(self._model).__name__}"
+
+
+def _check_apart(model: nn.Module, student: nn.Module) -> None:
+    """Refuse a sibling that shares what the student trains."""
+    trained = {id(p) for p in student.parameters() if p.requires_grad}
+    if any(id(p) in trained for p in model.parameters()):
+        raise ConfigError(
+            "the student itself, or the model that its adapter was put into, was given as its own sibling, and a "
+            "sibling is frozen: nothing could be trained. Use SameCheckpointTeacher, LiveTeacher or EMATeacher, or "
+            "load the model a second time."
+        )
