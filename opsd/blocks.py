@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from opsd import shipped
 from opsd.errors import TemplateError, did_you_mean
+from opsd.fields import FILTERS, written
+from opsd.vetting import vet
 
 PARTS = ("system", "user", "assistant")
 PROMPT_NAMES = frozenset({"prompt", "messages", "system"})  # the student's own prompt in three forms, so not privileged
 MAX_PART_CHARS = 1_000_000  # about 250,000 tokens: not a prompt but a loop that ran away
+MAX_SOURCE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -60,29 +63,70 @@ def find_template(template: str | os.PathLike[str]) -> Path:
     )
 
 
+class TemplateLoader(jinja2.BaseLoader):
+    """Finds the parents and includes of a template: `.jinja` files in a folder, and nothing that lies outside it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.resolve()
+
+    def get_source(
+        self, environment: jinja2.Environment, template: str
+    ) -> tuple[str, str | None, Callable[[], bool] | None]:
+        """Return a file's text and path."""
+        path = (self._folder / template).resolve()  # also through links
+        if path.suffix != ".jinja" or not path.is_relative_to(self._folder) or not path.is_file():
+            raise jinja2.TemplateNotFound(template)
+        if path.stat().st_size > MAX_SOURCE_BYTES:
+            raise TemplateError(f"template {path.name!r} is larger than {MAX_SOURCE_BYTES:,} bytes: it is no template.")
+        return path.read_text(encoding="utf-8"), str(path), None
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without its gaps: products, sums and powers that would fill the memory are refused."""
+
+    intercepted_binops = frozenset({"*", "+", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Compute `left operator right`, if the result is of a size that a prompt could need."""
+        if operator == "**" and not (isinstance(left, int | float) and abs(left) <= 1e6 and abs(right) <= 50):
+            raise OverflowError("a power this large is no part of a prompt")
+        sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
+        times = [abs(side) for side in (left, right) if isinstance(side, int)]
+        if sizes and (sum(sizes) if operator == "+" else sizes[0] * (times or [1])[0]) > MAX_PART_CHARS:
+            raise OverflowError(f"this makes more than {MAX_PART_CHARS:,} characters")
+        return super().call_binop(context, operator, left, right)
+
+
 class TemplateBlocks:
     """A template with all that it extends or includes; text outside blocks, and dynamic parents, are refused.
 
     Args:
         origin: the template's file, or its text. Parents are looked for beside the file, then among opsd's own.
+        trusted: render it here at once. Otherwise a template that is not opsd's own is rendered once in a process with
+            limits before it is rendered in this one.
 
     Raises:
         TemplateError: a syntax error, a parent that is missing, or something that would never be shown.
     """
 
-    def __init__(self, origin: Path | TemplateText) -> None:
+    def __init__(self, origin: Path | TemplateText, *, trusted: bool = False) -> None:
+        self.origin = origin
         own: jinja2.BaseLoader
         if isinstance(origin, TemplateText):
             self.name, entry, own = origin.name, origin.name, jinja2.DictLoader({origin.name: origin.source})
         else:
-            self.name, entry, own = origin.stem, origin.name, jinja2.FileSystemLoader(origin.parent)
-        self._loader = jinja2.ChoiceLoader([own, jinja2.FileSystemLoader(shipped.folder("templates"))])
-        self._environment = ImmutableSandboxedEnvironment(
+            self.name, entry, own = origin.stem, origin.name, TemplateLoader(origin.parent)
+        self._vetted = trusted or (isinstance(origin, Path) and origin.parent == shipped.folder("templates"))
+        self._loader = jinja2.ChoiceLoader([own, TemplateLoader(shipped.folder("templates"))])
+        self._environment = Sandbox(
             loader=self._loader,
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
+            finalize=written,
+            optimized=False,  # constants are computed when a template is rendered, within limits, not when it is read
         )
+        self._environment.filters |= FILTERS
         trees = self._parse_all(entry)
         line = self._line_of_descent(entry, trees)
         self._check_outline(line, trees)
@@ -103,8 +147,11 @@ class TemplateBlocks:
         """Return the text of each block, whitespace and all; a block that nobody wrote is empty.
 
         Raises:
-            TemplateError: the template fails on these values, or writes without end.
+            TemplateError: the template fails on these values, writes without end, or takes too long.
         """
+        if not self._vetted:
+            vet(self.origin, self.digest, values)
+            self._vetted = True
         context = self._templates[0].new_context(dict(values))
         # What Jinja does when it reaches `extends`: a block's elders stand behind it, for super().
         for elder in self._templates[1:]:
@@ -152,6 +199,8 @@ class TemplateBlocks:
                 f"template {wanted_by!r} extends or includes {file!r}, which is neither beside it nor one of opsd's "
                 f"own.{did_you_mean(Path(file).stem, shipped.names('templates'))}"
             ) from error
+        except RecursionError as error:
+            raise TemplateError(f"template {file!r} nests deeper than a template has to.") from error
         except UnicodeDecodeError as error:
             raise TemplateError(f"template {file!r} is not text in UTF-8: {error}. Save it as UTF-8.") from error
 

@@ -137,6 +137,10 @@ class OPSDConfig(DistillationConfig):
         metadata={"help": "Leave out the tokenizer's special tokens, the end of a turn among them."},
     )
     mask_tokens: list[str] | None = field(default=None, metadata={"help": "Tokens that are not trained on, as text."})
+    student_system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "The student's system turn, in rows that have none. A context's `system` is the teacher's."},
+    )
     pass_rate_column: str | None = field(
         default=None,
         metadata={"help": "Column with the share of attempts p that pass; rows weigh 4·p·(1-p) (SSOPD)."},

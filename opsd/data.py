@@ -16,7 +16,7 @@ from datasets import Dataset, Features, IterableDataset, Json, List, Value
 from opsd.data_files import load_rows
 from opsd.errors import DataError
 
-__all__ = ["completion_of", "load_rows", "prepare_rows", "row_columns"]
+__all__ = ["completion_of", "load_rows", "prepare_rows", "row_columns", "with_system_prompt"]
 
 Row = dict[str, Any]
 
@@ -67,6 +67,35 @@ def prepare_rows(dataset: Dataset | IterableDataset, *, name: str = "train") -> 
     checker = _RowChecker(name, _prompt_column(row_columns(dataset), name))
     prepare = _prepare_stream if isinstance(dataset, IterableDataset) else _prepare_table
     return prepare(dataset, checker)
+
+
+def with_system_prompt(dataset: Dataset | IterableDataset, text: str | None) -> Dataset | IterableDataset:
+    """Return prepared rows with a system turn where they have none of their own.
+
+    Args:
+        dataset: prepared rows.
+        text: what the turn says; None leaves rows as they are.
+
+    Raises:
+        DataError: prompts are plain text, which has no turns.
+    """
+    if text is None:
+        return dataset
+    first = next(iter(dataset), None)
+    if first is not None and isinstance(first["prompt"], str):
+        raise DataError(
+            "student_system_prompt is a turn of a chat, and this dataset's prompts are plain text, which has none. "
+            "Give prompts as messages, or write the words into the prompts."
+        )
+
+    def opened(row: Row) -> Row:
+        turns = [_without_none(turn) for turn in row["prompt"]]
+        own = any(turn["role"] == "system" for turn in turns)
+        return {"prompt": turns if own else [{"role": "system", "content": text}, *turns]}
+
+    features = dataset.features and Features({**dataset.features, "prompt": List(Json())})
+    cache = {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
+    return dataset.map(opened, features=features, **cache)
 
 
 def completion_of(row: Mapping[str, Any]) -> str | list[int] | None:

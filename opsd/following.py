@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import TrainerCallback
 
+from opsd.context_base import Context
 from opsd.teachers import Teacher
 
 
@@ -15,19 +16,22 @@ class FollowStudent(TrainerCallback):
 
     Args:
         teacher: the teacher.
+        contexts: what it and others who score are shown.
         metrics: where what it says of itself is logged: lists by name.
         say: tells the user what it did.
     """
 
-    def __init__(self, teacher: Teacher, metrics: Any, say: Callable[[str], None]):
-        self._teacher, self._metrics, self._say = teacher, metrics, say
+    def __init__(self, teacher: Teacher, contexts: Sequence[Context], metrics: Any, say: Callable[[str], None]):
+        self._teacher, self._contexts, self._metrics, self._say = teacher, contexts, metrics, say
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shard what it holds as the student is sharded by now."""
         self._teacher.shard()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let it move by what was logged of the steps done."""
+        """Let it move by what was logged of the steps done, and tell contexts which step this is."""
+        for context in self._contexts:
+            context.step = state.global_step
         self._tell(self._teacher.before_step(state.global_step, state.log_history))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from opsd.errors import ConfigError, not_one_of
+from opsd.fields import strip_thinking
 from opsd.rewards import Rewards
 from opsd.rollouts import Ids, Rollouts
 
@@ -24,7 +25,8 @@ ROUTES = {
 }
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
 # What a group makes for contexts, beside the columns of its row.
-PRODUCED = ("sibling", "feedback", "attempt")
+PRODUCED = ("sibling", "feedback", "attempt", "pass_rate")
+PLACEHOLDERS = {**dict.fromkeys(PRODUCED, "not made yet"), "pass_rate": 0.0}  # for prompts rendered before training
 STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
 
 Decode = Callable[[Sequence[Ids]], Sequence[str]]
@@ -124,8 +126,12 @@ class Groups:
         wrong = [reward < self.success_reward for reward in verdicts.rewards]  # NaN is neither
         groups = self._groups(rollouts.rows)
         produced = [
-            self._produced(number, group, texts, right, verdicts.feedback[number])
-            for number, group in enumerate(groups)
+            {
+                **self._produced(number, group, texts, right, verdicts.feedback[number]),
+                # a rate that was measured before training is the better one
+                **({} if "pass_rate" in row else {"pass_rate": fmean(right[other] for other in group)}),
+            }
+            for number, (group, row) in enumerate(zip(groups, rollouts.rows, strict=True))
         ]
         routed = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.route]
         shown = [can_show(row, made) for row, made in zip(rollouts.rows, produced, strict=True)]
@@ -160,8 +166,8 @@ class Groups:
         self, number: int, group: Sequence[int], texts: Sequence[str], right: Sequence[bool], feedback: str | None
     ) -> dict[str, Any]:
         siblings = [other for other in group if right[other] and other != number]
-        made = {"attempt": _answer(texts[number]), "feedback": feedback}
-        made["sibling"] = _answer(texts[siblings[0]]) if siblings else None
+        made = {"attempt": strip_thinking(texts[number]), "feedback": feedback}
+        made["sibling"] = strip_thinking(texts[siblings[0]]) if siblings else None
         return {name: value for name, value in made.items() if value}
 
     def _advantages(
@@ -182,8 +188,3 @@ class Groups:
 
 def _known(rewards: Sequence[float], group: Sequence[int]) -> list[float]:
     return [rewards[number] for number in group if not math.isnan(rewards[number])]
-
-
-def _answer(text: str) -> str:
-    """Return what was answered, without the thinking before it."""
-    return text.rpartition("</think>")[2].strip()

@@ -20,11 +20,11 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.data import row_columns
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.forward import context_length, counting_passes
-from opsd.groups import Groups
+from opsd.groups import PLACEHOLDERS, Groups
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weights import adapter_adds_nothing, digest
@@ -199,7 +199,7 @@ def check_rows_fit(
     """
     if not isinstance(dataset, Dataset):
         return
-    made = dict.fromkeys(produced, "not made yet")
+    made = {name: PLACEHOLDERS[name] for name in produced}
     limit = context_length(student.model)
     for number, row in enumerate(islice(dataset, CHECKED_ROWS)):
         check_lengths(limit, [student.renderer.ids(row["prompt"])], [max_new_tokens], "student", first_row=number)
@@ -231,16 +231,15 @@ def _check_siblings(teacher: Teacher) -> None:
             )
 
 
-def _whole_rollouts_shown(context: PrivilegedContext, produced: Sequence[str]) -> int:
+def _whole_rollouts_shown(context: Context, produced: Sequence[str]) -> int:
     """Return how many rollouts a context shows at full length."""
-    shown = (context.fields | context.optional_fields) & set(produced) & {"sibling", "attempt"}
-    return len(shown - {context.truncate})
+    return len(context.shown_whole({"sibling", "attempt"} & set(produced)))
 
 
 def _forget_counts(teacher: Teacher) -> None:
     """Let contexts count from the first training step."""
     for context in teacher.contexts:
-        context.counts = type(context.counts)()
+        context.forget_counts()
 
 
 def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool) -> None:
@@ -318,7 +317,7 @@ def measured_cost(
         rows = [dataset[number] for number in drawn]
     else:
         rows = list(islice(iter(dataset), PROBED_ROWS))
-    made: list[dict[str, Any]] = [dict.fromkeys(produced, "not made yet") for _ in rows]
+    made: list[dict[str, Any]] = [{name: PLACEHOLDERS[name] for name in produced} for _ in rows]
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], produced=made)
     with counting_passes() as sequences:

@@ -33,6 +33,13 @@ class RunArguments:
         default=None, metadata={"help": "Split of the same dataset to evaluate the divergence on, if any."}
     )
     dataset_streaming: bool = field(default=False, metadata={"help": "Stream the dataset (needs max_steps)."})
+    columns: str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of columns, where they are another system's: trl, ms-swift, verl or prime-rl; or in YAML a "
+            "mapping from our names to yours, such as {answer: reward_model.ground_truth}."
+        },
+    )
     teacher: str | None = field(
         default=None,
         metadata={

@@ -33,7 +33,8 @@ from trl import DistillationTrainer
 
 from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
-from opsd.data import check_completions, prepare_rows
+from opsd.data import check_completions
+from opsd.derived import ready_rows
 from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.errors import DataError
 from opsd.following import FollowStudent
@@ -140,7 +141,7 @@ class OPSDTrainer(DistillationTrainer):
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
-        follow = FollowStudent(self.teacher, self._metrics["train"], self._say)
+        follow = FollowStudent(self.teacher, self.training_loss.contexts, self._metrics["train"], self._say)
         self.callback_handler.callbacks[:0] = [follow, self._stop]
 
     # ---- before the first step --------------------------------------------------------------------------------
@@ -149,7 +150,8 @@ class OPSDTrainer(DistillationTrainer):
         """Check a dataset against the teacher's context and the settings; rows come back with a `prompt` each."""
         if dataset is None:
             return None
-        dataset = prepare_rows(dataset, name=name)
+        system, needed = args.student_system_prompt, self.training_loss.columns
+        dataset = ready_rows(dataset, name=name, system_prompt=system, needed=needed)
         self.training_loss.check_rows(dataset, self.groups.produced)
         preflight.check_groups(dataset, self.teacher, self.groups, trains=name == "train")
         if name == "train" and not args.seq_kd:

@@ -17,6 +17,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from opsd.config import OPSDConfig
+from opsd.context_base import Context, ContextCounts
 from opsd.data import row_columns
 from opsd.forward import last_hidden
 from opsd.heads import Head
@@ -66,10 +67,14 @@ class TrainingLoss:
         return [t for t in (self.teacher, self.anchor, self.contrast) if t is not None]
 
     @property
+    def contexts(self) -> list[Context]:
+        """What any of them is shown."""
+        return [context for teacher in self.teachers for context in teacher.contexts]
+
+    @property
     def columns(self) -> set[str]:
         """The columns of rows that contexts and weights read, beside the prompt."""
-        contexts = [context for teacher in self.teachers for context in teacher.contexts]
-        fields = (context.fields | context.optional_fields for context in contexts)
+        fields = (context.fields | context.optional_fields for context in self.contexts)
         return set().union(*fields, (self._args.pass_rate_column and {self._args.pass_rate_column}) or ())
 
     def check_rows(self, dataset: Dataset | IterableDataset, produced: Sequence[str] = ()) -> None:
@@ -119,11 +124,8 @@ class TrainingLoss:
 
     def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
         """Return what was left out or shortened on the way from rollouts to tokens that are trained on, as shares."""
-        shares = {}
-        counts = [context.counts for context in self.teacher.contexts]
-        if counts:
-            rendered = sum(each.rendered for each in counts)
-            shares["context/shortened"] = sum(each.shortened for each in counts) / max(rendered, 1)
+        contexts = {id(context): context for context in self.teacher.contexts}.values()
+        shares = sum((context.counts for context in contexts), ContextCounts()).metrics if contexts else {}
         if self.selection.selects:
             shares["tokens/left_out"] = 1.0 - shown.num_scorable / max(sampled.num_scorable, 1)
         return shares

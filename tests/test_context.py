@@ -105,7 +105,7 @@ def test_feedback_without_anything_to_show_leaves_the_prompt_alone_and_counts_it
 
 def test_fitting_templates_are_those_whose_fields_are_there() -> None:
     assert fitting_templates(["prompt", "answer"]) == ["answer_only", "concise"]
-    assert fitting_templates(["prompt", "solution"]) == ["concise", "feedback", "worked_solution"]
+    assert fitting_templates(["prompt", "solution"]) == ["concise", "feedback", "partial_solution", "worked_solution"]
 
 
 # ---------------------------------------------------------------- ids
@@ -218,7 +218,7 @@ def test_text_prompts_stay_text_and_have_only_the_user_block(side: PromptRendere
 
 def test_values_are_inserted_as_they_are() -> None:
     row = {"prompt": ROW["prompt"], "answer": "{{ 7 * 7 }} <b> & {% raw %}", "extra": [1, 2], "zero": 0}
-    assert said(user_block("{{ answer }}|{{ extra }}|{{ zero }}"), row) == row["answer"] + "|[1, 2]|0"
+    assert said(user_block("{{ answer }}|{{ extra }}|{{ zero }}"), row) == row["answer"] + "|1\n2|0"
 
 
 def test_produced_values_win_over_columns_of_the_same_name() -> None:
@@ -346,8 +346,8 @@ def test_too_long_without_leave_to_shorten_says_what_could_be(side: PromptRender
 
 
 def test_only_text_can_be_shortened(side: PromptRenderer) -> None:
-    with pytest.raises(DataError, match="holds no text here: \\['step'"):
-        limited(50).render({"prompt": ROW["prompt"], "solution": ["step"] * 90}, side=side)
+    with pytest.raises(DataError, match="holds no text here: {'step': "):
+        limited(50).render({"prompt": ROW["prompt"], "solution": {"step": "one " * 90}}, side=side)
 
 
 # ---------------------------------------------------------------- how a context is named
@@ -383,7 +383,11 @@ def test_path_is_never_looked_up_among_the_shipped(tmp_path: Path, monkeypatch: 
         (3, ConfigError, "not int"),
         ({"template": "hint", "truncate": "hnit"}, ConfigError, "Did you mean 'hint'"),
         ({"template": "concise", "truncate": "prompt"}, ConfigError, "Its fields: none"),
-        ({"template": "hint", "truncate_side": "left"}, ConfigError, "head, tail, middle, not 'left'"),
+        (
+            {"template": "hint", "truncate_side": "left"},
+            ConfigError,
+            "is 'left', and must be one of head, tail, middle",
+        ),
         ({"template": "hint", "max_prompt_tokens": 0}, ConfigError, "at least 1"),
     ],
 )

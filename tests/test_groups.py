@@ -112,7 +112,9 @@ def test_rows_that_stand_for_themselves_have_no_siblings() -> None:
     rows = [{"prompt": [{"role": "user", "content": f"{n}?"}], "answer": "1"} for n in range(3)]
     rollouts = Rollouts(rows, [[1]] * 3, [[5]] * 3)
     found, _ = groups.grade(rollouts, lambda ids: ["a", "b", "c"], lambda row, made: True, STATE)
-    assert [dict(made) for made in found.produced] == [{"attempt": text} for text in "abc"]
+    assert [made["attempt"] for made in found.produced] == ["a", "b", "c"]
+    assert [made["pass_rate"] for made in found.produced] == [1.0, 1.0, 0.0]
+    assert all("sibling" not in made for made in found.produced)
     assert not any(found.advantages)
 
 

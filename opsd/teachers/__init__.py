@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd import shipped
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.errors import ConfigError, did_you_mean
 from opsd.hub import is_hub_id
 from opsd.teachers.base import Cost, StudentHandle, Teacher
@@ -65,9 +65,7 @@ __all__ = [
 TeacherLike = Teacher | str | PathLike[str] | Mapping[str, Any] | None
 
 
-def load_teacher(
-    value: TeacherLike = None, *, context: PrivilegedContext | str | Mapping[str, Any] | None = None
-) -> Teacher:
+def load_teacher(value: TeacherLike = None, *, context: Context | str | Mapping[str, Any] | None = None) -> Teacher:
     """Return the teacher that `value` names; loads no weights and asks no network.
 
     Args:

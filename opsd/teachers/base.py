@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from opsd.context import PrivilegedContext, is_empty
+from opsd.context_base import Context
 from opsd.errors import ConfigError
 from opsd.prompts import PromptRenderer
 from opsd.rollouts import Ids, Rollouts, check_lengths
@@ -84,8 +84,8 @@ class Teacher(ABC):
 
     strategy: str  # its name in the table
 
-    def __init__(self, *, context: PrivilegedContext | str | Mapping[str, Any] | None = None):
-        self.context = PrivilegedContext.of(context)
+    def __init__(self, *, context: Context | str | Mapping[str, Any] | None = None):
+        self.context = Context.of(context)
         self._renderer: PromptRenderer | None = None
 
     # ---- what a strategy writes -------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class Teacher(ABC):
         return [self]
 
     @property
-    def contexts(self) -> list[PrivilegedContext]:
+    def contexts(self) -> list[Context]:
         """What its views are shown, of those that are shown anything."""
         return [view.context for view in self.views if view.context is not None]
 
@@ -209,9 +209,8 @@ class Teacher(ABC):
 
     def can_show(self, row: Row, produced: Mapping[str, Any]) -> bool:
         """Tell whether there is anything to show beside the prompt, where that is made during training."""
-        filled = [name for name, value in {**row, **produced}.items() if not is_empty(value)]
         contexts = [view.context for view in self.views_of(row)]
-        return all(context is None or not context.missing(filled) for context in contexts)
+        return all(context is None or context.can_show({**row, **produced}) for context in contexts)
 
     # ---- what every strategy can do ---------------------------------------------------------------------------
 
@@ -224,8 +223,7 @@ class Teacher(ABC):
     @property
     def description(self) -> dict[str, Any]:
         """Strategy, numbers and context: what a resume compares."""
-        names = ("name", "digest", "chat_template_kwargs", "truncate", "truncate_side", "max_prompt_tokens")
-        context = None if self.context is None else {name: getattr(self.context, name) for name in names}
+        context = None if self.context is None else self.context.description
         return {"strategy": self.strategy, **self.settings, "context": context}
 
     @property
@@ -233,13 +231,13 @@ class Teacher(ABC):
         """Its own prompts' name among a rollout's: two teachers of one strategy are shown different things."""
         return f"{self.strategy} {id(self):x}"
 
-    def showing(self, context: PrivilegedContext | str | Mapping[str, Any] | None) -> Self:
+    def showing(self, context: Context | str | Mapping[str, Any] | None) -> Self:
         """Return the same teacher, weights and all, shown something else; it follows this one, not the student."""
         other = copy.copy(self)
-        other.context = PrivilegedContext.of(context)
+        other.context = Context.of(context)
         return other
 
-    def with_default_context(self, context: PrivilegedContext) -> Teacher:
+    def with_default_context(self, context: Context) -> Teacher:
         """Return the teacher with a context for those of its views that were given none."""
         return self if self.context is not None else self.showing(context)
 

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.teachers.base import History, Row, StudentHandle, Teacher
 
 SEPARATOR = "/"  # between a part's name and its own names in a checkpoint
@@ -30,19 +30,19 @@ class CompositeTeacher(Teacher):
         self,
         parts: Mapping[str, Teacher],
         *,
-        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+        context: Context | str | Mapping[str, Any] | None = None,
     ):
         super().__init__(context=context)
         self.parts = dict(parts)
         if self.context is not None:
             self.parts = self._parts_with_default(self.context)
 
-    def _parts_with_default(self, context: PrivilegedContext) -> dict[str, Teacher]:
+    def _parts_with_default(self, context: Context) -> dict[str, Teacher]:
         """Return the parts with a context where they have none; a part with two names stays one."""
         shown = {id(part): part.with_default_context(context) for part in self.parts.values()}
         return {name: shown[id(part)] for name, part in self.parts.items()}
 
-    def with_default_context(self, context: PrivilegedContext) -> Teacher:
+    def with_default_context(self, context: Context) -> Teacher:
         """Return the same teachers, those without a context shown this one."""
         other = copy.copy(self)
         other.parts = self._parts_with_default(context)
@@ -99,10 +99,10 @@ class CompositeTeacher(Teacher):
             start = f"{number}{SEPARATOR}"
             leaf.load_state_dict({name[len(start) :]: v for name, v in state.items() if name.startswith(start)})
 
-    def showing(self, context: PrivilegedContext | str | Mapping[str, Any] | None) -> Self:
+    def showing(self, context: Context | str | Mapping[str, Any] | None) -> Self:
         """Return the same teachers, weights and all, all shown something else."""
         other = copy.copy(self)
-        other.context = PrivilegedContext.of(context)
+        other.context = Context.of(context)
         other.parts = {name: part.showing(context) for name, part in self.parts.items()}
         return other
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.errors import ConfigError, as_count, not_one_of
 from opsd.sharding import is_sharded
 from opsd.teachers.base import StudentHandle
@@ -51,7 +51,7 @@ class EMATeacher(MovingTeacher):
         average: str = "factors",
         rank: int | None = None,
         offload: bool = False,
-        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+        context: Context | str | Mapping[str, Any] | None = None,
     ):
         super().__init__(offload=offload, context=context)
         # YAML reads 1e-1 as text (it wants 1.0e-1).

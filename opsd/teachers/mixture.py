@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.errors import ConfigError, as_number
 from opsd.rollouts import Rollouts
 from opsd.signals import HiddenSignal, MixtureSignal, check_mixture
@@ -37,8 +37,8 @@ class MixtureTeacher(CompositeTeacher):
         weights: Sequence[float],
         *,
         kind: str = "arithmetic",
-        contexts: Sequence[PrivilegedContext | str | Mapping[str, Any] | None] | None = None,
-        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+        contexts: Sequence[Context | str | Mapping[str, Any] | None] | None = None,
+        context: Context | str | Mapping[str, Any] | None = None,
     ):
         from opsd.teachers import load_teacher  # its table has this class in it
 
@@ -75,7 +75,7 @@ class MixtureTeacher(CompositeTeacher):
         """The teachers that hold weights."""
         return super().owners if self._owner is None else [self._owner]
 
-    def with_default_context(self, context: PrivilegedContext) -> Teacher:
+    def with_default_context(self, context: Context) -> Teacher:
         """Return it with a context for parts without one; where `contexts` were given, all was said."""
         return self if self._owner is not None else super().with_default_context(context)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.weights import TrainableWeights, adapter_adds_nothing, adapter_off
@@ -30,9 +30,7 @@ class OwnTeacher(LocalTeacher):
         context: what it is shown beside the prompt.
     """
 
-    def __init__(
-        self, *, offload: bool = False, context: PrivilegedContext | str | Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, *, offload: bool = False, context: Context | str | Mapping[str, Any] | None = None) -> None:
         super().__init__(context=context)
         self.offload = offload
         self._weights: TrainableWeights | None = None  # None: the student's own, or its base model's
@@ -79,7 +77,7 @@ class LiveTeacher(OwnTeacher):
 
     strategy = "live"
 
-    def __init__(self, *, context: PrivilegedContext | str | Mapping[str, Any] | None = None) -> None:
+    def __init__(self, *, context: Context | str | Mapping[str, Any] | None = None) -> None:
         super().__init__(context=context)
 
     def place(self, student: StudentHandle) -> None:

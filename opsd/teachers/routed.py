@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.errors import ConfigError, DataError, did_you_mean
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import RoutedSignal
@@ -36,7 +36,7 @@ class RoutedTeacher(CompositeTeacher):
         column: str,
         teachers: Mapping[Any, Any],
         *,
-        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+        context: Context | str | Mapping[str, Any] | None = None,
     ):
         from opsd.teachers import load_teacher  # its table has this class in it
 

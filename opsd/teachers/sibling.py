@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.errors import ConfigError
 from opsd.models import check_model_name, without_autocast
 from opsd.sharding import shard_like
@@ -54,7 +54,7 @@ class SiblingTeacher(LocalTeacher):
         quantize: str | None = None,
         attn_implementation: str | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+        context: Context | str | Mapping[str, Any] | None = None,
     ):
         super().__init__(context=context)
         self._given = model

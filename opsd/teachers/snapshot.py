@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opsd.context import PrivilegedContext
+from opsd.context_base import Context
 from opsd.errors import ConfigError, as_count, did_you_mean
 from opsd.sharding import agreed
 from opsd.teachers.base import History
@@ -37,7 +37,7 @@ class SnapshotTeacher(MovingTeacher):
         *,
         gate: Gate | Mapping[str, Any] | None = None,
         offload: bool = False,
-        context: PrivilegedContext | str | Mapping[str, Any] | None = None,
+        context: Context | str | Mapping[str, Any] | None = None,
     ):
         super().__init__(offload=offload, context=context)
         self.every = as_count("every", every)

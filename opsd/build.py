@@ -1,0 +1,47 @@
+"""From a run's configuration to a trainer that is ready for step 1; `opsd train` and `opsd doctor` begin here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trl import get_peft_config, get_quantization_config
+
+from opsd.columns import import_columns
+from opsd.data import load_rows
+from opsd.run_file import Run
+from opsd.teachers import load_teacher
+from opsd.trainer import OPSDTrainer
+
+
+def rows_of(run: Run, split: str) -> Any:
+    """Return a split of a run's dataset, its columns under our names."""
+    data = run.run
+    loaded = load_rows(data.dataset_name or "", split=split, name=data.dataset_config, streaming=data.dataset_streaming)
+    return import_columns(loaded, data.columns)
+
+
+def build_trainer(run: Run) -> OPSDTrainer:
+    """Load the rows, the teacher and the student.
+
+    Raises:
+        OPSDError: whatever cannot work.
+    """
+    args, model = run.args, run.model
+    teacher = load_teacher(run.run.teacher, context=run.run.context)
+    rows, test = rows_of(run, run.run.dataset_train_split), run.run.dataset_test_split
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "dtype": model.dtype or "float32",
+        "attn_implementation": model.attn_implementation,
+        **(args.model_init_kwargs or {}),
+    }
+    return OPSDTrainer(
+        model.model_name_or_path or "",
+        teacher,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows_of(run, test) if test else None,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+        reward_funcs=run.run.reward_funcs,
+    )

@@ -1,0 +1,93 @@
+"""Columns under the names that other systems give them: one mapping from our names to theirs.
+
+Knows names and nested values; what a row must hold is `data.py`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+
+from opsd.errors import ConfigError, DataError, did_you_mean
+from opsd.fields import at_path
+
+# Our column -> theirs, the first of several that a dataset has; a dot reaches into a nested column. What is not named
+# here keeps its name. GKD's `messages` need no mapping.
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    # SDFT of TRL 1.16: rows of `prompt` and `privileged_context`, text or messages
+    "trl": {"prompt": ("prompt",), "privileged_context": ("privileged_context",)},
+    # GKD of ms-swift: `teacher_prompt` takes the place of the last user turn
+    "ms-swift": {"messages": ("messages",), "teacher_prompt": ("teacher_prompt",)},
+    # verl's parquet: the answer stands in `reward_model`, for GSM8K the worked solution in `extra_info`
+    "verl": {
+        "prompt": ("prompt",),
+        "answer": ("reward_model.ground_truth",),
+        "solution": ("extra_info.solution", "extra_info.answer"),
+    },
+    # prime-rl's opsd: `demo_key` names an entry of `info` or of the task's own columns
+    "prime-rl": {
+        "prompt": ("prompt", "question"),
+        "demonstration": ("info.demonstration", "info.demo", "demonstration", "demo"),
+        "answer": ("answer", "info.answer"),
+    },
+}
+# Without these a dataset is not of the format that was named.
+_REQUIRED = {"trl": "privileged_context", "ms-swift": "teacher_prompt", "verl": "answer", "prime-rl": "demonstration"}
+
+
+def import_columns(dataset: Any, columns: str | Mapping[str, str] | None) -> Dataset | IterableDataset:
+    """Return the dataset with columns under opsd's names.
+
+    Args:
+        dataset: map-style or streaming.
+        columns: a format of `FORMATS`, {our name: their name or dotted path}, or None for names that fit already.
+
+    Raises:
+        ConfigError: no such format.
+        DataError: the first row has nothing under a name.
+    """
+    if columns is None:
+        return dataset
+    if isinstance(columns, str) and columns not in FORMATS:
+        raise ConfigError(
+            f"no format is called {columns!r}.{did_you_mean(columns, FORMATS)} Formats: {', '.join(FORMATS)}; or say "
+            "which column is which: {answer: reward_model.ground_truth}."
+        )
+    first: Mapping[str, Any] = next(iter(dataset), {})
+    sources = _sources(columns, first)
+    # A question that stands alone is what a chat's user says.
+    asks = isinstance(columns, str) and sources.get("prompt") == "question" and isinstance(first["question"], str)
+
+    def renamed(row: dict[str, Any]) -> dict[str, Any]:
+        found = {ours: at_path(row, theirs) for ours, theirs in sources.items()}
+        return {**found, "prompt": [{"role": "user", "content": found["prompt"]}]} if asks else found
+
+    if all(ours == theirs for ours, theirs in sources.items()):
+        return dataset
+    # A column that was renamed goes, unless it is somebody's source or has our name itself.
+    gone = [theirs for ours, theirs in sources.items() if ours != theirs and theirs in first and theirs not in sources]
+    cache = {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
+    return dataset.map(renamed, remove_columns=gone, **cache)
+
+
+def _sources(columns: str | Mapping[str, str], first: Mapping[str, Any]) -> dict[str, str]:
+    """Return {ours: theirs} for the columns that the first row has."""
+    wanted: Mapping[str, tuple[str, ...]]
+    if isinstance(columns, Mapping):
+        wanted = {ours: (theirs,) for ours, theirs in columns.items()}
+        required = set(wanted)
+    else:
+        wanted, required = FORMATS[columns], {_REQUIRED[columns]}
+    found = {}
+    for ours, candidates in wanted.items():
+        theirs = next((path for path in candidates if at_path(first, path) is not None), None)
+        if theirs is not None:
+            found[ours] = theirs
+        elif ours in required:
+            raise DataError(
+                f"columns={columns!r} finds {ours!r} under {' or '.join(map(repr, candidates))}, and the first row has "
+                f"none of these. It has: {', '.join(first)}.{did_you_mean(candidates[0], first)}"
+            )
+    return found
