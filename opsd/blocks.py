@@ -140,6 +140,7 @@ class TemplateBlocks:
         self.digest = hashlib.sha256(sources.encode()).hexdigest()[:16]
         used = set().union(*map(meta.find_undeclared_variables, shown)) - PROMPT_NAMES
         guarded = {name for tree in shown for name in _guarded_names(tree)}
+        self.shown = shown
         self.fields = frozenset(used - guarded)
         self.optional_fields = frozenset(used & guarded)
 

@@ -19,8 +19,11 @@ from opsd.errors import OPSDError
 # name -> module of opsd.commands, one line of help
 COMMANDS = {
     "train": ("train", "train a model with a teacher, from a YAML file"),
+    "doctor": ("doctor", "examine a run before step 1: alignment, prompts, leaks, whether the teacher is any good"),
     "eval": ("evaluate", "grade a model's answers on a dataset, with an interval"),
     "show": ("show", "show a row's student and teacher prompt side by side, as text and as tokens"),
+    "lint": ("lint", "check templates: syntax, safety, fields, leaks, boundaries"),
+    "diff": ("diff", "say what differs between two runs"),
     "templates": ("templates", "list the templates, or those that fit a dataset's columns"),
     "teachers": ("teachers", "list the teacher strategies and recipes"),
     "cp": ("cp", "copy a shipped template or recipe, to edit it"),
@@ -44,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit status: 0 done, 2 wrong input, 130 stopped by Ctrl-C."""
+    """Run a command and return the exit status: 0 done, 1 something was found, 2 wrong input, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     # Libraries warn each other of coming renames; whoever types a command can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -96,6 +96,11 @@ class PrivilegedContext(Context):
         """Return the context of a template given as text; the settings are those of the class."""
         return cls(TemplateText(name, source), **settings)
 
+    def side(self, renderer: PromptRenderer) -> PromptRenderer:
+        """Return a renderer with this context's keywords over its own."""
+        keywords = {**renderer.chat_template_kwargs, **self.chat_template_kwargs}
+        return dataclasses.replace(renderer, chat_template_kwargs=keywords)
+
     def messages(
         self,
         row: Mapping[str, Any],
@@ -150,11 +155,9 @@ class PrivilegedContext(Context):
             DataError: as `messages`, or the prompt is too long and may not be shortened, or not by enough.
             TemplateError: as `messages`.
         """
-        side = dataclasses.replace(
-            side, chat_template_kwargs={**side.chat_template_kwargs, **self.chat_template_kwargs}
-        )
+        side = self.side(side)
         prompt, prefill = self.messages(row, produced, side=side)
-        prefill = self._bridged(prefill, side)
+        prefill = self.bridged(prefill, side)
         ids = side.ids(prompt, prefill)
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
             short = self._shortened(row, produced, side, len(ids), self.max_prompt_tokens)
@@ -295,8 +298,12 @@ class PrivilegedContext(Context):
         # An optional field without a value is not there: `is defined` is all that a template has to ask.
         return {k: v for k, v in values.items() if k not in self.blocks.optional_fields or not is_empty(v)}
 
-    def _bridged(self, prefill: str, side: PromptRenderer) -> str:
-        """Return the prefill behind an open thinking block, if that is asked for and none is open yet."""
+    def bridged(self, prefill: str, side: PromptRenderer) -> str:
+        """Return the prefill behind an open thinking block, if that is asked for and none is open yet.
+
+        Raises:
+            ConfigError: the chat template has closed a block already.
+        """
         if not self.bridge_thinking:
             return prefill
         begun = side.opening + prefill
@@ -333,7 +340,7 @@ class PrivilegedContext(Context):
 
         def ids(value: Any) -> list[int]:
             prompt, prefill = self._told(row, {**values, field: value}, side)
-            return side.ids(prompt, self._bridged(prefill, side))
+            return side.ids(prompt, self.bridged(prefill, side))
 
         value = values.get(field)
         short = longest_that_fits(

@@ -1,7 +1,8 @@
-"""Rows made ready for a run: checked, with the student's system turn, and with columns that contexts need and none has.
+"""Rows made ready for a run: checked, with the student's system turn, and with columns that only controls need.
 
-Controls need what a dataset does not have: wrong answers, and what belongs to another row. `wrong_answer` is made from `answer`; `other_X` is the X of another row that differs. A teacher that is shown these
-knows the form of the help and none of its information (OP2SD, arXiv 2608.09228; AMPLE-Math, arXiv 2609.20612).
+Controls show what a dataset does not have: wrong answers, and what belongs to another row. `wrong_answer` is made from
+`answer`; `other_X` is the X of another row that differs. A teacher that is shown these knows the form of the help and
+none of its information (OP2SD, arXiv 2608.09228; AMPLE-Math, arXiv 2609.20612).
 """
 
 from __future__ import annotations

@@ -326,3 +326,12 @@ def measured_cost(
     for teacher in scorer.teachers:
         _forget_counts(teacher)
     return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)
+
+
+def summary(scorer: TrainingLoss, groups: Groups, cost: Cost) -> str:
+    """Return what a user is told of a run before its first step."""
+    names = [view.context.name if view.context else "the student's own prompt" for view in scorer.teacher.views]
+    return (
+        f"teacher     {scorer.teacher.words}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}\n"
+        f"learns      {groups.words}\nminimises   {scorer.words}\n            {scorer.objective.formula}"
+    )

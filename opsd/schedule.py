@@ -121,19 +121,22 @@ class ContextSchedule(Context):
             TemplateError: the row has too little for its level and for what that falls back to.
             DataError: as the level's own `render`.
         """
-        picked, values = self.pick(row, produced), {**row, **(produced or {})}
-        level = self._usable(picked, values)
-        if level is None:
-            wanted = self.levels[picked]
-            assert wanted is not None, "a level without a context is always usable"
-            wanted.check_rows([values])
-            raise AssertionError("the level says both that it can and that it cannot be shown")
+        picked = self.pick(row, produced)
+        level = self._usable_level(row, produced)
         context = self.levels[level]
         ids = side.ids(row["prompt"]) if context is None else context.render(row, produced, side=side)
         self._counts.rendered += context is None
         self._counts.levels[level] += 1
         self._counts.fell_back += level != picked
         return ids
+
+    def level_of(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> Context | None:
+        """Return what a row is shown at this step, fallbacks included.
+
+        Raises:
+            TemplateError: the row has too little for its level and for what that falls back to.
+        """
+        return self.levels[self._usable_level(row, produced)]
 
     def check_columns(self, columns: Iterable[str], produced: Iterable[str] = ()) -> None:
         """Check that every level that may be picked, or one it falls back to, has its columns."""
@@ -222,6 +225,13 @@ class ContextSchedule(Context):
         while level in self._fallback:
             level = self._fallback[level]
             yield level
+
+    def _usable_level(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None) -> str:
+        picked = self.pick(row, produced)
+        level = self._usable(picked, {**row, **(produced or {})})
+        if level is None:
+            raise TemplateError(f"a row has too little for level {picked!r} of a schedule. {self._way_out(picked)}")
+        return level
 
     def _usable(self, level: str, values: Mapping[str, Any]) -> str | None:
         for each in self._chain(level):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate.utils import broadcast, gather_object
@@ -47,10 +47,14 @@ from opsd.off_policy import off_policy_completions, on_policy_rows
 from opsd.prompts import PromptRenderer
 from opsd.rewards import RewardFunc
 from opsd.rollouts import Ids, Rollouts, check_lengths
+from opsd.run_card import write_run_card
 from opsd.sampler import EpochSampler
 from opsd.stopping import GracefulStop
 from opsd.teachers import StudentHandle, Teacher, load_teacher
 from opsd.training_loss import Scored, TrainingLoss
+
+if TYPE_CHECKING:
+    from opsd.doctor import Examination
 
 Row = Mapping[str, Any]
 TrainSet: TypeAlias = Dataset | IterableDataset
@@ -84,6 +88,7 @@ class OPSDTrainer(DistillationTrainer):
     _signature_columns: list[str] | None
     _buffered_inputs: list[Rollouts] | None
     _record: LossRecord | None = None
+    examination: Examination | None = None  # what the doctor found, if it was asked; stands in the run card
 
     def __init__(
         self,
@@ -181,12 +186,9 @@ class OPSDTrainer(DistillationTrainer):
             "lmbda": self.args.lmbda,
             "seq_kd": self.args.seq_kd,
         }
-        names = [view.context.name if view.context else "the student's own prompt" for view in self.teacher.views]
-        shown, steps = ", ".join(dict.fromkeys(names)), self.args.gradient_accumulation_steps
+        steps = self.args.gradient_accumulation_steps
         cost = preflight.measured_cost(self.training_loss, self.train_dataset, self.student, produced, steps)
-        self._say(f"teacher     {self.teacher.words}\nis shown    {shown}\ncosts       {cost}")
-        objective = f"{self.training_loss.words}\n            {self.args.objective.formula}"
-        self._say(f"learns      {self.groups.words}\nminimises   {objective}")
+        self._say(preflight.summary(self.training_loss, self.groups, cost))
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -380,6 +382,8 @@ class OPSDTrainer(DistillationTrainer):
             self._say(line)
         if self.args.should_save:
             precision.store_choice(self.args.output_dir, bool(self.args.bf16))
+            if folder is None:  # a resumed run is the one its card describes
+                write_run_card(self)
         with self._stop.listening():
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
         if self.state.global_step == 0:

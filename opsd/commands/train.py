@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+SKIP_DOCTOR = ("--skip-doctor", "--skip_doctor")
 HELP = """\
 usage: opsd train CONFIG.yaml [--key value …]
 
@@ -25,6 +26,10 @@ also be given, or changed, on the command line.
   opsd train run.yaml --learning_rate 3e-5
   opsd train run.yaml --resume_from_checkpoint true      newest checkpoint of output_dir, or a checkpoint's path
   torchrun --nproc_per_node 2 -m opsd train run.yaml     several processes (also: accelerate launch -m opsd train …)
+
+Before step 1 the doctor examines the run (`opsd doctor run.yaml` does only that); what it finds is printed and stands
+in run_card.md of the output folder. If a check fails, nothing is trained.
+  --skip-doctor                                          train without it; the run card says so
 
 often used keys
   beta             1 reverse KL (default), 0 forward KL, between them the generalised JSD
@@ -52,44 +57,21 @@ def main(arguments: Sequence[str]) -> int:
     if "--help-all" in arguments:
         make_parser().print_help()
         return 0
-    has_file = not arguments[0].startswith("--")
-    run = read_run(Path(arguments[0]) if has_file else None, list(arguments)[1 if has_file else 0 :])
-
-    from trl import get_peft_config, get_quantization_config
+    arguments = list(arguments)
+    skip_doctor = any(argument in SKIP_DOCTOR for argument in arguments)
+    arguments = [argument for argument in arguments if argument not in SKIP_DOCTOR]
+    has_file = bool(arguments) and not arguments[0].startswith("--")
+    run = read_run(Path(arguments[0]) if has_file else None, arguments[1 if has_file else 0 :])
 
     from opsd import checkpoints
-    from opsd.data import load_rows
-    from opsd.teachers import load_teacher
-    from opsd.trainer import OPSDTrainer
+    from opsd.build import build_trainer
 
-    args, model = run.args, run.model
-    resume = _as_resume(args.resume_from_checkpoint)
+    args, resume = run.args, _as_resume(run.args.resume_from_checkpoint)
     checkpoints.check_writable(args.output_dir)
     checkpoints.resolve(args.output_dir, resume)
-    teacher = load_teacher(run.run.teacher, context=run.run.context)
-
-    def load(split: str) -> Any:
-        name, streaming = run.run.dataset_config, run.run.dataset_streaming
-        return load_rows(run.run.dataset_name or "", split=split, name=name, streaming=streaming)
-
-    rows = load(run.run.dataset_train_split)
-    test = run.run.dataset_test_split
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "dtype": model.dtype or "float32",
-        "attn_implementation": model.attn_implementation,
-        **(args.model_init_kwargs or {}),
-    }
-    trainer = OPSDTrainer(
-        model.model_name_or_path or "",
-        teacher,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=load(test) if test else None,
-        peft_config=get_peft_config(model),
-        quantization_config=get_quantization_config(model),
-        reward_funcs=run.run.reward_funcs,
-    )
+    trainer = build_trainer(run)
+    if not resume and not skip_doctor and not _is_well(trainer):
+        return 1
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped_by is not None:
         return 128 + signal.Signals(trainer.stopped_by).value
@@ -99,6 +81,23 @@ def main(arguments: Sequence[str]) -> int:
         trainer.push_to_hub()
     trainer.end()
     return 0
+
+
+def _is_well(trainer: Any) -> bool:
+    """Let the doctor look, in every process, and say what was found; returns whether training may begin."""
+    from accelerate.utils import gather_object
+    from rich.console import Console
+
+    from opsd.commands.doctor import show
+    from opsd.doctor import examine
+
+    trainer.examination = examine(trainer)
+    if trainer.accelerator.is_main_process:
+        show(trainer.examination, Console())
+    failed = any(gather_object([trainer.examination.failed]))
+    if failed:
+        trainer.accelerator.print("nothing was trained. Mend what failed, or train regardless: --skip-doctor")
+    return not failed
 
 
 def _as_resume(value: str | bool | None) -> str | bool | None:

@@ -114,6 +114,16 @@ class Teacher(ABC):
         return None
 
     @property
+    def starts_as_student(self) -> bool:
+        """Whether it is the student's own weights at step 0: without a context it then says what the student says."""
+        return False
+
+    @property
+    def cautions(self) -> list[str]:
+        """What a user should know of its settings before training, in sentences."""
+        return []
+
+    @property
     def collective(self) -> bool:
         """Whether `score` must be called in every process at the same time, rows or no rows."""
         return False

@@ -126,6 +126,16 @@ class CompositeTeacher(Teacher):
         return [tensor for leaf in self.leaves for tensor in leaf.tensors]
 
     @property
+    def starts_as_student(self) -> bool:
+        """Whether all of its teachers do."""
+        return all(leaf.starts_as_student for leaf in self.leaves)
+
+    @property
+    def cautions(self) -> list[str]:
+        """Every teacher's."""
+        return [caution for leaf in self.leaves for caution in leaf.cautions]
+
+    @property
     def collective(self) -> bool:
         """Whether any part's processes exchange weights."""
         return any(part.collective for part in self.owners)

@@ -98,6 +98,17 @@ class EMATeacher(MovingTeacher):
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     @property
+    def cautions(self) -> list[str]:
+        """A decay that was meant the other way round."""
+        if self.decay >= 0.5:
+            return []
+        return [
+            f"decay {self.decay:g} keeps {self.decay:.0%} of the old teacher, so after one update it is "
+            f"{1 - self.decay:.0%} the student itself: almost a live teacher. What SDPO and TRL call an update rate is "
+            f"1 - decay: did you mean {1 - self.decay:g}?"
+        ]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What its average depends on."""
         names = ("decay", "every", "warmup", "average", "rank")

@@ -60,6 +60,11 @@ class OwnTeacher(LocalTeacher):
             self._weights.pairs()
 
     @property
+    def starts_as_student(self) -> bool:
+        """It does."""
+        return True
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The values, if it holds any."""
         return [] if self._weights is None else self._weights.tensors
@@ -86,6 +91,14 @@ class LiveTeacher(OwnTeacher):
     def teaching(self) -> AbstractContextManager[None]:
         """The student's own state."""
         return nullcontext()
+
+    @property
+    def cautions(self) -> list[str]:
+        """What its users found."""
+        return [
+            "a live teacher drifts with its student, and nothing holds the two back (OPSD's authors found it very "
+            "unstable): watch length and entropy, or take a frozen one."
+        ]
 
     @property
     def words(self) -> str:

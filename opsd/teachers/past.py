@@ -66,6 +66,11 @@ class PastCheckpointTeacher(SiblingTeacher):
             self._own.pairs()
 
     @property
+    def starts_as_student(self) -> bool:
+        """Whether it waits for a step of this run."""
+        return self.step is not None
+
+    @property
     def tensors(self) -> list[Tensor]:
         """The model, or the values."""
         return super().tensors if self._own is None else self._own.tensors

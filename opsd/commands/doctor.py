@@ -1,0 +1,128 @@
+"""`opsd doctor CONFIG.yaml`: what is wrong with a run, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from opsd.errors import OPSDError, OPSDWarning
+from opsd.findings import Examination, Finding
+
+MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red"), "skip": ("·", "dim")}
+TITLES = {
+    "settings": "Settings",
+    "tokenizers": "Tokenizers and turns",
+    "alignment": "Alignment",
+    "divergence": "Where the two differ",
+    "prompts": "Prompts",
+    "leaks": "Leaks",
+    "lift": "Is the teacher any good?",
+    "cost": "Cost",
+    "environment": "Environment",
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the options of `opsd doctor`; what it does not know are settings of the run."""
+    parser = argparse.ArgumentParser(
+        prog="opsd doctor",
+        description="Examine a run before step 1: tokenizers and turns, alignment, where student and teacher differ, "
+        "prompts, leaks, whether the teacher is any good, cost, environment. Each check says what it saw and what to "
+        "do. Exit status 1 if one fails. `opsd train` does the same before it begins.",
+        epilog="Settings of the run may follow: opsd doctor run.yaml --context hint --learning_rate 3e-5",
+    )
+    parser.add_argument("config", nargs="?", help="a run's YAML file")
+    parser.add_argument("--rows", type=int, default=16, help="rows to look at (default: 16)")
+    parser.add_argument("--only", metavar="CHECK,…", help=f"some of: {', '.join(list(TITLES)[1:])}")
+    grades = "tells right answers from wrong ones (default: the run's reward functions, else what fits `answer`)"
+    parser.add_argument("--grader", help=grades)
+    parser.add_argument("--max_new_tokens", type=int, help="of rollouts made here (default: max_completion_length)")
+    parser.add_argument("--json", metavar="FILE", help="write the findings; - for standard output")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Examine, print, and return 1 if training would be wrong."""
+    options, settings = make_parser().parse_known_args(arguments)
+    from opsd.doctor import refused
+    from opsd.run_file import read_run
+
+    run = read_run(Path(options.config) if options.config else None, settings)
+    to_pipe = options.json == "-"
+    with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("always", OPSDWarning)
+        try:
+            examination = _examined(run, options)
+        except OPSDError as error:
+            examination = refused(error)
+    examination = with_warnings(examination, caught)
+    if options.json:
+        text = json.dumps(examination.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n"
+        print(text, end="") if to_pipe else Path(options.json).write_text(text)
+    if not to_pipe:
+        show(examination, Console())
+    return int(examination.failed)
+
+
+def _examined(run: Any, options: argparse.Namespace) -> Examination:
+    from opsd.build import build_trainer
+    from opsd.doctor import examine
+
+    only = [name.strip() for name in options.only.split(",")] if options.only else ()
+    with Console(stderr=True).status("loading") as status:
+        trainer = build_trainer(run)
+        return examine(
+            trainer,
+            rows=options.rows,
+            only=only,
+            grader=options.grader,
+            max_new_tokens=options.max_new_tokens,
+            progress=lambda name: status.update(TITLES[name]),
+        )
+
+
+def with_warnings(examination: Examination, caught: Sequence[warnings.WarningMessage]) -> Examination:
+    """Return an examination with what opsd warned of while the run was made ready."""
+    said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, OPSDWarning))
+    first = [Finding("settings", "warn", text) for text in said]
+    return Examination([*first, *examination.findings], examination.rows, examination.seconds)
+
+
+def show(examination: Examination, console: Console) -> None:
+    """Print the findings, check by check."""
+    check = None
+    for finding in examination.findings:
+        if finding.check != check:
+            check = finding.check
+            console.print(Text(TITLES[check], "bold"))
+        print_finding(finding, console)
+    style = "bold red" if examination.failed else "bold yellow" if examination.of("warn") else "bold green"
+    console.print(Text(examination.verdict, style))
+
+
+def print_finding(finding: Finding, console: Console) -> None:
+    """Print what was seen and what to do."""
+    mark, style = MARKS[finding.status]
+    console.print(_hanging(f"  {mark} ", style, finding.saw, "dim" if finding.status == "skip" else "", console))
+    for line in finding.detail:
+        console.print(_hanging("      ", "", line, "dim", console))
+    if finding.do and finding.status != "pass":
+        console.print(_hanging("    → ", style, finding.do, "italic", console))
+
+
+def _hanging(mark: str, mark_style: str, text: str, style: str, console: Console) -> Text:
+    """Return a paragraph whose later lines stand under its first word."""
+    indent = len(mark)
+    lines = Text(text, style).wrap(console, max(20, console.width - indent))
+    return Text("\n").join(
+        Text.assemble((mark if number == 0 else " " * indent, mark_style), line) for number, line in enumerate(lines)
+    )

@@ -1,0 +1,90 @@
+"""The doctor: looks at a run before step 1, and says what is wrong with it, what it saw, and what to do.
+
+One file per check, one visible table. A check takes a `Patient` and yields findings; it changes nothing.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+
+from opsd.doctor.alignment import check_alignment
+from opsd.doctor.cost import check_cost
+from opsd.doctor.divergence import check_divergence
+from opsd.doctor.environment import check_environment
+from opsd.doctor.leaks import check_leaks
+from opsd.doctor.lift import check_lift
+from opsd.doctor.patient import Patient
+from opsd.doctor.prompts import check_prompts
+from opsd.doctor.tokenizers import check_tokenizers
+from opsd.errors import ConfigError, OPSDError, not_one_of
+from opsd.findings import Examination, Finding
+from opsd.trainer import OPSDTrainer
+
+__all__ = ["CHECKS", "Examination", "Finding", "Patient", "examine", "refused"]
+
+CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
+    "tokenizers": check_tokenizers,
+    "alignment": check_alignment,
+    "divergence": check_divergence,
+    "prompts": check_prompts,
+    "leaks": check_leaks,
+    "lift": check_lift,
+    "cost": check_cost,
+    "environment": check_environment,
+}
+ROWS = 16
+
+
+def examine(
+    trainer: OPSDTrainer,
+    *,
+    rows: int = ROWS,
+    only: Iterable[str] = (),
+    grader: str | None = None,
+    max_new_tokens: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Examination:
+    """Examine a run before its first step. Weights, counters and random states are as before afterwards.
+
+    Args:
+        trainer: ready for step 1.
+        rows: how many rows to look at.
+        only: checks to run, keys of `CHECKS`; none given runs all.
+        grader: what tells right answers from wrong ones, see `opsd eval --grader`; None takes the run's reward
+            functions, else what fits a column `answer`.
+        max_new_tokens: of the rollouts made here; None takes the run's.
+        progress: is told the name of each check before it runs.
+
+    Raises:
+        ConfigError: no such check.
+    """
+    start, chosen = time.perf_counter(), list(only) or list(CHECKS)
+    for name in chosen:
+        if name not in CHECKS:
+            raise ConfigError(not_one_of("a check", name, CHECKS))
+    states = random.getstate(), np.random.get_state()
+    patient = Patient(trainer, rows=rows, grader=grader, max_new_tokens=max_new_tokens)
+    findings: list[Finding] = []
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        for name in chosen:
+            if progress:
+                progress(name)
+            try:
+                findings += CHECKS[name](patient)
+            except OPSDError as error:
+                findings.append(Finding(name, "fail", str(error)))
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    patient.forget_counts()
+    return Examination(findings, len(patient.rows), time.perf_counter() - start)
+
+
+def refused(error: OPSDError) -> Examination:
+    """Return the examination of a run that was refused before it was ready."""
+    return Examination([Finding("settings", "fail", f"{type(error).__name__}: {error}")])

@@ -1,0 +1,76 @@
+"""Check 2: are the same ids scored at the same positions on both sides, and do the same weights agree?"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from opsd.doctor.patient import Patient, boundary
+from opsd.findings import Finding
+from opsd.rollouts import PaddedBatch
+
+# Largest KL in nats at any token between two passes of the same weights over the same ids.
+IDENTITY = {torch.float32: 1e-5, torch.float64: 1e-9}
+IDENTITY_HALF = 5e-2  # bfloat16 and float16, where a different batch shape rounds differently
+find = functools.partial(Finding, "alignment")
+
+
+def check_alignment(patient: Patient) -> Iterator[Finding]:
+    """Compare ids, positions and, where the teacher begins as the student, distributions."""
+    yield _same_ids(patient)
+    yield _identity(patient)
+
+
+def _same_ids(patient: Patient) -> Finding:
+    rollouts = patient.rollouts
+    compared = 0
+    for view in patient.teacher.views:
+        rows = [n for n, row in enumerate(patient.rows) if view in patient.teacher.views_of(row)]
+        if view.key not in rollouts.shown or not rows:
+            continue
+        own, theirs = (_predicted(rollouts.select(rows).pad(torch.device("cpu"), *key)) for key in ((), (view.key,)))
+        compared += len(own)
+        if own != theirs:
+            return find(
+                "fail",
+                f"teacher {view.strategy!r} scores other tokens than the student sampled.",
+                "This is a bug in opsd or in a custom teacher: a completion's ids must reach both sides unchanged.",
+            )
+    side = next((side for side in patient.teachers if side.row == 0), None)
+    detail = [f"student: {boundary(patient.students[0], patient.sampled[0][0])}"]
+    if side is not None:
+        detail.append(f"teacher: {boundary(side, patient.sampled[0][0])}")
+    count = len(rollouts.scored_ids)
+    return find(
+        "pass",
+        f"{count:,} scored ids are the same on both sides, each at its position in the completion.",
+        detail=tuple(detail),
+        figures={"tokens": count, "compared": compared},
+    )
+
+
+def _predicted(batch: PaddedBatch) -> list[list[int]]:
+    """Return, per row, the ids that stand behind the positions whose next token is scored."""
+    return [ids_L[1:][keep_L[:-1]].tolist() for ids_L, keep_L in zip(batch.ids_BL, batch.keep_BL, strict=True)]
+
+
+def _identity(patient: Patient) -> Finding:
+    if not patient.teacher.starts_as_student:
+        return find("skip", "the teacher is another model: that it says what the student says cannot be expected.")
+    largest = max(float(values.max()) for values in patient.divergence(patient.teacher.showing(None)) if len(values))
+    dtype = torch.bfloat16 if patient.args.bf16 else next(patient.student.model.parameters()).dtype
+    tolerance = IDENTITY.get(dtype, IDENTITY_HALF)
+    figures = {"largest_kl": largest, "tolerance": tolerance}
+    if largest <= tolerance:
+        saw = f"without a context the teacher says what the student says: KL at most {largest:.1e} nats at any token."
+        return find("pass", saw, figures=figures)
+    return find(
+        "fail",
+        f"without a context the teacher is the student, and they differ by {largest:.2g} nats at some token: "
+        "weights, dropout, precision or positions differ between the two passes.",
+        "Check disable_dropout (rollouts and teacher have none), that the model is the one the teacher was made of, "
+        "and that its precision is the run's. Until this is 0, every loss has it on top.",
+        figures=figures,
+    )

@@ -1,0 +1,109 @@
+"""Check 7: what will it cost: memory, seconds per step, rows and time to finish, from two measured micro-batches."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset
+
+from opsd.demo import peak_megabytes
+from opsd.doctor.patient import Patient
+from opsd.findings import Finding
+
+PROBED = 4  # rows of a probe's micro-batch at most
+STATES = {"adamw": 8, "adafactor": 1, "sgd": 0, "lion": 4}  # bytes per trained weight, float32 states
+find = functools.partial(Finding, "cost")
+
+
+def check_cost(patient: Patient) -> Iterator[Finding]:
+    """Measure sampling and two backward passes, and say what a run of them takes."""
+    args = patient.args
+    sampling = patient.sampled[1] / len(patient.rows)
+    training, probed = _probe(patient)
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    seconds = rows * (sampling + training / probed)
+    steps = _steps(patient)
+    memory, states = _peak_megabytes(), _optimizer_megabytes(patient)
+    figures = {
+        "seconds_per_step": seconds,
+        "sampling_share": sampling / (sampling + training / probed),
+        "megabytes": memory,
+        "optimizer_megabytes": states,
+        "steps": steps,
+    }
+    finish = f", {_duration(seconds * steps)} for {steps:,} steps" if steps else ""
+    yield find(
+        "pass",
+        f"about {seconds:.1f} s per step{finish} (from {len(patient.rows)} rollouts and {probed} rows trained on; "
+        f"larger batches take less per row); {memory / 1000:.1f} GB so far, {states / 1000:.1f} GB more for the "
+        "optimizer.",
+        figures=figures,
+    )
+    yield from _rows_used(patient, steps)
+
+
+def _probe(patient: Patient) -> tuple[float, int]:
+    """Return the seconds of the second of two micro-batches, and its rows; gradients are thrown away."""
+    trainer, model = patient.trainer, patient.student.model
+    count = min(PROBED, patient.args.per_device_train_batch_size, len(patient.rows))
+    batch = trainer.training_loss.show(patient.rollouts.select(range(count)))
+    device, seconds = next(model.parameters()).device, 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with trainer.accelerator.autocast():
+            scored = trainer.training_loss.score(batch)
+            trainer.training_loss(model, scored, device, 1).loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds, count
+
+
+def _steps(patient: Patient) -> int:
+    args, dataset = patient.args, patient.trainer.train_dataset
+    if args.max_steps > 0:
+        return args.max_steps
+    if not isinstance(dataset, Dataset):
+        return 0
+    return math.ceil(args.num_train_epochs * (len(dataset) * args.num_generations // _rollouts(patient)))
+
+
+def _rollouts(patient: Patient) -> int:
+    args = patient.args
+    processes = patient.trainer.accelerator.num_processes
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+
+
+def _rows_used(patient: Patient, steps: int) -> Iterator[Finding]:
+    dataset = patient.trainer.train_dataset
+    if not isinstance(dataset, Dataset) or not steps:
+        return
+    drawn = steps * _rollouts(patient) // patient.args.num_generations
+    passes = drawn / len(dataset)
+    figures = {"rows": len(dataset), "drawn": drawn}
+    if passes < 1:
+        yield find("pass", f"{drawn:,} of {len(dataset):,} rows will be used.", figures=figures)
+    else:
+        yield find("pass", f"all {len(dataset):,} rows will be used, {passes:.1f} times each.", figures=figures)
+
+
+def _optimizer_megabytes(patient: Patient) -> float:
+    trained = sum(p.numel() for p in patient.student.model.parameters() if p.requires_grad)
+    name = str(getattr(patient.args.optim, "value", patient.args.optim))
+    size = next((size for kind, size in STATES.items() if kind in name), 8)
+    # and a gradient each, gone again by now
+    return trained * (size / (4 if "8bit" in name else 1) + 4) / 2**20
+
+
+def _peak_megabytes() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else peak_megabytes()
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"

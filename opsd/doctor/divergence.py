@@ -1,0 +1,66 @@
+"""Check 3: where in a rollout do student and teacher differ: at its first tokens, or everywhere?"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+
+from opsd.doctor.patient import Patient
+from opsd.findings import Finding
+
+FIRST = 3  # tokens; a template or thinking mismatch shows here (methods: OPSD #10, tinker-cookbook #796)
+SPIKE = 5.0  # times the median of the other tokens
+LEAST = 1.0  # nats; below this a spike costs little
+LARGE = 3.0  # nats at the median token: the teacher gives it 1/20 of the student's probability
+find = functools.partial(Finding, "divergence")
+
+
+def check_divergence(patient: Patient) -> Iterator[Finding]:
+    """Compare the KL of the first tokens with the rest, and the rest with what a useful teacher shows."""
+    values = patient.divergence(patient.teacher)
+    first = torch.cat([row[:FIRST] for row in values])
+    rest = torch.cat([row[FIRST:] for row in values])
+    if not len(first):
+        yield find("skip", "every rollout is empty.")
+        return
+    if not len(rest):
+        yield find("skip", f"no rollout is longer than {FIRST} tokens: nothing to compare the first ones with.")
+        return
+    spike, usual = float(first.mean()), float(rest.median())
+    figures = {"first_tokens": spike, "median_of_the_rest": usual}
+    detail = tuple(_first_words(patient, values))
+    # The mean is moved by one token of a few; a mismatch moves most of them.
+    if spike > LEAST and float(first.median()) > SPIKE * max(usual, 0.05):
+        yield find(
+            "warn",
+            f"KL at the first {FIRST} tokens is {spike:.2f} nats, and {usual:.2f} at the median of the others: the two "
+            "sides disagree about how an answer begins.",
+            "Look at how each side opens the answer (check tokenizers), or leave these tokens out: "
+            f"skip_first_tokens: {FIRST}.",
+            detail,
+            figures,
+        )
+    elif usual > LARGE:
+        yield find(
+            "warn",
+            f"KL is {usual:.1f} nats at the median token: student and teacher disagree about ordinary tokens. The "
+            "alignment is broken, or the teacher is out of its depth.",
+            "Look at both prompts with `opsd show`; try the teacher on the plain prompt; use a teacher nearer to the "
+            "student.",
+            detail,
+            figures,
+        )
+    else:
+        yield find(
+            "pass",
+            f"KL is {spike:.2f} nats at the first {FIRST} tokens and {usual:.2f} at the median of the others.",
+            figures=figures,
+        )
+
+
+def _first_words(patient: Patient, values: list[torch.Tensor], most: int = 3) -> Iterator[str]:
+    for completion, row in list(zip(patient.sampled[0], values, strict=True))[:most]:
+        words = [repr(patient.tokenizer.decode([token])) for token in completion[: FIRST + 3]]
+        yield "  ".join(f"{word} {value:.2f}" for word, value in zip(words, row.tolist(), strict=False))

@@ -1,0 +1,89 @@
+"""Check 8: does the environment fit: versions that were tested, attention, determinism, space for checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from opsd.doctor.patient import Patient
+from opsd.findings import Finding, listed
+from opsd.forward import language_model
+from opsd.teachers.weights import megabytes
+
+find = functools.partial(Finding, "environment")
+
+
+def check_environment(patient: Patient) -> Iterator[Finding]:
+    """Look at versions, settings that change numbers, the teacher's own words of caution, and the disk."""
+    yield _versions()
+    yield _numerics(patient)
+    for caution in patient.teacher.cautions:
+        yield find("warn", caution, "`opsd teachers` says what each is for.")
+    yield from _disk(patient)
+
+
+def requirements() -> list[Requirement]:
+    """Return what opsd needs itself, with the versions that were tested."""
+    needed = [Requirement(line) for line in metadata.requires("opsd") or []]
+    return [each for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+
+
+def _versions() -> Finding:
+    wrong: list[str] = []
+    right: list[str] = []
+    for each in requirements():
+        version = metadata.version(each.name)
+        fits = each.specifier.contains(version, prereleases=True)
+        (right if fits else wrong).append(f"{each.name} {version}" + ("" if fits else f" (tested: {each.specifier})"))
+    if wrong:
+        return find(
+            "warn",
+            f"outside the range that was tested: {listed(wrong, 20)}.",
+            "Install with -c constraints.txt; or run the tests, which name the seam that moved.",
+        )
+    return find("pass", f"versions are in the range that was tested: {listed(right, 20)}.")
+
+
+def _numerics(patient: Patient) -> Finding:
+    attention = getattr(language_model(patient.student.model).config, "_attn_implementation", "unknown")
+    exact = torch.are_deterministic_algorithms_enabled() or patient.args.full_determinism
+    precision = "bfloat16 autocast" if patient.args.bf16 else "float16" if patient.args.fp16 else "float32"
+    device = next(patient.student.model.parameters()).device
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+    same = "deterministic kernels" if exact or device.type == "cpu" else "kernels that may differ from run to run"
+    return find("pass", f"{where}; attention {attention}, {precision}, {same}.")
+
+
+def _disk(patient: Patient) -> Iterator[Finding]:
+    args = patient.args
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) == "no":
+        return
+    model = patient.student.model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adapter = hasattr(model, "peft_config")
+    each = megabytes(trained if adapter else list(model.parameters())) + megabytes(patient.teacher.tensors)
+    each += 0 if args.save_only_model else sum(8 * p.numel() for p in trained) / 2**20
+    steps = args.max_steps if args.max_steps > 0 else 0
+    every = args.save_steps if args.save_steps >= 1 else max(1, int(args.save_steps * steps))
+    count = args.save_total_limit or max(1, steps // every if steps else 1)
+    folder = Path(args.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 2**20
+    saw = f"{count} checkpoint(s) of {each:,.0f} MB, and {free:,.0f} MB free"
+    figures = {"checkpoints": count, "megabytes_each": each, "megabytes_free": free}
+    if count * each > free:
+        do = "Keep fewer (save_total_limit), save less often (save_steps), or write elsewhere (output_dir)."
+        yield find("fail", f"the disk is too small: {saw}.", do, figures=figures)
+    else:
+        yield find("pass", f"space for checkpoints: {saw}.", figures=figures)

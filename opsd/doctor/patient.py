@@ -1,0 +1,265 @@
+"""What checks look at: a trainer that is ready for step 1, some of its rows, and what is made of them once for all.
+
+Checks change nothing of it: no weight, no counter, no random state.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from opsd.context import PrivilegedContext
+from opsd.errors import ConfigError
+from opsd.evaluation.graders import grade_rows, load_grader
+from opsd.evaluation.sampling import generate
+from opsd.forward import context_length, last_hidden
+from opsd.groups import PLACEHOLDERS
+from opsd.heads import Head
+from opsd.losses import Divergence, Objective, Tokens
+from opsd.prompts import Prompt, PromptRenderer
+from opsd.rollouts import Ids, Rollouts
+from opsd.schedule import ContextSchedule
+from opsd.signals import TeacherSignal
+from opsd.teachers import StudentHandle, Teacher
+from opsd.trainer import OPSDTrainer
+
+Row = Mapping[str, Any]
+BATCH = 16  # rows of a forward pass
+
+
+@dataclass(frozen=True)
+class Side:
+    """One prompt as one side sees it.
+
+    Args:
+        name: student, or the teacher and what it is shown.
+        row: the row's number among those looked at.
+        renderer: how it became ids, keywords and all.
+        prompt: messages or text.
+        prefill: what the assistant has begun to say.
+        ids: the prompt's ids.
+        context: what it is shown beside the prompt.
+    """
+
+    name: str
+    row: int
+    renderer: PromptRenderer
+    prompt: Prompt
+    prefill: str
+    ids: Ids
+    context: PrivilegedContext | None = None
+
+    @property
+    def text(self) -> str:
+        """The prompt as its tokens say it."""
+        return self.renderer.tokenizer.decode(self.ids, skip_special_tokens=False)
+
+
+class Patient:
+    """A trainer and some of its rows.
+
+    Args:
+        trainer: ready for step 1.
+        rows: how many rows to look at; drawn by the run's seed.
+        grader: what tells a right answer from a wrong one; None takes the reward functions, else what fits `answer`.
+        max_new_tokens: of rollouts made here; None takes the run's.
+    """
+
+    def __init__(
+        self, trainer: OPSDTrainer, *, rows: int = 16, grader: str | None = None, max_new_tokens: int | None = None
+    ):
+        self.trainer = trainer
+        self.args = trainer.args
+        self.teacher: Teacher = trainer.teacher
+        self.student: StudentHandle = trainer.student
+        self.tokenizer = trainer.student.tokenizer
+        dataset = trainer.train_dataset
+        if isinstance(dataset, Dataset):
+            drawn = random.Random(self.args.seed).sample(range(len(dataset)), min(rows, len(dataset)))
+            self.numbers = sorted(drawn)
+            self.rows: list[Row] = [dataset[number] for number in self.numbers]
+        else:
+            self.rows = list(islice(iter(dataset), rows))
+            self.numbers = list(range(len(self.rows)))
+        self._grader = grader
+        self.max_new_tokens = max_new_tokens or self.args.max_completion_length
+
+    # ---- prompts ----------------------------------------------------------------------------------------------
+
+    @property
+    def produced(self) -> dict[str, Any]:
+        """Stands for what training makes for contexts."""
+        return {name: PLACEHOLDERS[name] for name in self.trainer.groups.produced}
+
+    @cached_property
+    def students(self) -> list[Side]:
+        """The student's prompts."""
+        renderer = self.student.renderer
+        return [
+            Side("student", number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
+            for number, row in enumerate(self.rows)
+        ]
+
+    @cached_property
+    def teachers(self) -> list[Side]:
+        """The prompts of every teacher that scores a row."""
+        return [
+            self._side(view, number, row) for number, row in enumerate(self.rows) for view in self.teacher.views_of(row)
+        ]
+
+    @property
+    def sides(self) -> list[Side]:
+        """Both."""
+        return [*self.students, *self.teachers]
+
+    def _side(self, view: Teacher, number: int, row: Row) -> Side:
+        context, renderer = view.context, view.renderer
+        if isinstance(context, ContextSchedule):
+            context = context.level_of(row, self.produced)
+        if context is None:
+            name = "teacher (shown the student's own prompt)"
+            return Side(name, number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
+        assert isinstance(context, PrivilegedContext)
+        renderer = context.side(renderer)
+        prompt, prefill = context.messages(row, self.produced, side=renderer)
+        ids = context.render(row, self.produced, side=view.renderer)
+        return Side(
+            f"teacher (shown {context.name})",
+            number,
+            renderer,
+            prompt,
+            context.bridged(prefill, renderer),
+            ids,
+            context,
+        )
+
+    # ---- rollouts and scores ----------------------------------------------------------------------------------
+
+    @cached_property
+    def sampled(self) -> tuple[list[Ids], float]:
+        """The student's rollouts, at the run's temperature, and the seconds they took."""
+        start = time.perf_counter()
+        completions = self._generate(do_sample=True, temperature=self.args.temperature, seed=self.args.seed)
+        return completions, time.perf_counter() - start
+
+    @cached_property
+    def greedy(self) -> list[Ids]:
+        """The student's likeliest answers."""
+        return self._generate()
+
+    def _generate(self, **sampling: Any) -> list[Ids]:
+        prompts = [side.ids for side in self.students]
+        with self.trainer.accelerator.autocast():
+            return generate(
+                self.student.model,
+                prompts,
+                self.tokenizer,
+                max_new_tokens=self.room(prompts),
+                batch_size=BATCH,
+                **sampling,
+            )
+
+    def room(self, prompts: Sequence[Ids]) -> int:
+        """Return the tokens that completions of these prompts may get."""
+        limit = context_length(self.student.model)
+        longest = max(map(len, prompts))
+        return max(1, min(self.max_new_tokens, (limit or longest + self.max_new_tokens) - longest))
+
+    def texts(self, completions: Sequence[Ids]) -> list[str]:
+        """Return the texts of completions."""
+        return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+    @cached_property
+    def rollouts(self) -> Rollouts:
+        """The student's rollouts with every teacher's prompts."""
+        made = Rollouts(self.rows, [side.ids for side in self.students], self.sampled[0], produced=self._made)
+        for teacher in self.trainer.training_loss.teachers:
+            made = teacher.show(made)
+        return made
+
+    @property
+    def _made(self) -> list[dict[str, Any]]:
+        return [self.produced for _ in self.rows]
+
+    def signal(self, teacher: Teacher) -> list[TeacherSignal]:
+        """Return what a teacher says of the rollouts, batch by batch."""
+        with self.trainer.accelerator.autocast():
+            return [teacher.score(batch) for batch in self._batches(teacher.show(self.rollouts))]
+
+    def _batches(self, rollouts: Rollouts) -> list[Rollouts]:
+        return [rollouts.select(range(at, min(at + BATCH, len(rollouts)))) for at in range(0, len(rollouts), BATCH)]
+
+    def divergence(self, teacher: Teacher) -> list[Tensor]:
+        """Return KL(student ‖ teacher) in nats at every token, a (C,) tensor per rollout."""
+        values = []
+        for batch, signal in zip(self._batches(self.rollouts), self.signal(teacher), strict=True):
+            padded = batch.pad(next(self.student.model.parameters()).device)
+            with torch.no_grad(), self.trainer.accelerator.autocast():
+                hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.keep_BL)
+                ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
+                tokens = Tokens(weight_N=ones_N, ids_N=padded.scored_ids_N, row_N=padded.row_N)
+                head = Head.of(self.student.model)
+                record = Objective(Divergence(beta=1.0))(hidden_ND, head, signal, tokens)
+            values += list(record.divergence_N.cpu().split([len(ids) for ids in batch.completion_ids]))
+        return values
+
+    def logprobs(self, teacher: Teacher) -> list[Tensor]:
+        """Return log p in nats of every token under a teacher, a (C,) tensor per rollout."""
+        values = []
+        for batch, signal in zip(self._batches(self.rollouts), self.signal(teacher), strict=True):
+            device = next(self.student.model.parameters()).device
+            found = signal.logprobs(torch.tensor(batch.scored_ids, device=device)).cpu()
+            values += list(found.split([len(ids) for ids in batch.completion_ids]))
+        return values
+
+    # ---- answers ----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def grader_name(self) -> str | None:
+        """What grades here, or None where nothing could."""
+        rewards = self.trainer.groups.rewards
+        if self._grader is not None:
+            return self._grader
+        if rewards.functions:
+            return f"{rewards.words}, from {self.trainer.groups.success_reward:g}"
+        answers = [str(row["answer"]).strip() for row in self.rows if row.get("answer") not in (None, "")]
+        if len(answers) < len(self.rows):
+            return None
+        return "last_number" if all(_is_number(answer) for answer in answers) else "contains"
+
+    def grade(self, completions: Sequence[Ids]) -> list[bool]:
+        """Tell which completions are right."""
+        texts, groups = self.texts(completions), self.trainer.groups
+        if self._grader is None and groups.rewards.functions:
+            chats = [[{"role": "assistant", "content": text}] for text in texts]
+            asked = texts if isinstance(self.rows[0]["prompt"], str) else chats
+            verdicts = groups.rewards(self.rows, asked, list(completions), self.trainer.state)
+            return [reward >= groups.success_reward for reward in verdicts.rewards]
+        if self.grader_name is None:
+            raise ConfigError("nothing can grade these rows: no reward function, no grader, no column 'answer'.")
+        return grade_rows(load_grader(self.grader_name), texts, self.rows)[0]
+
+    def forget_counts(self) -> None:
+        """Let contexts count from the first training step."""
+        for context in self.trainer.training_loss.contexts:
+            context.forget_counts()
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(",", "").lstrip("-+").replace(".", "", 1).isdigit()
+
+
+def boundary(side: Side, completion: Ids, before: int = 8, after: int = 4) -> str:
+    """Return the tokens around the place where a completion begins, each between marks."""
+    decode = side.renderer.tokenizer.decode
+    pieces = [[decode([token]) for token in ids] for ids in (side.ids[-before:], completion[:after])]
+    return " ▏▏ ".join("".join(f"⟨{piece}⟩" for piece in part).replace("\n", "⏎") for part in pieces)

@@ -1,0 +1,221 @@
+"""Check 1: do both sides write and read the same tokens: vocabularies, special tokens, turns, openings of answers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jinja2
+import torch
+from jinja2 import meta
+
+from opsd.doctor.patient import Patient, Side
+from opsd.findings import Finding, listed
+from opsd.forward import evaluating, language_model, last_hidden
+from opsd.heads import Head
+from opsd.prompts import THINK, PromptRenderer
+from opsd.teachers.local import LocalTeacher
+from opsd.teachers.tokenizers import first_difference
+
+# Padding rows of a head are never trained; above this they would be sampled now and then.
+PADDING_MASS = 1e-3
+# Words that transformers gives every chat template.
+_GIVEN = {
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "raise_exception",
+    "strftime_now",
+    "namespace",
+    "range",
+}
+find = functools.partial(Finding, "tokenizers")
+
+
+def check_tokenizers(patient: Patient) -> Iterator[Finding]:
+    """Look at vocabularies, heads, special tokens, ends of turns, keywords, and how an answer is opened."""
+    yield from _vocabularies(patient)
+    yield from _heads(patient)
+    yield from _begins(patient)
+    yield from _ends(patient)
+    yield from _keywords(patient)
+    yield from _openings(patient)
+
+
+def _vocabularies(patient: Patient) -> Iterator[Finding]:
+    for view in _distinct_renderers(patient):
+        difference = first_difference(patient.tokenizer, view.tokenizer)
+        if difference:
+            yield find(
+                "fail", f"the two tokenizers differ: {difference}.", "Use a teacher with the student's tokenizer."
+            )
+        own, theirs = patient.student.renderer, view
+        templates = [side.chat_template or side.tokenizer.chat_template for side in (own, theirs)]
+        if templates[0] != templates[1]:
+            yield find(
+                "warn",
+                "student and teacher have different chat templates, and each renders its own.",
+                "Compare the two prompts with `opsd show`; if only the wording of turns differs, give the teacher the "
+                "student's: save its tokenizer with the student's chat template.",
+            )
+    special = {name: getattr(patient.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    yield find("pass", f"one vocabulary of {len(patient.tokenizer):,} tokens; {special}.")
+
+
+def _heads(patient: Patient) -> Iterator[Finding]:
+    vocabulary = len(patient.tokenizer)
+    heads = {"student": patient.student.model}
+    for view in patient.teacher.views:
+        if isinstance(view, LocalTeacher) and view.model is not patient.student.model:
+            heads["teacher"] = view.model
+    for name, model in heads.items():
+        size = Head.of(model).vocab_size
+        if size < vocabulary:
+            yield find(
+                "fail",
+                f"the {name}'s head has {size:,} rows and the tokenizer {vocabulary:,} tokens: the last "
+                f"{vocabulary - size:,} can be neither sampled nor scored.",
+                "Resize the model: model.resize_token_embeddings(len(tokenizer)), then train the new rows.",
+            )
+        elif size > vocabulary:
+            yield _padding(patient, name, model, size - vocabulary)
+
+
+def _padding(patient: Patient, name: str, model: Any, padding: int) -> Finding:
+    """Tell whether a padded head gives its padding any probability."""
+    vocabulary, ids = len(patient.tokenizer), patient.students[0].ids
+    ids_BL = torch.tensor([ids], device=next(model.parameters()).device)
+    mask_BL = torch.ones_like(ids_BL)
+    with evaluating(model):
+        logits_NV = Head.of(model).logits(last_hidden(model, ids_BL, mask_BL, mask_BL.bool()))
+    mass = logits_NV.float().softmax(-1)[:, vocabulary:].sum(-1).max().item()
+    figures = {"padding": padding, "mass": mass}
+    saw = f"the {name}'s head is padded by {padding:,} rows beyond the tokenizer, which get a probability of {mass:.1e}"
+    if mass > PADDING_MASS:
+        return find(
+            "warn",
+            f"{saw} at one prompt: ids that mean nothing will be sampled.",
+            "Give the padding rows of the head a bias of -inf, or resize the model to the tokenizer.",
+            figures=figures,
+        )
+    return find("pass", f"{saw} at most: nothing.", figures=figures)
+
+
+def _begins(patient: Patient) -> Iterator[Finding]:
+    begin = patient.tokenizer.bos_token_id
+    twice = [side for side in patient.sides if begin is not None and side.ids[:2] == [begin, begin]]
+    if twice:
+        yield find(
+            "fail",
+            f"{len(twice)} prompts begin with {patient.tokenizer.bos_token!r} twice, first that of the "
+            f"{twice[0].name}: the tokenizer writes one, and so does the text.",
+            "Take the token out of the chat template or the prompts, or make a tokenizer with add_bos_token=False.",
+            (_head(twice[0]),),
+        )
+    if begin is None:
+        return
+    first = {side.name.split(" ")[0]: side.ids[0] == begin for side in patient.sides}
+    if len(set(first.values())) > 1:
+        yield find(
+            "warn",
+            f"prompts of one side begin with {patient.tokenizer.bos_token!r} and those of the other do not: {first}.",
+            "Render both with one tokenizer configuration.",
+        )
+
+
+def _head(side: Side) -> str:
+    return f"{side.name}: {[side.renderer.tokenizer.decode([token]) for token in side.ids[:6]]}"
+
+
+def _ends(patient: Patient) -> Iterator[Finding]:
+    stops = set(patient.trainer.eos_token_ids)
+    words = {patient.tokenizer.decode([token]) for token in stops}
+    end = _end_of_turn(patient.student.renderer)
+    if end is not None and end not in stops:
+        yield find(
+            "warn",
+            f"the chat template ends an assistant's turn with {patient.tokenizer.decode([end])!r}, and sampling stops "
+            f"at {listed(sorted(words))} only: rollouts would run on into turns of their own until they are cut.",
+            f"Set model.generation_config.eos_token_id = {sorted({*stops, end})}.",
+        )
+    elif end is not None:
+        yield find("pass", f"a turn ends with {patient.tokenizer.decode([end])!r}, where sampling stops.")
+    for view in patient.teacher.views:
+        if not isinstance(view, LocalTeacher) or view.model is patient.student.model:
+            continue
+        config: Any = language_model(view.model).generation_config
+        own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        theirs = {token for token in own if token is not None}
+        if theirs and not theirs & stops:
+            yield find(
+                "warn",
+                f"the teacher ends its answers with {listed(patient.tokenizer.decode([t]) for t in sorted(theirs))} "
+                f"and the student with {listed(sorted(words))}: at every end the teacher will ask for another token.",
+                "Give both models the same end: generation_config.eos_token_id and the chat template must agree, or "
+                "leave the end out of the loss: mask_special_tokens: true.",
+            )
+
+
+def _end_of_turn(renderer: PromptRenderer) -> int | None:
+    """Return the special token that a chat template writes behind an assistant's words, or None."""
+    word = "opsd"
+    try:
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
+        tail = renderer.transcript(turns).rpartition(word)[2]
+    except (ValueError, TypeError, jinja2.TemplateError):
+        return None
+    ids = renderer.tokenizer(text=tail, add_special_tokens=False)["input_ids"] if tail else []
+    return next((token for token in ids if token in renderer.tokenizer.all_special_ids), None)
+
+
+def _keywords(patient: Patient) -> Iterator[Finding]:
+    checked = set()
+    for side in patient.sides:
+        template = side.renderer.chat_template or side.renderer.tokenizer.chat_template
+        keywords = set(side.renderer.chat_template_kwargs)
+        if not isinstance(template, str) or not keywords or (side.name, *sorted(keywords)) in checked:
+            continue
+        checked.add((side.name, *sorted(keywords)))
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
+        try:
+            known = meta.find_undeclared_variables(environment.parse(template))
+        except jinja2.TemplateSyntaxError:  # transformers' own tags
+            continue
+        ignored = sorted(keywords - known)
+        if ignored:
+            yield find(
+                "warn",
+                f"the chat template of the {side.name} does not read {listed(ignored)}: the keyword changes nothing.",
+                f"It reads: {listed(sorted(known - _GIVEN)) or 'no keywords'}. Check the spelling.",
+            )
+
+
+def _openings(patient: Patient) -> Iterator[Finding]:
+    """Compare what stands between the last turn and the first token of a rollout."""
+    student = patient.student.renderer.opening
+    different: dict[str, Side] = {}
+    for side in patient.teachers:
+        if not isinstance(side.prompt, str) and side.renderer.opening + side.prefill != student:
+            different.setdefault(side.renderer.opening + side.prefill, side)
+    for opening, side in different.items():
+        thinks = [THINK in text.rpartition("</think>")[2] for text in (student, opening)]
+        modes = "thinks" if thinks[1] else "answers at once"
+        what = f"one {modes} and the other does not" if thinks[0] != thinks[1] else "they open answers differently"
+        yield find(
+            "warn",
+            f"the student's rollouts begin behind {student!r} and the {side.name} expects them behind {opening!r}: "
+            f"{what}. Its first tokens will be graded for what they are not meant to be.",
+            "Use the same chat_template_kwargs on both sides; or bridge_thinking: true, for a student that reasons in "
+            "plain text under a teacher that thinks; or leave the first tokens out: skip_first_tokens.",
+        )
+    if not different and student:
+        yield find("pass", f"on both sides the answer begins behind {student!r}.")
+
+
+def _distinct_renderers(patient: Patient) -> list[PromptRenderer]:
+    """Return the renderers of teachers that have a tokenizer of their own."""
+    found = {id(view.renderer.tokenizer): view.renderer for view in patient.teacher.views}
+    found.pop(id(patient.tokenizer), None)
+    return list(found.values())

@@ -1,0 +1,211 @@
+"""The run card: what a run was, in `run_card.json` and `.md` of its output folder, and what differs between two.
+
+Everything that another person needs to say "this is the same run": resolved settings, the prompts that were rendered,
+hashes of what made them, the divergence as a formula, versions, hardware, seeds, the doctor's findings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib import metadata
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from opsd import __version__
+from opsd.errors import CheckpointError
+from opsd.groups import PLACEHOLDERS
+
+if TYPE_CHECKING:
+    from opsd.trainer import OPSDTrainer
+
+JSON, MARKDOWN = "run_card.json", "run_card.md"
+SHOWN_ROWS = 3
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "jinja2", "numpy", "tokenizers")
+# Where two runs always differ, and what says nothing of the training.
+_OF_THE_PLACE = ("settings.output_dir", "settings.logging_dir", "settings.run_name", "settings.resume_from_checkpoint")
+
+
+def write_run_card(trainer: OPSDTrainer) -> None:
+    """Write a trainer's card into its output folder."""
+    card = run_card(trainer)
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / JSON).write_text(json.dumps(card, indent=2, ensure_ascii=False, default=str) + "\n")
+    (folder / MARKDOWN).write_text(as_markdown(card))
+
+
+def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
+    """Return what a run is, in plain values."""
+    student = trainer.student
+    examination = trainer.examination
+    contexts = {context.name: context.description for context in trainer.training_loss.contexts}
+    return {
+        "opsd": __version__,
+        "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
+        "teacher": {"words": trainer.teacher.words, **trainer.teacher.description},
+        "contexts": contexts,
+        "learns": trainer.groups.words,
+        "divergence": {"words": trainer.training_loss.words, "formula": trainer.args.objective.formula},
+        "settings": _settings(trainer),
+        "hashes": {
+            "tokenizer": tokenizer_digest(student.tokenizer),
+            "chat_template": _digest([student.renderer.chat_template or student.tokenizer.chat_template or ""]),
+            "templates": {name: description.get("digest") for name, description in contexts.items()},
+            "data": data_digest(trainer.train_dataset),
+        },
+        "rows": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else "a stream",
+        "prompts": list(_prompts(trainer)),
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "hardware": hardware(),
+        "seeds": {"seed": trainer.args.seed, "data_seed": trainer.args.data_seed},
+        "doctor": examination.as_dict() if examination else "the doctor was not asked",
+    }
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of a tokenizer's words and special tokens."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    return _digest([json.dumps(words), json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)])
+
+
+def data_digest(dataset: Any) -> str:
+    """Return a hash of every row, in order; of a stream only that it is one."""
+    if not isinstance(dataset, Dataset):
+        return "a stream"
+    plain = dataset.with_format(None)
+    return _digest(json.dumps(row, sort_keys=True, default=str) for row in plain)
+
+
+def hardware() -> dict[str, Any]:
+    """Return what this machine is."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "system": sys.platform,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def _settings(trainer: OPSDTrainer) -> dict[str, Any]:
+    """Return every training argument; tokens of hubs are not among them."""
+    return {name: value for name, value in trainer.args.to_dict().items() if "token" not in name or "tokens" in name}
+
+
+def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
+    made = {name: PLACEHOLDERS[name] for name in trainer.groups.produced}
+    decode = trainer.student.tokenizer.decode
+    for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
+        shown = {}
+        for view in trainer.teacher.views_of(row):
+            name = view.context.name if view.context else "the student's own prompt"
+            shown[name] = view.renderer.tokenizer.decode(view.prompt_ids(row, made))
+        yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
+    for context in trainer.training_loss.contexts:
+        context.forget_counts()
+
+
+def _digest(texts: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return found.hexdigest()[:16]
+
+
+def as_markdown(card: Mapping[str, Any]) -> str:
+    """Return a card as a page to read."""
+    lines = [f"# {card['model']}", "", f"opsd {card['opsd']}, {card['rows']} rows", ""]
+    lines += [
+        f"- **teacher**: {card['teacher']['words']}",
+        f"- **is shown**: {', '.join(card['contexts']) or 'no more'}",
+    ]
+    lines += [f"- **learns**: {card['learns']}", f"- **minimises**: {card['divergence']['words']}", ""]
+    lines += ["```text", card["divergence"]["formula"], "```", "", "## The doctor", ""]
+    doctor = card["doctor"]
+    if isinstance(doctor, str):
+        lines.append(doctor)
+    else:
+        lines += [doctor["verdict"], ""]
+        lines += [f"- {f['status']}: {f['check']}: {f['saw']}" for f in doctor["findings"]]
+    lines += ["", "## Prompts", ""]
+    for prompt in card["prompts"]:
+        lines += [f"Row {prompt['row']}, the student:", "", _fenced(prompt["student"]), ""]
+        for name, text in prompt["teacher"].items():
+            lines += [f"Row {prompt['row']}, the teacher, shown {name}:", "", _fenced(text), ""]
+    for title in ("hashes", "versions", "hardware", "seeds", "settings"):
+        rows = [f"| {name} | `{_cell(value)}` |" for name, value in _leaves(card[title])]
+        lines += [f"## {title.capitalize()}", "", "| | |", "|---|---|", *rows, ""]
+    return "\n".join(lines)
+
+
+def _fenced(text: str) -> str:
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
+
+
+def read_card(run: str) -> dict[str, Any]:
+    """Return the card of a run.
+
+    Args:
+        run: its output folder, a checkpoint in it, or the card itself.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    path = Path(run)
+    tried = [path, path / JSON, path.parent / JSON]
+    found = next((each for each in tried if each.is_file() and each.suffix == ".json"), None)
+    if found is None:
+        raise CheckpointError(
+            f"{run!r} holds no {JSON}. Every run writes one into its output folder when it begins; name that folder."
+        )
+    try:
+        return json.loads(found.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{found} is no JSON: {error}. It was damaged; take it from a backup.") from error
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return what differs between two cards: the name, and the value in each (None where it is not there)."""
+    first, second = dict(_leaves(a)), dict(_leaves(b))
+    names = [name for name in dict.fromkeys([*first, *second]) if name not in _OF_THE_PLACE]
+    skipped = ("doctor.seconds", "doctor.verdict", "doctor.findings")
+    return [
+        (name, first.get(name), second.get(name))
+        for name in names
+        if first.get(name) != second.get(name) and not name.startswith(skipped)
+    ]
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every plain value in nested mappings, by dotted name; a list is one value unless it holds mappings."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for number, inner in enumerate(value):
+            yield from _leaves(inner, f"{name}.{number}")
+    else:
+        yield name, value
