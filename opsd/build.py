@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from trl import get_peft_config, get_quantization_config
+from typing import TYPE_CHECKING, Any
 
 from opsd.columns import import_columns
 from opsd.data import load_rows
 from opsd.run_file import Run
-from opsd.teachers import load_teacher
-from opsd.trainer import OPSDTrainer
+
+if TYPE_CHECKING:
+    from opsd.trainer import OPSDTrainer
 
 
 def rows_of(run: Run, split: str) -> Any:
@@ -26,6 +25,11 @@ def build_trainer(run: Run) -> OPSDTrainer:
     Raises:
         OPSDError: whatever cannot work.
     """
+    from trl import get_peft_config, get_quantization_config
+
+    from opsd.teachers import load_teacher
+    from opsd.trainer import OPSDTrainer
+
     args, model = run.args, run.model
     teacher = load_teacher(run.run.teacher, context=run.run.context)
     rows, test = rows_of(run, run.run.dataset_train_split), run.run.dataset_test_split

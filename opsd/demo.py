@@ -78,6 +78,7 @@ class DemoResult:
         before: the student at the start.
         ceiling: the same weights, shown what the teacher is shown.
         after: the student after training.
+        doctor: what the doctor found before training, in plain values.
         control: the student after training with wrong answers in the context, if asked for.
         seconds: wall time of everything, and of each part by name.
         peak_megabytes: largest resident memory of the process.
@@ -88,6 +89,7 @@ class DemoResult:
     ceiling: Score
     after: Score
     model_folder: str
+    doctor: dict[str, Any] = field(default_factory=dict)
     control: Score | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_megabytes: float = 0.0
@@ -220,19 +222,21 @@ def run_demo(settings: DemoSettings, watcher: Watcher | None = None, control: bo
     before = timed("before", "student before: held-out questions", len(test), lambda: score(None))
     ceiling = timed("ceiling", "teacher with the answer: the same questions", len(test), lambda: score(CONTEXT))
     output = settings.output or _free_folder("runs/demo")
-    train_on = lambda rows, where: _train(model, tokenizer, rows, where, settings, show)  # noqa: E731
-    timed("train", "training", settings.steps, lambda: train_on(train, output))
+    trainer = _trainer(model, tokenizer, train, output, settings, show)
+    trainer.examination = timed("doctor", "doctor: is this worth training?", 8, lambda: _examine(trainer, show))
+    timed("train", "training", settings.steps, lambda: _train(trainer))
     (Path(output) / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in test))
     after = timed("after", "student after: the same questions", len(test), lambda: score(None))
-    result = DemoResult(before, ceiling, after, output, seconds=seconds)
+    result = DemoResult(before, ceiling, after, output, trainer.examination.as_dict(), seconds=seconds)
     if control:
         model, tokenizer = _load(folder)
         wrong = with_wrong_answers(train, settings.seed)
+        trainer = _trainer(model, tokenizer, wrong, output + "-control", settings, show)
         timed(
             "control",
             "control: training with wrong answers",
             settings.steps,
-            lambda: train_on(wrong, output + "-control"),
+            lambda: _train(trainer),
         )
         result.control = timed("control after", "control after: the same questions", len(test), lambda: score(None))
     result.peak_megabytes = peak_megabytes()
@@ -264,13 +268,12 @@ def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progr
     return Score(result.correct, result.texts, result.truncated)
 
 
-def _train(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: DemoSettings, show: Watcher) -> None:
-    """Train `model` in place and save it."""
+def _trainer(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: DemoSettings, show: Watcher) -> Any:
+    """Return a trainer of `model`, ready for step 1."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
 
     from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
-    from opsd.models import without_autocast
 
     class Steps(TrainerCallback):
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
@@ -302,11 +305,25 @@ def _train(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: D
         callbacks=[Steps()],
     )
     trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _examine(trainer: Any, show: Watcher) -> Any:
+    """Let the doctor look at the run, as `opsd train` does."""
+    from opsd.doctor import CHECKS, examine
+
+    return examine(trainer, progress=lambda name: show.advance(list(CHECKS).index(name), name))
+
+
+def _train(trainer: Any) -> None:
+    """Train the model in place and save it."""
+    from opsd.models import without_autocast
+
     trainer.train()
     if trainer.stopped_by is not None:
         raise KeyboardInterrupt
     trainer.save_model()
-    without_autocast(model)  # all scores come from one precision
+    without_autocast(trainer.model)  # all scores come from one precision
 
 
 def _free_folder(wanted: str) -> str:

@@ -26,7 +26,8 @@ ROUTES = {
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
 # What a group makes for contexts, beside the columns of its row.
 PRODUCED = ("sibling", "feedback", "attempt", "pass_rate")
-PLACEHOLDERS = {**dict.fromkeys(PRODUCED, "not made yet"), "pass_rate": 0.0}  # for prompts rendered before training
+# what stands for it in prompts that are rendered before training
+PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in PRODUCED}, "pass_rate": 0.0}
 STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
 
 Decode = Callable[[Sequence[Ids]], Sequence[str]]

@@ -6,6 +6,7 @@ and rows; nothing of models or training.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,17 +45,11 @@ def lint(
         renderer: a model's tokenizer and chat template, to see where the assistant's turn begins.
     """
     try:
-        context = PrivilegedContext(template, chat_template_kwargs={"": ""})  # may say nothing of its own, as base does
+        context = PrivilegedContext(template)
     except OPSDError as error:
         return [Finding("syntax", "fail", str(error))]
-    context.chat_template_kwargs = {}
-    found = [
-        Finding(
-            "syntax",
-            "pass",
-            f"parses, with all that it extends; needs {listed(sorted(context.fields), 9) or 'no column'}.",
-        )
-    ]
+    needs = listed(sorted(context.fields), 9) or "no column"
+    found = [Finding("syntax", "pass", f"parses, with all that it extends; needs {needs}.")]
     found += _fields(context, columns)
     found += _leaks(context, rows)
     found += _boundaries(context)
@@ -65,10 +60,12 @@ def lint(
 def _fields(context: PrivilegedContext, columns: Sequence[str] | None) -> Iterator[Finding]:
     find = functools.partial(Finding, "fields")
     for name in sorted(context.fields | context.optional_fields):
-        meant = did_you_mean(name, PROMPT_NAMES)
+        meant = difflib.get_close_matches(name, PROMPT_NAMES, 1, cutoff=0.8)
         if meant and (columns is None or name not in columns):
             yield find(
-                "warn", f"{name!r} is read as a column of the dataset.{meant}", "Mend the name, if that is meant."
+                "warn",
+                f"{name!r} is read as a column of the dataset. Did you mean {meant[0]!r}, the student's own prompt?",
+                "Mend the name, if that is meant.",
             )
     printed = set().union(*(_printed_names(tree) for tree in context.blocks.shown)) | PROMPT_NAMES
     unused = sorted((context.fields | context.optional_fields) - printed)
@@ -88,23 +85,22 @@ def _fields(context: PrivilegedContext, columns: Sequence[str] | None) -> Iterat
     if missing:
         names = " and ".join(" or ".join(group) for group in missing)
         hint = "".join(did_you_mean(name, columns) for group in missing for name in group)
-        yield find("fail", f"the dataset has no column {names}; it has: {listed(columns, 20)}.{hint}", "Rename a column, "
-                   "or say where it is: fields={name: column}.")  # fmt: skip
+        yield find(
+            "fail",
+            f"the dataset has no column {names}; it has: {listed(columns, 20)}.{hint}",
+            "Rename a column, or say where it is: fields={name: column}.",
+        )
     shown = context.fields | context.optional_fields
     rest = [name for name in columns if name not in {"prompt", "messages", "completion", *shown}]
     if rest and not shown & set(columns):
-        yield find(
-            "warn", f"it shows no column of the dataset, which has {listed(rest)}.", "Was {{ " + rest[0] + " }} meant?"
-        )
+        told = f"it shows no column of the dataset, which has {listed(rest)}."
+        yield find("warn", told, "Was {{ " + rest[0] + " }} meant?")
 
 
 def _printed_names(tree: nodes.Template) -> set[str]:
     """Return the names that a template reads for more than to ask whether they are there."""
-    asked = [
-        test.node
-        for test in tree.find_all(nodes.Test)
-        if test.name in ("defined", "undefined") and isinstance(test.node, nodes.Name)
-    ]
+    tests = [test for test in tree.find_all(nodes.Test) if test.name in ("defined", "undefined")]
+    asked = [test.node for test in tests if isinstance(test.node, nodes.Name)]
     return {name.name for name in tree.find_all(nodes.Name) if all(name is not other for other in asked)}
 
 
@@ -113,9 +109,8 @@ def _leaks(context: PrivilegedContext, rows: Sequence[Mapping[str, Any]]) -> Ite
     privileged = context.fields | context.optional_fields
     for tree in context.blocks.shown:
         for block in tree.find_all(nodes.Block):
-            names = {
-                name.name for output in block.find_all(nodes.Output) for name in output.find_all(nodes.Name)
-            } & privileged
+            outputs = block.find_all(nodes.Output)
+            names = {name.name for output in outputs for name in output.find_all(nodes.Name)} & privileged
             if block.name == "assistant" and names:
                 yield find(
                     "warn",
@@ -129,8 +124,8 @@ def _leaks(context: PrivilegedContext, rows: Sequence[Mapping[str, Any]]) -> Ite
             if match[1] in {*privileged, *row}:
                 yield find(
                     "fail",
-                    f"the student's prompt in row {number} names {match[0]!r}: a prompt is data and no template, so the "
-                    "student sees the placeholder, or, once it is filled in, what only the teacher should.",
+                    f"the student's prompt in row {number} names {match[0]!r}: a prompt is data and no template, so "
+                    "the student sees the placeholder, or, once it is filled in, what only the teacher should.",
                     "Take it out of the prompts; the template is what shows it to the teacher.",
                 )
                 return
@@ -144,8 +139,8 @@ def _boundaries(context: PrivilegedContext) -> Iterator[Finding]:
                 yield Finding(
                     "boundary",
                     "fail",
-                    f"line {data.lineno} writes {match[0]!r} itself: turns are the chat template's business, and the rollout "
-                    "would begin behind another header than the one that the model knows.",
+                    f"line {data.lineno} writes {match[0]!r} itself: turns are the chat template's business, and the "
+                    "rollout would begin behind another header than the one that the model knows.",
                     "Say only what a turn says. The blocks system, user and assistant are the turns.",
                 )
                 return
@@ -172,8 +167,12 @@ def _trial(
                 text = renderer.tokenizer.decode(renderer.ids(prompt, prefill))
                 if not text.endswith(renderer.opening + prefill):
                     yield Finding(
-                        "boundary", "fail", f"row {number}: the prompt does not end with {renderer.opening!r}, where the "
-                        f"assistant begins, but with {text[-40:]!r}.", "Look at the chat template.")  # fmt: skip
+                        "boundary",
+                        "fail",
+                        f"row {number}: the prompt does not end with {renderer.opening!r}, where the assistant begins, "
+                        f"but with {text[-40:]!r}.",
+                        "Look at the chat template.",
+                    )
                     return
             done += 1
         except TemplateError as error:

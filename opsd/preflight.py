@@ -21,7 +21,8 @@ from peft import PeftConfig
 from torch import nn
 
 from opsd.context_base import Context
-from opsd.data import row_columns
+from opsd.data import check_completions, row_columns
+from opsd.derived import ready_rows
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.forward import context_length, counting_passes
 from opsd.groups import PLACEHOLDERS, Groups
@@ -240,6 +241,26 @@ def _forget_counts(teacher: Teacher) -> None:
     """Let contexts count from the first training step."""
     for context in teacher.contexts:
         context.forget_counts()
+
+
+def accepted(dataset: Any, name: str, args: Any, scorer: TrainingLoss, groups: Groups) -> Any:
+    """Return rows as the run uses them, once they were checked against contexts and settings.
+
+    Args:
+        dataset: map-style, streaming, or None.
+        name: "train", or what errors call it.
+        args: training arguments.
+        scorer: the loss, whose contexts and weights read columns.
+        groups: how rollouts are graded.
+    """
+    if dataset is None:
+        return None
+    dataset = ready_rows(dataset, name=name, system_prompt=args.student_system_prompt, needed=scorer.columns)
+    scorer.check_rows(dataset, groups.produced)
+    check_groups(dataset, scorer.teacher, groups, trains=name == "train")
+    if name == "train" and not args.seq_kd:
+        check_completions(dataset, off_policy=1.0 - args.lmbda)
+    return dataset
 
 
 def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool) -> None:

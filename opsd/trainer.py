@@ -33,8 +33,6 @@ from trl import DistillationTrainer
 
 from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
-from opsd.data import check_completions
-from opsd.derived import ready_rows
 from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.errors import DataError
 from opsd.following import FollowStudent
@@ -153,15 +151,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def _accept(self, dataset: Any, name: str, args: OPSDConfig) -> Any:
         """Check a dataset against the teacher's context and the settings; rows come back with a `prompt` each."""
-        if dataset is None:
-            return None
-        system, needed = args.student_system_prompt, self.training_loss.columns
-        dataset = ready_rows(dataset, name=name, system_prompt=system, needed=needed)
-        self.training_loss.check_rows(dataset, self.groups.produced)
-        preflight.check_groups(dataset, self.teacher, self.groups, trains=name == "train")
-        if name == "train" and not args.seq_kd:
-            check_completions(dataset, off_policy=1.0 - args.lmbda)
-        return dataset
+        return preflight.accepted(dataset, name, args, self.training_loss, self.groups)
 
     def _prepare_teacher(self) -> None:
         preflight.check_text_only(self._is_vlm)

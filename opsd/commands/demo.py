@@ -88,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
     with Bars(console) as bars:
         result = run_demo(settings, bars, control)
     console.print()
+    console.print(doctors_word(result), highlight=False)
     console.print(table(result))
     console.print(summary(result))
     if json_file:
@@ -95,6 +96,13 @@ def main(arguments: Sequence[str]) -> int:
             json.dumps({"settings": asdict(settings), "result": asdict(result)}, indent=1) + "\n"
         )
     return 0
+
+
+def doctors_word(result: DemoResult) -> str:
+    """Return what the doctor said before training: its verdict on the teacher, and what else it warned of."""
+    findings = result.doctor["findings"]
+    told = [f for f in findings if f["check"] == "lift" or f["status"] in ("warn", "fail")]
+    return "\n".join([f"doctor: {result.doctor['verdict']}", *(f"  {f['saw']}" for f in told), ""])
 
 
 def table(result: DemoResult) -> Table:

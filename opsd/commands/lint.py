@@ -19,9 +19,9 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the options of `opsd lint`."""
     parser = argparse.ArgumentParser(
         prog="opsd lint",
-        description="Check templates: syntax and parents, whether they stay within the sandbox and within limits of time "
-        "and memory, names that no dataset has, fields that are never shown, what would leak into the student's side, "
-        "and where the assistant's turn begins. Exit status 1 if something fails.",
+        description="Check templates: syntax and parents, whether they stay within the sandbox and within limits of "
+        "time and memory, names that no dataset has, fields that are never shown, what would leak into the student's "
+        "side, and where the assistant's turn begins. Exit status 1 if something fails.",
         epilog="Examples: opsd lint my.jinja    ·    opsd lint my.jinja --dataset_name rows.jsonl --model ./model",
     )
     parser.add_argument("templates", nargs="+", metavar="FILE", help="a path, or a shipped template's name")

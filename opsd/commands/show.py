@@ -13,9 +13,11 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opsd.data import completion_of, load_rows, prepare_rows, row_columns
+from opsd.build import rows_of
+from opsd.data import completion_of, row_columns
+from opsd.derived import ready_rows
 from opsd.errors import ConfigError
-from opsd.groups import PRODUCED
+from opsd.groups import PLACEHOLDERS, PRODUCED
 from opsd.models import check_model_name
 from opsd.prompts import PromptRenderer
 from opsd.run_file import Run, read_run
@@ -32,53 +34,65 @@ def make_parser() -> argparse.ArgumentParser:
         description="Show one row's student and teacher prompt side by side, as text and as tokens. ▏ marks the "
         "boundary between prompt and completion; underlined tokens are scored, the same ids on both sides.",
         epilog="Examples: opsd show run.yaml    ·    opsd show --model_name_or_path M --dataset_name rows.jsonl "
-        "--context hint --completion 'It is 19.'",
+        "--context hint --completion 'It is 19.'    ·    opsd show run.yaml --context answer_only ./my.jinja --row 0 7",
     )
     parser.add_argument("config", nargs="?", help="a run's YAML file; options win over it")
     parser.add_argument("--model_name_or_path", help="whose tokenizer and chat template (no weights are loaded)")
     parser.add_argument("--dataset_name", help="a file, a folder or a hub id")
     parser.add_argument("--teacher", help="a recipe's name or path, whose context is shown")
-    parser.add_argument("--context", help="template: a name or a path")
-    parser.add_argument("--row", type=int, default=0, help="row number (default: 0)")
+    parser.add_argument("--context", nargs="+", metavar="TEMPLATE", help="names or paths; several are compared")
+    parser.add_argument("--row", nargs="+", type=int, default=[0], metavar="N", help="row numbers (default: 0)")
     parser.add_argument("--completion", help="completion to show (default: the row's own, else a placeholder)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print both sides."""
+    """Print both sides of every row that was asked for."""
     options = make_parser().parse_args(arguments)
-    run, teacher = _settings(options)
-    model, dataset_name = run.model.model_name_or_path or "", run.run.dataset_name or ""
-    rows = load_rows(dataset_name, split=run.run.dataset_train_split, name=run.run.dataset_config)
-    dataset = prepare_rows(rows, name=dataset_name)
-    if not 0 <= options.row < len(dataset):
-        raise ConfigError(f"the dataset has rows 0 to {len(dataset) - 1}, and row {options.row} was asked for.")
-    made = PRODUCED if run.run.reward_funcs else ()
-    teacher.check_rows(dataset, row_columns(dataset), made)
+    run, teachers = _settings(options)
+    model, made = run.model.model_name_or_path or "", PRODUCED if run.run.reward_funcs else ()
+    needed = {name for teacher in teachers for c in teacher.contexts for name in c.fields | c.optional_fields}
+    system = run.args.student_system_prompt
+    rows = rows_of(run, run.run.dataset_train_split)
+    dataset = ready_rows(rows, name=run.run.dataset_name or "", system_prompt=system, needed=needed)
+    for number in options.row:
+        if not 0 <= number < len(dataset):
+            raise ConfigError(f"the dataset has rows 0 to {len(dataset) - 1}, and row {number} was asked for.")
+    for teacher in teachers:
+        teacher.check_rows(dataset, row_columns(dataset), made)
     tokenizer = AutoTokenizer.from_pretrained(
         check_model_name(model), revision=run.model.model_revision, trust_remote_code=run.args.trust_remote_code
     )
-    row = dataset[options.row]
-    completion, origin = _completion(options.completion, row, tokenizer)
-    console = Console()
     renderer = PromptRenderer(tokenizer, None, run.args.chat_template_kwargs or {})
-    sides = [("student", renderer.ids(row["prompt"])), *_teacher_sides(teacher, row, renderer, made)]
-    width = max(40, console.width // 2 - 1)
+    console = Console()
+    for number in options.row:
+        row = dataset[number]
+        completion, origin = _completion(options.completion, row, tokenizer)
+        sides = [("student", renderer.ids(row["prompt"]))]
+        sides += [side for teacher in teachers for side in _teacher_sides(teacher, row, renderer, made)]
+        _show_row(console, tokenizer, sides, completion)
+        lengths = ", ".join(f"{title} {len(ids)}" for title, ids in sides)
+        told = f"{len(completion)} tokens are scored on both sides ({origin})"
+        console.print(f"row {number}, tokens of the prompt: {lengths}; {told}.")
+    return 0
+
+
+def _show_row(
+    console: Console, tokenizer: PreTrainedTokenizerBase, sides: Sequence[tuple[str, list[int]]], completion: list[int]
+) -> None:
+    width = max(40, console.width // min(len(sides), 3) - 1)
     for as_tokens in (False, True):
         panels = [
             Panel(_render(tokenizer, ids, completion, as_tokens), title=title, width=width) for title, ids in sides
         ]
         console.print(Columns(panels) if console.width >= 2 * width else Group(*panels))
-    lengths = ", ".join(f"{title.split(' ')[0]} prompt {len(ids)}" for title, ids in sides)
-    console.print(f"row {options.row}: {lengths} tokens; {len(completion)} tokens are scored on both sides ({origin}).")
-    return 0
 
 
 def _teacher_sides(
     teacher: Teacher, row: Mapping[str, Any], renderer: PromptRenderer, made: Sequence[str]
 ) -> list[tuple[str, list[int]]]:
     """Return title and prompt of every teacher that scores this row."""
-    produced = {name: f"(the {name}, made during training)" for name in made}
+    produced = {name: PLACEHOLDERS[name] for name in made}
     sides = []
     for view in teacher.views_of(row):
         shown = view.context.name if view.context else "the student's own prompt"
@@ -87,12 +101,13 @@ def _teacher_sides(
     return sides
 
 
-def _settings(options: argparse.Namespace) -> tuple[Run, Teacher]:
-    """Return the run as `opsd train` would read it, and its teacher, whose weights are not loaded."""
-    names = ("model_name_or_path", "dataset_name", "teacher", "context")
+def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
+    """Return the run as `opsd train` would read it, and its teacher under each context; no weights are loaded."""
+    names = ("model_name_or_path", "dataset_name", "teacher")
     overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
     run = read_run(Path(options.config) if options.config else None, overrides)
-    return run, load_teacher(run.run.teacher, context=run.run.context)
+    contexts = options.context or [run.run.context]
+    return run, [load_teacher(run.run.teacher, context=context) for context in contexts]
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
