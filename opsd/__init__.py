@@ -15,6 +15,8 @@ _PUBLIC = {
     "OPSDTrainer": "opsd.trainer",
     "OPSDConfig": "opsd.config",
     "PrivilegedContext": "opsd.context",
+    "ContextSchedule": "opsd.schedule",
+    "import_columns": "opsd.columns",
     "Rollouts": "opsd.rollouts",
     "Objective": "opsd.losses",
     "Divergence": "opsd.losses",

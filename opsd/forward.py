@@ -32,6 +32,11 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
 
 
+def embedded_tokens(model: nn.Module) -> int:
+    """Return how many ids a model can read."""
+    return model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
+
 def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep_BL: Tensor) -> Tensor:
     """Return the last hidden states (before the head) at the kept positions, packed row by row.
 

@@ -49,6 +49,19 @@ def without_autocast(model: nn.Module) -> nn.Module:
     return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
+def without_dropout(model: nn.Module) -> nn.Module:
+    """Return a model that drops nothing while it trains.
+
+    TRL's `disable_dropout` finds modules; Llama and most others also keep the dropout of attention as a number, which
+    they use in train mode.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
 def load_model(
     model: str, *, trust_remote_code: bool = False, trainable: bool = False, **kwargs: Any
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:

@@ -24,7 +24,7 @@ from opsd.context_base import Context
 from opsd.data import check_completions, row_columns
 from opsd.derived import ready_rows
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
-from opsd.forward import context_length, counting_passes
+from opsd.forward import context_length, counting_passes, embedded_tokens
 from opsd.groups import PLACEHOLDERS, Groups
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
@@ -201,9 +201,17 @@ def check_rows_fit(
     if not isinstance(dataset, Dataset):
         return
     made = {name: PLACEHOLDERS[name] for name in produced}
-    limit = context_length(student.model)
+    limit, words = context_length(student.model), embedded_tokens(student.model)
     for number, row in enumerate(islice(dataset, CHECKED_ROWS)):
-        check_lengths(limit, [student.renderer.ids(row["prompt"])], [max_new_tokens], "student", first_row=number)
+        own = student.renderer.ids(row["prompt"])
+        check_lengths(limit, [own], [max_new_tokens], "student", first_row=number)
+        if max(own) >= words:
+            token = student.tokenizer.decode([max(own)])
+            raise DataError(
+                f"row {number}: the prompt has the token {token!r} with id {max(own):,}, and the model embeds "
+                f"{words:,}. Model and tokenizer do not belong together, or tokens were added to one of them: "
+                "model.resize_token_embeddings(len(tokenizer))."
+            )
         for view in teacher.views_of(row):
             if view.context is None:
                 continue

@@ -40,7 +40,7 @@ from opsd.forward import check_model, context_length
 from opsd.groups import Groups
 from opsd.losses import LossRecord
 from opsd.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
-from opsd.models import check_model_name, is_adapter, load_model, without_autocast
+from opsd.models import check_model_name, is_adapter, load_model, without_autocast, without_dropout
 from opsd.off_policy import off_policy_completions, on_policy_rows
 from opsd.prompts import PromptRenderer
 from opsd.rewards import RewardFunc
@@ -161,6 +161,8 @@ class OPSDTrainer(DistillationTrainer):
             # DDP would do this only after teachers have copied: an adapter drawn without a seed differs per process.
             for p in student.parameters():
                 broadcast(p.data, from_process=0)
+        if self.args.disable_dropout:
+            without_dropout(student)
         check_model(student, len(self._tokenizer))
         renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError
@@ -199,11 +200,11 @@ class Patient:
         return [rollouts.select(range(at, min(at + BATCH, len(rollouts)))) for at in range(0, len(rollouts), BATCH)]
 
     def divergence(self, teacher: Teacher) -> list[Tensor]:
-        """Return KL(student ‖ teacher) in nats at every token, a (C,) tensor per rollout."""
+        """Return KL(student ‖ teacher) in nats at every token, a (C,) tensor per rollout; the student as it trains."""
         values = []
         for batch, signal in zip(self._batches(self.rollouts), self.signal(teacher), strict=True):
             padded = batch.pad(next(self.student.model.parameters()).device)
-            with torch.no_grad(), self.trainer.accelerator.autocast():
+            with torch.no_grad(), _training(self.student.model), self.trainer.accelerator.autocast():
                 hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.keep_BL)
                 ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
                 tokens = Tokens(weight_N=ones_N, ids_N=padded.scored_ids_N, row_N=padded.row_N)
@@ -252,6 +253,18 @@ class Patient:
         """Let contexts count from the first training step."""
         for context in self.trainer.training_loss.contexts:
             context.forget_counts()
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Run a block in the mode that trains, dropout and all, then give every module back the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def _is_number(text: str) -> bool:

@@ -195,6 +195,13 @@ def _keywords(patient: Patient) -> Iterator[Finding]:
 def _openings(patient: Patient) -> Iterator[Finding]:
     """Compare what stands between the last turn and the first token of a rollout."""
     student = patient.student.renderer.opening
+    if not student and not isinstance(patient.students[0].prompt, str):
+        yield find(
+            "fail",
+            "the chat template writes no generation prompt: a rollout would continue the user's turn, on both sides.",
+            "Use a chat template that reads add_generation_prompt, as those of instruction models do.",
+        )
+        return
     different: dict[str, Side] = {}
     for side in patient.teachers:
         if not isinstance(side.prompt, str) and side.renderer.opening + side.prefill != student:
