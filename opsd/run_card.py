@@ -47,19 +47,19 @@ def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
     """Return what a run is, in plain values."""
     student = trainer.student
     examination = trainer.examination
-    contexts = {context.name: context.description for context in trainer.training_loss.contexts}
+    contexts = {context.name: context.digest for context in trainer.training_loss.contexts}
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
         "teacher": {"words": trainer.teacher.words, **trainer.teacher.description},
-        "contexts": contexts,
+        "contexts": list(contexts),
         "learns": trainer.groups.words,
         "divergence": {"words": trainer.training_loss.words, "formula": trainer.args.objective.formula},
         "settings": _settings(trainer),
         "hashes": {
             "tokenizer": tokenizer_digest(student.tokenizer),
             "chat_template": _digest([student.renderer.chat_template or student.tokenizer.chat_template or ""]),
-            "templates": {name: description.get("digest") for name, description in contexts.items()},
+            "templates": contexts,
             "data": data_digest(trainer.train_dataset),
         },
         "rows": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else "a stream",

@@ -77,10 +77,12 @@ def _examined(run: Any, options: argparse.Namespace) -> Examination:
     from opsd.build import build_trainer
     from opsd.doctor import examine
 
+    output = Path(run.args.output_dir)
+    was_there = output.exists()
     only = [name.strip() for name in options.only.split(",")] if options.only else ()
     with Console(stderr=True).status("loading") as status:
         trainer = build_trainer(run)
-        return examine(
+        examination = examine(
             trainer,
             rows=options.rows,
             only=only,
@@ -88,6 +90,9 @@ def _examined(run: Any, options: argparse.Namespace) -> Examination:
             max_new_tokens=options.max_new_tokens,
             progress=lambda name: status.update(TITLES[name]),
         )
+    if not was_there and not any(output.iterdir()):  # made to see whether it can be written to
+        output.rmdir()
+    return examination
 
 
 def with_warnings(examination: Examination, caught: Sequence[warnings.WarningMessage]) -> Examination:

@@ -1,0 +1,283 @@
+"""The doctor: changes nothing, judges a real teacher, predicts a step, and speaks to people and machines."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_rows
+from datasets import Dataset
+from helpers import MAKE_TEACHER, STUDENTS, make_args, make_trainer, returns, snapshot
+
+from opsd import OPSDTrainer, SameCheckpointTeacher
+from opsd.cli import main
+from opsd.commands.doctor import TITLES
+from opsd.demo import GRADER, MAX_NEW_TOKENS, arithmetic, packaged_model, peak_megabytes
+from opsd.doctor import CHECKS, examine
+from opsd.doctor.lift import Lift, verdict
+from opsd.errors import ConfigError
+from opsd.findings import Examination, Finding
+
+
+def of(examination: Examination, check: str) -> list[Finding]:
+    return [finding for finding in examination.findings if finding.check == check]
+
+
+# ---------------------------------------------------------------- it changes nothing
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("name", MAKE_TEACHER)
+def test_every_teacher_can_be_examined_and_nothing_is_changed(name: str, student: str, tmp_path: Path) -> None:
+    if (name, student) == ("ema_product", "full"):
+        pytest.skip("an averaged product is one of LoRA factors")
+    trainer = make_trainer(tmp_path, MAKE_TEACHER[name](), student)
+    before = snapshot(trainer.model)
+    modes = {name: module.training for name, module in trainer.model.named_modules()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    examination = examine(trainer)
+    assert not examination.failed, [finding.saw for finding in examination.of("fail")]
+    assert {finding.check for finding in examination.findings} == set(CHECKS)
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert {name: module.training for name, module in trainer.model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+    assert all(context.counts.rendered == 0 for context in trainer.training_loss.contexts)
+    assert not any(trainer._metrics["train"].values())
+
+
+def test_a_run_is_the_same_with_and_without_the_doctor(tmp_path: Path) -> None:
+    ends = []
+    for asked in (False, True):
+        trainer = make_trainer(tmp_path / str(asked), MAKE_TEACHER["ema"](), max_steps=3)
+        if asked:
+            examine(trainer)
+        trainer.train()
+        ends.append(snapshot(trainer.model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+# ---------------------------------------------------------------- is the teacher any good?
+
+
+def lift(student: int, teacher: int, n: int = 16, **more: Any) -> Lift:
+    return Lift([i < student for i in range(n)], [i < teacher for i in range(n)], **more)
+
+
+@pytest.mark.parametrize(
+    ("measured", "status", "words"),
+    [
+        (lift(5, 16), "pass", "the context lifts this model from 31% to 100%: expect learning"),
+        (lift(5, 16, without=[True] * 16), "pass", "the teacher lifts this model"),
+        (lift(5, 16, answer_share=4.0, separation=-1.0), "pass", "expect learning"),
+        (lift(5, 16, answer_share=0.5), "warn", "copies the answer .*expect style, not skill"),
+        (lift(5, 16, separation=-0.1), "warn", "copies the answer"),
+        (lift(5, 6), "warn", "no lift .from 31% to 38%.: this teacher cannot teach this, as far as 16 rows can tell"),
+        (lift(0, 0), "warn", "no lift"),
+        (lift(12, 2), "warn", "answers worse than the student"),
+        (lift(16, 16), "warn", "knows this already"),
+    ],
+)
+def test_the_verdict_says_what_was_measured(measured: Lift, status: str, words: str) -> None:
+    import re
+
+    said = verdict(measured)
+    assert said[0] == status and re.search(words, said[1])
+    assert bool(said[2]) == (status == "warn")
+
+
+@pytest.fixture(scope="module")
+def demo_model() -> str:
+    return packaged_model()
+
+
+def demo_trainer(model: str, folder: Path, context: Any, count: int = 64) -> OPSDTrainer:
+    args = make_args(folder, max_steps=24, per_device_train_batch_size=16, gradient_accumulation_steps=1,
+                     max_completion_length=MAX_NEW_TOKENS, bf16=None, learning_rate=1.5e-5)  # fmt: skip
+    rows = Dataset.from_list(arithmetic(count, seed=1))
+    return OPSDTrainer(model, SameCheckpointTeacher(context=context), args=args, train_dataset=rows)
+
+
+def test_a_real_teacher_shown_the_answer_lifts_and_the_doctor_takes_under_a_minute(
+    demo_model: str, tmp_path: Path
+) -> None:
+    trainer = demo_trainer(demo_model, tmp_path, "answer_only")
+    start = time.perf_counter()
+    examination = examine(trainer)
+    assert time.perf_counter() - start < 60
+    assert not examination.of("warn", "fail"), [finding.saw for finding in examination.of("warn", "fail")]
+    (found,) = of(examination, "lift")
+    assert "the context lifts this model" in found.saw and "expect learning" in found.saw
+    assert found.figures["teacher"]["right"] >= 15 and found.figures["student"]["right"] <= 8
+    assert found.figures["grader"] == GRADER
+    assert found.figures["kl_answer"] > found.figures["kl_rest"]
+    # what the context changes at wrong rollouts: they become less likely
+    assert found.figures["nll_wrong_with_context"] > found.figures["nll_wrong_without_context"]
+    cost = of(examination, "cost")[0].figures
+    start = time.perf_counter()
+    trainer.args.max_steps = 2
+    trainer.train()
+    measured = (time.perf_counter() - start) / 2
+    assert measured / 3 < cost["seconds_per_step"] < 3 * measured
+    assert cost["megabytes"] + cost["optimizer_megabytes"] > 0.6 * peak_megabytes()
+    # and a teacher shown other rows' answers teaches nothing of this
+    other = demo_trainer(demo_model, tmp_path / "other", {"levels": ["other_answer"]})
+    (found,) = of(examine(other, only=["lift"]), "lift")
+    assert found.status == "warn" and ("no lift" in found.saw or "worse than the student" in found.saw)
+
+
+def test_rewards_grade_where_there_are_any_and_a_grader_that_is_named_wins(tmp_path: Path) -> None:
+    always = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), reward_funcs=returns([1.0] * 12))
+    (found,) = of(examine(always, only=["lift"]), "lift")
+    assert "knows this already (from 100% to 100%)" in found.saw and "returns" not in found.figures["grader"]
+    (found,) = of(examine(always, only=["lift"], grader="exact"), "lift")
+    assert "no lift (from 0% to 0%)" in found.saw and found.figures["grader"] == "exact"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rows": Dataset.from_list([{k: v for k, v in row.items() if k != "answer"} for row in make_rows()]),
+          "teacher": SameCheckpointTeacher(context="worked_solution")}, "nothing can grade"),
+        ({"teacher": MAKE_TEACHER["mixture"]()}, "no single model"),
+        ({"teacher": SameCheckpointTeacher(context="own_success"), "num_generations": 2, "reward_funcs": returns([1.0] * 4)},
+         "which rollouts make during training"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_judged_is_said_and_not_guessed(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (found,) = of(examine(make_trainer(tmp_path, **changes), only=["lift"]), "lift")
+    assert found.status == "skip" and words in found.saw
+
+
+# ---------------------------------------------------------------- cost and environment
+
+
+def test_rows_and_steps_are_counted(tmp_path: Path) -> None:
+    few = of(examine(make_trainer(tmp_path, max_steps=2), only=["cost"]), "cost")
+    assert few[0].figures["steps"] == 2 and few[1].saw == "8 of 12 rows will be used."
+    all_of_them = make_trainer(tmp_path, max_steps=-1, num_train_epochs=3)
+    found = of(examine(all_of_them, only=["cost"]), "cost")
+    assert found[0].figures["steps"] == 9 and "all 12 rows will be used, 3.0 times each" in found[1].saw
+    stream = Dataset.from_list(make_rows(12)).to_iterable_dataset()
+    found = of(examine(make_trainer(tmp_path, rows=stream), only=["cost"]), "cost")
+    assert len(found) == 1 and "2 steps" in found[0].saw
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path / "new" / "run", MAKE_TEACHER["ema"](), save_strategy="steps", save_steps=1)
+    found = of(examine(trainer, only=["environment"]), "environment")
+    space = next(f for f in found if "space for checkpoints" in f.saw)
+    trainer.train()
+    written = sum(f.stat().st_size for f in (tmp_path / "new" / "run" / "checkpoint-2").rglob("*")) / 2**20
+    assert space.figures["checkpoints"] == 2 and 0.5 < space.figures["megabytes_each"] / written < 1.5
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    found = of(examine(trainer, only=["environment"]), "environment")
+    assert any(f.status == "fail" and "the disk is too small" in f.saw for f in found)
+
+
+def test_versions_outside_the_tested_range_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "1.17.2" if name == "trl" else real(name))
+    found = of(examine(make_trainer(tmp_path), only=["environment"]), "environment")
+    assert found[0].status == "warn" and "trl 1.17.2 (tested: <1.17,>=1.16)" in found[0].saw
+
+
+# ---------------------------------------------------------------- from the command line
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path, llama_folder: str) -> Path:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    lines = [
+        f"model_name_or_path: {llama_folder}", f"dataset_name: {tmp_path}/rows.jsonl", f"output_dir: {tmp_path}/out",
+        "context: answer_only", "max_steps: 2", "per_device_train_batch_size: 4", "max_completion_length: 4",
+        "use_cpu: true", "bf16: false", "report_to: none", "disable_tqdm: true", "logging_steps: 1",
+    ]  # fmt: skip
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_doctor_prints_every_check_and_leaves_no_output_folder(
+    run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(run_yaml)]) == 0
+    out = capsys.readouterr().out
+    assert all(title in out for name, title in TITLES.items() if name != "settings")
+    assert "▏▏" in out and "12 rows" in out
+    assert not (tmp_path / "out").exists()
+    assert set(TITLES) == {"settings", *CHECKS}
+
+
+def test_json_is_for_machines_and_the_exit_status_is_1_on_a_failure(
+    run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", str(run_yaml), "--json", "-", "--rows", "4", "--only", "prompts,leaks"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (
+        found["rows"] == 4 and not found["failed"] and {f["check"] for f in found["findings"]} == {"prompts", "leaks"}
+    )
+    leaky = [{**row, "prompt": [{"role": "user", "content": row["solution"]}]} for row in make_rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in leaky))
+    assert main(["doctor", str(run_yaml), "--context", "worked_solution", "--json", str(tmp_path / "found.json")]) == 1
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["failed"] and any("holds all of 'solution'" in f["saw"] for f in found["findings"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--context", "hint"], "needs the column 'hint'"),
+        (["--teacher", "emma"], "Did you mean 'ema'"),
+        (["--max_completion_length", "600"], "together more than the 512 tokens"),
+    ],
+)
+def test_a_run_that_is_refused_is_a_failed_examination(
+    extra: list[str], words: str, run_yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["doctor", str(run_yaml), *extra]) == 1
+    assert words in capsys.readouterr().out
+
+
+def test_a_check_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'promts', and must be one of.*Did you mean 'prompts'"):
+        examine(make_trainer(tmp_path), only=["promts"])
+
+
+def test_train_asks_the_doctor_first_and_trains_nothing_where_it_fails(
+    run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaky = [{**row, "prompt": [{"role": "user", "content": row["solution"]}]} for row in make_rows()]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in leaky))
+    arguments = ["train", str(run_yaml), "--context", "worked_solution"]
+    assert main(arguments) == 1
+    assert "nothing was trained" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert main([*arguments, "--skip-doctor"]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "out" / "run_card.json").read_text())["doctor"] == "the doctor was not asked"
+
+
+def test_a_healthy_run_is_trained_after_the_doctors_word_which_stands_in_the_card(
+    run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(run_yaml), "--save_steps", "1"]) == 0
+    assert "Is the teacher any good?" in capsys.readouterr().out
+    card = json.loads((tmp_path / "out" / "run_card.json").read_text())
+    assert {f["check"] for f in card["doctor"]["findings"]} == set(CHECKS)
+    assert (
+        main(["train", str(run_yaml), "--save_steps", "1", "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    )
+    assert "Is the teacher any good?" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "run_card.json").read_text()) == card

@@ -1,0 +1,124 @@
+"""`opsd lint`: what is wrong with a template, found before it is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_rows, make_tokenizer
+
+from opsd import shipped
+from opsd.cli import main
+from opsd.lint import lint
+from opsd.prompts import PromptRenderer
+
+SIDE = PromptRenderer(make_tokenizer())
+WHOLE_PROMPT = "teacher_prompt"  # shows no question, since its column holds one
+NAMES = [name for name in shipped.names("templates") if name not in ("base", WHOLE_PROMPT)]
+
+
+def written(tmp_path: Path, user: str, more: str = "") -> str:
+    path = tmp_path / "mine.jinja"
+    path.write_text("{% extends 'base.jinja' %}{% block user %}" + user + "{% endblock %}" + more)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_templates_are_clean(name: str) -> None:
+    found = lint(name, renderer=SIDE)
+    assert {f.status for f in found} == {"pass"}, [f.saw for f in found]
+
+
+@pytest.mark.parametrize(
+    ("user", "more", "columns", "check", "status", "words"),
+    [
+        ("{{ prompt }} {{ answer ", "", None, "syntax", "fail", "does not parse"),
+        ("{{ prompt }} {{ answer | shout }}", "", None, "syntax", "fail", "shout"),
+        ("{{ prompt }}", "", None, "syntax", "fail", "shows the teacher nothing"),
+        ("{{ prompt }} {{ answer.__class__ }}", "", None, "rendering", "fail", "unsafe"),
+        (
+            "{{ prompt }} {{ answer }}",
+            "",
+            ["prompt", "anwser"],
+            "fields",
+            "fail",
+            "no column answer.*Did you mean 'anwser'",
+        ),
+        ("{{ promt }} {{ answer }}", "", None, "fields", "warn", "'promt' is read as a column.*Did you mean 'prompt'"),
+        ("It is {{ answer }}.", "", None, "fields", "warn", "the question is never shown"),
+        (
+            "{{ prompt }}{% if hint is defined %} Think.{% endif %}",
+            "",
+            None,
+            "fields",
+            "warn",
+            "hint is asked for and never",
+        ),
+        ("{{ prompt }} Be brief.", "", ["prompt", "solution"], "fields", "warn", "shows no column of the dataset"),
+        (
+            "{{ prompt }}",
+            "{% block assistant %}It is {{ answer }}{% endblock %}",
+            None,
+            "leaks",
+            "warn",
+            "block assistant says",
+        ),
+        ("{{ prompt }} {{ answer }}<|im_end|>", "", None, "boundary", "fail", "writes '<|im_end|>' itself"),
+        ("[INST] {{ prompt }} {{ answer }} [/INST]", "", None, "boundary", "fail", "itself"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    user: str, more: str, columns: Any, check: str, status: str, words: str, tmp_path: Path
+) -> None:
+    import re
+
+    found = lint(written(tmp_path, user, more), columns=columns)
+    told = [f for f in found if (f.check, f.status) == (check, status)]
+    pattern = words if ".*" in words else re.escape(words)
+    assert any(re.search(pattern, f.saw, re.DOTALL) for f in told), [(f.check, f.status, f.saw) for f in found]
+
+
+def test_a_good_template_has_nothing_said_against_it(tmp_path: Path) -> None:
+    path = written(tmp_path, "{{ prompt }} {% if hint is defined %}{{ hint }}{% endif %} It is {{ answer }}.")
+    found = lint(path, columns=["prompt", "answer", "solution"], rows=make_rows(), renderer=SIDE)
+    assert {f.status for f in found} == {"pass"}
+    assert "renders 12 rows, within limits" in found[-1].saw
+
+
+def test_rows_that_lack_a_field_are_counted_and_rows_that_break_it_are_numbered(tmp_path: Path) -> None:
+    rows = [{**row, "answer": "" if i == 3 else row["answer"]} for i, row in enumerate(make_rows())]
+    found = lint(written(tmp_path, "{{ prompt }} {{ answer }}"), columns=["prompt", "answer"], rows=rows)
+    assert any(f.status == "warn" and "1 of 12 rows lack" in f.saw for f in found)
+    found = lint(
+        written(tmp_path, "{{ prompt }} {{ solution.split('add')[1] }}"),
+        rows=[*make_rows(2), {**make_rows(1)[0], "solution": "none"}],
+    )
+    assert any(f.status == "fail" and f.saw.startswith("row 2:") for f in found)
+
+
+def test_a_placeholder_in_the_students_prompt_is_a_leak(tmp_path: Path) -> None:
+    rows = [{**row, "prompt": [{"role": "user", "content": "Add. Hint: {{ answer }}"}]} for row in make_rows()]
+    found = lint(written(tmp_path, "{{ prompt }} {{ answer }}"), rows=rows)
+    assert any(f.check == "leaks" and f.status == "fail" and "'{{ answer }}'" in f.saw for f in found)
+
+
+def test_a_chat_template_that_does_not_open_the_assistants_turn_is_found(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template + "{% if messages | length == 2 %} {% endif %}"
+    more = "{% block system %}Be kind.{% endblock %}"
+    found = lint(written(tmp_path, "{{ prompt }} {{ answer }}", more), renderer=PromptRenderer(tokenizer))
+    assert any(f.check == "boundary" and f.status == "fail" and "does not end with" in f.saw for f in found)
+
+
+def test_the_command_reads_a_dataset_and_a_model_and_exits_with_1_on_a_failure(
+    tmp_path: Path, llama_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    data = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model", llama_folder]
+    assert main(["lint", "answer_only", "worked_solution", *data]) == 0
+    assert capsys.readouterr().out.count("renders 12 rows") == 2
+    assert main(["lint", "answer_only", "hint", *data]) == 1
+    out = capsys.readouterr().out
+    assert "no column hint" in out and "✗" in out
