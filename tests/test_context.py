@@ -346,7 +346,7 @@ def test_too_long_without_leave_to_shorten_says_what_could_be(side: PromptRender
 
 
 def test_only_text_can_be_shortened(side: PromptRenderer) -> None:
-    with pytest.raises(DataError, match="holds no text here: {'step': "):
+    with pytest.raises(DataError, match=r"holds no text here: \{'step': "):
         limited(50).render({"prompt": ROW["prompt"], "solution": {"step": "one " * 90}}, side=side)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import time
 from importlib import metadata
@@ -89,8 +90,6 @@ def lift(student: int, teacher: int, n: int = 16, **more: Any) -> Lift:
     ],
 )
 def test_the_verdict_says_what_was_measured(measured: Lift, status: str, words: str) -> None:
-    import re
-
     said = verdict(measured)
     assert said[0] == status and re.search(words, said[1])
     assert bool(said[2]) == (status == "warn")
@@ -150,8 +149,8 @@ def test_rewards_grade_where_there_are_any_and_a_grader_that_is_named_wins(tmp_p
         ({"rows": Dataset.from_list([{k: v for k, v in row.items() if k != "answer"} for row in make_rows()]),
           "teacher": SameCheckpointTeacher(context="worked_solution")}, "nothing can grade"),
         ({"teacher": MAKE_TEACHER["mixture"]()}, "no single model"),
-        ({"teacher": SameCheckpointTeacher(context="own_success"), "num_generations": 2, "reward_funcs": returns([1.0] * 4)},
-         "which rollouts make during training"),
+        ({"teacher": SameCheckpointTeacher(context="own_success"), "num_generations": 2,
+          "reward_funcs": returns([1.0] * 4)}, "which rollouts make during training"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_judged_is_said_and_not_guessed(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -225,7 +224,9 @@ def test_json_is_for_machines_and_the_exit_status_is_1_on_a_failure(
     assert main(["doctor", str(run_yaml), "--json", "-", "--rows", "4", "--only", "prompts,leaks"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (
-        found["rows"] == 4 and not found["failed"] and {f["check"] for f in found["findings"]} == {"prompts", "leaks"}
+        found["rows"] == 4
+        and not found["failed"]
+        and {each["check"] for each in found["findings"]} == {"prompts", "leaks"}
     )
     leaky = [{**row, "prompt": [{"role": "user", "content": row["solution"]}]} for row in make_rows()]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in leaky))
@@ -251,7 +252,7 @@ def test_a_run_that_is_refused_is_a_failed_examination(
 
 
 def test_a_check_that_nobody_knows_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="'promts', and must be one of.*Did you mean 'prompts'"):
+    with pytest.raises(ConfigError, match=r"'promts', and must be one of.*Did you mean 'prompts'"):
         examine(make_trainer(tmp_path), only=["promts"])
 
 

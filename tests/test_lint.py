@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def test_shipped_templates_are_clean(name: str) -> None:
             ["prompt", "anwser"],
             "fields",
             "fail",
-            "no column answer.*Did you mean 'anwser'",
+            "no column answer.*'anwser'",
         ),
         ("{{ promt }} {{ answer }}", "", None, "fields", "warn", "'promt' is read as a column.*Did you mean 'prompt'"),
         ("It is {{ answer }}.", "", None, "fields", "warn", "the question is never shown"),
@@ -54,7 +55,7 @@ def test_shipped_templates_are_clean(name: str) -> None:
             None,
             "fields",
             "warn",
-            "hint is asked for and never",
+            "hint is asked for",
         ),
         ("{{ prompt }} Be brief.", "", ["prompt", "solution"], "fields", "warn", "shows no column of the dataset"),
         (
@@ -63,7 +64,7 @@ def test_shipped_templates_are_clean(name: str) -> None:
             None,
             "leaks",
             "warn",
-            "block assistant says",
+            "assistant says",
         ),
         ("{{ prompt }} {{ answer }}<|im_end|>", "", None, "boundary", "fail", "writes '<|im_end|>' itself"),
         ("[INST] {{ prompt }} {{ answer }} [/INST]", "", None, "boundary", "fail", "itself"),
@@ -72,8 +73,6 @@ def test_shipped_templates_are_clean(name: str) -> None:
 def test_what_is_wrong_is_named(
     user: str, more: str, columns: Any, check: str, status: str, words: str, tmp_path: Path
 ) -> None:
-    import re
-
     found = lint(written(tmp_path, user, more), columns=columns)
     told = [f for f in found if (f.check, f.status) == (check, status)]
     pattern = words if ".*" in words else re.escape(words)

@@ -126,7 +126,7 @@ def test_a_level_that_nothing_can_fill_is_an_error_before_training() -> None:
     with pytest.raises(TemplateError, match="row 1 has too little for level 'trace'"):
         schedule.check_rows([ROWS[0], {**ROWS[1], "solution": " "}])
     ContextSchedule(["trace", "none"], fallback={"trace": "none"}).check_columns(["prompt"])
-    with pytest.raises(DataError, match="'pass_rate'.*Measure it"):
+    with pytest.raises(DataError, match=r"'pass_rate'.*Measure it"):
         ContextSchedule(["none", "answer"], until_pass_rate={"none": 0.5}).check_columns(["prompt", "answer"])
 
 
