@@ -13,9 +13,11 @@ import yaml
 from conftest import make_rows, make_tokenizer
 from helpers import make_args
 
-from opsd import OPSDConfig
+from opsd import OPSDConfig, vetting
 from opsd.cli import main
+from opsd.columns import FORMATS
 from opsd.context import PrivilegedContext
+from opsd.doctor import CHECKS
 from opsd.groups import Groups
 from opsd.losses import Divergence, Objective
 from opsd.selection import TokenSelection
@@ -24,6 +26,7 @@ from opsd.teachers import TEACHERS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LOSSES = (ROOT / "docs" / "losses.md").read_text()
+DOCTOR = (ROOT / "docs" / "doctor.md").read_text()
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Small and on the CPU, on top of what the README says.
 SMALL = "--max_completion_length 4 --per_device_train_batch_size 2 --use_cpu true --bf16 false --save_steps 1"
@@ -57,8 +60,12 @@ def test_the_commands_run_in_their_order(tmp_path: Path, llama_folder: str, monk
     Path("test.jsonl").write_text(rows)
     Path("run.yaml").write_text(blocks("yaml")[0].replace(MODEL, llama_folder))
     commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines() if line.startswith("opsd")]
-    assert [c[1] for c in commands] == ["show", "train", "train", "eval", "cp"]
-    more = {"train": [[*SMALL.split(), "--max_steps", str(n)] for n in (1, 2)], "eval": [["--max_new_tokens", "4"]]}
+    assert [c[1] for c in commands] == ["show", "doctor", "train", "train", "eval", "cp"]
+    more = {
+        "doctor": [SMALL.split()],
+        "train": [[*SMALL.split(), "--max_steps", str(n)] for n in (1, 2)],
+        "eval": [["--max_new_tokens", "4"]],
+    }
     for command in commands:
         extra = more[command[1]].pop(0) if command[1] in more else []
         assert main([*command[1:], *extra]) == 0, capsys.readouterr().err
@@ -92,12 +99,44 @@ def test_the_words_in_the_guide_to_losses_are_what_a_run_prints() -> None:
     assert f"            {args.objective.formula}\n" in LOSSES
 
 
+def test_the_commands_of_the_guide_to_the_doctor_run(tmp_path: Path, llama_folder: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    settings = SMALL.replace("--", "").split()
+    lines = [f"{name}: {value}" for name, value in zip(settings[::2], settings[1::2], strict=True)]
+    run = blocks("yaml")[0].replace(MODEL, llama_folder).replace("max_steps: 100", "max_steps: 1")
+    Path("run.yaml").write_text(run + "\n".join(lines) + "\n")
+    assert main(["cp", "answer_only", "."]) == 0
+    Path("answer_only.jinja").rename("my.jinja")
+    for name, rate in (("first", "1e-5"), ("second", "2e-5")):
+        assert main(["train", "run.yaml", "--output_dir", f"runs/{name}", "--learning_rate", rate]) == 0
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", DOCTOR, flags=re.S)).replace("MODEL", llama_folder)
+    commands = [shlex.split(line, comments=True) for line in text.splitlines() if line.startswith("opsd")]
+    assert [c[1] for c in commands] == ["doctor", "doctor", "doctor", "diff", "lint", "lint", "show"]
+    for command in commands:
+        assert main(command[1:]) == (command[1] == "diff"), capsys.readouterr()
+    assert "settings.learning_rate" in capsys.readouterr().out
+    assert json.loads(Path("found.json").read_text())["failed"] is False
+
+
+def test_the_guide_to_the_doctor_names_every_check_format_and_limit() -> None:
+    assert re.findall(r"^\| `([\w-]+)` \|", DOCTOR, flags=re.M) == [*CHECKS, *FORMATS]
+    assert f"({vetting.SECONDS} seconds, {vetting.MEGABYTES} MB)" in DOCTOR
+
+
 def test_the_table_names_every_teacher() -> None:
     for cls in TEACHERS.values():
         assert f"| `{cls.__name__}(" in README
 
 
-DOCUMENTS = ["README.md", "templates/README.md", "teachers/README.md", "examples/README.md", "docs/losses.md"]
+DOCUMENTS = [
+    "README.md",
+    "templates/README.md",
+    "teachers/README.md",
+    "examples/README.md",
+    "docs/losses.md",
+    "docs/doctor.md",
+]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

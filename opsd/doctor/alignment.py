@@ -64,7 +64,7 @@ def _identity(patient: Patient) -> Finding:
     tolerance = IDENTITY.get(dtype, IDENTITY_HALF)
     figures = {"largest_kl": largest, "tolerance": tolerance}
     if largest <= tolerance:
-        saw = f"without a context the teacher says what the student says: KL at most {largest:.1e} nats at any token."
+        saw = f"without a context the teacher says what the student says: KL at most {largest:.1g} nats at any token."
         return find("pass", saw, figures=figures)
     return find(
         "fail",

@@ -60,7 +60,7 @@ def _vocabularies(patient: Patient) -> Iterator[Finding]:
                 "Compare the two prompts with `opsd show`; if only the wording of turns differs, give the teacher the "
                 "student's: save its tokenizer with the student's chat template.",
             )
-    special = {name: getattr(patient.tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    special = ", ".join(f"{name} {getattr(patient.tokenizer, f'{name}_token')!r}" for name in ("bos", "eos", "pad"))
     yield find("pass", f"one vocabulary of {len(patient.tokenizer):,} tokens; {special}.")
 
 
