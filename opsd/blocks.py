@@ -15,16 +15,16 @@ from typing import Any
 
 import jinja2
 from jinja2 import meta, nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import SecurityError
 
 from opsd import shipped
-from opsd.errors import TemplateError, did_you_mean
-from opsd.fields import FILTERS, written
+from opsd.errors import TemplateError, UnsafeTemplateError, did_you_mean
+from opsd.sandbox import MAX_CHARS, Sandbox
 from opsd.vetting import vet
 
 PARTS = ("system", "user", "assistant")
 PROMPT_NAMES = frozenset({"prompt", "messages", "system"})  # the student's own prompt in three forms, so not privileged
-MAX_PART_CHARS = 1_000_000  # about 250,000 tokens: not a prompt but a loop that ran away
+UNSAFE = (SecurityError, OverflowError, TimeoutError, MemoryError, RecursionError)
 MAX_SOURCE_BYTES = 1_000_000
 
 
@@ -49,6 +49,8 @@ def find_template(template: str | os.PathLike[str]) -> Path:
     known = shipped.names("templates")
     if isinstance(template, os.PathLike) or "/" in text or os.sep in text or text.endswith(".jinja"):
         path = Path(text).expanduser()
+        if path.is_file() and path.suffix != ".jinja":
+            raise TemplateError(f"a template's file ends in .jinja, and this is {path.name!r}. Rename it.")
         if path.is_file():
             return path
         problem = f"there is no template file {text!r}."
@@ -81,22 +83,6 @@ class TemplateLoader(jinja2.BaseLoader):
         return path.read_text(encoding="utf-8"), str(path), None
 
 
-class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox without its gaps: products, sums and powers that would fill the memory are refused."""
-
-    intercepted_binops = frozenset({"*", "+", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute `left operator right`, if the result is of a size that a prompt could need."""
-        if operator == "**" and not (isinstance(left, int | float) and abs(left) <= 1e6 and abs(right) <= 50):
-            raise OverflowError("a power this large is no part of a prompt")
-        sizes = [len(side) for side in (left, right) if isinstance(side, str | list | tuple)]
-        times = [abs(side) for side in (left, right) if isinstance(side, int)]
-        if sizes and (sum(sizes) if operator == "+" else sizes[0] * (times or [1])[0]) > MAX_PART_CHARS:
-            raise OverflowError(f"this makes more than {MAX_PART_CHARS:,} characters")
-        return super().call_binop(context, operator, left, right)
-
-
 class TemplateBlocks:
     """A template with all that it extends or includes; text outside blocks, and dynamic parents, are refused.
 
@@ -115,18 +101,11 @@ class TemplateBlocks:
         if isinstance(origin, TemplateText):
             self.name, entry, own = origin.name, origin.name, jinja2.DictLoader({origin.name: origin.source})
         else:
+            origin = origin.resolve()  # the file that was named may itself be a link
             self.name, entry, own = origin.stem, origin.name, TemplateLoader(origin.parent)
         self._vetted = trusted or (isinstance(origin, Path) and origin.parent == shipped.folder("templates"))
         self._loader = jinja2.ChoiceLoader([own, TemplateLoader(shipped.folder("templates"))])
-        self._environment = Sandbox(
-            loader=self._loader,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            finalize=written,
-            optimized=False,  # constants are computed when a template is rendered, within limits, not when it is read
-        )
-        self._environment.filters |= FILTERS
+        self._environment = Sandbox(self._loader)
         trees = self._parse_all(entry)
         line = self._line_of_descent(entry, trees)
         self._check_outline(line, trees)
@@ -153,6 +132,9 @@ class TemplateBlocks:
         if not self._vetted:
             vet(self.origin, self.digest, values)
             self._vetted = True
+        return self._rendered(values)
+
+    def _rendered(self, values: Mapping[str, Any]) -> dict[str, str]:
         context = self._templates[0].new_context(dict(values))
         # What Jinja does when it reaches `extends`: a block's elders stand behind it, for super().
         for elder in self._templates[1:]:
@@ -165,7 +147,7 @@ class TemplateBlocks:
         question = "What is it?"
         row = {"prompt": question, "messages": [{"role": "user", "content": question}], "system": ""}
         try:
-            parts = {part: text.strip() for part, text in self.render(row).items()}
+            parts = {part: text.strip() for part, text in self._rendered(row).items()}
         except TemplateError:  # it reads something in the question, which is more than repeating it
             return True
         return parts["user"] not in ("", question) or bool(parts["system"] or parts["assistant"])
@@ -200,10 +182,13 @@ class TemplateBlocks:
                 f"template {wanted_by!r} extends or includes {file!r}, which is neither beside it nor one of opsd's "
                 f"own.{did_you_mean(Path(file).stem, shipped.names('templates'))}"
             ) from error
-        except RecursionError as error:
-            raise TemplateError(f"template {file!r} nests deeper than a template has to.") from error
         except UnicodeDecodeError as error:
             raise TemplateError(f"template {file!r} is not text in UTF-8: {error}. Save it as UTF-8.") from error
+        except TemplateError:
+            raise
+        except (RecursionError, SyntaxError, MemoryError, ValueError) as error:  # what Python makes of Jinja's code
+            problem = f"template {file!r} nests deeper, or has longer numbers, than a template needs"
+            raise TemplateError(f"{problem} ({type(error).__name__}).") from error
 
     def _line_of_descent(self, entry: str, trees: Mapping[str, nodes.Template]) -> list[str]:
         """Return the template, its parent, its parent's parent and so on."""
@@ -248,15 +233,17 @@ class TemplateBlocks:
 
     def _render_part(self, part: str, context: jinja2.runtime.Context) -> str:
         pieces, size = [], 0
+        self._environment.begin()
         try:
             for block in context.blocks.get(part, [])[:1]:
                 for piece in block(context):
                     pieces.append(piece)
                     size += len(piece)
-                    if size > MAX_PART_CHARS:
-                        raise OverflowError(f"the block {part} writes more than {MAX_PART_CHARS:,} characters")
+                    if size > MAX_CHARS:
+                        raise OverflowError(f"the block {part} writes more than {MAX_CHARS:,} characters")
         except Exception as error:  # whatever a template's own code raises is the template's error
-            raise TemplateError(
+            kind = UnsafeTemplateError if isinstance(error, UNSAFE) else TemplateError
+            raise kind(
                 f"template {self.name!r} cannot be rendered{_place(error)}: {str(error).rstrip('.')}.\n{_advice(error)}"
             ) from error
         return "".join(pieces)

@@ -5,7 +5,8 @@ Knows names and nested values; what a row must hold is `data.py`'s business.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -33,6 +34,7 @@ FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
         "answer": ("answer", "info.answer"),
     },
 }
+LOOKED_AT = 256  # rows, of which some may leave a column empty
 # Without these a dataset is not of the format that was named.
 _REQUIRED = {"trl": "privileged_context", "ms-swift": "teacher_prompt", "verl": "answer", "prime-rl": "demonstration"}
 
@@ -55,10 +57,11 @@ def import_columns(dataset: Any, columns: str | Mapping[str, str] | None) -> Dat
             f"no format is called {columns!r}.{did_you_mean(columns, FORMATS)} Formats: {', '.join(FORMATS)}; or say "
             "which column is which: {answer: reward_model.ground_truth}."
         )
-    first: Mapping[str, Any] = next(iter(dataset), {})
-    sources = _sources(columns, first)
+    head: list[Mapping[str, Any]] = list(islice(iter(dataset), LOOKED_AT))
+    first = head[0] if head else {}
+    sources = _sources(columns, head)
     # A question that stands alone is what a chat's user says.
-    asks = isinstance(columns, str) and sources.get("prompt") == "question" and isinstance(first["question"], str)
+    asks = isinstance(columns, str) and sources.get("prompt") == "question" and isinstance(first.get("question"), str)
 
     def renamed(row: dict[str, Any]) -> dict[str, Any]:
         found = {ours: at_path(row, theirs) for ours, theirs in sources.items()}
@@ -72,22 +75,22 @@ def import_columns(dataset: Any, columns: str | Mapping[str, str] | None) -> Dat
     return dataset.map(renamed, remove_columns=gone, **cache)
 
 
-def _sources(columns: str | Mapping[str, str], first: Mapping[str, Any]) -> dict[str, str]:
-    """Return {ours: theirs} for the columns that the first row has."""
+def _sources(columns: str | Mapping[str, str], head: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return {ours: theirs} for the columns that one of the first rows has."""
     wanted: Mapping[str, tuple[str, ...]]
     if isinstance(columns, Mapping):
         wanted = {ours: (theirs,) for ours, theirs in columns.items()}
         required = set(wanted)
     else:
         wanted, required = FORMATS[columns], {_REQUIRED[columns]}
-    found = {}
+    found, has = {}, list(head[0]) if head else []
     for ours, candidates in wanted.items():
-        theirs = next((path for path in candidates if at_path(first, path) is not None), None)
+        theirs = next((path for path in candidates if any(at_path(row, path) is not None for row in head)), None)
         if theirs is not None:
             found[ours] = theirs
         elif ours in required:
             raise DataError(
-                f"columns={columns!r} finds {ours!r} under {' or '.join(map(repr, candidates))}, and the first row has "
-                f"none of these. It has: {', '.join(first)}.{did_you_mean(candidates[0], first)}"
+                f"columns={columns!r} finds {ours!r} under {' or '.join(map(repr, candidates))}, and the first rows "
+                f"have none of these. They have: {', '.join(has)}.{did_you_mean(candidates[0], has)}"
             )
     return found

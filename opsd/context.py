@@ -119,7 +119,7 @@ class PrivilegedContext(Context):
             DataError: the row's prompt cannot be used.
             TemplateError: a field is missing or empty, or the template fails on this row.
         """
-        return self._told(row, self._values(row, produced), side)
+        return self._told(row, self._values(row, produced, side), side)
 
     def _told(
         self, row: Mapping[str, Any], values: Mapping[str, Any], side: PromptRenderer | None
@@ -194,6 +194,10 @@ class PrivilegedContext(Context):
     def can_show(self, values: Mapping[str, Any]) -> bool:
         """Tell whether a row has what the template needs."""
         return all(any(not is_empty(at_path(values, name)) for name in group) for group in self._needs)
+
+    def may_show(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> list[Context]:
+        """Return itself."""
+        return [self]
 
     def shown_whole(self, names: Iterable[str]) -> set[str]:
         """Return those of these fields that may be shown at any length."""
@@ -274,14 +278,17 @@ class PrivilegedContext(Context):
                     f"reveal shows a share of {name!r} above 0 and up to 1, and is {share!r}. To show nothing, use no "
                     "context, or the level 'none' of a schedule."
                 )
+        if self.system is not None and not self.system.strip():
+            raise ConfigError("system is empty: the teacher's system turn would be none of your making. Leave it out.")
         check_cut(self.truncate_side, self.truncate_at)
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ConfigError(f"max_prompt_tokens is at least 1 or None (no limit), not {self.max_prompt_tokens!r}.")
 
-    def _values(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None) -> dict[str, Any]:
-        values = {**row, **(produced or {})}
-        for field, column in self._columns_of.items():
-            values[field] = at_path(values, column)
+    def _values(
+        self, row: Mapping[str, Any], produced: Mapping[str, Any] | None, side: PromptRenderer | None
+    ) -> dict[str, Any]:
+        given = {**row, **(produced or {})}
+        values = {**given, **{field: at_path(given, column) for field, column in self._columns_of.items()}}
         values |= self._constants
         for field in sorted(self.blocks.fields):
             if is_empty(values.get(field)):
@@ -294,7 +301,8 @@ class PrivilegedContext(Context):
                 )
         for field, share in self._shares.items():
             if not is_empty(values.get(field)):
-                values[field] = reveal(values[field], share, self.truncate_at)
+                with read_by(side):
+                    values[field] = reveal(values[field], share, self.truncate_at)
         # An optional field without a value is not there: `is defined` is all that a template has to ask.
         return {k: v for k, v in values.items() if k not in self.blocks.optional_fields or not is_empty(v)}
 
@@ -336,7 +344,7 @@ class PrivilegedContext(Context):
                 f"{problem}.\nCut off at the limit, it would lose the question or what the teacher is to know.\n"
                 f"Raise max_prompt_tokens, or name a field that may be shortened: truncate= ({fields})."
             )
-        values, field = self._values(row, produced), self.truncate
+        values, field = self._values(row, produced, side), self.truncate
 
         def ids(value: Any) -> list[int]:
             prompt, prefill = self._told(row, {**values, field: value}, side)

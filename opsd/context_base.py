@@ -9,7 +9,6 @@ import dataclasses
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -28,14 +27,21 @@ class ContextCounts:
     shortened: int = 0
     tokens_cut: int = 0
     # of a schedule: prompts per level, and prompts whose row lacked what the level picked for it needs
-    levels: Counter[str] = dataclasses.field(default_factory=Counter)
+    levels: dict[str, int] = dataclasses.field(default_factory=dict)
     fell_back: int = 0
 
     def __add__(self, other: ContextCounts) -> ContextCounts:
         """Return both together."""
-        return ContextCounts(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)}
-        )
+        return self._with(other, 1)
+
+    def __sub__(self, other: ContextCounts) -> ContextCounts:
+        """Return what was counted since the other."""
+        return self._with(other, -1)
+
+    def _with(self, other: ContextCounts, sign: int) -> ContextCounts:
+        names = [f.name for f in dataclasses.fields(self) if f.name != "levels"]
+        levels = {k: self.levels.get(k, 0) + sign * other.levels.get(k, 0) for k in {**self.levels, **other.levels}}
+        return ContextCounts(**{n: getattr(self, n) + sign * getattr(other, n) for n in names}, levels=levels)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -125,6 +131,10 @@ class Context(ABC):
     @abstractmethod
     def can_show(self, values: Mapping[str, Any]) -> bool:
         """Tell whether a row has what is needed; the values are its own and what training made."""
+
+    @abstractmethod
+    def may_show(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> list[Context]:
+        """Return what a row may be shown at any step."""
 
     @abstractmethod
     def shown_whole(self, names: Iterable[str]) -> set[str]:

@@ -65,9 +65,10 @@ def with_derived(dataset: Dataset | IterableDataset, needed: Iterable[str], colu
             raise DataError(f"{name!r} is made from other rows, and a stream knows one at a time. Load a Dataset.")
         base = "answer" if name == WRONG else name.removeprefix(OTHER)
         values, prompts = list(dataset[base]), list(dataset["prompt"])
-        made = [_other(number, values, prompts, base) for number in range(len(values))]
-        if name == WRONG:
-            made = [_wrong(number, value, made[number]) for number, value in enumerate(values)]
+        made = [
+            _near_miss(number, value) if name == WRONG and _is_whole(value) else _other(number, values, prompts, base)
+            for number, value in enumerate(values)
+        ]
         dataset = dataset.add_column(name, made)
     return dataset
 
@@ -85,10 +86,13 @@ def _other(number: int, values: list[Any], prompts: list[Any], base: str) -> Any
     )
 
 
-def _wrong(number: int, value: Any, other: Any) -> Any:
-    """Return a near miss of a whole number, and another row's answer of anything else."""
-    if isinstance(value, bool) or not _INTEGER.fullmatch(str(value).strip()):
-        return other
+def _near_miss(number: int, value: Any) -> Any:
+    """Return a whole number near another one, in its own type."""
     drawn = random.Random(number)
-    miss = int(str(value)) + drawn.choice([-1, 1]) * drawn.randrange(1, 10)
+    step = drawn.choice([-1, 1]) * drawn.randrange(1, 10)
+    miss = int(str(value)) + step
     return miss if isinstance(value, int) else str(miss)
+
+
+def _is_whole(value: Any) -> bool:
+    return not isinstance(value, bool) and _INTEGER.fullmatch(str(value).strip()) is not None

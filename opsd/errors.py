@@ -7,6 +7,7 @@ the rule that was broken, why the rule exists, and the way out. `assert` is for 
     ├── ConfigError             (ValueError)          a setting, or a combination of settings, that cannot work
     ├── DataError               (ValueError)          a dataset, a row or a column
     ├── TemplateError           (ValueError)          a template: its syntax, its fields, its use
+    │   └── UnsafeTemplateError                       it leaves the sandbox, or spends too much
     ├── TokenizerMismatchError  (ValueError)          student and teacher do not mean the same by the same ids
     ├── UnsupportedModelError   (TypeError)           a model whose head or forward pass opsd cannot reproduce
     ├── AlignmentError          (RuntimeError)        student and teacher did not score the same tokens
@@ -37,6 +38,10 @@ class DataError(OPSDError, ValueError):
 
 class TemplateError(OPSDError, ValueError):
     """A template that does not parse, asks for what the rows lack, or shows the teacher nothing."""
+
+
+class UnsafeTemplateError(TemplateError):
+    """A template that reaches for what it may not touch, or spends more than a prompt could need."""
 
 
 class TokenizerMismatchError(OPSDError, ValueError):

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import jinja2
-
 from opsd.prompts import PromptRenderer
 from opsd.shortening import Boundary, Side, count_tokens, first_share, longest_that_fits
 
@@ -63,12 +61,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "\n".join(map(as_text, value))
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, Mapping) else str(value)
-
-
-@jinja2.pass_context  # keeps Jinja from computing constants when it compiles, before any limit holds
-def written(_: jinja2.runtime.Context, value: Any) -> Any:
-    """Finalise an expression's value: `as_text`, but for what Jinja itself has to see."""
-    return value if isinstance(value, jinja2.Undefined) else as_text(value)
 
 
 def truncate_tokens(value: Any, count: int, side: Side = "tail", at: Boundary = "token") -> str:

@@ -36,6 +36,8 @@ class FollowStudent(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let it move, and log what it says of itself: the latest, not a mean."""
+        for context in self._contexts:  # an evaluation may follow
+            context.step = state.global_step
         self._tell(self._teacher.after_step(state.global_step))
         for name, value in self._teacher.metrics.items():
             self._metrics[name] = [value]

@@ -8,7 +8,7 @@ rewards; nothing of models or losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -30,8 +30,14 @@ PRODUCED = ("sibling", "feedback", "attempt", "pass_rate")
 PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in PRODUCED}, "pass_rate": 0.0}
 STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
 
+
 Decode = Callable[[Sequence[Ids]], Sequence[str]]
 CanShow = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+
+
+def placeholders(names: Iterable[str], row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what stands for what training makes, in a row's prompt that is rendered before training."""
+    return {name: PLACEHOLDERS[name] for name in names if name != "pass_rate" or name not in row}
 
 
 @dataclass(frozen=True)

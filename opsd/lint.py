@@ -16,7 +16,7 @@ from jinja2 import meta, nodes
 
 from opsd.blocks import PROMPT_NAMES
 from opsd.context import PrivilegedContext
-from opsd.errors import DataError, OPSDError, TemplateError, did_you_mean
+from opsd.errors import DataError, OPSDError, TemplateError, UnsafeTemplateError, did_you_mean
 from opsd.fields import is_empty
 from opsd.findings import Finding, listed
 from opsd.prompts import PromptRenderer, text_of, turns_of
@@ -175,8 +175,15 @@ def _trial(
                     )
                     return
             done += 1
-        except TemplateError as error:
+        except UnsafeTemplateError as error:
             yield Finding("rendering", "fail", f"row {number}: {error}" if rows else str(error))
+            return
+        except TemplateError as error:
+            if rows:
+                yield Finding("rendering", "fail", f"row {number}: {error}")
+            else:  # made-up values are words, and a column may hold anything
+                told = f"could not be tried with made-up values: {error}"
+                yield Finding("rendering", "skip", told, "Try it with rows: --dataset_name.")
             return
         except DataError as error:
             yield Finding("rendering", "warn", f"row {number}: {error}")

@@ -25,7 +25,7 @@ from opsd.data import check_completions, row_columns
 from opsd.derived import ready_rows
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.forward import context_length, counting_passes, embedded_tokens
-from opsd.groups import PLACEHOLDERS, Groups
+from opsd.groups import Groups, placeholders
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weights import adapter_adds_nothing, digest
@@ -200,7 +200,6 @@ def check_rows_fit(
     """
     if not isinstance(dataset, Dataset):
         return
-    made = {name: PLACEHOLDERS[name] for name in produced}
     limit, words = context_length(student.model), embedded_tokens(student.model)
     for number, row in enumerate(islice(dataset, CHECKED_ROWS)):
         own = student.renderer.ids(row["prompt"])
@@ -215,13 +214,15 @@ def check_rows_fit(
         for view in teacher.views_of(row):
             if view.context is None:
                 continue
-            try:
-                prompt = view.prompt_ids(row, made)
-            except DataError as error:
-                raise DataError(f"row {number}: {error}") from error
-            # What training makes may be as long as a completion.
-            to_come = max_new_tokens * (1 + _whole_rollouts_shown(view.context, produced))
-            check_lengths(view.max_length, [prompt], [to_come], "teacher", first_row=number)
+            made = placeholders(produced, row)
+            for context in view.context.may_show(row, made):
+                try:
+                    prompt = context.render(row, made, side=view.renderer)
+                except DataError as error:
+                    raise DataError(f"row {number}: {error}") from error
+                # What training makes may be as long as a completion.
+                to_come = max_new_tokens * (1 + _whole_rollouts_shown(context, produced))
+                check_lengths(view.max_length, [prompt], [to_come], "teacher", first_row=number)
     _forget_counts(teacher)
 
 
@@ -346,7 +347,7 @@ def measured_cost(
         rows = [dataset[number] for number in drawn]
     else:
         rows = list(islice(iter(dataset), PROBED_ROWS))
-    made: list[dict[str, Any]] = [{name: PLACEHOLDERS[name] for name in produced} for _ in rows]
+    made: list[dict[str, Any]] = [placeholders(produced, row) for row in rows]
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], produced=made)
     with counting_passes() as sequences:

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from opsd.errors import DataError
 
 if TYPE_CHECKING:
@@ -43,18 +45,25 @@ class PromptRenderer:
         return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
 
     def transcript(self, messages: list[dict[str, Any]]) -> str:
-        """Return messages as the chat template writes them, with nothing begun after them."""
-        return self._apply(messages, tokenize=False, add_generation_prompt=False)
+        """Return messages as the chat template writes them inside a prompt: no tools, no first token, no opening."""
+        text = dataclasses.replace(self, tools=None)._apply(messages, tokenize=False, add_generation_prompt=False)
+        begin = self.tokenizer.bos_token
+        # A first token that also opens turns is part of them.
+        return text.removeprefix(begin) if begin and text.count(begin) == 1 else text
 
     @property
     def opening(self) -> str:
         """What the chat template writes where the assistant is to speak, behind a user turn; "" without a template."""
         turns = [{"role": "user", "content": "?"}]
         try:
-            begun, ended = self._apply(turns, tokenize=False), self.transcript(turns)
-        except ValueError:  # a tokenizer without a chat template
+            begun, ended = (
+                self._apply(turns, tokenize=False, add_generation_prompt=begins) for begins in (True, False)
+            )
+        except (ValueError, jinja2.TemplateError):  # no chat template, or one that wants other turns
             return ""
-        return begun.removeprefix(ended)
+        if not begun.startswith(ended):  # some write an end of text where nothing is to be generated (Phi-3)
+            ended = ended.removesuffix(self.tokenizer.eos_token or "")
+        return begun.removeprefix(ended) if begun.startswith(ended) else ""
 
     def _apply(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **form: bool) -> Any:
         return self.tokenizer.apply_chat_template(

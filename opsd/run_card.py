@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__
 from opsd.errors import CheckpointError
-from opsd.groups import PLACEHOLDERS
+from opsd.groups import placeholders
 
 if TYPE_CHECKING:
     from opsd.trainer import OPSDTrainer
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 JSON, MARKDOWN = "run_card.json", "run_card.md"
 SHOWN_ROWS = 3
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "jinja2", "numpy", "tokenizers")
+_SECRET = re.compile(r"(?:.*_)?(?:token|auth_token|api_key|key|password|secret)", re.IGNORECASE)
+_USER = re.compile(r"(?<=:)//[^/@\s]+@")
 # Where two runs always differ, and what says nothing of the training.
 _OF_THE_PLACE = ("settings.output_dir", "settings.logging_dir", "settings.run_name", "settings.resume_from_checkpoint")
 
@@ -39,8 +42,8 @@ def write_run_card(trainer: OPSDTrainer) -> None:
     card = run_card(trainer)
     folder = Path(trainer.args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(json.dumps(card, indent=2, ensure_ascii=False, default=str) + "\n")
-    (folder / MARKDOWN).write_text(as_markdown(card))
+    (folder / JSON).write_text(json.dumps(card, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
+    (folder / MARKDOWN).write_text(as_markdown(card), "utf-8")
 
 
 def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
@@ -104,17 +107,28 @@ def _cpu() -> str:
 
 
 def _settings(trainer: OPSDTrainer) -> dict[str, Any]:
-    """Return every training argument; tokens of hubs are not among them."""
-    return {name: value for name, value in trainer.args.to_dict().items() if "token" not in name or "tokens" in name}
+    """Return every training argument; what opens a door is not among them."""
+    return _without_secrets(trainer.args.to_dict())
+
+
+def _without_secrets(value: Any) -> Any:
+    """Leave out tokens, keys and passwords, at every depth, and names and passwords in addresses."""
+    if isinstance(value, Mapping):
+        return {k: "(left out)" if v and _SECRET.fullmatch(str(k)) else _without_secrets(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(item) for item in value]
+    return _USER.sub("//", value) if isinstance(value, str) else value
 
 
 def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
-    made = {name: PLACEHOLDERS[name] for name in trainer.groups.produced}
     decode = trainer.student.tokenizer.decode
     for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
-        shown = {}
+        shown: dict[str, str] = {}
+        made = placeholders(trainer.groups.produced, row)
         for view in trainer.teacher.views_of(row):
             name = view.context.name if view.context else "the student's own prompt"
+            while name in shown:  # several of one template, which differ in their settings
+                name += "'"
             shown[name] = view.renderer.tokenizer.decode(view.prompt_ids(row, made))
         yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
     for context in trainer.training_loss.contexts:
@@ -182,7 +196,7 @@ def read_card(run: str) -> dict[str, Any]:
             f"{run!r} holds no {JSON}. Every run writes one into its output folder when it begins; name that folder."
         )
     try:
-        return json.loads(found.read_text())
+        return json.loads(found.read_text("utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{found} is no JSON: {error}. It was damaged; take it from a backup.") from error
 

@@ -78,7 +78,7 @@ class ContextSchedule(Context):
         self._until_rate = dict(until_pass_rate or {})
         self._rate, self._seed = pass_rate, seed
         self._fallback = dict(fallback or {})
-        self._counts = ContextCounts()
+        self._counts = self._no_counts()
         self._check_settings()
         needed = [context.fields if context else frozenset() for context in self.levels.values()]
         optional = [context.optional_fields for context in self.levels.values() if context]
@@ -179,6 +179,11 @@ class ContextSchedule(Context):
         """Tell whether the row's level, or what that falls back to, has what it needs."""
         return self._usable(self.pick(values), values) is not None
 
+    def may_show(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> list[Context]:
+        """Return the contexts of every level that may be picked for a row, and of what it falls back to."""
+        usable = {self._usable(level, {**row, **(produced or {})}) for level in self._picked}
+        return [context for level, context in self.levels.items() if level in usable and context is not None]
+
     def shown_whole(self, names: Iterable[str]) -> set[str]:
         """Return those of these fields that some level shows at any length."""
         names = list(names)
@@ -191,7 +196,7 @@ class ContextSchedule(Context):
 
     def forget_counts(self) -> None:
         """Count from here."""
-        self._counts = ContextCounts()
+        self._counts = self._no_counts()
         for context in self.levels.values():
             if context:
                 context.forget_counts()
@@ -202,6 +207,9 @@ class ContextSchedule(Context):
         levels = {name: context and context.description for name, context in self.levels.items()}
         rule = {"weights": self._weights, "until_step": self._until_step, "until_pass_rate": self._until_rate}
         return {"levels": levels, "fallback": self._fallback, "seed": self._seed, "pass_rate": self._rate, **rule}
+
+    def _no_counts(self) -> ContextCounts:
+        return ContextCounts(levels=dict.fromkeys(self.levels, 0))
 
     @property
     def _rule(self) -> Mapping[str, float]:
@@ -217,7 +225,9 @@ class ContextSchedule(Context):
         """Every level that `pick` may return."""
         if not self._rule:
             return [next(iter(self.levels))]
-        return list(self._weights or dict.fromkeys([*self._rule, self._last]))
+        if self._weights:
+            return [level for level, weight in self._weights.items() if weight > 0]
+        return list(dict.fromkeys([*self._rule, self._last]))
 
     def _chain(self, level: str) -> Iterator[str]:
         """Yield a level and what it falls back to, one after the other."""

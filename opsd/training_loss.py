@@ -60,6 +60,7 @@ class TrainingLoss:
         self.anchor: Teacher | None = SameCheckpointTeacher() if args.anchor_coef else None
         self.contrast = None if args.contrast_context is None else teacher.showing(args.contrast_context)
         self.selection = TokenSelection()
+        self._counted = ContextCounts()  # what contexts had counted when it was last logged
 
     @property
     def teachers(self) -> list[Teacher]:
@@ -125,7 +126,8 @@ class TrainingLoss:
     def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
         """Return what was left out or shortened on the way from rollouts to tokens that are trained on, as shares."""
         contexts = {id(context): context for context in self.teacher.contexts}.values()
-        shares = sum((context.counts for context in contexts), ContextCounts()).metrics if contexts else {}
+        counts = sum((context.counts for context in contexts), ContextCounts())
+        shares, self._counted = (counts - self._counted).metrics if contexts else {}, counts
         if self.selection.selects:
             shares["tokens/left_out"] = 1.0 - shown.num_scorable / max(sampled.num_scorable, 1)
         return shares

@@ -6,15 +6,18 @@ asks for gigabytes. The child is this file as a program. Knows templates; nothin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.errors import TemplateError
+from opsd.errors import TemplateError, UnsafeTemplateError
 
 if TYPE_CHECKING:
     from opsd.blocks import TemplateText
@@ -38,30 +41,30 @@ def vet(origin: Path | TemplateText, digest: str, values: Mapping[str, Any]) -> 
     if digest in _passed:
         return
     name, source = (str(origin), None) if isinstance(origin, Path) else (origin.name, origin.source)
-    # Other types than JSON's become text, which is all that a template can make of them.
-    order = json.dumps({"name": name, "source": source, "values": values}, default=str)
-    here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.getenv("PYTHONPATH")])])}
-    command = [sys.executable, "-m", "opsd.vetting"]
+    order = pickle.dumps({"name": name, "source": source, "values": dict(values)})
+    # What this process imports from, and not the current folder, whose files a stranger may have written.
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
+    command = [sys.executable, "-P", "-m", "opsd.vetting"]
     try:
-        done = subprocess.run(
-            command, input=order, capture_output=True, text=True, timeout=2 * SECONDS, env={**os.environ, **here}
-        )
+        done = subprocess.run(command, input=order, capture_output=True, timeout=3 * SECONDS, env=env)
     except subprocess.TimeoutExpired as error:
         raise _spent(name, f"{SECONDS} seconds") from error
     if done.returncode == 0:
         _passed.add(digest)
         return
     if done.stdout:
-        raise TemplateError(json.loads(done.stdout)["error"])
-    if "MemoryError" in done.stderr:
+        told = json.loads(done.stdout)
+        raise (UnsafeTemplateError if told["unsafe"] else TemplateError)(told["error"])
+    if b"MemoryError" in done.stderr:
         raise _spent(name, f"{MEGABYTES} MB")
-    if done.returncode < 0:  # ended by a signal: the processor time was spent
+    if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):  # the processor time was spent
         raise _spent(name, f"{SECONDS} seconds")
-    raise TemplateError(f"template {name!r} could not be tried out: {done.stderr.strip()[-500:]}")
+    told = done.stderr.decode(errors="replace").strip()[-500:]
+    raise TemplateError(f"template {name!r} could not be tried out (status {done.returncode}): {told}")
 
 
-def _spent(name: str, what: str) -> TemplateError:
-    return TemplateError(
+def _spent(name: str, what: str) -> UnsafeTemplateError:
+    return UnsafeTemplateError(
         f"template {name!r} cannot be rendered within {what}, so it was stopped.\nA prompt is rendered for every "
         "rollout, and a template that takes this much would stop training. Look for loops within loops, and for widths "
         "or repetitions of a size that no prompt has."
@@ -74,13 +77,16 @@ def _limit() -> None:
         import resource
     except ImportError:  # Windows
         return
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEGABYTES * 2**20, MEGABYTES * 2**20))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    wanted = {resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_AS: MEGABYTES * 2**20, resource.RLIMIT_CORE: 0}
+    for kind, value in wanted.items():
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        with contextlib.suppress(ValueError, OSError):  # macOS knows RLIMIT_AS and refuses to set it
+            resource.setrlimit(kind, (value, value))
 
 
 def _main() -> int:
-    order = json.load(sys.stdin)
+    order = pickle.load(sys.stdin.buffer)  # from the parent
     _limit()
     from opsd.blocks import TemplateBlocks, TemplateText
 
@@ -90,7 +96,7 @@ def _main() -> int:
     except TemplateError as error:
         if isinstance(error.__cause__, MemoryError):
             raise MemoryError from error
-        print(json.dumps({"error": str(error)}))
+        print(json.dumps({"error": str(error), "unsafe": isinstance(error, UnsafeTemplateError)}))
         return 1
     return 0
 

@@ -191,6 +191,9 @@ MERGING = (  # Gemma's way: no system turn, its words go into the user's
     "{{ first if loop.first }}{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}" + CHATML
+)
 DROPPING = MERGING.replace("{{ first if loop.first }}", "")
 HEADLESS = CHATML.replace("{% if add_generation_prompt %}", "{% if false %}")
 SHORTENING = CHATML.replace("message['content'] +", "message['content'][-40:] +")
@@ -265,6 +268,13 @@ GALLERY: dict[str, Case] = {
         "prompts",
         "system turn is missing",
         "fail",
+    ),
+    "a system turn that only the student has": Case(
+        "Qwen2.5 and SmolLM2: a default system turn, which a rule for the teacher takes the place of",
+        Setup(RULED.teacher, with_template(DEFAULT), rows=RULE),
+        Setup(RULED.teacher, with_template(DEFAULT), rows=RULE, settings={"student_system_prompt": "You help."}),
+        "prompts",
+        "writes a system turn where a prompt has none.*You help",
     ),
     "turns end where sampling does not stop": Case(
         "modelscope/ms-swift #9526; a base model with a chat template of its own",

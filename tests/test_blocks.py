@@ -115,7 +115,7 @@ def test_template_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ("\n{{ answer.unit }}", r"line 3.*'unit'.*\nGuard"),
         ("{% if a is defined %}{% endif %}{{ answer }}{{ a }}", r"'a' is undefined"),
         ("{{ answer + 1 }}", "line 2.*concatenate"),
-        ("{% for i in range(10 ** 9) %}{{ answer }}{% endfor %}", "Range too big"),
+        ("{% for i in range(10 ** 9) %}{{ answer }}{% endfor %}", "larger than any number"),
         ("{% for i in range(90000) %}{{ answer * 10 }}{% endfor %}", "more than 1,000,000 characters"),
     ],
 )

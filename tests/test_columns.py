@@ -74,7 +74,7 @@ def test_a_mapping_renames_columns_and_reaches_into_nested_ones() -> None:
     ("columns", "error", "problem"),
     [
         ("verll", ConfigError, "'verll'. Did you mean 'verl'"),
-        ("verl", DataError, "'answer' under 'reward_model.ground_truth'.*It has: prompt, solutions"),
+        ("verl", DataError, "'answer' under 'reward_model.ground_truth'.*They have: prompt, solutions"),
         ({"solution": "solution"}, DataError, "Did you mean 'solutions'"),
     ],
 )

@@ -160,9 +160,8 @@ def test_a_curriculum_moves_with_the_steps_of_a_run_and_is_logged(tmp_path: Path
     schedule = ContextSchedule(["trace", "answer"], until_step={"trace": 2})
     trainer = make_trainer(tmp_path, SameCheckpointTeacher(context=schedule), max_steps=4)
     trainer.train()
-    # shares of all prompts so far: two steps of trace, then two of answer
-    assert logged(trainer, "context/level/trace") == [1.0, 1.0, pytest.approx(2 / 3), 0.5]
-    assert logged(trainer, "context/level/answer")[-2:] == [pytest.approx(1 / 3), 0.5]
+    assert logged(trainer, "context/level/trace") == [1.0, 1.0, 0.0, 0.0]
+    assert logged(trainer, "context/level/answer") == [0.0, 0.0, 1.0, 1.0]
 
 
 def test_a_run_with_a_drawn_schedule_resumes_to_the_same_weights(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import time
 from pathlib import Path
@@ -11,10 +12,11 @@ import psutil
 import pytest
 
 from opsd import vetting
-from opsd.blocks import MAX_PART_CHARS, MAX_SOURCE_BYTES
+from opsd.blocks import MAX_SOURCE_BYTES
 from opsd.cli import main
 from opsd.context import PrivilegedContext
 from opsd.errors import TemplateError
+from opsd.sandbox import MAX_CHARS, SECONDS
 
 ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "What is 12 + 7?"}], "answer": "19", "steps": ["a", "b"]}
 REACHED = "REACHED"
@@ -119,15 +121,22 @@ def test_a_child_that_does_not_end_is_stopped_and_leaves_no_process(tmp_path: Pa
     path = tmp_path / "stranger.jinja"
     path.write_text(block(SPENDERS["loops in loops"]))
     start = time.perf_counter()
-    assert f"within {vetting.SECONDS} seconds" in refusal(path)
-    assert time.perf_counter() - start >= vetting.SECONDS * 0.5
+    assert f"takes longer than {SECONDS:g} seconds" in refusal(path)
+    assert time.perf_counter() - start >= SECONDS
     assert not psutil.Process().children(recursive=True)
 
 
-def test_the_childs_memory_is_bounded(tmp_path: Path) -> None:
-    path = tmp_path / "stranger.jinja"
-    path.write_text(block(SPENDERS["ljust"]))
-    assert f"within {vetting.MEGABYTES} MB" in refusal(path)
+@pytest.mark.parametrize(("spend", "bound"), [("while True: pass", "5 seconds"), ("x = 'x' * 10**10", "512 MB")])
+def test_the_child_itself_is_bounded_whatever_the_sandbox_lets_through(
+    spend: str, bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hole in the sandbox, made on purpose: a filter that runs away, in the child only."""
+    hole = f"import opsd.fields\ndef hole(value, share):\n    {spend}\nopsd.fields.FILTERS['reveal'] = hole\n"
+    (tmp_path / "sitecustomize.py").write_text(hole)
+    monkeypatch.syspath_prepend(tmp_path)
+    context = PrivilegedContext.from_string(block("{{ answer | reveal(0.5) }}"))
+    with pytest.raises(TemplateError, match=f"within {bound}"):
+        context.messages(ROW)
 
 
 @pytest.mark.parametrize("reference", ["../secret.jinja", "link.jinja", "secret.txt", "folder/../../secret.jinja"])
@@ -195,10 +204,79 @@ def test_training_caps_what_a_template_writes_after_it_has_passed() -> None:
     """One that behaves on the row it is tried with, and not on a later one."""
     context = PrivilegedContext.from_string(block("{% for i in range(answer | int) %}{{ answer * 100 }}{% endfor %}"))
     context.messages(ROW)
-    with pytest.raises(TemplateError, match=f"more than {MAX_PART_CHARS:,} characters"):
+    with pytest.raises(TemplateError, match=f"more than {MAX_CHARS:,} characters"):
         context.messages({**ROW, "answer": "90000"})
     with pytest.raises(TemplateError, match="more than 1,000,000 characters"):
         PrivilegedContext.from_string(block("{{ answer * (answer | int) }}")).messages({**ROW, "answer": "9" * 7})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
+        "{{ answer.ljust(3000000000) | length }}",
+        "{{ answer | center(3000000000) | length }}",
+        "{{ '{:>1000000000}'.format(answer) | length }}",
+        "{{ '%1000000000s' % answer }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%1000000000s' | format(answer) }}",
+        "{{ (answer * 900000).replace('1', answer * 900000) | length }}",
+        "{{ (answer * 90000) | replace('1', answer * 900000) | length }}",
+        "{{ (answer * 400000).join(range(90000) | map('string') | list) | length }}",
+        "{{ range(90000) | map('string') | list | join(answer * 400000) | length }}",
+        "{% set x %}{% for i in range(99999) %}{{ answer * 1000 }}{% endfor %}{% endset %}",
+        "{% set x %}{% for i in range(99999) %}" + "x" * 5000 + "{% endfor %}{% endset %}",
+        "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "{{ steps | batch(900000000, 'x') | list | length }}",
+    ],
+)
+def test_a_template_that_behaves_when_it_is_tried_out_is_bounded_afterwards_too(body: str) -> None:
+    """The child sees one row; what a template does with the next is bounded in this process, in time and memory."""
+    context = PrivilegedContext.from_string(
+        block("{% for once in range(1 if answer == '11' else 0) %}" + body + "{% endfor %}")
+    )
+    context.messages(ROW)
+    start, before = time.perf_counter(), psutil.Process().memory_info().rss
+    with pytest.raises(TemplateError, match="cannot be rendered"):
+        context.messages({**ROW, "answer": "11"})
+    assert time.perf_counter() - start < 3 * SECONDS
+    assert psutil.Process().memory_info().rss - before < 100 * 2**20
+
+
+def test_a_template_without_needed_fields_is_tried_out_with_the_first_row_that_fills_it(tmp_path: Path) -> None:
+    path = tmp_path / "stranger.jinja"
+    spends = "{% if answer is defined %}" + SPENDERS["loops in loops"] + "{% endif %}"
+    path.write_text(block("").replace("{{ answer }}", spends))
+    assert "stranger" in refusal(path)
+
+
+def test_the_child_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("jinja2", "json", "pickle", "random", "opsd"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / REACHED)!r}, 'w').close()")
+    PrivilegedContext.from_string(block("from here")).messages(ROW)
+    assert not (tmp_path / REACHED).exists()
+
+
+def test_values_reach_the_child_as_they_are() -> None:
+    context = PrivilegedContext.from_string(block("{{ when.year }} {{ amount | round(1) }}"))
+    row = {**ROW, "when": datetime.date(2026, 11, 24), "amount": 2.25}
+    assert context.messages(row)[0][0]["content"].endswith("2026 2.2")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for x in steps %}" * 25 + "{% endfor %}" * 25,
+        "{% if answer %}" * 120 + "{% endif %}" * 120,
+        "{{ " + "9" * 5000 + " }}",
+    ],
+    ids=["loops", "conditions", "digits"],
+)
+def test_what_python_cannot_compile_is_a_template_error(body: str) -> None:
+    with pytest.raises(TemplateError):
+        PrivilegedContext.from_string(block(body)).messages(ROW)
 
 
 def test_a_template_is_tried_out_once_and_opsds_own_never(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,12 +35,13 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the options of `opsd doctor`; what it does not know are settings of the run."""
     parser = argparse.ArgumentParser(
         prog="opsd doctor",
+        usage="opsd doctor [CONFIG.yaml] [options] [--key value …]",
+        allow_abbrev=False,
         description="Examine a run before step 1: tokenizers and turns, alignment, where student and teacher differ, "
         "prompts, leaks, whether the teacher is any good, cost, environment. Each check says what it saw and what to "
         "do. Exit status 1 if one fails. `opsd train` does the same before it begins.",
         epilog="Settings of the run may follow: opsd doctor run.yaml --context hint --learning_rate 3e-5",
     )
-    parser.add_argument("config", nargs="?", help="a run's YAML file")
     parser.add_argument("--rows", type=int, default=16, help="rows to look at (default: 16)")
     parser.add_argument("--only", metavar="CHECK,…", help=f"some of: {', '.join(list(TITLES)[1:])}")
     grades = "tells right answers from wrong ones (default: the run's reward functions, else what fits `answer`)"
@@ -52,11 +53,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Examine, print, and return 1 if training would be wrong."""
-    options, settings = make_parser().parse_known_args(arguments)
+    has_file = bool(arguments) and not arguments[0].startswith("-")
+    options, settings = make_parser().parse_known_args(list(arguments)[1 if has_file else 0 :])
     from opsd.doctor import refused
     from opsd.run_file import read_run
 
-    run = read_run(Path(options.config) if options.config else None, settings)
+    run = read_run(Path(arguments[0]) if has_file else None, settings)
     to_pipe = options.json == "-"
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(sys.stderr):
         warnings.simplefilter("always", OPSDWarning)
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     examination = with_warnings(examination, caught)
     if options.json:
         text = json.dumps(examination.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n"
-        print(text, end="") if to_pipe else Path(options.json).write_text(text)
+        print(text, end="") if to_pipe else Path(options.json).write_text(text, "utf-8")
     if not to_pipe:
         show(examination, Console())
     return int(examination.failed)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from rich.columns import Columns
 from rich.console import Console, Group
 from rich.panel import Panel
@@ -17,10 +19,11 @@ from opsd.build import rows_of
 from opsd.data import completion_of, row_columns
 from opsd.derived import ready_rows
 from opsd.errors import ConfigError
-from opsd.groups import PLACEHOLDERS, PRODUCED
+from opsd.groups import PRODUCED, placeholders
 from opsd.models import check_model_name
 from opsd.prompts import PromptRenderer
 from opsd.run_file import Run, read_run
+from opsd.schedule import LEVELS
 from opsd.teachers import Teacher, load_teacher
 
 BOUNDARY = " ▏"
@@ -40,7 +43,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_name_or_path", help="whose tokenizer and chat template (no weights are loaded)")
     parser.add_argument("--dataset_name", help="a file, a folder or a hub id")
     parser.add_argument("--teacher", help="a recipe's name or path, whose context is shown")
-    parser.add_argument("--context", nargs="+", metavar="TEMPLATE", help="names or paths; several are compared")
+    parser.add_argument(
+        "--context",
+        nargs="+",
+        metavar="TEMPLATE",
+        help=f"names, paths, or levels ({', '.join(LEVELS)}); several are compared",
+    )
     parser.add_argument("--row", nargs="+", type=int, default=[0], metavar="N", help="row numbers (default: 0)")
     parser.add_argument("--completion", help="completion to show (default: the row's own, else a placeholder)")
     return parser
@@ -55,18 +63,19 @@ def main(arguments: Sequence[str]) -> int:
     system = run.args.student_system_prompt
     rows = rows_of(run, run.run.dataset_train_split)
     dataset = ready_rows(rows, name=run.run.dataset_name or "", system_prompt=system, needed=needed)
-    for number in options.row:
-        if not 0 <= number < len(dataset):
-            raise ConfigError(f"the dataset has rows 0 to {len(dataset) - 1}, and row {number} was asked for.")
     for teacher in teachers:
         teacher.check_rows(dataset, row_columns(dataset), made)
+    shown = dataset if isinstance(dataset, Dataset) else list(islice(iter(dataset), max(options.row) + 1))
+    for number in options.row:
+        if not 0 <= number < len(shown):
+            raise ConfigError(f"the dataset has rows 0 to {len(shown) - 1}, and row {number} was asked for.")
     tokenizer = AutoTokenizer.from_pretrained(
         check_model_name(model), revision=run.model.model_revision, trust_remote_code=run.args.trust_remote_code
     )
     renderer = PromptRenderer(tokenizer, None, run.args.chat_template_kwargs or {})
     console = Console()
     for number in options.row:
-        row = dataset[number]
+        row = shown[number]
         completion, origin = _completion(options.completion, row, tokenizer)
         sides = [("student", renderer.ids(row["prompt"]))]
         sides += [side for teacher in teachers for side in _teacher_sides(teacher, row, renderer, made)]
@@ -92,7 +101,7 @@ def _teacher_sides(
     teacher: Teacher, row: Mapping[str, Any], renderer: PromptRenderer, made: Sequence[str]
 ) -> list[tuple[str, list[int]]]:
     """Return title and prompt of every teacher that scores this row."""
-    produced = {name: PLACEHOLDERS[name] for name in made}
+    produced = placeholders(made, row)
     sides = []
     for view in teacher.views_of(row):
         shown = view.context.name if view.context else "the student's own prompt"
@@ -106,8 +115,14 @@ def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
     names = ("model_name_or_path", "dataset_name", "teacher")
     overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
     run = read_run(Path(options.config) if options.config else None, overrides)
-    contexts = options.context or [run.run.context]
-    return run, [load_teacher(run.run.teacher, context=context) for context in contexts]
+    if not options.context:
+        return run, [load_teacher(run.run.teacher, context=run.run.context)]
+    return run, [_shown(load_teacher(run.run.teacher), context) for context in options.context]
+
+
+def _shown(teacher: Teacher, name: str) -> Teacher:
+    """Return a teacher that is shown a template, a level of help, or nothing."""
+    return teacher.showing({"levels": [name]} if name in LEVELS else name)
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:

@@ -88,11 +88,13 @@ def _is_well(trainer: Any) -> bool:
     from accelerate.utils import gather_object
     from rich.console import Console
 
-    from opsd.commands.doctor import show
+    from opsd.commands.doctor import TITLES, show
     from opsd.doctor import examine
 
-    trainer.examination = examine(trainer)
-    if trainer.accelerator.is_main_process:
+    is_main = trainer.accelerator.is_main_process
+    with Console(stderr=True, quiet=not is_main).status("the doctor looks") as status:
+        trainer.examination = examine(trainer, progress=lambda name: status.update(f"the doctor looks: {TITLES[name]}"))
+    if is_main:
         show(trainer.examination, Console())
     failed = any(gather_object([trainer.examination.failed]))
     if failed:

@@ -67,22 +67,42 @@ def examine(
     for name in chosen:
         if name not in CHECKS:
             raise ConfigError(not_one_of("a check", name, CHECKS))
+    if rows < 1:
+        raise ConfigError(f"the doctor looks at one row at least, and not at {rows}.")
     states = random.getstate(), np.random.get_state()
     patient = Patient(trainer, rows=rows, grader=grader, max_new_tokens=max_new_tokens)
     findings: list[Finding] = []
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
-        for name in chosen:
-            if progress:
-                progress(name)
-            try:
-                findings += CHECKS[name](patient)
-            except OPSDError as error:
-                findings.append(Finding(name, "fail", str(error)))
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    patient.forget_counts()
+    try:
+        with torch.random.fork_rng(devices):
+            for name in chosen:
+                if progress:
+                    progress(name)
+                findings += _looked(name, patient)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        patient.forget_counts()
     return Examination(findings, len(patient.rows), time.perf_counter() - start)
+
+
+def _looked(name: str, patient: Patient) -> list[Finding]:
+    """Return what a check finds, or why it could not finish: what earlier checks found is not lost for it."""
+    found: list[Finding] = []
+    try:
+        for finding in CHECKS[name](patient):
+            found.append(finding)
+    except OPSDError as error:
+        found.append(Finding(name, "fail", str(error)))
+    except torch.OutOfMemoryError as error:
+        told = f"this check ran out of memory: {error}"
+        found.append(
+            Finding(name, "warn", told, "Look at fewer rows (--rows 4), or at shorter rollouts (--max_new_tokens).")
+        )
+    except Exception as error:  # a reward function's, or a model's: training would meet it as well
+        told = f"this check could not finish: {type(error).__name__}: {error}"
+        found.append(Finding(name, "fail", told, "Training would most likely stop at the same. Mend it first."))
+    return found
 
 
 def refused(error: OPSDError) -> Examination:

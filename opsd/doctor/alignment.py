@@ -59,7 +59,7 @@ def _predicted(batch: PaddedBatch) -> list[list[int]]:
 def _identity(patient: Patient) -> Finding:
     if not patient.teacher.starts_as_student:
         return find("skip", "the teacher is another model: that it says what the student says cannot be expected.")
-    largest = max(float(values.max()) for values in patient.divergence(patient.teacher.showing(None)) if len(values))
+    largest = max((float(v.max()) for v in patient.divergence(patient.teacher.showing(None)) if len(v)), default=0.0)
     dtype = torch.bfloat16 if patient.args.bf16 else next(patient.student.model.parameters()).dtype
     tolerance = IDENTITY.get(dtype, IDENTITY_HALF)
     figures = {"largest_kl": largest, "tolerance": tolerance}

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from opsd.demo import peak_megabytes
-from opsd.doctor.patient import Patient
+from opsd.doctor.patient import Patient, as_it_trains
 from opsd.findings import Finding
 
 PROBED = 4  # rows of a probe's micro-batch at most
@@ -26,7 +26,7 @@ def check_cost(patient: Patient) -> Iterator[Finding]:
     training, probed = _probe(patient)
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
     seconds = rows * (sampling + training / probed)
-    steps = _steps(patient)
+    steps = planned_steps(patient)
     memory, states = _peak_megabytes(), _optimizer_megabytes(patient)
     figures = {
         "seconds_per_step": seconds,
@@ -52,19 +52,23 @@ def _probe(patient: Patient) -> tuple[float, int]:
     count = min(PROBED, patient.args.per_device_train_batch_size, len(patient.rows))
     batch = trainer.training_loss.show(patient.rollouts.select(range(count)))
     device, seconds = next(model.parameters()).device, 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        with trainer.accelerator.autocast():
-            scored = trainer.training_loss.score(batch)
-            trainer.training_loss(model, scored, device, 1).loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
+    if device.type == "cuda":  # what the doctor took before is not what training takes
+        torch.cuda.reset_peak_memory_stats(device)
+    with as_it_trains(model, patient.args):
+        for _ in range(2):
+            start = time.perf_counter()
+            with trainer.accelerator.autocast():
+                scored = trainer.training_loss.score(batch)
+                trainer.training_loss(model, scored, device, 1).loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
     return seconds, count
 
 
-def _steps(patient: Patient) -> int:
+def planned_steps(patient: Patient) -> int:
+    """Return the optimizer steps of a run, 0 where a stream does not say."""
     args, dataset = patient.args, patient.trainer.train_dataset
     if args.max_steps > 0:
         return args.max_steps

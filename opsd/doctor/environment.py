@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shutil
 from collections.abc import Iterator
 from importlib import metadata
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
+from opsd.doctor.cost import planned_steps
 from opsd.doctor.patient import Patient
 from opsd.findings import Finding, listed
 from opsd.forward import language_model
@@ -71,11 +73,15 @@ def _disk(patient: Patient) -> Iterator[Finding]:
     model = patient.student.model
     trained = [p for p in model.parameters() if p.requires_grad]
     adapter = hasattr(model, "peft_config")
-    each = megabytes(trained if adapter else list(model.parameters())) + megabytes(patient.teacher.tensors)
+    each = megabytes(trained if adapter else list(model.parameters())) + megabytes(
+        list(patient.teacher.state_dict().values())
+    )
     each += 0 if args.save_only_model else sum(8 * p.numel() for p in trained) / 2**20
-    steps = args.max_steps if args.max_steps > 0 else 0
+    steps = planned_steps(patient)
     every = args.save_steps if args.save_steps >= 1 else max(1, int(args.save_steps * steps))
-    count = args.save_total_limit or max(1, steps // every if steps else 1)
+    by_epoch = str(getattr(args.save_strategy, "value", args.save_strategy)) == "epoch"
+    written = max(1, math.ceil(args.num_train_epochs) if by_epoch else math.ceil(steps / every))
+    count = min(written, args.save_total_limit or written)
     folder = Path(args.output_dir).absolute()
     while not folder.exists():
         folder = folder.parent

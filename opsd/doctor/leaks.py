@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from opsd.doctor.patient import Patient
-from opsd.fields import as_text, is_empty
+from opsd.fields import as_text, at_path, is_empty
 from opsd.findings import Finding, listed
 from opsd.prompts import text_of, turns_of
 
-LONG = 12  # characters from which a text in a prompt is no coincidence
-EXCESS = 0.5  # share of rows whose question has its own answer, beyond those that have another row's
+LONG = 12  # characters from which a text in a prompt is more than a word
+SENTENCE = 4  # words from which it is no choice to pick from and no name
+EXCESS = 0.5  # share of rows whose prompt has its own value, beyond those that have another row's
+SOME = 0.1  # the same, from which it is worth a look
 # Columns that hold what is sought, whether or not a template reads them.
 ANSWERS = ("answer", "solution")
 find = functools.partial(Finding, "leaks")
@@ -23,7 +25,8 @@ def check_leaks(patient: Patient) -> Iterator[Finding]:
     """Look for privileged text in the student's prompts and in what the teacher's assistant has begun to say."""
     contexts = patient.trainer.training_loss.contexts
     named = {name for context in contexts for name in context.fields | context.optional_fields} | set(ANSWERS)
-    columns = sorted(named & set(patient.rows[0]) - {"prompt", "completion"})
+    have = {name for row in patient.rows for name in row}
+    columns = sorted(name for name in named - {"prompt", "completion"} if name.partition(".")[0] in have)
     found = [finding for column in columns for finding in _in_questions(patient, column)] + list(_in_prefills(patient))
     yield from found
     if not found:
@@ -31,34 +34,41 @@ def check_leaks(patient: Patient) -> Iterator[Finding]:
 
 
 def _in_questions(patient: Patient, column: str) -> Iterator[Finding]:
-    texts = [side.text for side in patient.students]
-    values = ["" if is_empty(row.get(column)) else as_text(row[column]).strip() for row in patient.rows]
-    copied = [n for n, value in enumerate(values) if len(value) >= LONG and value in texts[n]]
-    # A rule or a document may be the same for all rows, and so may a system turn that repeats it.
-    if copied:
+    values = [at_path(row, column) for row in patient.rows]
+    texts = ["" if is_empty(value) else as_text(value).strip() for value in values]
+    said = [" ".join(text_of(turn) for turn in turns_of(row["prompt"])) for row in patient.rows]
+    filled = [n for n, text in enumerate(texts) if text]
+    if not filled:
+        return
+    own = [n for n in filled if _stands_in(texts[n], said[n])]
+    # A rule may be the same in all rows; what another row has is compared only where it differs.
+    different = [n for n in filled if texts[n] != texts[(n + 1) % len(texts)]]
+    others = [n for n in different if _stands_in(texts[n], said[(n + 1) % len(said)])]
+    excess = len(own) / len(filled) - (len(others) / len(different) if different else 0.0)
+    long = sum(len(texts[n]) >= LONG and len(texts[n].split()) >= SENTENCE for n in own) > len(own) / 2
+    figures = {"own": len(own), "another": len(others), "rows": len(filled)}
+    if excess > EXCESS and long:
         yield find(
             "fail",
-            f"the student's prompt holds all of {column!r} in {len(copied)} of {len(values)} rows, first row "
-            f"{patient.numbers[copied[0]]}: nothing is privileged there.",
+            f"the student's prompt holds all of {column!r} in {len(own)} of {len(filled)} rows, first row "
+            f"{patient.numbers[own[0]]}: nothing is privileged there.",
             "Take it out of the prompt. What the teacher alone should know stands in a column, and only there.",
+            figures=figures,
         )
-        return
-    questions = [text_of(turns_of(row["prompt"])[-1]) for row in patient.rows]
-    short = [(n, value) for n, value in enumerate(values) if 0 < len(value) < LONG]
-    own = [n for n, value in short if _stands_in(value, questions[n])]
-    others = [_stands_in(value, questions[(n + 1) % len(questions)]) for n, value in short]
-    excess = len(own) / len(short) - sum(others) / len(short) if short else 0.0
-    if excess > EXCESS and len(own) > 1:
+    elif (excess > EXCESS or (long and excess > SOME)) and len(own) > 1:
         yield find(
             "warn",
-            f"{column!r} stands in the question in {len(own)} of {len(short)} rows, and another row's in "
-            f"{sum(others)}, first row {patient.numbers[own[0]]}: the question gives its answer away.",
+            f"{column!r} stands in the prompt in {len(own)} of {len(filled)} rows, and another row's in "
+            f"{len(others)}, first row {patient.numbers[own[0]]}: the question gives its answer away.",
             "If these are choices to pick from, this is as it should be. Otherwise mend the questions.",
-            figures={"own": len(own), "another": sum(others), "rows": len(short)},
+            figures=figures,
         )
 
 
 def _stands_in(value: str, text: str) -> bool:
+    """Tell whether a value is said in a text: as whole words, or, where it is long, in any case and spacing."""
+    if len(value) >= LONG:
+        return "".join(value.split()).casefold() in "".join(text.split()).casefold()
     return re.search(rf"(?<![\w.-]){re.escape(value)}(?![\w]|[.,]\d)", text, re.IGNORECASE) is not None
 
 
@@ -67,7 +77,11 @@ def _in_prefills(patient: Patient) -> Iterator[Finding]:
     for side in patient.teachers:
         row: Any = patient.rows[side.row]
         names = side.context.fields | side.context.optional_fields if side.context else ()
-        told = [name for name in names if not is_empty(row.get(name)) and as_text(row[name]).strip() in side.prefill]
+        told = [
+            name
+            for name in names
+            if not is_empty(at_path(row, name)) and as_text(at_path(row, name)).strip() in side.prefill
+        ]
         if told and side.prefill.strip():
             yield find(
                 "warn",

@@ -23,6 +23,8 @@ from opsd.rollouts import Ids
 find = functools.partial(Finding, "lift")
 _NUMBER = re.compile(r"[-+]?\d[\d,.]*\d|[-+]?\d")
 FEW = 4  # rollouts of a kind, below which their mean says nothing
+ROWS = 8  # below which a bootstrap says nothing
+LEAST = 0.05  # a lift that would be worth having
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,9 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
     """Return status, what it comes to, and what to do."""
     found = paired_difference(lift.student, lift.teacher)
     shares = [sum(right) / len(right) for right in (lift.student, lift.teacher)]
-    if lift.without is not None:  # another model: what it can do by itself is part of what it teaches
-        shares[0] = sum(lift.student) / len(lift.student)
     what = f"from {shares[0]:.0%} to {shares[1]:.0%}"
+    if len(lift.student) < ROWS:
+        return "warn", f"too few rows to tell ({what}, {len(lift.student)} rows)", "Look at more: --rows 16."
     if found.low > 0 and lift.copies:
         return (
             "warn",
@@ -78,6 +80,9 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
         )
     if min(shares) > 0.9:
         return "warn", f"the student knows this already ({what}): there is little to teach", "Use harder rows."
+    if found.difference > LEAST:
+        told = f"a lift that {len(lift.student)} rows cannot tell from chance ({what})"
+        return "warn", told, "Look at more rows: --rows 64."
     return (
         "warn",
         f"no lift ({what}): this teacher cannot teach this, as far as {len(lift.student)} rows can tell",
@@ -91,7 +96,9 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
     needs = {n for c in patient.teacher.contexts for n in c.fields | c.optional_fields} & produced
     if patient.grader_name is None:
         yield find(
-            "skip", "nothing can grade answers here.", "Name a grader: --grader last_number, with a column answer."
+            "skip",
+            "nothing can grade answers here: no reward function, and no column answer with short answers.",
+            "Name a grader: --grader last_number, or module:function.",
         )
         return
     if not patient.teacher.can_sample:
@@ -140,22 +147,26 @@ def _answers(patient: Patient, teacher: Any) -> list[Ids]:
 def _kl_on_answers(
     patient: Patient, right: Sequence[bool], values: Sequence[Tensor]
 ) -> tuple[float | None, float | None]:
-    """Return KL per token on the answers of wrong rollouts, and on their other tokens.
+    """Return KL per token on the answers of wrong rollouts, and on their other tokens; None where there are too few.
 
     What a wrong rollout answers is its last number, where answers are numbers; elsewhere nobody can tell.
     """
     on: list[float] = []
     off: list[float] = []
+    rollouts = 0
     for ids, is_right, kl, row in zip(patient.sampled[0], right, values, patient.rows, strict=True):
         pieces = [patient.tokenizer.decode([token]) for token in ids]
         numbers = list(_NUMBER.finditer("".join(pieces)))
         if is_right or not numbers or not _NUMBER.fullmatch(str(row.get("answer"))):
             continue
+        rollouts += 1
         (start, end), position = numbers[-1].span(), 0
         for piece, value in zip(pieces, kl.tolist(), strict=True):
             (on if position < end and position + len(piece) > start else off).append(value)
             position += len(piece)
-    return (sum(on) / len(on) if on else None), (sum(off) / len(off) if off else None)
+    if rollouts < FEW or not off:
+        return None, None
+    return sum(on) / len(on), sum(off) / len(off)
 
 
 def _table(patient: Patient, lift: Lift) -> Iterator[str]:
@@ -168,4 +179,7 @@ def _table(patient: Patient, lift: Lift) -> Iterator[str]:
         yield f"the context widens the gap between wrong and right rollouts by {lift.separation:+.2f} nats per token"
     if lift.answer_share is not None:
         yield f"in wrong rollouts, KL per token is {lift.answer_share:.1f} times as large on the answer as elsewhere"
+    cut = sum(len(ids) >= patient.max_new_tokens for ids in patient.greedy)
+    if cut and patient.max_new_tokens < patient.args.max_completion_length:
+        yield f"{cut} of the student's answers were cut at {patient.max_new_tokens} tokens (--max_new_tokens)"
     yield f"grader: {patient.grader_name}"

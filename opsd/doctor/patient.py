@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -23,7 +23,7 @@ from opsd.errors import ConfigError
 from opsd.evaluation.graders import grade_rows, load_grader
 from opsd.evaluation.sampling import generate
 from opsd.forward import context_length, last_hidden
-from opsd.groups import PLACEHOLDERS
+from opsd.groups import placeholders
 from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.prompts import Prompt, PromptRenderer
@@ -34,7 +34,9 @@ from opsd.teachers import StudentHandle, Teacher
 from opsd.trainer import OPSDTrainer
 
 Row = Mapping[str, Any]
-BATCH = 16  # rows of a forward pass
+BATCH = 16  # rows of a forward pass at most
+WORDS = 8  # of an answer that may be looked for in a text; a longer one is a solution
+LONGEST = 512  # tokens of a rollout made here, unless asked otherwise: minutes even for a model that thinks
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Patient:
         trainer: ready for step 1.
         rows: how many rows to look at; drawn by the run's seed.
         grader: what tells a right answer from a wrong one; None takes the reward functions, else what fits `answer`.
-        max_new_tokens: of rollouts made here; None takes the run's.
+        max_new_tokens: of rollouts made here; None takes the run's, LONGEST at most.
     """
 
     def __init__(
@@ -92,14 +94,13 @@ class Patient:
             self.rows = list(islice(iter(dataset), rows))
             self.numbers = list(range(len(self.rows)))
         self._grader = grader
-        self.max_new_tokens = max_new_tokens or self.args.max_completion_length
+        self.max_new_tokens = max_new_tokens or min(self.args.max_completion_length, LONGEST)
 
     # ---- prompts ----------------------------------------------------------------------------------------------
 
-    @property
-    def produced(self) -> dict[str, Any]:
-        """Stands for what training makes for contexts."""
-        return {name: PLACEHOLDERS[name] for name in self.trainer.groups.produced}
+    def produced(self, row: Row) -> dict[str, Any]:
+        """Return what stands for what training makes for contexts."""
+        return placeholders(self.trainer.groups.produced, row)
 
     @cached_property
     def students(self) -> list[Side]:
@@ -125,14 +126,14 @@ class Patient:
     def _side(self, view: Teacher, number: int, row: Row) -> Side:
         context, renderer = view.context, view.renderer
         if isinstance(context, ContextSchedule):
-            context = context.level_of(row, self.produced)
+            context = context.level_of(row, self.produced(row))
         if context is None:
             name = "teacher (shown the student's own prompt)"
             return Side(name, number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
         assert isinstance(context, PrivilegedContext)
         renderer = context.side(renderer)
-        prompt, prefill = context.messages(row, self.produced, side=renderer)
-        ids = context.render(row, self.produced, side=view.renderer)
+        prompt, prefill = context.messages(row, self.produced(row), side=renderer)
+        ids = context.render(row, self.produced(row), side=view.renderer)
         return Side(
             f"teacher (shown {context.name})",
             number,
@@ -189,7 +190,7 @@ class Patient:
 
     @property
     def _made(self) -> list[dict[str, Any]]:
-        return [self.produced for _ in self.rows]
+        return [self.produced(row) for row in self.rows]
 
     def signal(self, teacher: Teacher) -> list[TeacherSignal]:
         """Return what a teacher says of the rollouts, batch by batch."""
@@ -197,21 +198,27 @@ class Patient:
             return [teacher.score(batch) for batch in self._batches(teacher.show(self.rollouts))]
 
     def _batches(self, rollouts: Rollouts) -> list[Rollouts]:
-        return [rollouts.select(range(at, min(at + BATCH, len(rollouts)))) for at in range(0, len(rollouts), BATCH)]
+        size = min(BATCH, self.args.per_device_train_batch_size)  # what the run has room for
+        return [rollouts.select(range(at, min(at + size, len(rollouts)))) for at in range(0, len(rollouts), size)]
 
     def divergence(self, teacher: Teacher) -> list[Tensor]:
         """Return KL(student ‖ teacher) in nats at every token, a (C,) tensor per rollout; the student as it trains."""
-        values = []
+        values: list[Tensor] = []
+        own = self.args.objective  # how it is computed is the run's, what is computed is not
+        plain = Objective(Divergence(beta=1.0), loss_budget_mb=own.loss_budget_mb, compile_loss=own.compile_loss)
         for batch, signal in zip(self._batches(self.rollouts), self.signal(teacher), strict=True):
             padded = batch.pad(next(self.student.model.parameters()).device)
-            with torch.no_grad(), _training(self.student.model), self.trainer.accelerator.autocast():
+            with torch.no_grad(), self._training(), self.trainer.accelerator.autocast():
                 hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.keep_BL)
                 ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
                 tokens = Tokens(weight_N=ones_N, ids_N=padded.scored_ids_N, row_N=padded.row_N)
                 head = Head.of(self.student.model)
-                record = Objective(Divergence(beta=1.0))(hidden_ND, head, signal, tokens)
+                record = plain(hidden_ND, head, signal, tokens)
             values += list(record.divergence_N.cpu().split([len(ids) for ids in batch.completion_ids]))
         return values
+
+    def _training(self) -> AbstractContextManager[None]:
+        return as_it_trains(self.student.model, self.args)
 
     def logprobs(self, teacher: Teacher) -> list[Tensor]:
         """Return log p in nats of every token under a teacher, a (C,) tensor per rollout."""
@@ -235,7 +242,10 @@ class Patient:
         answers = [str(row["answer"]).strip() for row in self.rows if row.get("answer") not in (None, "")]
         if len(answers) < len(self.rows):
             return None
-        return "last_number" if all(_is_number(answer) for answer in answers) else "contains"
+        # GSM8K's end in "#### 72", and the last number is the answer.
+        if all(_is_number(answer.rpartition("####")[2].strip()) for answer in answers):
+            return "last_number"
+        return "contains" if all(len(answer.split()) <= WORDS for answer in answers) else None
 
     def grade(self, completions: Sequence[Ids]) -> list[bool]:
         """Tell which completions are right."""
@@ -256,13 +266,18 @@ class Patient:
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
-    """Run a block in the mode that trains, dropout and all, then give every module back the mode it had."""
+def as_it_trains(model: nn.Module, args: Any) -> Iterator[None]:
+    """Run a block in the mode that trains, dropout and checkpointing and all, then give everything back as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    checkpoints = args.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", True)
     model.train()
+    if checkpoints:
+        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})  # type: ignore[operator]
     try:
         yield
     finally:
+        if checkpoints:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
         for module, mode in modes:
             module.training = mode
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Iterator
 
@@ -13,13 +14,21 @@ from opsd.prompts import text_of, turns_of
 
 MOST_SHORTENED = 0.25  # share of rows from which shortening is the rule and not the exception
 _PRINTED = re.compile(r"\[\{['\"](?:role|content)['\"]:")
-_PLACEHOLDER = re.compile(r"\{\{\s*\w+\s*\}\}|\{%.*?%\}")
+# Not \frac{{x}}{2}: a name has three letters, and no command stands before it.
+_PLACEHOLDER = re.compile(r"(?<![\w}])\{\{\s*[a-z_]\w{2,}\s*\}\}|\{% .*? %\}")
 find = functools.partial(Finding, "prompts")
 
 
 def check_prompts(patient: Patient) -> Iterator[Finding]:
     """Look for what was lost, merged, printed as Python prints it, or never added."""
-    problems = [*_lost(patient), *_merged(patient), *_printed(patient), *_questions(patient), *_bare(patient)]
+    problems = [
+        *_lost(patient),
+        *_merged(patient),
+        *_default(patient),
+        *_printed(patient),
+        *_questions(patient),
+        *_bare(patient),
+    ]
     yield from problems
     yield from _shortened(patient)
     if not problems:
@@ -32,20 +41,22 @@ def _lost(patient: Patient) -> Iterator[Finding]:
     cut: dict[str, list[Side]] = {}
     headless: list[Side] = []
     for side in patient.sides:
-        text = _plain(side.text)
-        for turn in turns_of(side.prompt):
+        text, turns = _plain(side.text), turns_of(side.prompt)
+        for turn in turns:
             words = _plain(text_of(turn))
-            if words and words not in text:
+            if not any(form in text for form in _forms(text_of(turn))):
                 where = "left" if words[-20:] in text else "right" if words[:20] in text else "whole"
-                cut.setdefault(f"{turn['role']} {where}", []).append(side)
+                # Templates rewrite tool output and shorten what was thought in earlier turns on purpose.
+                matters = turn is turns[-1] or turn["role"] in ("system", "user")
+                cut.setdefault(f"{turn['role']} {where} {'fail' if matters else 'warn'}", []).append(side)
         ending = _plain(side.renderer.opening + side.prefill) if not isinstance(side.prompt, str) else ""
         if ending and not text.endswith(ending):
             headless.append(side)
     for key, sides in cut.items():
-        role, where = key.split(" ")
+        role, where, status = key.split(" ")
         lost = "is missing" if where == "whole" else f"was cut from the {where}"
         yield find(
-            "fail",
+            "fail" if status == "fail" else "warn",
             f"the {role} turn {lost} in {len(sides)} prompts, first in row {patient.numbers[sides[0].row]} of the "
             f"{sides[0].name}: what the messages say is not what the model reads.",
             "Look for truncation in the tokenizer, and for a chat template that drops or shortens turns. To shorten on "
@@ -64,6 +75,11 @@ def _lost(patient: Patient) -> Iterator[Finding]:
         )
 
 
+def _forms(text: str) -> list[str]:
+    """Return the forms in which a chat template may write a turn: as it is, as JSON, without what was thought."""
+    return [_plain(form) for form in (text, json.dumps(text)[1:-1], text.rpartition("</think>")[2])]
+
+
 def _merged(patient: Patient) -> Iterator[Finding]:
     """Find chat templates that have no system turn of their own."""
     for side in patient.sides:
@@ -72,13 +88,33 @@ def _merged(patient: Patient) -> Iterator[Finding]:
         if "system" not in texts or "user" not in texts or not texts["system"].strip():
             continue
         between = side.text.partition(texts["system"].strip())[2].partition(texts["user"].strip()[:40])[0]
-        markers = [token for token in side.renderer.tokenizer.all_special_tokens if token in between]
-        if not markers and texts["user"].strip()[:40] in side.text:
+        if not between.strip() and texts["user"].strip()[:40] in side.text:
             yield find(
                 "warn",
                 f"the chat template merges the system turn into the user's, first for the {side.name}: between the two "
                 f"stands only {between!r}.",
                 "If the model has learned no system turn, say it in the block user of the template instead.",
+            )
+            return
+
+
+def _default(patient: Patient) -> Iterator[Finding]:
+    """Find a system turn that the chat template writes by itself, and that a teacher's own takes the place of."""
+    for side in patient.teachers:
+        own = patient.students[side.row].prompt
+        if isinstance(own, str) or isinstance(side.prompt, str) or side.prompt[0]["role"] != "system":
+            continue
+        if own[0]["role"] == "system":
+            continue
+        asked, word = [{"role": "user", "content": "?"}], "opsd"
+        with_system = side.renderer.transcript([{"role": "system", "content": word}, *asked]).partition("?")[0]
+        usual = patient.student.renderer.transcript(asked).partition("?")[0]
+        if len(usual) > len(with_system) - len(word):
+            yield find(
+                "warn",
+                f"the chat template writes a system turn where a prompt has none, {usual[:100]!r}, and the teacher's "
+                "own takes its place: the two sides differ by more than what you wrote.",
+                "Give the student that turn by student_system_prompt, so that a template can add to it ({{ system }}).",
             )
             return
 
@@ -130,10 +166,11 @@ def _bare(patient: Patient) -> Iterator[Finding]:
     if not shown:
         yield from ()
     elif len(same) == len(shown):
+        empty = f"the teacher sees just what the student sees in all {len(same)} prompts: its context is always empty"
+        own = patient.teacher.starts_as_student
         yield find(
-            "fail",
-            f"the teacher sees just what the student sees in all {len(same)} prompts: its context is always empty, so "
-            "a teacher that begins as the student teaches nothing.",
+            "fail" if own else "warn",
+            f"{empty}, and a teacher that begins as the student teaches nothing then." if own else f"{empty}.",
             "Look at the template's conditions and at the columns that it asks for: `opsd lint`, `opsd show`.",
         )
     elif same:
@@ -168,8 +205,18 @@ def _lengths(patient: Patient) -> Finding:
         longest[name] = max(longest[name], len(side.ids))
     limits = {"student": context_length(patient.student.model), "teacher": patient.teacher.max_length}
     room = patient.args.max_completion_length
+    if patient.args.use_vllm and getattr(patient.args, "vllm_max_model_length", None):
+        limits["student"] = min(limits["student"] or 10**9, patient.args.vllm_max_model_length)
     told = [f"{name} {size:,} + {room:,} of {limits[name] or 'any'}" for name, size in longest.items()]
-    return find("pass", f"longest prompt and completion, in tokens: {listed(told)}.", figures=longest)
+    over = [name for name, size in longest.items() if limits[name] is not None and size + room > limits[name]]
+    return find(
+        "fail" if over else "pass",
+        f"longest prompt and completion, in tokens: {listed(told)}" + (": too long." if over else "."),
+        "Shorten prompts (truncate, max_prompt_tokens), lower max_completion_length, or drop these rows."
+        if over
+        else "",
+        figures=longest,
+    )
 
 
 def _plain(text: str) -> str:

@@ -132,7 +132,8 @@ def _head(side: Side) -> str:
 def _ends(patient: Patient) -> Iterator[Finding]:
     stops = set(patient.trainer.eos_token_ids)
     words = {patient.tokenizer.decode([token]) for token in stops}
-    end = _end_of_turn(patient.student.renderer)
+    asks_in_turns = not isinstance(patient.students[0].prompt, str)
+    end = _end_of_turn(patient.student.renderer) if asks_in_turns else None
     if end is not None and end not in stops:
         yield find(
             "warn",
@@ -195,10 +196,12 @@ def _keywords(patient: Patient) -> Iterator[Finding]:
 def _openings(patient: Patient) -> Iterator[Finding]:
     """Compare what stands between the last turn and the first token of a rollout."""
     student = patient.student.renderer.opening
-    if not student and not isinstance(patient.students[0].prompt, str):
+    header = _unsaid_header(patient)
+    if header:
         yield find(
             "fail",
-            "the chat template writes no generation prompt: a rollout would continue the user's turn, on both sides.",
+            f"the chat template writes no generation prompt, and opens an assistant's turn with {header!r}: a rollout "
+            "would continue the user's turn, on both sides.",
             "Use a chat template that reads add_generation_prompt, as those of instruction models do.",
         )
         return
@@ -219,6 +222,19 @@ def _openings(patient: Patient) -> Iterator[Finding]:
         )
     if not different and student:
         yield find("pass", f"on both sides the answer begins behind {student!r}.")
+
+
+def _unsaid_header(patient: Patient) -> str:
+    """Return what stands between a user's turn and the assistant's words and is missing from prompts, or ""."""
+    renderer, word = patient.student.renderer, "opsd"
+    if renderer.opening or isinstance(patient.students[0].prompt, str):
+        return ""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
+    try:
+        whole, asked = renderer.transcript(turns).rpartition(word)[0], renderer.transcript(turns[:1])
+    except (ValueError, jinja2.TemplateError):
+        return ""
+    return whole.removeprefix(asked).strip() if whole.startswith(asked) else ""
 
 
 def _distinct_renderers(patient: Patient) -> list[PromptRenderer]:
