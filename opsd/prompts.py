@@ -46,10 +46,20 @@ class PromptRenderer:
 
     def transcript(self, messages: list[dict[str, Any]]) -> str:
         """Return messages as the chat template writes them inside a prompt: no tools, no first token, no opening."""
-        text = dataclasses.replace(self, tools=None)._apply(messages, tokenize=False, add_generation_prompt=False)
-        begin = self.tokenizer.bos_token
-        # A first token that also opens turns is part of them.
-        return text.removeprefix(begin) if begin and text.count(begin) == 1 else text
+        plain = dataclasses.replace(self, tools=None)
+        text = plain._apply(messages, tokenize=False, add_generation_prompt=False)
+        return text.removeprefix(plain._first_token)
+
+    @property
+    def _first_token(self) -> str:
+        """The text that a chat begins with before its first turn, if it is one token that turns do not begin with."""
+        begin = self.tokenizer.bos_token or ""
+        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        try:
+            text = self._apply(talk, tokenize=False, add_generation_prompt=False)
+        except jinja2.TemplateError:
+            return ""
+        return begin if begin and text.startswith(begin) and text.count(begin) == 1 else ""
 
     @property
     def opening(self) -> str:

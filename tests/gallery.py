@@ -181,10 +181,15 @@ def asked(text: str, system: str | None = None) -> list[dict[str, str]]:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
+def nested(row: dict[str, Any]) -> dict[str, Any]:
+    return {"ground_truth": row["answer"]}
+
+
 def question(row: dict[str, Any]) -> str:
     return row["prompt"][-1]["content"]
 
 
+VERL = {"template": "answer_only", "fields": {"answer": "reward_model.ground_truth"}}
 MERGING = (  # Gemma's way: no system turn, its words go into the user's
     "{% set first = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
     "{% for message in messages if message['role'] != 'system' %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -346,6 +351,34 @@ GALLERY: dict[str, Case] = {
         "leaks",
         "gives its answer away",
     ),
+    "the solution in other words' spacing": Case(
+        "the same, where a prompt was wrapped or put in capitals",
+        Setup(
+            context("{{ prompt }} {{ solution }}"),
+            rows=rows(prompt=lambda r: asked(f"{question(r)}\n{r['solution'].upper().replace(' ', '  ')}")),
+        ),
+        Setup(context("{{ prompt }} {{ solution }}")),
+        "leaks",
+        "holds all of 'solution' in 16 of 16 rows",
+        "fail",
+    ),
+    "a nested answer in the question": Case(
+        "verl's rows: the answer stands in reward_model.ground_truth",
+        Setup(
+            lambda: SameCheckpointTeacher(context=VERL),
+            rows=rows(reward_model=nested, prompt=lambda r: asked(f"{r['answer']}?")),
+        ),
+        Setup(lambda: SameCheckpointTeacher(context=VERL), rows=rows(reward_model=nested)),
+        "leaks",
+        "'reward_model.ground_truth' stands in the prompt in",
+    ),
+    "the answer in the system turn": Case(
+        "a system turn per row, made from the row's own columns",
+        Setup(rows=rows(prompt=lambda r: asked(question(r), system=f"The reference answer is {r['answer']}."))),
+        Setup(rows=rows(prompt=lambda r: asked(question(r), system="Be kind."))),
+        "leaks",
+        "gives its answer away",
+    ),
     "the answer in the assistant's mouth": Case(
         "verl #6833: the solution lands inside the assistant turn by default",
         Setup(context(more="{% block assistant %}The answer is {{ answer }}. {% endblock %}")),
@@ -450,6 +483,54 @@ GALLERY: dict[str, Case] = {
         "UnsupportedModelError",
         "fail",
     ),
+}
+
+
+# Chat templates and rows as they are in the wild, which the doctor must not complain of.
+MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
+PHI = CHATML.replace("{% endif %}{% endif %}", "{% endif %}{% else %}{{ eos_token }}{% endif %}")
+JSON_TOOLS = CHATML.replace(
+    "message['content'] +", "(message['content'] | tojson if message['role'] == 'tool' else message['content']) +"
+)
+FORGETTING = CHATML.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
+TEXT_TURNS = (
+    "{% for message in messages %}{{ message['role'].title() + ': ' + message['content'] + '\\n\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+PLAIN = rows(prompt=question)
+TOOLS = rows(
+    prompt=lambda r: [
+        *asked("Use the clock."),
+        {"role": "assistant", "content": "<think>Which?</think>I ask it."},
+        {"role": "tool", "content": '{"time": "noon"}\nend'},
+        *r["prompt"],
+    ]
+)
+PROCESSES = ("photosynthesis", "thermodynamics", "crystallisation", "electromagnetism")
+CHOICES = rows(
+    prompt=lambda r: asked(f"{question(r)} Choose: {', '.join(PROCESSES)}."),
+    answer=lambda r: PROCESSES[int(r["answer"]) % 4],
+)
+EXTRACT = rows(
+    answer=lambda r: "Westphalia in Osnabrueck" if r["solution"].startswith("First take 3,") else "a word or two"
+)
+HEALTHY: dict[str, Setup] = {
+    "turns between [INST] marks": Setup(tokenizer=with_template(MISTRAL)),
+    "an end of text where nothing is generated": Setup(tokenizer=with_template(PHI)),
+    "tools as JSON": Setup(tokenizer=with_template(JSON_TOOLS), rows=TOOLS),
+    "history without thoughts": Setup(tokenizer=with_template(FORGETTING), rows=TOOLS),
+    "turns in plain words": Setup(RULED.teacher, with_template(TEXT_TURNS), rows=RULE),
+    "plain text": Setup(context(), rows=PLAIN),
+    "plain text, no chat template": Setup(context(), with_template(None), rows=PLAIN),  # type: ignore[arg-type]
+    "choices to pick from": Setup(rows=CHOICES),
+    "an answer to be found in one question": Setup(
+        rows=[{**r, "prompt": asked(f"{question(r)} {r['answer']}")} if i == 3 else r for i, r in enumerate(EXTRACT)]
+    ),
+    "fractions in LaTeX": Setup(rows=rows(prompt=lambda r: asked(question(r) + LATEX))),
+    "checkpointed gradients": Setup(settings={"gradient_checkpointing": True}),
 }
 
 

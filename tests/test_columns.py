@@ -155,3 +155,17 @@ def test_a_run_can_be_told_other_rows_answers(tmp_path: Path) -> None:
     row = trainer.train_dataset[3]
     assert f"The correct answer is {row['other_answer']}." in trainer.student.tokenizer.decode(teacher.prompt_ids(row))
     assert row["other_answer"] != row["answer"]
+
+
+def test_a_near_miss_needs_no_other_row() -> None:
+    for rows in (make_rows(1), [{**row, "answer": "7"} for row in make_rows(4)]):
+        made = ready_rows(Dataset.from_list(rows), name="eval", system_prompt=None, needed=["wrong_answer"])
+        assert all(row["wrong_answer"] != row["answer"] for row in made)
+
+
+def test_a_column_that_is_empty_in_the_first_row_is_found() -> None:
+    def row(demo: str | None) -> dict[str, Any]:
+        return {"question": "1?", "answer": "1", "info": {"demonstration": demo}}
+
+    table = import_columns(Dataset.from_list([row(None), row("It is 1.")]), "prime-rl")
+    assert [each["demonstration"] for each in table] == [None, "It is 1."]

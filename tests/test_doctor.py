@@ -284,3 +284,90 @@ def test_a_healthy_run_is_trained_after_the_doctors_word_which_stands_in_the_car
     )
     assert "Is the teacher any good?" not in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "run_card.json").read_text()) == card
+
+
+def test_a_check_that_stumbles_loses_nothing_of_the_others(tmp_path: Path) -> None:
+    def offline(**columns: Any) -> list[float]:
+        raise RuntimeError("judge offline")
+
+    trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), reward_funcs=offline)
+    state = random.getstate()
+    examination = examine(trainer)
+    (found,) = of(examination, "lift")
+    assert found.status == "fail" and "could not finish: RuntimeError: judge offline" in found.saw
+    assert {f.check for f in examination.findings} == set(CHECKS)
+    assert random.getstate() == state and all(c.counts.rendered == 0 for c in trainer.training_loss.contexts)
+
+
+def test_no_rows_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one row at least, and not at 0"):
+        examine(make_trainer(tmp_path), rows=0)
+
+
+def test_the_probe_of_costs_trains_as_training_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer(tmp_path, gradient_checkpointing=True)
+    seen = []
+    layer = trainer.model.model.layers[0]
+    hook = layer.register_forward_pre_hook(
+        lambda m, _: seen.append((m.training, trainer.model.is_gradient_checkpointing))
+    )
+    examine(trainer, only=["cost"])
+    hook.remove()
+    assert (True, True) in seen
+    assert not trainer.model.is_gradient_checkpointing
+
+
+def test_a_siblings_weights_are_in_no_checkpoint(tmp_path: Path) -> None:
+    each = []
+    for teacher in ("sibling", "same_checkpoint"):
+        trainer = make_trainer(tmp_path, MAKE_TEACHER[teacher](), save_strategy="steps")
+        found = of(examine(trainer, only=["environment"]), "environment")
+        each.append(next(f for f in found if "space" in f.saw).figures["megabytes_each"])
+    assert each[0] <= each[1]
+
+
+def test_checkpoints_of_epochs_are_counted(tmp_path: Path) -> None:
+    def count(**settings: Any) -> int:
+        trainer = make_trainer(tmp_path, max_steps=-1, num_train_epochs=5, **settings)
+        found = of(examine(trainer, only=["environment"]), "environment")
+        return next(f for f in found if "space" in f.saw).figures["checkpoints"]
+
+    assert count(save_strategy="epoch") == 5
+    assert count(save_strategy="steps", save_steps=1) == 15
+    assert count(save_strategy="steps", save_steps=1, save_total_limit=2) == 2
+
+
+@pytest.mark.parametrize(
+    ("answers", "grader"),
+    [
+        (["1 + 1 = 2 #### 2"] * 12, "last_number"),
+        (["Paris"] * 12, "contains"),
+        (["First one thing and then another thing and then the next."] * 12, None),
+    ],
+)
+def test_the_grader_is_chosen_by_what_answers_look_like(answers: list[str], grader: str | None, tmp_path: Path) -> None:
+    rows = Dataset.from_list([{**row, "answer": answer} for row, answer in zip(make_rows(), answers, strict=True)])
+    (found,) = of(examine(make_trainer(tmp_path, rows=rows), only=["lift"]), "lift")
+    assert found.figures.get("grader") == grader and (found.status == "skip") == (grader is None)
+
+
+def test_options_may_stand_for_the_file(run_yaml: Path, llama_folder: str, tmp_path: Path) -> None:
+    words = [
+        "--model_name_or_path",
+        llama_folder,
+        "--dataset_name",
+        str(tmp_path / "rows.jsonl"),
+        "--context",
+        "answer_only",
+    ]
+    words += [
+        "--output_dir",
+        str(tmp_path / "o"),
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "4",
+        "--use_cpu",
+        "true",
+    ]
+    assert main(["doctor", *words, "--bf16", "false", "--max_completion_length", "4", "--only", "prompts"]) == 0

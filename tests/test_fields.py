@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opsd.context import PrivilegedContext
-from opsd.errors import TemplateError
+from opsd.errors import ConfigError, TemplateError
 from opsd.fields import at_path, last_boxed, number_lines, read_by, strip_thinking, truncate_tokens
 from opsd.prompts import PromptRenderer
 from opsd.shortening import ELLIPSIS, count_tokens, first_share, longest_that_fits
@@ -171,3 +171,34 @@ def test_a_share_is_a_beginning_and_no_longer_than_its_share(text: str, share: f
     assert text.startswith(told)
     tokens = count_tokens(text, TOKENIZER)
     assert count_tokens(told, TOKENIZER) <= max(1, int(share * tokens)) + 4  # a character is kept whole: up to four
+
+
+def test_the_setting_reveal_is_the_filter_reveal() -> None:
+    text = "First take twelve and seven, then add the ones and the tens of both."
+    source = "{% block user %}{{ prompt }} [{{ text BODY }}]{% endblock %}"
+    by_setting = PrivilegedContext.from_string(source.replace("BODY", ""), reveal=0.3)
+    by_filter = PrivilegedContext.from_string(source.replace("BODY", "| reveal(0.3)"))
+    row = {"prompt": PROMPT, "text": text}
+    assert by_setting.render(row, side=SIDE) == by_filter.render(row, side=SIDE)
+    shown_text = by_setting.messages(row, side=SIDE)[0][0]["content"].partition("[")[2]
+    assert count_tokens(shown_text.partition(" …")[0], TOKENIZER) == int(0.3 * count_tokens(text, TOKENIZER))
+
+
+def test_fields_can_change_places() -> None:
+    source = "{% block user %}{{ prompt }} {{ a }} {{ b }}{% endblock %}"
+    context = PrivilegedContext.from_string(source, fields={"a": "b", "b": "a"})
+    assert context.messages({"prompt": PROMPT, "a": "A", "b": "B"})[0][0]["content"] == "What? B A"
+
+
+def test_messages_in_a_field_bring_no_tools_and_no_first_token() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "<|pad|>"
+    tokenizer.chat_template = "{{ bos_token }}{% if tools %}TOOLS {% endif %}" + tokenizer.chat_template
+    tool = {"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {}}}
+    side = PromptRenderer(tokenizer, tools=[tool])
+    assert shown("{{ talk }}", side, talk=PROMPT) == "<|im_start|>user\nWhat?<|im_end|>"
+
+
+def test_an_empty_system_turn_is_refused() -> None:
+    with pytest.raises(ConfigError, match="system is empty"):
+        PrivilegedContext("answer_only", system=" ")

@@ -11,9 +11,9 @@ from conftest import make_rows
 from datasets import Dataset
 from helpers import MAKE_TEACHER, make_trainer
 
-from opsd import SameCheckpointTeacher
+from opsd import MixtureTeacher, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.run_card import JSON, MARKDOWN, differences, read_card, run_card
+from opsd.run_card import JSON, MARKDOWN, differences, read_card, run_card, write_run_card
 
 
 def card_of(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -38,7 +38,25 @@ def test_every_run_writes_its_card_when_it_begins(name: str, tmp_path: Path) -> 
     page = (tmp_path / MARKDOWN).read_text()
     assert card["divergence"]["formula"] in page and card["prompts"][0]["student"] in page and "## Versions" in page
     assert read_card(str(tmp_path / "checkpoint-1")) == card  # also from a folder within
-    assert not any("hub_token" in name for name in card["settings"])
+    assert "token_clip" in card["settings"]
+
+
+def test_secrets_stay_out_at_every_depth(tmp_path: Path) -> None:
+    kwargs = {"token": "hf_SECRET", "nested": [{"api_key": "SECRET"}], "revision": "main"}
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.args.model_init_kwargs = kwargs
+    trainer.args.vllm_server_base_url = "http://me:SECRET@host:8000/v1"
+    write_run_card(trainer)
+    for name in (JSON, MARKDOWN):
+        text = (tmp_path / name).read_text()
+        assert "SECRET" not in text and "//host:8000/v1" in text and "main" in text
+
+
+def test_two_contexts_of_one_template_are_both_shown(tmp_path: Path) -> None:
+    shares = [{"template": "partial_solution", "reveal": share} for share in (0.2, 0.9)]
+    teacher = MixtureTeacher(SameCheckpointTeacher(), [0.5, 0.5], contexts=shares)
+    told = list(card_of(tmp_path, teacher=teacher)["prompts"][0]["teacher"].values())
+    assert len(told) == 2 and len(told[0]) < len(told[1])
 
 
 def test_the_same_run_has_the_same_card(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from opsd import ContextSchedule, EMATeacher, PrivilegedContext, SameCheckpointT
 from opsd.context import Context
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.prompts import PromptRenderer
+from opsd.run_card import run_card
 from opsd.schedule import LEVELS
 
 SIDE = PromptRenderer(make_tokenizer())
@@ -205,3 +206,41 @@ def test_rows_are_checked_with_the_schedule_before_a_model_loads(tmp_path: Path)
     rows = Dataset.from_list([{**row, "solution": None} for row in make_rows(8)])
     with pytest.raises(TemplateError, match="row 0 has too little"):
         make_trainer(tmp_path, SameCheckpointTeacher(context={"levels": ["trace", "none"]}), rows=rows)
+
+
+def test_a_level_that_comes_later_is_checked_before_step_1(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{**row, "solution": "word " * 600} for row in make_rows()])
+    for rule in (
+        {"until_step": {"answer": 1}},
+        {"weights": {"answer": 9, "trace": 1}},
+        {"fallback": {"answer": "trace"}},
+    ):
+        teacher = SameCheckpointTeacher(context={"levels": ["answer", "trace"], **rule})
+        if "fallback" in rule:
+            make_trainer(tmp_path, teacher, rows=rows)  # no row falls back
+        else:
+            with pytest.raises(DataError, match="together more than the 512 tokens"):
+                make_trainer(tmp_path, teacher, rows=rows)
+
+
+def test_a_level_of_weight_0_needs_nothing() -> None:
+    ContextSchedule(["answer", "trace"], weights={"answer": 1, "trace": 0}).check_columns(["prompt", "answer"])
+
+
+def test_an_evaluation_after_a_step_is_shown_that_steps_level(tmp_path: Path) -> None:
+    schedule = ContextSchedule(["answer", "none"], until_step={"answer": 2})
+    rows = Dataset.from_list(make_rows(4))
+    teacher = SameCheckpointTeacher(context=schedule)
+    make_trainer(tmp_path, teacher, eval_rows=rows, eval_strategy="steps", eval_steps=2).train()
+    assert schedule.step == 2 and schedule.pick(rows[0]) == "none"
+
+
+def test_a_rate_that_was_measured_before_training_wins_in_every_preview(tmp_path: Path) -> None:
+    schedule = ContextSchedule(["trace", "none"], until_pass_rate={"trace": 0.5})
+    rows = Dataset.from_list([{**row, "pass_rate": 1.0} for row in make_rows()])
+    teacher = SameCheckpointTeacher(context=schedule)
+    settings = {"reward_funcs": returns([1.0] * 4), "num_generations": 2, "max_steps": 1}
+    trainer = make_trainer(tmp_path, teacher, rows=rows, **settings)
+    assert "A correct solution" not in run_card(trainer)["prompts"][0]["teacher"][schedule.name]
+    trainer.train()
+    assert logged(trainer, "context/level/none") == [1.0]
