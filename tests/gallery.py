@@ -514,9 +514,9 @@ CHOICES = rows(
     prompt=lambda r: asked(f"{question(r)} Choose: {', '.join(PROCESSES)}."),
     answer=lambda r: PROCESSES[int(r["answer"]) % 4],
 )
-EXTRACT = rows(
-    answer=lambda r: "Westphalia in Osnabrueck" if r["solution"].startswith("First take 3,") else "a word or two"
-)
+LATEX = r" Write \frac{{x}}{2} and \text{{abc}}."
+PLACES = ("Westphalia in Osnabrueck", "Vienna on the Danube", "Utrecht at the Rhine")
+EXTRACT = rows(answer=lambda r: PLACES[int(r["answer"]) % 3])
 HEALTHY: dict[str, Setup] = {
     "turns between [INST] marks": Setup(tokenizer=with_template(MISTRAL)),
     "an end of text where nothing is generated": Setup(tokenizer=with_template(PHI)),

@@ -352,22 +352,7 @@ def test_the_grader_is_chosen_by_what_answers_look_like(answers: list[str], grad
 
 
 def test_options_may_stand_for_the_file(run_yaml: Path, llama_folder: str, tmp_path: Path) -> None:
-    words = [
-        "--model_name_or_path",
-        llama_folder,
-        "--dataset_name",
-        str(tmp_path / "rows.jsonl"),
-        "--context",
-        "answer_only",
-    ]
-    words += [
-        "--output_dir",
-        str(tmp_path / "o"),
-        "--max_steps",
-        "1",
-        "--per_device_train_batch_size",
-        "4",
-        "--use_cpu",
-        "true",
-    ]
-    assert main(["doctor", *words, "--bf16", "false", "--max_completion_length", "4", "--only", "prompts"]) == 0
+    rows, output = str(tmp_path / "rows.jsonl"), str(tmp_path / "o")
+    words = ["--model_name_or_path", llama_folder, "--dataset_name", rows, "--context", "answer_only", "--output_dir"]
+    words += [output, "--max_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu", "true", "--bf16", "false"]
+    assert main(["doctor", *words, "--max_completion_length", "4", "--only", "prompts"]) == 0

@@ -210,11 +210,8 @@ def test_rows_are_checked_with_the_schedule_before_a_model_loads(tmp_path: Path)
 
 def test_a_level_that_comes_later_is_checked_before_step_1(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**row, "solution": "word " * 600} for row in make_rows()])
-    for rule in (
-        {"until_step": {"answer": 1}},
-        {"weights": {"answer": 9, "trace": 1}},
-        {"fallback": {"answer": "trace"}},
-    ):
+    rules = {"until_step": {"answer": 1}}, {"weights": {"answer": 9, "trace": 1}}, {"fallback": {"answer": "trace"}}
+    for rule in rules:
         teacher = SameCheckpointTeacher(context={"levels": ["answer", "trace"], **rule})
         if "fallback" in rule:
             make_trainer(tmp_path, teacher, rows=rows)  # no row falls back
