@@ -530,6 +530,7 @@ HEALTHY: dict[str, Setup] = {
         rows=[{**r, "prompt": asked(f"{question(r)} {r['answer']}")} if i == 3 else r for i, r in enumerate(EXTRACT)]
     ),
     "fractions in LaTeX": Setup(rows=rows(prompt=lambda r: asked(question(r) + LATEX))),
+    "thinking bridged on request": Setup(context(bridge_thinking=True)),
     "checkpointed gradients": Setup(settings={"gradient_checkpointing": True}),
 }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
         return
     lift, figures = _measure(patient)
     status, words, do = verdict(lift)
-    yield find(status, words + ".", do, tuple(_table(patient, lift)), figures)  # type: ignore[arg-type]
+    yield find(status, words + ".", do, tuple(_table(patient, lift, figures)), figures)  # type: ignore[arg-type]
 
 
 def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
@@ -169,12 +169,16 @@ def _kl_on_answers(
     return sum(on) / len(on), sum(off) / len(off)
 
 
-def _table(patient: Patient, lift: Lift) -> Iterator[str]:
+def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator[str]:
     asked = {"student": lift.student, "teacher without context": lift.without, "teacher with context": lift.teacher}
     for name, graded in asked.items():
         if graded is not None:
             low, high = proportion_interval(graded)
             yield f"{name:<24} {sum(graded)} of {len(graded)} right ({low:.0%} to {high:.0%}, 95 %)"
+    for kind in ("wrong", "right"):
+        before, after = (figures[f"nll_{kind}_{name}_context"] for name in ("without", "with"))
+        if before is not None:
+            yield f"teacher's NLL per token of {kind} rollouts: {before:.2f} without its context, {after:.2f} with it"
     if lift.separation is not None:
         yield f"the context widens the gap between wrong and right rollouts by {lift.separation:+.2f} nats per token"
     if lift.answer_share is not None:

@@ -206,8 +206,11 @@ def _openings(patient: Patient) -> Iterator[Finding]:
         )
         return
     different: dict[str, Side] = {}
+    bridged = [side for side in patient.teachers if side.context is not None and side.context.bridge_thinking]
+    if bridged:
+        yield find("pass", f"the {bridged[0].name} opens a thinking block that the rollout continues.")
     for side in patient.teachers:
-        if not isinstance(side.prompt, str) and side.renderer.opening + side.prefill != student:
+        if not isinstance(side.prompt, str) and side not in bridged and side.renderer.opening + side.prefill != student:
             different.setdefault(side.renderer.opening + side.prefill, side)
     for opening, side in different.items():
         thinks = [THINK in text.rpartition("</think>")[2] for text in (student, opening)]
@@ -220,7 +223,7 @@ def _openings(patient: Patient) -> Iterator[Finding]:
             "Use the same chat_template_kwargs on both sides; or bridge_thinking: true, for a student that reasons in "
             "plain text under a teacher that thinks; or leave the first tokens out: skip_first_tokens.",
         )
-    if not different and student:
+    if not different and not bridged and student:
         yield find("pass", f"on both sides the answer begins behind {student!r}.")
 
 
