@@ -161,7 +161,8 @@ def test_a_bridge_ends_the_teachers_prompt_in_an_open_thinking_block(side: Promp
     bridged = PrivilegedContext("hint", bridge_thinking=True)
     ids = bridged.render(ROW, side=side)
     assert side.tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
-    assert ids[:-5] == PrivilegedContext("hint").render(ROW, side=side)[: len(ids) - 5]
+    plain = PrivilegedContext("hint").render(ROW, side=side)
+    assert ids[: len(plain)] == plain
     # where the chat template opens the block itself, it is not opened twice
     thinking = PrivilegedContext("hint", bridge_thinking=True, chat_template_kwargs={"enable_thinking": True})
     assert side.tokenizer.decode(thinking.render(ROW, side=side)).count("<think>") == 1
@@ -174,7 +175,7 @@ def test_a_bridge_ends_the_teachers_prompt_in_an_open_thinking_block(side: Promp
 
 def test_a_bridge_into_a_block_that_is_closed_already_is_refused() -> None:
     tokenizer = make_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\\n", "<think>\\n\\n</think>\\n")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "<think>\n\n</think>\n")
     closed = PromptRenderer(tokenizer, chat_template_kwargs={"enable_thinking": True})
     with pytest.raises(ConfigError, match="its chat template has closed one"):
         PrivilegedContext("hint", bridge_thinking=True).render(ROW, side=closed)
