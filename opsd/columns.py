@@ -69,8 +69,7 @@ def import_columns(dataset: Any, columns: str | Mapping[str, str] | None) -> Dat
 
     if all(ours == theirs for ours, theirs in sources.items()):
         return dataset
-    # A column that was renamed goes, unless it is somebody's source or has our name itself.
-    gone = [theirs for ours, theirs in sources.items() if ours != theirs and theirs in first and theirs not in sources]
+    gone = [theirs for ours, theirs in sources.items() if ours != theirs and theirs in first]
     cache = {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
     return dataset.map(renamed, remove_columns=gone, **cache)
 

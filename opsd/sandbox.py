@@ -39,7 +39,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             finalize=_written,
-            optimized=False,  # constants are computed when a template is rendered, within limits, not when it is read
         )
         self.filters = {name: _bounded(name, each) for name, each in {**self.filters, **FILTERS}.items()}
         self.globals.pop("lipsum", None)

@@ -65,8 +65,9 @@ def test_a_mapping_renames_columns_and_reaches_into_nested_ones() -> None:
     table = Dataset.from_list([{"q": "1 + 1?", "gold": {"text": "2"}, "hint": "count"}])
     row = import_columns(table, {"prompt": "q", "answer": "gold.text"})[0]
     assert row == {"prompt": "1 + 1?", "answer": "2", "gold": {"text": "2"}, "hint": "count"}
-    swapped = import_columns(Dataset.from_list([{"a": "x", "b": "y"}]), {"a": "b", "b": "a"})[0]
-    assert swapped == {"a": "y", "b": "x"}
+    swap = Dataset.from_list([{"a": "x", "b": "y"}])
+    for rows in (swap, swap.to_iterable_dataset()):
+        assert next(iter(import_columns(rows, {"a": "b", "b": "a"}))) == {"a": "y", "b": "x"}
     assert import_columns(table, None) is table
 
 
