@@ -7,6 +7,7 @@ counts, and no number is large enough to ask for gigabytes. Knows Jinja only.
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 import time
 from collections.abc import Callable
@@ -82,7 +83,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call(*args: Any, **kwargs: Any) -> Any:
         """Call a function or a method, if its arguments and its answer are of a size that a prompt could need."""
         self, context, function, *given = args
-        _check_arguments(getattr(function, "__name__", ""), getattr(function, "__self__", None), given, kwargs)
+        method = inspect.unwrap(function)  # the sandbox puts a function of its own around `format`
+        _check_arguments(getattr(method, "__name__", ""), getattr(method, "__self__", None), given, kwargs)
         found = ImmutableSandboxedEnvironment.call(self, context, function, *given, **kwargs)
         if isinstance(found, str):
             _check_size(len(found))

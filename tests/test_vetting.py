@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from opsd import vetting
 from opsd.blocks import MAX_SOURCE_BYTES
 from opsd.cli import main
 from opsd.context import PrivilegedContext
-from opsd.errors import TemplateError
+from opsd.errors import TemplateError, UnsafeTemplateError
 from opsd.sandbox import MAX_CHARS, SECONDS
 
 ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "What is 12 + 7?"}], "answer": "19", "steps": ["a", "b"]}
@@ -217,14 +218,14 @@ def test_training_caps_what_a_template_writes_after_it_has_passed() -> None:
         "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
         "{{ answer.ljust(3000000000) | length }}",
         "{{ answer | center(3000000000) | length }}",
-        "{{ '{:>1000000000}'.format(answer) | length }}",
-        "{{ '%1000000000s' % answer }}",
-        "{{ '%*d' % (1000000000, 1) }}",
-        "{{ '%1000000000s' | format(answer) }}",
-        "{{ (answer * 900000).replace('1', answer * 900000) | length }}",
-        "{{ (answer * 90000) | replace('1', answer * 900000) | length }}",
-        "{{ (answer * 400000).join(range(90000) | map('string') | list) | length }}",
-        "{{ range(90000) | map('string') | list | join(answer * 400000) | length }}",
+        "{{ '{:>100000000}'.format(answer) | length }}",
+        "{{ '%100000000s' % answer }}",
+        "{{ '%*d' % (100000000, 1) }}",
+        "{{ '%100000000s' | format(answer) }}",
+        "{{ (answer * 9000).replace('1', answer * 9000) | length }}",
+        "{{ (answer * 9000) | replace('1', answer * 9000) | length }}",
+        "{{ (answer * 4000).join(range(9000) | map('string') | list) | length }}",
+        "{{ range(9000) | map('string') | list | join(answer * 4000) | length }}",
         "{% set x %}{% for i in range(99999) %}{{ answer * 1000 }}{% endfor %}{% endset %}",
         "{% set x %}{% for i in range(99999) %}" + "x" * 5000 + "{% endfor %}{% endset %}",
         "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
@@ -237,11 +238,16 @@ def test_a_template_that_behaves_when_it_is_tried_out_is_bounded_afterwards_too(
         block("{% for once in range(1 if answer == '11' else 0) %}" + body + "{% endfor %}")
     )
     context.messages(ROW)
-    start, before = time.perf_counter(), psutil.Process().memory_info().rss
-    with pytest.raises(TemplateError, match="cannot be rendered"):
-        context.messages({**ROW, "answer": "11"})
+    start = time.perf_counter()
+    tracemalloc.start()
+    try:
+        with pytest.raises(UnsafeTemplateError, match="cannot be rendered"):
+            context.messages({**ROW, "answer": "11"})
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
     assert time.perf_counter() - start < 3 * SECONDS
-    assert psutil.Process().memory_info().rss - before < 100 * 2**20
+    assert peak < 20 * 2**20
 
 
 def test_a_template_without_needed_fields_is_tried_out_with_the_first_row_that_fills_it(tmp_path: Path) -> None:
@@ -290,6 +296,10 @@ def test_a_template_is_tried_out_once_and_opsds_own_never(monkeypatch: pytest.Mo
         for _ in range(3):
             context.messages(ROW)
     assert len(tried) == 1
+    without_fields = PrivilegedContext.from_string(block("be brief").replace("{{ answer }}", ""))
+    assert len(tried) == 1  # what it says by itself is seen here, within the same bounds
+    without_fields.messages(ROW)
+    assert len(tried) == 2
 
 
 @pytest.mark.parametrize("name", ["class", "loops in loops"])
