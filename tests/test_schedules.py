@@ -237,7 +237,7 @@ def test_a_rate_that_was_measured_before_training_wins_in_every_preview(tmp_path
     schedule = ContextSchedule(["trace", "none"], until_pass_rate={"trace": 0.5})
     rows = Dataset.from_list([{**row, "pass_rate": 1.0} for row in make_rows()])
     teacher = SameCheckpointTeacher(context=schedule)
-    settings = {"reward_funcs": returns([1.0] * 4), "num_generations": 2, "max_steps": 1}
+    settings = {"reward_funcs": returns([0.0] * 4), "num_generations": 2, "max_steps": 1}
     trainer = make_trainer(tmp_path, teacher, rows=rows, **settings)
     assert "A correct solution" not in run_card(trainer)["prompts"][0]["teacher"][schedule.name]
     trainer.train()

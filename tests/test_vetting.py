@@ -136,8 +136,10 @@ def test_the_child_itself_is_bounded_whatever_the_sandbox_lets_through(
     (tmp_path / "sitecustomize.py").write_text(hole)
     monkeypatch.syspath_prepend(tmp_path)
     context = PrivilegedContext.from_string(block("{{ answer | reveal(0.5) }}"))
-    with pytest.raises(TemplateError, match=f"within {bound}"):
+    start = time.perf_counter()
+    with pytest.raises(UnsafeTemplateError, match=f"within {bound}"):
         context.messages(ROW)
+    assert time.perf_counter() - start < 2 * vetting.SECONDS
 
 
 @pytest.mark.parametrize("reference", ["../secret.jinja", "link.jinja", "secret.txt", "folder/../../secret.jinja"])

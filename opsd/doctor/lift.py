@@ -92,8 +92,8 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
 
 def check_lift(patient: Patient) -> Iterator[Finding]:
     """Let both sides answer, and let the teacher judge the student's rollouts with and without its context."""
-    produced = set(patient.trainer.groups.produced)
-    needs = {n for c in patient.teacher.contexts for n in c.fields | c.optional_fields} & produced
+    made = set(patient.trainer.groups.produced) - set(patient.rows[0])
+    needs = {n for c in patient.teacher.contexts for n in c.fields | c.optional_fields} & made
     if patient.grader_name is None:
         yield find(
             "skip",
