@@ -469,7 +469,7 @@ GALLERY: dict[str, Case] = {
     ),
     "dropout in training": Case(
         "TRL leaves dropout on; two passes of one LoRA model moved by half a nat",
-        Setup(model=lambda: make_llama(attention_dropout=0.3), settings={"disable_dropout": False}),
+        Setup(model=lambda: make_llama(attention_dropout=0.3).eval(), settings={"disable_dropout": False}),
         Setup(model=lambda: make_llama(attention_dropout=0.3)),
         "alignment",
         "without a context the teacher is the student, and they differ",
