@@ -181,6 +181,10 @@ def asked(text: str, system: str | None = None) -> list[dict[str, str]]:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
+def long_word(row: dict[str, Any]) -> str:
+    return "thermodynamics" + question(row)[8:11].replace(" ", "x")
+
+
 def nested(row: dict[str, Any]) -> dict[str, Any]:
     return {"ground_truth": row["answer"]}
 
@@ -361,6 +365,13 @@ GALLERY: dict[str, Case] = {
         "leaks",
         "holds all of 'solution' in 16 of 16 rows",
         "fail",
+    ),
+    "a word of an answer in the question": Case(
+        "the same, where an answer is one long word: it may be a choice to pick from",
+        Setup(rows=rows(answer=long_word, prompt=lambda r: asked(f"{question(r)} {long_word(r)}"))),
+        Setup(rows=rows(answer=long_word)),
+        "leaks",
+        "gives its answer away",
     ),
     "a nested answer in the question": Case(
         "verl's rows: the answer stands in reward_model.ground_truth",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +28,7 @@ from opsd.doctor import CHECKS, examine
 from opsd.doctor.lift import Lift, verdict
 from opsd.errors import ConfigError
 from opsd.findings import Examination, Finding
+from opsd.rollouts import PaddedBatch, Rollouts
 
 
 def of(examination: Examination, check: str) -> list[Finding]:
@@ -45,6 +45,7 @@ def test_every_teacher_can_be_examined_and_nothing_is_changed(name: str, student
         pytest.skip("an averaged product is one of LoRA factors")
     trainer = make_trainer(tmp_path, MAKE_TEACHER[name](), student)
     before = snapshot(trainer.model)
+    trainer.model.eval()  # as a model that was loaded
     modes = {name: module.training for name, module in trainer.model.named_modules()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     examination = examine(trainer)
@@ -68,6 +69,19 @@ def test_a_run_is_the_same_with_and_without_the_doctor(tmp_path: Path) -> None:
         trainer.train()
         ends.append(snapshot(trainer.model))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_positions_that_slipped_by_one_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """siyan-zhao/OPSD: completions sliced behind another prompt's length lose as many tokens as it has special ones."""
+    trainer, pad = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only")), Rollouts.pad
+
+    def slipped(self: Rollouts, device: torch.device, *key: str) -> PaddedBatch:
+        batch = pad(self, device, *key)
+        return replace(batch, keep_BL=batch.keep_BL.roll(-1, dims=1)) if key else batch
+
+    monkeypatch.setattr(Rollouts, "pad", slipped)
+    found = of(examine(trainer, only=["alignment"]), "alignment")
+    assert found[0].status == "fail" and "scores other tokens than the student sampled" in found[0].saw
 
 
 # ---------------------------------------------------------------- is the teacher any good?
@@ -111,22 +125,12 @@ def demo_trainer(model: str, folder: Path, context: Any, count: int = 64) -> OPS
     return OPSDTrainer(model, SameCheckpointTeacher(context=context), args=args, train_dataset=rows)
 
 
-@pytest.fixture
-def two_cores() -> Iterator[None]:
-    """As many as the limit of a minute is meant for; other tests run on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(
-    demo_model: str, tmp_path: Path, two_cores: None
-) -> None:
+def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: str, tmp_path: Path) -> None:
+    """Seconds of one core, which other work on the machine does not stretch; benchmarks/doctor.py has those of two."""
     trainer = demo_trainer(demo_model, tmp_path, "answer_only")
-    start = time.perf_counter()
+    start = time.process_time()
     examination = examine(trainer)
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
     assert not examination.of("warn", "fail"), [finding.saw for finding in examination.of("warn", "fail")]
     (found,) = of(examination, "lift")
     assert "the context lifts this model" in found.saw and "expect learning" in found.saw
@@ -140,7 +144,7 @@ def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(
     trainer.args.max_steps = 2
     trainer.train()
     measured = (time.perf_counter() - start) / 2
-    assert measured / 3 < cost["seconds_per_step"] < 3 * measured
+    assert measured / 4 < cost["seconds_per_step"] < 4 * measured  # the machine may do other things meanwhile
     assert cost["megabytes"] + cost["optimizer_megabytes"] > 0.6 * peak_megabytes()
     # and a teacher shown other rows' answers teaches nothing of this
     other = demo_trainer(demo_model, tmp_path / "other", {"levels": ["other_answer"]})
@@ -299,15 +303,17 @@ def test_a_healthy_run_is_trained_after_the_doctors_word_which_stands_in_the_car
 
 def test_a_check_that_stumbles_loses_nothing_of_the_others(tmp_path: Path) -> None:
     def offline(**columns: Any) -> list[float]:
+        random.random(), np.random.rand(), torch.rand(1)
         raise RuntimeError("judge offline")
 
     trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), reward_funcs=offline)
-    state = random.getstate()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     examination = examine(trainer)
     (found,) = of(examination, "lift")
     assert found.status == "fail" and "could not finish: RuntimeError: judge offline" in found.saw
     assert {f.check for f in examination.findings} == set(CHECKS)
-    assert random.getstate() == state and all(c.counts.rendered == 0 for c in trainer.training_loss.contexts)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+    assert all(context.counts.rendered == 0 for context in trainer.training_loss.contexts)
 
 
 def test_no_rows_is_an_error(tmp_path: Path) -> None:
