@@ -22,7 +22,7 @@ from opsd.findings import Finding, listed
 from opsd.prompts import PromptRenderer, text_of, turns_of
 
 # What training makes for contexts (groups.PRODUCED), and what a control may ask for (derived.py).
-MADE = ("sibling", "feedback", "attempt", "wrong_answer")
+MADE = ("sibling", "feedback", "attempt", "pass_rate", "wrong_answer")
 _MARKERS = re.compile(
     r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|^#+ ?(?:Assistant|Response):", re.MULTILINE
 )
@@ -81,7 +81,7 @@ def _fields(context: PrivilegedContext, columns: Sequence[str] | None) -> Iterat
         )
     if columns is None:
         return
-    missing = context.missing([*columns, *MADE])
+    missing = context.missing([*columns, *MADE, *(f"other_{name}" for name in columns)])
     if missing:
         names = " and ".join(" or ".join(group) for group in missing)
         hint = "".join(did_you_mean(name, columns) for group in missing for name in group)

@@ -5,6 +5,7 @@ Small real models and tokenizers. The source of each is an entry of the field's 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +173,41 @@ def resized(size: int, lively: float = 0.0) -> Callable[[], Any]:
     return make
 
 
+@functools.cache
+def _taught() -> dict[str, torch.Tensor]:
+    """Weights of a model that has learned to think where it is asked to: a few seconds of real training."""
+    tokenizer, model = make_tokenizer(), make_llama(3)
+    texts = [
+        tokenizer.apply_chat_template(
+            row["prompt"],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinks,  # type: ignore[arg-type]
+        )
+        + (
+            "hint hint hint 7 - 7 = 0 the sum of the ones"
+            if thinks
+            else "The correct answer is nineteen. The correct answer"
+        )
+        for row in make_rows(ROWS)
+        for thinks in (False, True)
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(80):
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def taught() -> Any:
+    model = make_llama(3)
+    model.load_state_dict(_taught())
+    return model
+
+
 def rows(**changes: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
     return [{**row, **{name: change(row) for name, change in changes.items()}} for row in make_rows(ROWS)]
 
@@ -222,6 +258,15 @@ GALLERY: dict[str, Case] = {
         ),
         "tokenizers",
         "one answers at once|one thinks and the other does not|thinks and the other",
+    ),
+    "a thinking teacher grades plain answers": Case(
+        "tinker-cookbook #796: teacher bias at the first tokens; siyan-zhao/OPSD #10, #16, #18",
+        Setup(
+            context(chat_template_kwargs={"enable_thinking": True}), model=taught, settings={"max_completion_length": 9}
+        ),
+        Setup(context(), model=taught, settings={"max_completion_length": 9}),
+        "divergence",
+        "disagree about how an answer begins",
     ),
     "teacher prompt cut from the left": Case(
         "TRL PR 5862, 5883: the SDFT teacher's prompt cut to the student's limit",
