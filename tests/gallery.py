@@ -529,7 +529,6 @@ GALLERY: dict[str, Case] = {
         Setup(model=lambda: make_llama(attention_dropout=0.3)),
         "alignment",
         "without a context the teacher is the student, and they differ",
-        "fail",
     ),
     "a forward pass that is never the same twice": Case(
         "noise in a layer of one's own that eval mode does not switch off",

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_rows
+from conftest import make_rows, make_tokenizer
 from datasets import Dataset
 from helpers import MAKE_TEACHER, make_trainer
 
 from opsd import MixtureTeacher, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.run_card import JSON, MARKDOWN, differences, read_card, run_card, write_run_card
+from opsd.run_card import JSON, MARKDOWN, differences, read_card, run_card, tokenizer_digest, write_run_card
 
 
 def card_of(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -79,6 +79,13 @@ def test_what_was_changed_is_what_differs(changes: dict[str, Any], name: str, tm
     found = differences(card_of(tmp_path / "a"), card_of(tmp_path / "b", **changes))
     assert name in [each[0] for each in found]
     assert len(found) < 16, found
+
+
+def test_another_tokenizer_has_another_hash(tmp_path: Path) -> None:
+    one, same, smaller, other_end = make_tokenizer(), make_tokenizer(), make_tokenizer(380), make_tokenizer()
+    other_end.eos_token = "<|pad|>"
+    assert card_of(tmp_path)["hashes"]["tokenizer"] == tokenizer_digest(one) == tokenizer_digest(same)
+    assert len({tokenizer_digest(each) for each in (one, smaller, other_end)}) == 3
 
 
 def test_a_changed_word_of_a_template_is_found(tmp_path: Path) -> None:
