@@ -123,13 +123,10 @@ def _without_secrets(value: Any) -> Any:
 def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
     decode = trainer.student.tokenizer.decode
     for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
-        shown: dict[str, str] = {}
-        made = placeholders(trainer.groups.produced, row)
-        for view in trainer.teacher.views_of(row):
+        made, shown = placeholders(trainer.groups.produced, row), []
+        for view in trainer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
             name = view.context.name if view.context else "the student's own prompt"
-            while name in shown:  # several of one template, which differ in their settings
-                name += "'"
-            shown[name] = view.renderer.tokenizer.decode(view.prompt_ids(row, made))
+            shown.append({"shown": name, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
         yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
     for context in trainer.training_loss.contexts:
         context.forget_counts()
@@ -160,8 +157,8 @@ def as_markdown(card: Mapping[str, Any]) -> str:
     lines += ["", "## Prompts", ""]
     for prompt in card["prompts"]:
         lines += [f"Row {prompt['row']}, the student:", "", _fenced(prompt["student"]), ""]
-        for name, text in prompt["teacher"].items():
-            lines += [f"Row {prompt['row']}, the teacher, shown {name}:", "", _fenced(text), ""]
+        for told in prompt["teacher"]:
+            lines += [f"Row {prompt['row']}, the teacher, shown {told['shown']}:", "", _fenced(told["prompt"]), ""]
     for title in ("hashes", "versions", "hardware", "seeds", "settings"):
         rows = [f"| {name} | `{_cell(value)}` |" for name, value in _leaves(card[title])]
         lines += [f"## {title.capitalize()}", "", "| | |", "|---|---|", *rows, ""]

@@ -239,6 +239,6 @@ def test_a_rate_that_was_measured_before_training_wins_in_every_preview(tmp_path
     teacher = SameCheckpointTeacher(context=schedule)
     settings = {"reward_funcs": returns([0.0] * 4), "num_generations": 2, "max_steps": 1}
     trainer = make_trainer(tmp_path, teacher, rows=rows, **settings)
-    assert "A correct solution" not in run_card(trainer)["prompts"][0]["teacher"][schedule.name]
+    assert "A correct solution" not in run_card(trainer)["prompts"][0]["teacher"][0]["prompt"]
     trainer.train()
     assert logged(trainer, "context/level/none") == [1.0]
