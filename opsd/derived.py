@@ -16,8 +16,8 @@ from datasets import Dataset, IterableDataset
 
 from opsd.data import prepare_rows, row_columns, with_system_prompt
 from opsd.errors import DataError
+from opsd.fields import OTHER, WRONG
 
-WRONG, OTHER = "wrong_answer", "other_"
 _INTEGER = re.compile(r"[-+]?\d+")
 
 

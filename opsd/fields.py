@@ -16,6 +16,9 @@ from typing import Any
 from opsd.prompts import PromptRenderer
 from opsd.shortening import Boundary, Side, count_tokens, first_share, longest_that_fits
 
+# What training makes for contexts, beside the columns of a row (groups.py), and what controls ask for (derived.py).
+PRODUCED = ("sibling", "feedback", "attempt", "pass_rate")
+WRONG, OTHER = "wrong_answer", "other_"
 _SIDE: ContextVar[PromptRenderer | None] = ContextVar("side", default=None)
 _BOXED = "\\boxed{"
 

@@ -72,19 +72,25 @@ def counting_passes() -> Iterator[list[int]]:
 
 
 @contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module the mode back that it had before the block."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run a block in eval mode without gradient, then give every module back the mode it had.
 
     Dropout alone moves two passes of one LoRA model by half a nat, and TRL reads `model.training`.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with keeping_modes(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 def probe(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.fields import strip_thinking
-from opsd.rewards import Rewards
+from opsd.fields import PRODUCED, strip_thinking
+from opsd.rewards import Rewards, Verdicts
 from opsd.rollouts import Ids, Rollouts
 
 ROUTES = {
@@ -24,8 +24,6 @@ ROUTES = {
     "right": "rollouts at or above success_reward are distilled",
 }
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
-# What a group makes for contexts, beside the columns of its row.
-PRODUCED = ("sibling", "feedback", "attempt", "pass_rate")
 # what stands for it in prompts that are rendered before training
 PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in PRODUCED}, "pass_rate": 0.0}
 STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
@@ -126,9 +124,7 @@ class Groups:
         if not self.rewards.functions:
             return rollouts, {}
         texts = decode(rollouts.completion_ids)
-        chats = [[{"role": "assistant", "content": text}] for text in texts]
-        completions = texts if isinstance(rollouts.rows[0]["prompt"], str) else chats
-        verdicts = self.rewards(rollouts.rows, completions, rollouts.completion_ids, state)
+        verdicts = self.verdicts(rollouts.rows, texts, rollouts.completion_ids, state)
         right = [reward >= self.success_reward for reward in verdicts.rewards]
         wrong = [reward < self.success_reward for reward in verdicts.rewards]  # NaN is neither
         groups = self._groups(rollouts.rows)
@@ -158,6 +154,21 @@ class Groups:
             "group/unused": fmean(idle),
             "group/flat": fmean(len(set(_known(verdicts.rewards, group))) <= 1 for group in groups),
         }
+
+    def verdicts(
+        self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], completion_ids: Sequence[Ids], state: Any
+    ) -> Verdicts:
+        """Ask the reward functions: about text where prompts are text, else about an assistant's turn.
+
+        Args:
+            rows: dataset rows.
+            texts: their completions.
+            completion_ids: the same as ids.
+            state: transformers' TrainerState.
+        """
+        chats = [[{"role": "assistant", "content": text}] for text in texts]
+        completions = texts if isinstance(rows[0]["prompt"], str) else chats
+        return self.rewards(rows, completions, completion_ids, state)
 
     def _groups(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Return the group of each rollout: those around it that have its prompt."""

@@ -17,12 +17,11 @@ from jinja2 import meta, nodes
 from opsd.blocks import PROMPT_NAMES
 from opsd.context import PrivilegedContext
 from opsd.errors import DataError, OPSDError, TemplateError, UnsafeTemplateError, did_you_mean
-from opsd.fields import is_empty
+from opsd.fields import OTHER, PRODUCED, WRONG, is_empty
 from opsd.findings import Finding, listed
 from opsd.prompts import PromptRenderer, text_of, turns_of
 
-# What training makes for contexts (groups.PRODUCED), and what a control may ask for (derived.py).
-MADE = ("sibling", "feedback", "attempt", "pass_rate", "wrong_answer")
+MADE = (*PRODUCED, WRONG)
 _MARKERS = re.compile(
     r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|^#+ ?(?:Assistant|Response):", re.MULTILINE
 )
@@ -81,7 +80,7 @@ def _fields(context: PrivilegedContext, columns: Sequence[str] | None) -> Iterat
         )
     if columns is None:
         return
-    missing = context.missing([*columns, *MADE, *(f"other_{name}" for name in columns)])
+    missing = context.missing([*columns, *MADE, *(f"{OTHER}{name}" for name in columns)])
     if missing:
         names = " and ".join(" or ".join(group) for group in missing)
         hint = "".join(did_you_mean(name, columns) for group in missing for name in group)

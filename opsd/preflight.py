@@ -223,7 +223,7 @@ def check_rows_fit(
                 # What training makes may be as long as a completion.
                 to_come = max_new_tokens * (1 + _whole_rollouts_shown(context, produced))
                 check_lengths(view.max_length, [prompt], [to_come], "teacher", first_row=number)
-    _forget_counts(teacher)
+    teacher.forget_counts()
 
 
 def _check_siblings(teacher: Teacher) -> None:
@@ -244,12 +244,6 @@ def _check_siblings(teacher: Teacher) -> None:
 def _whole_rollouts_shown(context: Context, produced: Sequence[str]) -> int:
     """Return how many rollouts a context shows at full length."""
     return len(context.shown_whole({"sibling", "attempt"} & set(produced)))
-
-
-def _forget_counts(teacher: Teacher) -> None:
-    """Let contexts count from the first training step."""
-    for context in teacher.contexts:
-        context.forget_counts()
 
 
 def accepted(dataset: Any, name: str, args: Any, scorer: TrainingLoss, groups: Groups) -> Any:
@@ -353,14 +347,13 @@ def measured_cost(
     with counting_passes() as sequences:
         for teacher in scorer.teachers:
             teacher.score(teacher.show(probe))
-    for teacher in scorer.teachers:
-        _forget_counts(teacher)
+    scorer.forget_counts()
     return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)
 
 
 def summary(scorer: TrainingLoss, groups: Groups, cost: Cost) -> str:
     """Return what a user is told of a run before its first step."""
-    names = [view.context.name if view.context else "the student's own prompt" for view in scorer.teacher.views]
+    names = [view.shown for view in scorer.teacher.views]
     return (
         f"teacher     {scorer.teacher.words}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}\n"
         f"learns      {groups.words}\nminimises   {scorer.words}\n            {scorer.objective.formula}"

@@ -125,11 +125,9 @@ def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
         made, shown = placeholders(trainer.groups.produced, row), []
         for view in trainer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
-            name = view.context.name if view.context else "the student's own prompt"
-            shown.append({"shown": name, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
+            shown.append({"shown": view.shown, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
         yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
-    for context in trainer.training_loss.contexts:
-        context.forget_counts()
+    trainer.training_loss.forget_counts()
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -72,6 +72,11 @@ class TrainingLoss:
         """What any of them is shown."""
         return [context for teacher in self.teachers for context in teacher.contexts]
 
+    def forget_counts(self) -> None:
+        """Let all contexts count from here."""
+        for teacher in self.teachers:
+            teacher.forget_counts()
+
     @property
     def columns(self) -> set[str]:
         """The columns of rows that contexts and weights read, beside the prompt."""

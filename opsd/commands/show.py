@@ -104,9 +104,8 @@ def _teacher_sides(
     produced = placeholders(made, row)
     sides = []
     for view in teacher.views_of(row):
-        shown = view.context.name if view.context else "the student's own prompt"
         ids = view.context.render(row, produced, side=renderer) if view.context else renderer.ids(row["prompt"])
-        sides.append((f"teacher (shown {shown})", ids))
+        sides.append((f"teacher (shown {view.shown})", ids))
     return sides
 
 

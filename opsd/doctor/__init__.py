@@ -82,7 +82,7 @@ def examine(
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        patient.forget_counts()
+        trainer.training_loss.forget_counts()
     return Examination(findings, len(patient.rows), time.perf_counter() - start)
 
 

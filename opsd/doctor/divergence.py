@@ -19,7 +19,7 @@ find = functools.partial(Finding, "divergence")
 
 def check_divergence(patient: Patient) -> Iterator[Finding]:
     """Compare the KL of the first tokens with the rest, and the rest with what a useful teacher shows."""
-    values = patient.divergence(patient.teacher)
+    values = patient.disagreement
     rest = torch.cat([row[FIRST:] for row in values])
     if not any(map(len, values)):
         yield find("skip", "every rollout is empty.")

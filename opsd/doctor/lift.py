@@ -7,7 +7,6 @@ answer may teach where the answer goes and nothing of how it is found.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor
 
 from opsd.doctor.patient import BATCH, Patient
+from opsd.evaluation.graders import NUMBER
 from opsd.evaluation.statistics import paired_difference, proportion_interval
 from opsd.findings import Finding
 from opsd.rollouts import Ids
 
 find = functools.partial(Finding, "lift")
-_NUMBER = re.compile(r"[-+]?\d[\d,.]*\d|[-+]?\d")
 FEW = 4  # rollouts of a kind, below which their mean says nothing
 ROWS = 8  # below which a bootstrap says nothing
 LEAST = 0.05  # a lift that would be worth having
@@ -126,7 +125,7 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
         gaps.append(means[~right].mean() - means[right].mean())
     enough = min(int(right.sum()), int((~right).sum())) >= FEW
     figures["separation"] = separation = float(gaps[0] - gaps[1]) if enough else None
-    figures["kl_answer"], figures["kl_rest"] = _kl_on_answers(patient, right.tolist(), patient.divergence(teacher))
+    figures["kl_answer"], figures["kl_rest"] = _kl_on_answers(patient, right.tolist(), patient.disagreement)
     share = (
         figures["kl_answer"] / figures["kl_rest"] if figures["kl_answer"] is not None and figures["kl_rest"] else None
     )
@@ -156,8 +155,8 @@ def _kl_on_answers(
     rollouts = 0
     for ids, is_right, kl, row in zip(patient.sampled[0], right, values, patient.rows, strict=True):
         pieces = [patient.tokenizer.decode([token]) for token in ids]
-        numbers = list(_NUMBER.finditer("".join(pieces)))
-        if is_right or not numbers or not _NUMBER.fullmatch(str(row.get("answer"))):
+        numbers = list(NUMBER.finditer("".join(pieces)))
+        if is_right or not numbers or not NUMBER.fullmatch(str(row.get("answer"))):
             continue
         rollouts += 1
         (start, end), position = numbers[-1].span(), 0

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError
-from opsd.evaluation.graders import grade_rows, load_grader
+from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
 from opsd.evaluation.sampling import generate
-from opsd.forward import context_length, last_hidden
+from opsd.forward import context_length, keeping_modes, last_hidden
 from opsd.groups import placeholders
 from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
@@ -217,6 +217,11 @@ class Patient:
             values += list(record.divergence_N.cpu().split([len(ids) for ids in batch.completion_ids]))
         return values
 
+    @cached_property
+    def disagreement(self) -> list[Tensor]:
+        """The divergence from the run's own teacher."""
+        return self.divergence(self.teacher)
+
     def _training(self) -> AbstractContextManager[None]:
         return as_it_trains(self.student.model, self.args)
 
@@ -243,7 +248,7 @@ class Patient:
         if len(answers) < len(self.rows):
             return None
         # GSM8K's end in "#### 72", and the last number is the answer.
-        if all(_is_number(answer.rpartition("####")[2].strip()) for answer in answers):
+        if all(NUMBER.fullmatch(answer.rpartition("####")[2].strip()) for answer in answers):
             return "last_number"
         return "contains" if all(len(answer.split()) <= WORDS for answer in answers) else None
 
@@ -251,39 +256,26 @@ class Patient:
         """Tell which completions are right."""
         texts, groups = self.texts(completions), self.trainer.groups
         if self._grader is None and groups.rewards.functions:
-            chats = [[{"role": "assistant", "content": text}] for text in texts]
-            asked = texts if isinstance(self.rows[0]["prompt"], str) else chats
-            verdicts = groups.rewards(self.rows, asked, list(completions), self.trainer.state)
+            verdicts = groups.verdicts(self.rows, texts, list(completions), self.trainer.state)
             return [reward >= groups.success_reward for reward in verdicts.rewards]
         if self.grader_name is None:
             raise ConfigError("nothing can grade these rows: no reward function, no grader, no column 'answer'.")
         return grade_rows(load_grader(self.grader_name), texts, self.rows)[0]
 
-    def forget_counts(self) -> None:
-        """Let contexts count from the first training step."""
-        for context in self.trainer.training_loss.contexts:
-            context.forget_counts()
-
 
 @contextmanager
 def as_it_trains(model: nn.Module, args: Any) -> Iterator[None]:
     """Run a block in the mode that trains, dropout and checkpointing and all, then give everything back as it was."""
-    modes = [(module, module.training) for module in model.modules()]
     checkpoints = args.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", True)
-    model.train()
-    if checkpoints:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})  # type: ignore[operator]
-    try:
-        yield
-    finally:
+    with keeping_modes(model):
+        model.train()
         if checkpoints:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
-        for module, mode in modes:
-            module.training = mode
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(",", "").lstrip("-+").replace(".", "", 1).isdigit()
+            model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs or {"use_reentrant": False})  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            if checkpoints:
+                model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
 def boundary(side: Side, completion: Ids, before: int = 8, after: int = 4) -> str:

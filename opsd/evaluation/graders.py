@@ -22,7 +22,7 @@ Grader = Callable[[str, Row], bool]
 REASONING_GYM = "reasoning_gym:"
 # A sign belongs to the number unless it stands behind an operand, as in "5-3" or "(2+3)-1". Commas count between
 # groups of three digits only, so that "1,2,3" is three numbers.
-_NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def exact(text: str, row: Row, column: str = "answer") -> bool:
@@ -138,7 +138,7 @@ def _answer(row: Row, column: str) -> str:
 
 
 def _last_number(text: str) -> Decimal | None:
-    numbers = _NUMBER.findall(text)
+    numbers = NUMBER.findall(text)
     # Decimal and not float: 0.1 is 0.10 exactly, and integers of any length stay apart.
     return Decimal(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
 

@@ -196,6 +196,16 @@ class Teacher(ABC):
         """What its views are shown, of those that are shown anything."""
         return [view.context for view in self.views if view.context is not None]
 
+    @property
+    def shown(self) -> str:
+        """What it is shown, in words."""
+        return self.context.name if self.context is not None else "the student's own prompt"
+
+    def forget_counts(self) -> None:
+        """Let its contexts count from here."""
+        for context in self.contexts:
+            context.forget_counts()
+
     def views_of(self, row: Row) -> list[Teacher]:
         """Return those of its views that score this row."""
         return self.views
