@@ -48,4 +48,5 @@ def build_trainer(run: Run) -> OPSDTrainer:
         peft_config=get_peft_config(model),
         quantization_config=get_quantization_config(model),
         reward_funcs=run.run.reward_funcs,
+        evaluation=run.run.evaluation,  # type: ignore[arg-type]
     )

@@ -186,6 +186,24 @@ def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tu
     )
 
 
+def model_folder(model: str) -> str:
+    """Return the folder to load a model from: a run that has not ended stands for its newest checkpoint that is whole.
+
+    Raises:
+        CheckpointError: a run's folder with neither a model nor a checkpoint that could be loaded.
+    """
+    folder = Path(model)
+    if any((folder / name).is_file() for name in WEIGHTS) or not (folder / "run_card.json").is_file():
+        return model
+    whole = next((checkpoint for checkpoint in saved(folder) if problem(checkpoint) is None), None)
+    if whole is None:
+        raise CheckpointError(
+            f"{model} is a run without a model: it was stopped before its end, and has no checkpoint that is whole "
+            f"(here: {_names(saved(folder))}). Resume it: --resume_from_checkpoint true; or name a model."
+        )
+    return str(whole)
+
+
 def _names(checkpoints: list[Path]) -> str:
     return ", ".join(p.name for p in checkpoints) or "none"
 

@@ -20,7 +20,8 @@ from opsd.errors import OPSDError
 COMMANDS = {
     "train": ("train", "train a model with a teacher, from a YAML file"),
     "doctor": ("doctor", "examine a run before step 1: alignment, prompts, leaks, whether the teacher is any good"),
-    "eval": ("evaluate", "grade a model's answers on a dataset, with an interval"),
+    "eval": ("evaluate", "grade a model's answers on a dataset, with intervals"),
+    "compare": ("compare", "say whether a method beat its controls, and how sure that is"),
     "show": ("show", "show a row's student and teacher prompt side by side, as text and as tokens"),
     "lint": ("lint", "check templates: syntax, safety, fields, leaks, boundaries"),
     "diff": ("diff", "say what differs between two runs"),

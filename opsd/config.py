@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import DistillationConfig
 
+from opsd.controls import CONTROLS, control_of
 from opsd.errors import ConfigError, OPSDWarning
 from opsd.groups import Groups
 from opsd.losses import Divergence, Objective
@@ -33,6 +34,13 @@ class OPSDConfig(DistillationConfig):
     """
 
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU, also where there is a GPU."})
+    control: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train a control in place of the method, everything else alike: "
+            + "; ".join(f"{name} ({control.asks})" for name, control in CONTROLS.items())
+        },
+    )
     lmbda: float = field(
         default=1.0,
         metadata={
@@ -206,6 +214,9 @@ class OPSDConfig(DistillationConfig):
     )
 
     def __post_init__(self) -> None:
+        control = control_of(self.control)
+        for name, value in control.settings.items() if control else ():
+            setattr(self, name, value)
         self._check()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and choose_bf16(self.output_dir, self.use_cpu)
@@ -269,7 +280,7 @@ class OPSDConfig(DistillationConfig):
 
     def _warn(self) -> None:
         self._warn_no_effect()
-        if self.lmbda < LOW_LMBDA:
+        if self.lmbda < LOW_LMBDA and self.control is None:
             warnings.warn(
                 f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's own. It "
                 "is then trained on prefixes it will not meet at inference (exposure bias); 1 is on-policy.",

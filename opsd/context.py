@@ -7,6 +7,7 @@ Knows nothing of models, teachers, completions or training.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from opsd import shipped
 from opsd.blocks import TemplateBlocks, TemplateText, find_template
 from opsd.context_base import Context, ContextCounts
 from opsd.errors import ConfigError, DataError, TemplateError, did_you_mean
-from opsd.fields import at_path, is_empty, read_by, reveal
+from opsd.fields import OTHER, at_path, is_empty, read_by, reveal
 from opsd.prompts import THINK, Prompt, PromptRenderer, positions_of, retold, text_of, turns_of
 from opsd.shortening import Boundary, Side, check_cut, longest_that_fits
 
@@ -75,26 +76,41 @@ class PrivilegedContext(Context):
         self.max_prompt_tokens = max_prompt_tokens
         self._counts = ContextCounts()
         self._check_settings()
-        self.fields = frozenset(self._column(name) for name in self.blocks.fields - set(self._constants))
-        self.optional_fields = frozenset(self._column(name) for name in self.blocks.optional_fields)
-        # Of each group, a row must have at least one.
-        self._needs: list[tuple[str, ...]] = [(field,) for field in sorted(self.fields)]
+        self._read_fields()
         differs = bool(self._constants or self.chat_template_kwargs or self.bridge_thinking or self.system)
-        if self.fields or self.blocks.speak_without_fields():
-            return
-        if self.optional_fields and not self._constants:
-            self._needs.append(tuple(sorted(self.optional_fields)))
-        elif not differs:
+        if not (self.fields or self._needs or differs or self.blocks.speak_without_fields()):
             raise TemplateError(
                 f"template {self.name!r} shows the teacher nothing: it uses no column but the prompt and says "
                 "nothing of its own.\nA teacher that sees what the student sees needs no template.\n"
                 "Use a column in the block user, such as {{ answer }}, or leave the context out."
             )
 
+    def _read_fields(self) -> None:
+        self.fields = frozenset(self._column(name) for name in self.blocks.fields - set(self._constants))
+        self.optional_fields = frozenset(self._column(name) for name in self.blocks.optional_fields)
+        # Of each group, a row must have at least one.
+        self._needs: list[tuple[str, ...]] = [(field,) for field in sorted(self.fields)]
+        if self.optional_fields and not (self.fields or self._constants or self.blocks.speak_without_fields()):
+            self._needs.append(tuple(sorted(self.optional_fields)))
+
     @classmethod
     def from_string(cls, source: str, *, name: str = "<string>", **settings: Any) -> PrivilegedContext:
         """Return the context of a template given as text; the settings are those of the class."""
         return cls(TemplateText(name, source), **settings)
+
+    def of_other_rows(self) -> PrivilegedContext:
+        """Return the same template, shown what belongs to another row; a rollout's own attempt and rate stay."""
+        shown = (self.blocks.fields | self.blocks.optional_fields) - {*self._constants, "attempt", "pass_rate"}
+        if not shown:
+            raise ConfigError(
+                f"template {self.name!r} shows the same to every row, so nothing in it could be another row's. The "
+                "control wrong-context has no meaning here: take no-context."
+            )
+        other = copy.copy(self)
+        other._columns_of = self._columns_of | {name: f"{OTHER}{self._column(name)}" for name in shown}
+        other.name, other._counts = f"{self.name} of another row", ContextCounts()
+        other._read_fields()
+        return other
 
     def side(self, renderer: PromptRenderer) -> PromptRenderer:
         """Return a renderer with this context's keywords over its own."""

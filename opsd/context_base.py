@@ -125,6 +125,14 @@ class Context(ABC):
         """
 
     @abstractmethod
+    def of_other_rows(self) -> Context:
+        """Return the same, shown what belongs to another row: the form of the help, and none of its information.
+
+        Raises:
+            ConfigError: it shows nothing of a row's own, or what training makes for that row.
+        """
+
+    @abstractmethod
     def missing(self, available: Iterable[str]) -> list[tuple[str, ...]]:
         """Return the fields that these names leave open: of each group, one would be enough."""
 

@@ -16,7 +16,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -251,16 +251,19 @@ def _load(folder: str) -> tuple[Any, Any]:
 
 def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progress: Callable[[int], None]) -> Score:
     from opsd.context import PrivilegedContext
-    from opsd.evaluation import evaluate, load_grader
+    from opsd.evaluation import evaluate, sampler_of
     from opsd.prompts import PromptRenderer
 
     renderer, context = PromptRenderer(tokenizer), PrivilegedContext.of(shown)
+
+    def prompt_ids(row: Mapping[str, Any]) -> list[int]:
+        return context.render(row, side=renderer) if context else renderer.ids(row["prompt"])
+
     result = evaluate(
-        model,
+        sampler_of(model, tokenizer, prompt_ids),
         rows,
         tokenizer,
-        prompt_ids=lambda row: context.render(row, side=renderer) if context else renderer.ids(row["prompt"]),
-        grader=load_grader(GRADER),
+        grader=GRADER,
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=100,
         progress=progress,

@@ -42,9 +42,10 @@ def ready_rows(
 def derived_columns(needed: Iterable[str], columns: Iterable[str]) -> list[str]:
     """Return those of the needed names that are no columns and can be made from them."""
     have = set(columns)
+    heads = {name.split(".")[0] for name in needed}  # of "other_reward.truth" the column is "other_reward"
     return [
         name
-        for name in sorted(set(needed) - have)
+        for name in sorted(heads - have)
         if (name == WRONG and "answer" in have) or name.removeprefix(OTHER) in have - {name}
     ]
 

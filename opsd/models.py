@@ -85,3 +85,23 @@ def load_model(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, padding_side="left")
     return loaded.to(device), tokenizer
+
+
+def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str | nn.Module, Any]:
+    """Return a student as TRL's trainer takes it, and its tokenizer if it had to be loaded here.
+
+    Args:
+        model: a model id, a folder, or a loaded model; a folder with an adapter is loaded to be trained on.
+        tokenizer: the user's, or None.
+        args: training arguments; how TRL is to load a model by its name becomes safe.
+    """
+    if not isinstance(model, str):
+        return without_autocast(model), tokenizer
+    # safetensors only, unless asked otherwise: a pickle can run code when it is opened.
+    args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+    if not is_adapter(check_model_name(model)):
+        return model, tokenizer
+    kwargs = {key: value for key, value in args.model_init_kwargs.items() if value is not None}
+    args.model_init_kwargs = None
+    loaded, own = load_model(model, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)
+    return loaded, tokenizer or own

@@ -21,9 +21,11 @@ from peft import PeftConfig
 from torch import nn
 
 from opsd.context_base import Context
+from opsd.controls import control_of
 from opsd.data import check_completions, row_columns
 from opsd.derived import ready_rows
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
+from opsd.evaluation.plan import METRIC, EvaluationPlan
 from opsd.forward import context_length, counting_passes, embedded_tokens
 from opsd.groups import Groups, placeholders
 from opsd.rollouts import Rollouts, check_lengths
@@ -73,11 +75,12 @@ def check_text_only(reads_images: bool) -> None:
         )
 
 
-def check_sharding(args: Any) -> None:
+def check_sharding(args: Any, evaluates: bool = False) -> None:
     """Refuse kinds of sharding whose parameters teachers could not follow.
 
     Args:
         args: training arguments. accelerate's launcher says the rest by environment variables.
+        evaluates: whether the student is to answer questions beside its training.
 
     Raises:
         ConfigError: FSDP 1, DeepSpeed's ZeRO-3, or a teacher that would have to sample in shards.
@@ -94,6 +97,12 @@ def check_sharding(args: Any) -> None:
             "seq_kd lets the teacher sample, and with FSDP each process would gather its weights token by token, as "
             "often as its own longest completion asks for: one would wait for the others. Sample before the run, into "
             "a column `completion`, and leave seq_kd out."
+        )
+    if fsdp and evaluates:
+        raise ConfigError(
+            "evaluation lets each process answer its own share of the questions, and with FSDP it would gather weights "
+            "token by token, as often as its own longest answer asks for: one would wait for the others. Evaluate "
+            "saved checkpoints instead: `opsd eval RUN/checkpoint-N`."
         )
     if _zero_stage(args) == 3:
         raise ConfigError(
@@ -138,7 +147,14 @@ def check_adapter(config: PeftConfig) -> None:
 
 
 def check_settings(
-    args: Any, teacher: Teacher, groups: Groups, eval_dataset: Any, peft_config: PeftConfig | None, *, has_tools: bool
+    args: Any,
+    teacher: Teacher,
+    groups: Groups,
+    eval_dataset: Any,
+    evaluation: Any,
+    peft_config: PeftConfig | None,
+    *,
+    has_tools: bool,
 ) -> None:
     """Refuse what cannot work together, before any model loads.
 
@@ -146,10 +162,10 @@ def check_settings(
         ConfigError: names the two.
     """
     check_importance(args.importance_clip, has_tools)
-    check_sharding(args)
+    check_sharding(args, evaluates=evaluation is not None)
     if peft_config is not None:
         check_adapter(peft_config)
-    check_watched(teacher, args, eval_dataset, groups)
+    check_watched(teacher, args, eval_dataset, groups, EvaluationPlan.of(evaluation))
     if args.seq_kd and not teacher.can_sample:
         raise ConfigError(
             f"seq_kd takes the teacher's own samples, and teacher {teacher.strategy!r} is no single model that could "
@@ -250,20 +266,38 @@ def accepted(dataset: Any, name: str, args: Any, scorer: TrainingLoss, groups: G
     """Return rows as the run uses them, once they were checked against contexts and settings.
 
     Args:
-        dataset: map-style, streaming, or None.
+        dataset: map-style, streaming, None, or several by name.
         name: "train", or what errors call it.
         args: training arguments.
         scorer: the loss, whose contexts and weights read columns.
         groups: how rollouts are graded.
     """
+    if isinstance(dataset, dict) and name != "train":
+        return {each: accepted(rows, each, args, scorer, groups) for each, rows in dataset.items()}
     if dataset is None:
         return None
     dataset = ready_rows(dataset, name=name, system_prompt=args.student_system_prompt, needed=scorer.columns)
+    control = control_of(args.control)
+    if control is not None and name == "train":
+        dataset = control.rows(dataset)
     scorer.check_rows(dataset, groups.produced)
     check_groups(dataset, scorer.teacher, groups, trains=name == "train")
     if name == "train" and not args.seq_kd:
         check_completions(dataset, off_policy=1.0 - args.lmbda)
     return dataset
+
+
+def check_trained(steps: int, rows_per_step: int) -> None:
+    """Refuse a training that did nothing.
+
+    Raises:
+        DataError: there were too few rows for a step.
+    """
+    if steps == 0:
+        raise DataError(
+            f"the dataset ended before one step of {rows_per_step} rows (batch per device × accumulation steps × "
+            "processes), so nothing was trained. Lower one of these, or add rows."
+        )
 
 
 def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool) -> None:
@@ -292,7 +326,7 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
             )
 
 
-def check_watched(teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups) -> None:
+def check_watched(teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups, plan: EvaluationPlan | None) -> None:
     """Refuse a gate on a metric that this run will not log, or not often enough.
 
     Raises:
@@ -303,6 +337,8 @@ def check_watched(teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups
     sets = [f"eval_{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else ["eval_"]
     evaluates = eval_dataset is not None and args.eval_strategy != "no"
     later = [f"{start}{name}" for start in sets for name in ("loss", *own)] if evaluates else []
+    every = {METRIC: plan.every} if plan is not None and plan.every else {}
+    later += list(every)
     for name, window in sorted(teacher.watches.items()):
         # Reward functions may log metrics of their own, whose names only they know.
         if name not in [*own, *later] and not groups.rewards.functions:
@@ -311,11 +347,12 @@ def check_watched(teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups
                 f"the teacher's gate reads {name!r}, and this run logs no such metric, so the gate would never open."
                 f"{did_you_mean(name, [*own, *later])}{why} Logged: {', '.join([*own, *later])}."
             )
-        interval = "eval_steps" if name.startswith("eval_") else "logging_steps"
-        if getattr(args, interval, None) and getattr(args, interval) > window:
+        interval = "every" if name in every else "eval_steps" if name.startswith("eval_") else "logging_steps"
+        found = every.get(name) or getattr(args, interval, None)
+        if found and found > window:
             raise ConfigError(
-                f"the teacher's gate reads {name!r} every {window} steps, and {interval} is "
-                f"{getattr(args, interval):g}: it would find nothing and never open. Lower it to {window} at most."
+                f"the teacher's gate reads {name!r} every {window} steps, and {interval} is {found:g}: it would find "
+                f"nothing and never open. Lower it to {window} at most."
             )
 
 

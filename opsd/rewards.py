@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
-from opsd.evaluation.graders import GRADERS, REASONING_GYM, imported, load_grader, reasoning_gym_scorer
+from opsd.evaluation.graders import REASONING_GYM, imported, is_function_name, load_grader, reasoning_gym_scorer
 from opsd.rollouts import Ids
 
 Row: TypeAlias = Mapping[str, Any]
@@ -28,15 +28,15 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
     """Return the reward function that `value` means.
 
     Args:
-        value: a function with TRL's signature; a grader's name ("last_number"), whose verdict is a reward of 1 or 0;
-            "reasoning_gym:DATASET", that dataset's own score between 0 and 1; or "module:function", a function with
-            TRL's signature.
+        value: a function with TRL's signature; a grader's name ("last_number", "regex:PATTERN"), whose verdict is a
+            reward of 1 or 0; "reasoning_gym:DATASET", that dataset's own score between 0 and 1; or "module:function",
+            a function with TRL's signature.
 
     Raises:
         ConfigError: nothing has that name, or it is no plain function.
     """
     if isinstance(value, str):
-        if value not in GRADERS and not value.startswith(REASONING_GYM) and ":" in value:
+        if is_function_name(value):
             return load_reward(imported(value, "reward function"))
         return _GraderReward(value)
     is_plain = callable(value) and not hasattr(value, "parameters")

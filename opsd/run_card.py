@@ -64,6 +64,7 @@ def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
             "chat_template": _digest([student.renderer.chat_template or student.tokenizer.chat_template or ""]),
             "templates": contexts,
             "data": data_digest(trainer.train_dataset),
+            "questions": data_digest(trainer.train_dataset, "prompt"),
         },
         "rows": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else "a stream",
         "prompts": list(_prompts(trainer)),
@@ -80,11 +81,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest([json.dumps(words), json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)])
 
 
-def data_digest(dataset: Any) -> str:
-    """Return a hash of every row, in order; of a stream only that it is one."""
+def data_digest(dataset: Any, column: str | None = None) -> str:
+    """Return a hash of every row, or of a column of it, in order; of a stream only that it is one."""
     if not isinstance(dataset, Dataset):
         return "a stream"
-    plain = dataset.with_format(None)
+    plain = dataset.with_format(None) if column is None else dataset.with_format(None).select_columns(column)
     return _digest(json.dumps(row, sort_keys=True, default=str) for row in plain)
 
 

@@ -61,6 +61,13 @@ class RunArguments:
             "module:function with TRL's signature; several are summed by reward_weights."
         },
     )
+    evaluation: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is measured before, during and after training: in YAML a mapping such as {test: test.jsonl, "
+            "grader: last_number}, or the path of a YAML file that holds one. docs/evaluation.md has its keys."
+        },
+    )
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,8 @@ def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", run.dataset_name)):
         if not value:
             raise ConfigError(f"a run needs {name}. Set it in {path or 'a YAML file'} or by --{name}.")
+    if isinstance(run.evaluation, str):
+        run.evaluation = read_yaml(Path(run.evaluation))
     return Run(run, args, model, recipe)
 
 

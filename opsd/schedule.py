@@ -165,6 +165,12 @@ class ContextSchedule(Context):
                         f"row {number} has too little for level {level!r} of a schedule. {self._way_out(level)}"
                     )
 
+    def of_other_rows(self) -> ContextSchedule:
+        """Return the same schedule, every level shown what belongs to another row."""
+        levels = {name: context and context.of_other_rows() for name, context in self.levels.items()}
+        rules = {"weights": self._weights, "until_step": self._until_step, "until_pass_rate": self._until_rate}
+        return ContextSchedule(levels, pass_rate=self._rate, fallback=self._fallback, seed=self._seed, **rules)  # type: ignore[arg-type]
+
     def missing(self, available: Iterable[str]) -> list[tuple[str, ...]]:
         """Return what the first level that cannot be shown lacks, where it falls back to none that can."""
         available = list(available)

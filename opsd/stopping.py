@@ -48,6 +48,15 @@ class GracefulStop(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def words(self, step: int, output_dir: str) -> str:
+        """Say what stopped the run, and how it goes on."""
+        assert self.stopped_by is not None
+        return (
+            f"stopped by {signal.Signals(self.stopped_by).name} after step {step}; saved checkpoint-{step} in "
+            f"{output_dir}. Resume: trainer.train(resume_from_checkpoint=True), or "
+            "`opsd train CONFIG --resume_from_checkpoint true`."
+        )
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
             # A cluster signals every process, and a launcher then signals its workers again: only a person's second

@@ -14,7 +14,6 @@ Seams of TRL 1.16 and transformers that this file leans on (each guarded by test
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -33,14 +32,16 @@ from trl import DistillationTrainer
 
 from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
+from opsd.controls import control_of
 from opsd.engine import UNKNOWN, EngineLogprobs
-from opsd.errors import DataError
+from opsd.evaluation.plan import EvaluationPlan
+from opsd.evaluator import Evaluator, planned
 from opsd.following import FollowStudent
 from opsd.forward import check_model, context_length
 from opsd.groups import Groups
 from opsd.losses import LossRecord
 from opsd.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
-from opsd.models import check_model_name, is_adapter, load_model, without_autocast, without_dropout
+from opsd.models import ready_model, without_dropout
 from opsd.off_policy import off_policy_completions, on_policy_rows
 from opsd.prompts import PromptRenderer
 from opsd.rewards import RewardFunc
@@ -75,6 +76,7 @@ class OPSDTrainer(DistillationTrainer):
         peft_config: wraps the model in an adapter.
         tools: functions the student may call while it samples, as in TRL.
         reward_funcs: what grades rollouts: functions with TRL's signature, or graders' names ("last_number").
+        evaluation: what is measured before, during and after training: an EvaluationPlan or a mapping of its arguments.
 
     Raises:
         OPSDError: a wrong setting, dataset or template, before a model loads; see `opsd.errors`.
@@ -86,6 +88,7 @@ class OPSDTrainer(DistillationTrainer):
     _signature_columns: list[str] | None
     _buffered_inputs: list[Rollouts] | None
     _record: LossRecord | None = None
+    evaluator: Evaluator | None = None
     examination: Examination | None = None  # what the doctor found, if it was asked; stands in the run card
 
     def __init__(
@@ -103,28 +106,23 @@ class OPSDTrainer(DistillationTrainer):
         peft_config: PeftConfig | None = None,
         tools: list[Callable[..., Any]] | None = None,
         reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
+        evaluation: EvaluationPlan | Mapping[str, Any] | None = None,
     ):
-        self.teacher = load_teacher(teacher)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
+        control = control_of(args.control)
+        self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
         checkpoints.check_writable(args.output_dir)
         self.groups = Groups.of(args, reward_funcs)
-        preflight.check_settings(args, self.teacher, self.groups, eval_dataset, peft_config, has_tools=bool(tools))
+        preflight.check_settings(
+            args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, has_tools=bool(tools)
+        )
         self.training_loss = TrainingLoss(args, self.teacher)
         train_dataset = self._accept(train_dataset, "train", args)
-        if isinstance(eval_dataset, dict):
-            eval_dataset = {name: self._accept(rows, name, args) for name, rows in eval_dataset.items()}
-        else:
-            eval_dataset = self._accept(eval_dataset, "eval", args)
-        if isinstance(model, str):
-            # safetensors only, unless asked otherwise: a pickle can run code when it is opened.
-            args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
-            if is_adapter(check_model_name(model)):
-                kwargs = {key: value for key, value in args.model_init_kwargs.items() if value is not None}
-                args.model_init_kwargs = None
-                model, tokenizer = load_model(model, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)
-                processing_class = processing_class or tokenizer
-        else:
-            model = without_autocast(model)
+        eval_dataset = self._accept(eval_dataset, "eval", args)
+        plan = planned(evaluation, args, self.training_loss, train_dataset)
+        if plan is not None and eval_dataset is None:
+            eval_dataset = plan.selection  # transformers looks at nothing where there is no dataset
+        model, processing_class = ready_model(model, processing_class, args)
         for config in getattr(model, "peft_config", {}).values():
             preflight.check_adapter(config)
         super().__init__(
@@ -146,6 +144,9 @@ class OPSDTrainer(DistillationTrainer):
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         follow = FollowStudent(self.teacher, self.training_loss.contexts, self._metrics["train"], self._say)
         self.callback_handler.callbacks[:0] = [follow, self._stop]
+        if plan is not None:
+            self.evaluator = Evaluator(self, plan)
+            self.add_callback(self.evaluator)
 
     # ---- before the first step --------------------------------------------------------------------------------
 
@@ -337,6 +338,12 @@ class OPSDTrainer(DistillationTrainer):
             keep_maxima(metrics)
         super().log(logs, start_time)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the divergence on `eval_dataset`, and how the evaluation plan's selection split is answered now."""
+        own = self.evaluator is not None and self.eval_dataset is self.evaluator.plan.selection
+        found = {} if own else super().evaluate(*args, **kwargs)
+        return found if self.evaluator is None else {**found, **self.evaluator.during()}
+
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -378,18 +385,9 @@ class OPSDTrainer(DistillationTrainer):
                 write_run_card(self)
         with self._stop.listening():
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
-        if self.state.global_step == 0:
-            raise DataError(
-                f"the dataset ended before one step of {self._rows_per_step} rows (batch per device × accumulation "
-                "steps × processes), so nothing was trained. Lower one of these, or add rows."
-            )
+        preflight.check_trained(self.state.global_step, self._rows_per_step)
         if self.stopped_by is not None:
-            name = signal.Signals(self.stopped_by).name
-            self._say(
-                f"stopped by {name} after step {self.state.global_step}; saved checkpoint-{self.state.global_step} in "
-                f"{self.args.output_dir}. Resume: trainer.train(resume_from_checkpoint=True), or "
-                "`opsd train CONFIG --resume_from_checkpoint true`."
-            )
+            self._say(self._stop.words(self.state.global_step, self.args.output_dir))
         return output
 
     @property

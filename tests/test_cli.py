@@ -17,6 +17,7 @@ from conftest import make_rows
 from opsd import shipped
 from opsd.cli import COMMANDS, main
 from opsd.errors import ConfigError
+from opsd.evaluation import EvaluationResult
 from opsd.run_file import read_run
 
 SMALL = {
@@ -200,12 +201,13 @@ def test_show_refuses_a_row_that_does_not_exist(run_yaml: Path, capsys) -> None:
 
 
 def test_eval_grades_with_an_interval_and_writes_answers(run_yaml: Path, llama_folder: str, capsys) -> None:
-    rows, answers = run_yaml.parent / "rows.jsonl", run_yaml.parent / "answers.jsonl"
+    rows, answers = run_yaml.parent / "rows.jsonl", run_yaml.parent / "answers.json"
     arguments = ["--dataset_name", str(rows), "--grader", "last_number", "--max_new_tokens", "4", "--limit", "5"]
     assert main(["eval", llama_folder, *arguments, "--output", str(answers), "--context", "answer_only"]) == 0
     out = capsys.readouterr().out
-    assert "95 % interval" in out and "answer_only" in out
-    assert len(answers.read_text().splitlines()) == 5
+    assert "95 % interval" in out and "answer_only" in out and "grader: last_number" in out
+    result = EvaluationResult.load(answers)
+    assert (result.n, result.grader, result.shown, result.samples) == (5, "last_number", "answer_only", 0)
 
 
 def test_templates_lists_those_that_fit(capsys, monkeypatch) -> None:

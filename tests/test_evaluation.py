@@ -1,4 +1,4 @@
-"""Graders against tables, generation against a loop over whole forward passes, statistics against theory."""
+"""Generation against a loop over whole forward passes, statistics against theory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from conftest import make_gpt2, make_llama, make_rows
@@ -18,54 +17,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from opsd.errors import ConfigError, DataError, OPSDWarning
 from opsd.evaluation import (
-    GRADERS,
     EvaluationResult,
     evaluate,
     generate,
-    grade_rows,
-    load_grader,
     proportion_interval,
+    sampler_of,
+    stop_ids_of,
 )
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17, 18, 19, 20], [21, 22]]
 BUDGET = 8
-
-CASES: dict[str, list[tuple[str, object, bool]]] = {
-    "exact": [
-        (" Nineteen\n", "nineteen", True),
-        ("19", 19, True),
-        ("nineteen.", "nineteen", False),
-        ("", "nineteen", False),
-    ],
-    "last_number": [
-        ("5-3=2", "2", True),
-        ("5-3", "3", True),
-        ("(2+6)-3", "-3", False),
-        ("the result is -3.", "-3", True),
-        ("the result is −3", "-3", True),
-        ("3", "-3", False),
-        ("=-3", -3, True),
-        ("about 1,250.0 in all", "1250", True),
-        ("12,34", "34", True),
-        ("1,2,3", "123", False),
-        ("1,2345", "2345", True),
-        ("first 7, then 8", "7", False),
-        ("0.10", "0.1", True),
-        ("9007199254740993", "9007199254740992", False),
-        ("no idea", "19", False),
-        ("19", "12 + 7 = 19", True),
-    ],
-    "contains": [
-        ("It's Paris.", "paris", True),
-        ("Parisian", "Paris", False),
-        ("It is 1.5", "5", False),
-        ("It is 5.2", "5", False),
-        ("It is -5", "5", False),
-        ("It is 5.", "5", True),
-        ("a+b?", "a+b", True),
-        ("aab", "a+b", False),
-    ],
-}
 
 
 def by_hand(model: PreTrainedModel, prompt: list[int], stops: set[int], budget: int = BUDGET) -> list[int]:
@@ -76,72 +37,6 @@ def by_hand(model: PreTrainedModel, prompt: list[int], stops: set[int], budget: 
         while len(ids) < len(prompt) + budget and (len(ids) == len(prompt) or ids[-1] not in stops):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     return ids[len(prompt) :]
-
-
-# ------------------------------------------------------------------------------------------------------------ graders
-
-
-def test_every_grader_of_the_table_has_cases() -> None:
-    assert CASES.keys() == GRADERS.keys()
-
-
-@pytest.mark.parametrize(("name", "text", "answer", "right"), [(k, *case) for k, v in CASES.items() for case in v])
-def test_grader_tells_right_from_wrong(name: str, text: str, answer: object, right: bool) -> None:
-    assert load_grader(name)(text, {"answer": answer}) is right
-
-
-@pytest.mark.parametrize("name", GRADERS)
-@pytest.mark.parametrize("row", [{"other": "19"}, {"answer": None}, {"answer": "  "}])
-def test_grader_refuses_a_row_without_an_answer(name: str, row: dict[str, object]) -> None:
-    with pytest.raises(DataError, match="column 'answer'"):
-        load_grader(name)("19", row)
-
-
-def test_last_number_refuses_an_answer_without_a_number() -> None:
-    with pytest.raises(DataError, match="needs a number"):
-        load_grader("last_number")("no number here either", {"answer": "nineteen"})
-
-
-def test_grader_reads_the_named_column() -> None:
-    assert load_grader("exact", column="label")("yes", {"answer": "no", "label": "yes"})
-
-
-def test_grader_can_be_any_importable_function() -> None:
-    assert load_grader("operator:contains")("19", "1") is True
-
-
-def test_reasoning_gym_scorer_counts_full_marks_only() -> None:
-    pytest.importorskip("reasoning_gym")
-    grader = load_grader("reasoning_gym:gcd", column="total")
-    row = {"total": "12", "metadata": {}}
-    assert grader(" 12\n", row)
-    assert not grader("The sum is 12", row)  # the scorer itself gives this a part of a point
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("last_numbr", "Did you mean 'last_number'"),
-        ("no_such_module:f", "no_such_module"),
-        ("math:no_such_function", "no_such_function"),
-        (":f", "module ''"),
-        ("math:pi", "not a function"),
-        ("reasoning_gym:chain_sums", "Did you mean 'chain_sum'"),
-        ("reasoning_gym:composite", "no scorer"),
-    ],
-)
-def test_unknown_grader_is_refused_with_the_way_out(name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        load_grader(name)
-
-
-@pytest.mark.parametrize("bad", [0.5, None, "True"])
-def test_grader_that_returns_no_verdict_leaves_the_row_ungraded(bad: object) -> None:
-    answers = iter([True, bad, np.bool_(True), 0.0])
-    with pytest.warns(OPSDWarning, match="1 of 4 rows, first on row 1"):
-        correct, ungraded = grade_rows(lambda text, row: next(answers), ["a"] * 4, [{}] * 4)
-    assert correct == [True, False, True, False]
-    assert ungraded == [1]
 
 
 # ----------------------------------------------------------------------------------------------------------- sampling
@@ -315,8 +210,10 @@ def run_evaluation(
     def prompt_ids(row: dict[str, object]) -> list[int]:
         return tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
 
-    settings = {"grader": load_grader("exact"), "max_new_tokens": BUDGET, "batch_size": 5, **changes}
-    return evaluate(model, rows, tokenizer, prompt_ids=prompt_ids, **settings)
+    settings = {"grader": "exact", "max_new_tokens": BUDGET, "batch_size": 5, **changes}
+    return evaluate(
+        sampler_of(model, tokenizer, prompt_ids), rows, tokenizer, stop_ids=stop_ids_of(model, tokenizer), **settings
+    )
 
 
 def test_evaluation_grades_each_row_by_its_own_text(tokenizer: PreTrainedTokenizerFast) -> None:

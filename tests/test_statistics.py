@@ -1,23 +1,58 @@
-"""Intervals and paired tests: against closed forms, by hand and by simulation."""
+"""Intervals and paired tests: against closed forms, by hand, by brute force and by simulation.
+
+Shares counted in 1,000 simulated repeats may be 0.02 off: the binomial spread of a true 95 % is 0.0069, of a true 5 %
+the same, and 0.02 is 2.9 of it. Seeds are fixed, so that a test that passes keeps passing.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import statistics
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from opsd.errors import ConfigError, DataError
-from opsd.evaluation import (
+from opsd.evaluation.statistics import (
+    adjusted,
+    estimate,
+    gap_closed,
+    over_seeds,
     paired_difference,
+    power_of,
     proportion_interval,
+    questions_needed,
     share_of_gap,
 )
+
+REPEATS, NOISE = 1000, 0.02
 
 
 def truth(rate: float, n: int, rng: np.random.Generator) -> list[bool]:
     return (rng.random(n) < rate).tolist()
+
+
+def avg_at_4(rate: float, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Four samples each of questions that differ in how hard they are."""
+    return rng.binomial(4, rng.beta(2 * rate, 2 * (1 - rate), size=n)) / 4
+
+
+@pytest.fixture(autouse=True)
+def no_warnings() -> Any:
+    """Whatever scipy or numpy think of a sample, a user reads our docstring and not their warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------
 
 
 def test_wilson_interval_of_eight_in_ten() -> None:
@@ -51,23 +86,143 @@ def test_wilson_interval_never_leaves_zero_to_one() -> None:
         assert proportion_interval([True] * n)[1] <= 1
 
 
-@pytest.mark.parametrize("rate", [0.03, 0.3, 0.9])
-def test_wilson_interval_covers_the_truth_at_its_stated_rate(rate: float) -> None:
-    rng = np.random.default_rng(0)
-    intervals = [proportion_interval(truth(rate, 200, rng)) for _ in range(1000)]
-    assert np.mean([low <= rate <= high for low, high in intervals]) == pytest.approx(0.95, abs=0.02)
+@pytest.mark.parametrize("n", [30, 200])
+def test_a_wilson_interval_covers_the_truth_at_its_stated_rate(n: int) -> None:
+    """Over all rates alike: at a single one, counts come in steps and so does the coverage."""
+    rng, inside = np.random.default_rng(0), 0
+    for rate in rng.random(REPEATS):
+        got = estimate(truth(rate, n, rng))
+        inside += got.low <= rate <= got.high  # type: ignore[operator]
+    assert inside / REPEATS == pytest.approx(0.95, abs=NOISE)
 
 
-def test_bootstrap_interval_agrees_with_normal_theory() -> None:
+@pytest.mark.parametrize("n", [30, 200])
+@pytest.mark.parametrize("rate", [0.3, 0.9])
+def test_a_bootstrap_interval_covers_the_truth_at_its_stated_rate(n: int, rate: float) -> None:
+    """Shares of four samples; at n = 30 and a rate of 0.9, plain percentiles cover 0.91."""
+    rng, inside = np.random.default_rng(0), 0
+    for i in range(REPEATS):
+        got = estimate(avg_at_4(rate, n, rng), seed=i, resamples=1000)
+        inside += got.low <= rate <= got.high  # type: ignore[operator]
+    assert inside / REPEATS == pytest.approx(0.95, abs=NOISE)
+
+
+def test_an_estimate_of_rights_and_wrongs_is_the_share_with_its_wilson_interval() -> None:
+    right = [True] * 8 + [False] * 2
+    for values in (right, [float(r) for r in right], np.array(right)):
+        got = estimate(values, 0.9)
+        assert (got.value, got.n) == (0.8, 10)
+        assert (got.low, got.high) == proportion_interval(right, 0.9)
+
+
+def test_a_bootstrap_interval_of_many_questions_is_that_of_normal_theory() -> None:
+    values = avg_at_4(0.4, 2000, np.random.default_rng(1))
+    for confidence, z in ((0.95, 1.95996), (0.5, 0.67449)):
+        got, half = estimate(values, confidence), z * values.std(ddof=1) / math.sqrt(2000)
+        assert got.value == pytest.approx(values.mean())
+        assert (got.low, got.high) == pytest.approx((got.value - half, got.value + half), abs=0.05 * half)
+
+
+def test_a_bootstrap_interval_of_few_questions_is_as_wide_as_students() -> None:
+    """At n = 10 plain percentiles are 0.82 times as wide."""
+    values = np.linspace(0.1, 0.9, 10)
+    low, high = stats.t.interval(0.95, 9, values.mean(), values.std(ddof=1) / math.sqrt(10))
+    one, two = estimate(values), paired_difference(np.zeros(10), values)
+    assert (one.low, one.high) == pytest.approx((low, high), abs=0.03)
+    assert (two.low, two.high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_a_skewed_sample_gets_the_interval_of_efrons_formula() -> None:
+    """A slow twin, from equations 14.9 to 14.15 of Efron and Tibshirani (1993), at the level for few questions."""
+    values = np.random.default_rng(3).lognormal(0, 1.2, size=31)
+    n, mean, normal = 31, values.mean(), statistics.NormalDist()
+    draws = np.random.default_rng(4).choice(values, size=(100_000, n)).mean(axis=1)
+    bias = normal.inv_cdf(float((draws < mean).mean()))
+    without = np.array([np.delete(values, i).mean() for i in range(n)])
+    off = without.mean() - without
+    acceleration = (off**3).sum() / (6 * (off**2).sum() ** 1.5)
+    z = math.sqrt(31 / 30) * 2.042272  # Student's quantile at 30 degrees of freedom
+    shifted = [bias + sign * z for sign in (-1, 1)]
+    levels = [normal.cdf(bias + s / (1 - acceleration * s)) for s in shifted]
+    low, high = np.quantile(draws, levels)
+    got = estimate(values, resamples=100_000)
+    assert (got.low, got.high) == pytest.approx((low, high), abs=0.03 * (high - low))
+    plain = np.quantile(draws, [normal.cdf(-z), normal.cdf(z)])
+    assert plain[1] < high - 0.12 * (high - low), "a sample on which percentiles would do as well shows nothing"
+
+
+def test_questions_whose_value_is_not_known_are_left_out() -> None:
+    got = estimate([0.25, math.nan, 0.5, None, 0.75])  # type: ignore[list-item]
+    assert got == estimate([0.25, 0.5, 0.75])
+    assert got.n == 3
+    assert estimate([1, math.nan, 0]) == estimate([True, False])
+
+
+def test_an_estimate_is_repeatable_and_follows_its_seed() -> None:
+    values = avg_at_4(0.4, 50, np.random.default_rng(16))
+    assert estimate(values) == estimate(values, seed=0)
+    assert len({estimate(values, seed=seed, resamples=200).high for seed in range(5)}) > 1
+
+
+def test_a_sample_without_spread_has_no_interval_unless_it_is_right_or_wrong() -> None:
+    """A point would look like certainty; and 0.1 + 0.2 is not 0.3 by rounding only."""
+    for values in ([0.5] * 30, [0.25], [17, 17], [0.1 + 0.2, 0.3]):
+        got = estimate(values)
+        assert got.value == pytest.approx(values[0])
+        assert (got.low, got.high, got.n) == (None, None, len(values))
+    assert estimate([1.0]).low == pytest.approx(0.2065, abs=1e-4)
+    assert estimate([0, 0, 0]).high == pytest.approx(0.5615, abs=1e-4)
+
+
+def test_no_sample_however_odd_has_an_interval_that_leaves_it() -> None:
+    rng = np.random.default_rng(5)
+    for n in (2, 3, 4, 9, 40):
+        for values in (rng.choice([0, 0.5, 1], n), np.eye(1, n)[0] / 4, rng.lognormal(5, 2, n), 1e6 + np.arange(n)):
+            for confidence in (0.5, 0.95, 0.9999):
+                got = estimate(values, confidence, resamples=1000)
+                if not np.isin(values, (0, 1)).all() and np.ptp(values):
+                    assert got.low <= got.value <= got.high  # type: ignore[operator]
+                    assert got.low == pytest.approx(np.clip(got.low, values.min(), values.max()), rel=1e-12)
+                    assert got.high == pytest.approx(np.clip(got.high, values.min(), values.max()), rel=1e-12)
+
+
+@pytest.mark.parametrize("values", [[], [math.nan, math.nan]])
+def test_an_estimate_of_nothing_is_refused(values: list[float]) -> None:
+    with pytest.raises(DataError, match=f"at least one question .* of {len(values)} none"):
+        estimate(values)
+
+
+def test_samples_are_not_taken_for_questions() -> None:
+    """Flattened, the interval of 8 samples of 100 questions would be far too narrow."""
+    with pytest.raises(DataError, match="one number per question"):
+        estimate(np.zeros((100, 8)))
+
+
+# ---- two runs ----------------------------------------------------------------------------------------------------
+
+
+def test_interval_of_a_difference_agrees_with_normal_theory() -> None:
     rng = np.random.default_rng(1)
     before, after = truth(0.4, 2000, rng), truth(0.5, 2000, rng)
     changes = np.array(after, dtype=float) - np.array(before, dtype=float)
     got = paired_difference(before, after)
     half = 1.96 * changes.std() / math.sqrt(2000)
     assert got.difference == pytest.approx(changes.mean())
+    assert got.deviation == pytest.approx(statistics.stdev(changes))
     assert (got.low, got.high) == pytest.approx((changes.mean() - half, changes.mean() + half), abs=0.05 * half)
     narrower = paired_difference(before, after, confidence=0.5)
     assert narrower.high - narrower.low == pytest.approx(2 * half * 0.6745 / 1.96, rel=0.05)
+
+
+@pytest.mark.parametrize("n", [30, 200])
+def test_interval_of_a_difference_covers_the_truth_at_its_stated_rate(n: int) -> None:
+    rng, inside = np.random.default_rng(6), 0
+    for i in range(REPEATS):
+        hard = rng.random(n)
+        before, after = rng.binomial(4, 0.8 * hard) / 4, rng.binomial(4, 0.1 + 0.8 * hard) / 4
+        got = paired_difference(before, after, resamples=1000, seed=i)
+        inside += got.low <= 0.1 <= got.high
+    assert inside / REPEATS == pytest.approx(0.95, abs=NOISE)
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (0, 1), (3, 3), (0, 9), (7, 2), (2, 7), (4, 6)])
@@ -85,35 +240,174 @@ def test_mcnemar_stays_finite_on_many_questions() -> None:
     assert paired_difference(half, [not right for right in half], resamples=10).p_value == 1.0
 
 
-def test_comparison_of_two_equal_models_rejects_at_its_stated_rate() -> None:
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_sign_flips_equal_brute_force(shift: int) -> None:
+    """All 2^n signs. In thirds, sums that are equal on paper differ by rounding; to miss them would halve p."""
+    before = np.array([0, 1, 2, 3, 1, 0, 2, 1]) / 3
+    after = np.array([1, 2, 3, 2, 0, shift, 2, 2]) / 3
+    changes = np.rint(3 * (after - before)).astype(int)
+    ways = [abs(np.dot(way, changes)) >= abs(changes.sum()) for way in itertools.product([-1, 1], repeat=8)]
+    exact, flips = np.mean(ways), 40_000
+    got = paired_difference(before, after, resamples=flips).p_value
+    assert 0 < exact < 1 or shift == 0
+    assert got == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / flips) + 1e-4)
+
+
+def test_no_p_value_of_sign_flips_is_zero() -> None:
+    assert paired_difference(np.full(100, 0.25), np.full(100, 0.5), resamples=999).p_value == 1 / 1000
+    assert paired_difference([0.5] * 9, [0.5] * 9, resamples=99).p_value == 1.0
+
+
+def mcnemar_rejects(n: int, lost: float, gained: float) -> float:
+    """How often McNemar's exact test rejects at 5 %, by enumeration of all counts of lost and gained answers."""
+    changed = np.arange(n + 1)[:, None]
+    ups = np.arange(n + 1)[None, :]
+    p_values = np.minimum(1, 2 * stats.binom.cdf(np.minimum(ups, changed - ups), changed, 0.5))
+    chances = stats.binom.pmf(changed, n, lost + gained) * stats.binom.pmf(ups, changed, gained / (lost + gained))
+    return float(chances[(p_values < 0.05) & (ups <= changed)].sum())
+
+
+def test_mcnemar_rejects_equal_models_as_often_as_enumeration_says() -> None:
     rng = np.random.default_rng(2)
-    results = [paired_difference(truth(0.5, 200, rng), truth(0.5, 200, rng), resamples=1000) for _ in range(1000)]
-    # An exact test on counts stays below its level: at about 100 changed answers it rejects in 3.5 to 4.5 % of cases.
-    assert 0.02 < np.mean([result.p_value < 0.05 for result in results]) < 0.05
-    assert np.mean([not result.low <= 0 <= result.high for result in results]) == pytest.approx(0.05, abs=0.02)
+    results = [paired_difference(truth(0.5, 200, rng), truth(0.5, 200, rng), resamples=500) for _ in range(REPEATS)]
+    exact = mcnemar_rejects(200, 0.25, 0.25)
+    assert 0.03 < exact < 0.045, "an exact test on counts stays below its level"
+    assert np.mean([result.p_value < 0.05 for result in results]) == pytest.approx(exact, abs=NOISE)
+    assert np.mean([not result.low <= 0 <= result.high for result in results]) == pytest.approx(0.05, abs=NOISE)
+
+
+@pytest.mark.parametrize("n", [30, 200])
+def test_sign_flips_reject_equal_models_in_one_of_twenty_cases(n: int) -> None:
+    rng, rejected = np.random.default_rng(7), 0
+    for i in range(REPEATS):
+        hard = rng.random(n)
+        before, after = rng.binomial(4, hard) / 4, rng.binomial(4, hard) / 4
+        rejected += paired_difference(before, after, resamples=999, seed=i).p_value <= 0.05
+    assert rejected / REPEATS == pytest.approx(0.05, abs=NOISE)
 
 
 def test_comparison_is_repeatable_and_blind_to_what_did_not_change() -> None:
     before, after = [True, False, False, False] * 10, [True, True, False, False] * 10
     assert paired_difference(before, after) == paired_difference(before, after)
+    few = [paired_difference(before, after, resamples=99, seed=seed).high for seed in range(5)]
+    assert len(set(few)) > 1, "the seed has no effect"
+    runs = three_runs(100, np.random.default_rng(17))
+    assert gap_closed(*runs) == gap_closed(*runs)
+    assert len({gap_closed(*runs, seed=seed, resamples=200).high for seed in range(5)}) > 1  # type: ignore[union-attr]
     same = paired_difference(before, before)
     assert (same.difference, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("runs", [([True], [True, False]), ([], [])])
-def test_comparison_of_different_questions_is_refused(runs: tuple[list[bool], list[bool]]) -> None:
-    with pytest.raises(DataError, match="same questions"):
-        paired_difference(*runs)
+def test_pairs_that_are_not_known_on_both_sides_are_left_out() -> None:
+    nan = math.nan
+    got = paired_difference([0.25, nan, 0.5, 0.0, nan], [0.5, 1.0, nan, 0.75, nan])
+    assert got == paired_difference([0.25, 0.0], [0.5, 0.75])
+    assert got.n == 2
+    with pytest.raises(DataError, match="of 2 none"):
+        paired_difference([nan, 1], [1, nan])
 
 
-def test_interval_of_nothing_or_at_an_impossible_confidence_is_refused() -> None:
-    with pytest.raises(DataError, match="at least one"):
-        proportion_interval([])
-    for confidence in (0.0, 1.0, 95.0):
-        with pytest.raises(ConfigError, match="between 0 and 1"):
-            proportion_interval([True], confidence)
-        with pytest.raises(ConfigError, match="between 0 and 1"):
-            paired_difference([True], [True], confidence)
+def test_a_comparison_can_be_written_as_json() -> None:
+    for before, after in (([True, False], [True, True]), ([0.25, 0.5], [0.5, 0.5]), ([True], [False])):
+        record = asdict(paired_difference(before, after))
+        assert json.loads(json.dumps(record, allow_nan=False)) == record
+        assert {type(value) for value in record.values()} <= {float, int, type(None)}
+    assert record["deviation"] is None and record["n"] == 1
+
+
+def test_comparison_of_different_questions_is_refused() -> None:
+    for runs in (([True], [True, False]), ([0.5, 0.5], [0.5])):
+        with pytest.raises(DataError, match="same questions"):
+            paired_difference(*runs)
+    with pytest.raises(DataError, match="at least one question"):
+        paired_difference([], [])
+
+
+# ---- how many questions ------------------------------------------------------------------------------------------
+
+
+def test_questions_needed_for_half_a_deviation_is_32() -> None:
+    """(1.96 + 0.8416)² / 0.25 = 31.4; the sign of the difference is of no matter."""
+    assert questions_needed(0.5, 1.0) == questions_needed(-0.5, 1.0) == 32
+    assert questions_needed(0.05, 0.4) == 503  # 2.8016² · 64 = 502.3
+    assert questions_needed(0.0, 0.4) is None
+    assert questions_needed(0.5, 0.0) == 1
+
+
+@pytest.mark.parametrize("difference", [0.01, -0.05, 0.3])
+@pytest.mark.parametrize("power", [0.5, 0.8, 0.99])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.999])
+def test_questions_needed_is_the_smallest_number_with_the_power(
+    difference: float, power: float, confidence: float
+) -> None:
+    """Apart from the chance to find it on the wrong side, at a power of 0.5 and a confidence of 0.9 that is Φ(-3.3)."""
+    n = questions_needed(difference, 0.4, power, confidence)
+    assert n is not None
+    assert power_of(difference, 0.4, n, confidence) >= power
+    assert power_of(difference, 0.4, n - 1, confidence) < power + 0.0005
+
+
+def test_power_ends_at_the_level_of_the_test_and_at_certainty() -> None:
+    assert power_of(0.0, 0.4, 400) == pytest.approx(0.05)
+    assert power_of(0.0, 0.0, 400) == pytest.approx(0.05)
+    assert power_of(0.1, 0.0, 1) == 1.0
+    assert power_of(0.2, 0.4, 4000) == pytest.approx(1.0)
+
+
+def test_a_gain_of_five_points_is_found_as_often_as_theory_says() -> None:
+    """avg@4 on 400 questions, sign flips; 0.045 is three times the binomial spread at this power."""
+    rng, p_values = np.random.default_rng(8), []
+    # Difficulties uniform on 0 to 0.95: of four answers each, a difference has the variance 2·E[p(1-p)]/4 and a bit.
+    hard = 0.95 * (np.arange(200_000) + 0.5) / 200_000
+    variance = np.mean(hard * (1 - hard) + (hard + 0.05) * (0.95 - hard)) / 4
+    for i in range(REPEATS):
+        rates = rng.choice(hard, 400)
+        before, after = rng.binomial(4, rates) / 4, rng.binomial(4, rates + 0.05) / 4
+        p_values.append(paired_difference(before, after, resamples=999, seed=i).p_value)
+    theory = power_of(0.05, math.sqrt(variance), 400)
+    assert 0.5 < theory < 0.97, "a power at which a wrong formula shows"
+    assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(theory, abs=0.045)
+
+
+def test_mcnemar_finds_a_gain_of_five_points_a_little_less_often_than_theory_says() -> None:
+    lost, gained, n = 0.05, 0.10, 400
+    theory = power_of(0.05, math.sqrt(lost + gained - 0.05**2), n)
+    exact = mcnemar_rejects(n, lost, gained)
+    assert theory - 0.06 < exact < theory
+    rng, found = np.random.default_rng(9), 0
+    for _ in range(REPEATS):
+        where = rng.random(n)
+        found += paired_difference(where < lost, (where >= lost) & (where < lost + gained), resamples=10).p_value < 0.05
+    assert found / REPEATS == pytest.approx(exact, abs=0.045)
+
+
+# ---- over seeds, the gap, many comparisons -----------------------------------------------------------------------
+
+
+def test_interval_over_seeds_by_hand() -> None:
+    """Student's quantile at 2 degrees of freedom is 4.3027; the deviation of 1, 2, 3 is 1."""
+    got = over_seeds([1.0, 2.0, 3.0])
+    assert (got.mean, got.deviation, got.seeds) == (2.0, 1.0, 3)
+    assert (got.low, got.high) == pytest.approx((2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), abs=1e-4)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_interval_over_seeds_covers_the_truth_at_its_stated_rate(seeds: int) -> None:
+    rng = np.random.default_rng(10)
+    found = [over_seeds(rng.normal(0.6, 0.02, size=seeds)) for _ in range(REPEATS)]
+    assert np.mean([s.low <= 0.6 <= s.high for s in found]) == pytest.approx(0.95, abs=NOISE)  # type: ignore[operator]
+
+
+def test_one_seed_shows_no_spread_and_equal_seeds_no_interval() -> None:
+    assert asdict(over_seeds([0.5])) == {"mean": 0.5, "deviation": None, "low": None, "high": None, "seeds": 1}
+    same = over_seeds([0.5, 0.5])
+    assert (same.deviation, same.low, same.high) == (0.0, None, None)
+
+
+@pytest.mark.parametrize("values", [[], [0.5, math.nan], [0.5, math.inf], [[0.5, 0.6]]])
+def test_a_seed_without_a_figure_is_refused(values: list[float]) -> None:
+    with pytest.raises(DataError, match="one finite number per seed"):
+        over_seeds(values)
 
 
 @pytest.mark.parametrize(
@@ -130,3 +424,114 @@ def test_share_of_the_gap_is_none_where_there_is_no_gap(
     before: float, after: float, ceiling: float, share: float | None
 ) -> None:
     assert share_of_gap(before, after, ceiling) == share
+
+
+def three_runs(n: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+    """Rates 0.3, 0.45 and 0.7 on questions that are hard for all three alike: 0.375 of the gap is closed."""
+    hard = rng.beta(0.6, 0.6, size=n) - 0.5
+    return tuple(rng.random(n) < rate + 0.6 * hard for rate in (0.3, 0.45, 0.7))
+
+
+def test_share_of_the_gap_covers_the_truth_at_its_stated_rate() -> None:
+    rng = np.random.default_rng(11)
+    found = [gap_closed(*three_runs(200, rng), seed=i, resamples=1000) for i in range(REPEATS)]
+    inside = [share is not None and share.low <= 0.375 <= share.high for share in found]  # type: ignore[operator]
+    assert np.mean(inside) == pytest.approx(0.95, abs=NOISE)
+
+
+def test_interval_of_the_share_is_that_of_fieller() -> None:
+    """E. C. Fieller (1954): the shares s at which gain - s·gap is not told from 0, question by question."""
+    before, after, ceiling = (run.astype(float) for run in three_runs(2000, np.random.default_rng(12)))
+    for confidence, z in ((0.95, 1.95996), (0.5, 0.67449)):
+        got = gap_closed(before, after, ceiling, confidence)
+        assert got is not None
+        assert got.value == share_of_gap(before.mean(), after.mean(), ceiling.mean())
+        shares = np.linspace(0, 1, 4001)
+        rest = (after - before)[:, None] - shares * (ceiling - before)[:, None]
+        inside = shares[abs(rest.mean(axis=0)) <= z * rest.std(axis=0) / math.sqrt(2000)]
+        width = inside.max() - inside.min()
+        assert (got.low, got.high) == pytest.approx((inside.min(), inside.max()), abs=0.04 * width)
+
+
+def test_a_gap_that_chance_could_have_made_has_no_share() -> None:
+    """Seven questions in 100 against three: resamples without a gap are a tenth of all, against 2.5 % of a tail."""
+    before = np.arange(100) < 3
+    for gap, told in ((4, False), (30, True)):
+        ceiling = (np.arange(100) >= 3) & (np.arange(100) < 6 + gap)
+        after = np.arange(100) < 10
+        assert (gap_closed(before, after, ceiling, resamples=2000) is not None) == told
+    assert gap_closed(before, after, before) is None
+    assert gap_closed(ceiling, after, before) is None
+
+
+def test_resamples_without_a_gap_widen_the_interval_to_their_side() -> None:
+    """A gap 2.7 deviations wide: 0.4 % of resamples have none. They are neither dropped nor make an end infinite."""
+    n = 400
+    before, ceiling = np.zeros(n), np.zeros(n)
+    before[:20], ceiling[20:60] = 1, 1
+    for up in (1, -1):
+        after = before + up * (np.arange(n) % 2) * 0.5
+        got = gap_closed(before, after, ceiling, resamples=4000)
+        assert got is not None and got.low is not None and got.high is not None
+        assert got.value == pytest.approx(up * 5.0)
+        # Fieller's ends of the far side, by hand: gap 0.05 ± 0.0189, and gain ±0.25 ± 0.0125.
+        far = got.high if up > 0 else -got.low
+        assert 12 < far < 30
+
+
+def test_a_share_without_spread_has_no_interval_and_unknown_questions_are_left_out() -> None:
+    got = gap_closed([0.0] * 5, [0.5] * 5, [1.0] * 5)
+    assert got is not None and (got.value, got.low, got.high, got.n) == (0.5, None, None, 5)
+    nan, rng = math.nan, np.random.default_rng(13)
+    before, after, ceiling = (run.astype(float) for run in three_runs(100, rng))
+    less = gap_closed(before[3:], after[3:], ceiling[3:])
+    before[0], after[1], ceiling[2] = nan, nan, nan
+    assert gap_closed(before, after, ceiling) == less
+    with pytest.raises(DataError, match="same questions"):
+        gap_closed([0.0, 1.0], [1.0, 1.0], [1.0])
+
+
+def test_adjusted_p_values_are_those_of_the_closed_test() -> None:
+    """The definition behind Holm: p of i is the largest, over all sets with i, of the set's own Bonferroni p-value."""
+    rng = np.random.default_rng(14)
+    for m in (1, 2, 3, 5, 7):
+        raw = rng.choice([0.001, 0.004, 0.01, 0.02, 0.3, 0.9], size=m) * rng.random(m).round(2)
+        sets = [set(s) for size in range(1, m + 1) for s in itertools.combinations(range(m), size)]
+        for i, got in enumerate(adjusted(raw.tolist())):
+            assert got == pytest.approx(max(min(1.0, len(s) * min(raw[j] for j in s)) for s in sets if i in s))
+    assert adjusted([]) == []
+    assert adjusted([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+
+
+def test_holm_errs_in_all_as_often_as_stated() -> None:
+    """Ten comparisons without any difference: the smallest of them is below 0.05 in 40 % of cases."""
+    raw = np.random.default_rng(15).random((REPEATS, 10))
+    assert np.mean(raw.min(axis=1) < 0.05) == pytest.approx(0.40, abs=0.05)
+    assert np.mean([min(adjusted(row)) < 0.05 for row in raw]) == pytest.approx(0.05, abs=NOISE)
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 95.0])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda share: proportion_interval([True], share),
+        lambda share: estimate([0.5, 0.25], share),
+        lambda share: paired_difference([True], [True], share),
+        lambda share: gap_closed([0], [1], [1], share),
+        lambda share: over_seeds([0.5, 0.6], share),
+        lambda share: power_of(0.1, 0.4, 100, share),
+        lambda share: questions_needed(0.1, 0.4, 0.8, share),
+        lambda share: questions_needed(0.1, 0.4, share),
+    ],
+)
+def test_an_impossible_confidence_is_refused(call: Callable[[float], object], share: float) -> None:
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        call(share)
+
+
+def test_an_interval_of_no_answers_is_refused() -> None:
+    with pytest.raises(DataError, match="at least one"):
+        proportion_interval([])

@@ -31,7 +31,12 @@ Before step 1 the doctor examines the run (`opsd doctor run.yaml` does only that
 in run_card.md of the output folder. If a check fails, nothing is trained.
   --skip-doctor                                          train without it; the run card says so
 
+  --control wrong-context                                a control of the same run: no-context, wrong-context,
+                                                         off-policy, seq-kd, sft, constant-advantage; then
+                                                         `opsd compare RUNS…` says whether the method beat them
+
 often used keys
+  evaluation       {test: test.jsonl, grader: last_number, …}: measured before, during and after (docs/evaluation.md)
   beta             1 reverse KL (default), 0 forward KL, between them the generalised JSD
   support, tail    full (default), teacher_top_k, student_top_k, union, sampled; bucket, renormalise
   entry_clip       nats per vocabulary entry at most; token_clip per token
@@ -70,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     checkpoints.check_writable(args.output_dir)
     checkpoints.resolve(args.output_dir, resume)
     trainer = build_trainer(run)
-    if not resume and not skip_doctor and not _is_well(trainer):
+    # The doctor examines the method; a control of it is meant to have little to teach.
+    if not resume and not skip_doctor and args.control is None and not _is_well(trainer):
         return 1
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped_by is not None:

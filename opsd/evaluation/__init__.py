@@ -6,11 +6,13 @@ Knows nothing of training or teachers: a model, rows and a function from row to 
 from __future__ import annotations
 
 from opsd.evaluation.graders import GRADERS, Grader, grade_rows, load_grader
-from opsd.evaluation.sampling import EvaluationResult, evaluate, generate
+from opsd.evaluation.result import Answer, EvaluationResult
+from opsd.evaluation.sampling import evaluate, generate, sampler_of, stop_ids_of
 from opsd.evaluation.statistics import PairedDifference, paired_difference, proportion_interval, share_of_gap
 
 __all__ = [
     "GRADERS",
+    "Answer",
     "EvaluationResult",
     "Grader",
     "PairedDifference",
@@ -20,5 +22,7 @@ __all__ = [
     "load_grader",
     "paired_difference",
     "proportion_interval",
+    "sampler_of",
     "share_of_gap",
+    "stop_ids_of",
 ]

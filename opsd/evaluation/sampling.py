@@ -1,83 +1,87 @@
 """Sampling for evaluation: batches of prompts to completions in the order asked, and rows to an `EvaluationResult`.
 
-Knows a transformers or PEFT model and token ids. Makes no prompts (`prompt_ids` is given) and judges nothing (`grader`
-is given). Only the end-of-sequence ids of the model's own generation settings count: a repetition penalty or a top-k
-that a checkpoint happens to carry would make two models' figures incomparable.
+Knows a transformers or PEFT model and token ids. Makes no prompts (`prompt_ids` is given) and judges nothing (the
+grader is given). Only the end-of-sequence ids of the model's own generation settings count: a repetition penalty or a
+top-k that a checkpoint happens to carry would make two models' figures incomparable.
 
 Shapes: `B` rows of a batch, `P` prompt tokens, `C` completion tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError, DataError
-from opsd.evaluation.graders import Grader, Row, grade_rows
-from opsd.evaluation.statistics import proportion_interval
+from opsd.evaluation.graders import Grader, Row, grade
+from opsd.evaluation.questions import question_of
+from opsd.evaluation.result import Answer, EvaluationResult
 from opsd.forward import context_length, evaluating, language_model
 from opsd.rollouts import check_lengths
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """What one model did on one set of rows, in the order of the rows."""
+class Sampler(Protocol):
+    """Gives the completions of rows, as ids: a model, or a teacher as it sees them."""
 
-    correct: list[bool]
-    """Whether each row was answered right; False where the grader failed."""
-    ungraded: list[int]
-    """Indices of the rows on which the grader failed."""
-    texts: list[str]
-    """The completions, without special tokens."""
-    lengths: list[int]
-    """Tokens per completion, the end-of-sequence token included."""
-    truncated: int
-    """How many completions ran into `max_new_tokens` before they ended."""
-
-    @property
-    def n(self) -> int:
-        """Number of rows."""
-        return len(self.correct)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of rows answered right; a lower bound where rows are ungraded."""
-        return sum(self.correct) / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval of the accuracy."""
-        return proportion_interval(self.correct)
+    def __call__(
+        self, rows: Sequence[Row], *, max_new_tokens: int, batch_size: int, **sampling: Any
+    ) -> list[list[int]]:
+        """Return one completion per row; `sampling` goes to `generate`."""
+        ...
 
 
-def evaluate(
-    model: PreTrainedModel | PeftModel,
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompt_ids: Callable[[Row], list[int]],
-    grader: Grader,
-    max_new_tokens: int,
-    batch_size: int,
-    progress: Callable[[int], None] | None = None,
-) -> EvaluationResult:
-    """Answer every row greedily and grade the answers.
+def sampler_of(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Callable[[Row], list[int]]
+) -> Sampler:
+    """Return the sampler of a model.
 
     Args:
         model: the model; its mode and settings are as before afterwards.
-        rows: dataset rows, a list or a `datasets.Dataset`.
-        tokenizer: decodes the completions.
+        tokenizer: of the model.
         prompt_ids: makes a row's prompt.
+    """
+
+    def sample(rows: Sequence[Row], **sampling: Any) -> list[list[int]]:
+        return generate(model, [prompt_ids(row) for row in rows], tokenizer, **sampling)
+
+    return sample
+
+
+def evaluate(
+    sample: Sampler,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    grader: Grader | Callable[[str, Row], bool] | str,
+    max_new_tokens: int,
+    batch_size: int,
+    stop_ids: Collection[int] = (),
+    samples: int = 0,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    **told: Any,
+) -> EvaluationResult:
+    """Answer every row greedily, and `samples` times more by sampling, and grade the answers.
+
+    Args:
+        sample: gives completions, see `sampler_of`.
+        rows: prepared rows, a list or a `datasets.Dataset`.
+        tokenizer: decodes the completions.
         grader: tells a right text from a wrong one, see `load_grader`.
         max_new_tokens: longest completion, in tokens.
         batch_size: rows per forward pass.
-        progress: called with the number of finished rows after each batch.
+        stop_ids: what ends a completion beside the tokenizer's own end of sequence.
+        samples: sampled answers per row.
+        temperature: of these.
+        seed: of these; the same rows, batch size and seed give the same samples.
+        progress: called with the number of finished answers after each batch.
+        told: `model` and `shown` of the result.
 
     Raises:
         DataError: there are no rows, or a prompt is empty or too long for the model's context.
@@ -87,19 +91,51 @@ def evaluate(
         raise DataError(
             "nothing to evaluate: the split has no rows.\nAn accuracy of no rows is not 0. Check the split."
         )
-    prompts = [prompt_ids(row) for row in rows]
-    completions = generate(
-        model, prompts, tokenizer, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    if samples < 0:
+        raise ConfigError(f"samples counts answers per question, and is {samples}. Use 0 for greedy answers only.")
+    rows, judge = list(rows), Grader.of(grader)
+    budget: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    done = (lambda offset: lambda n: progress(offset + n)) if progress else (lambda offset: None)
+    again = [row for row in rows for _ in range(samples)]
+    completions = sample(rows, **budget, progress=done(0))
+    if samples:
+        drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "seed": seed}
+        completions += sample(again, **budget, **drawn, progress=done(len(rows)))
+    stops = {*stop_ids, tokenizer.eos_token_id} - {None}
+    answers = _graded(completions, rows + again, tokenizer, judge, stops)
+    greedy, rest = answers[: len(rows)], answers[len(rows) :]
+    return EvaluationResult(
+        questions=[question_of(row) for row in rows],
+        grader=judge.name,
+        greedy=greedy,
+        sampled=[rest[i : i + samples] for i in range(0, len(rest), samples)] if samples else [],
+        temperature=temperature,
+        has_form=judge.read is not None,
+        max_new_tokens=max_new_tokens,
+        **told,
     )
-    stops = _stop_ids(model, tokenizer)
-    ended = [ids[-1] in stops for ids in completions]
+
+
+def _graded(
+    completions: Sequence[list[int]],
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    judge: Grader,
+    stops: Collection[int],
+) -> list[Answer]:
+    ended = [bool(ids) and ids[-1] in stops for ids in completions]
     # The end token goes by its id: a tokenizer need not know every one of the model's as special.
     texts = [
         tokenizer.decode(ids[:-1] if end else ids, skip_special_tokens=True)
         for ids, end in zip(completions, ended, strict=True)
     ]
-    correct, ungraded = grade_rows(grader, texts, rows)
-    return EvaluationResult(correct, ungraded, texts, [len(ids) for ids in completions], ended.count(False))
+    read = [None if judge.read is None else judge.read(text) for text in texts]
+    return [
+        Answer(text, verdict, len(ids), end, None if answer is None else str(answer))
+        for text, verdict, ids, end, answer in zip(
+            texts, grade(judge, texts, rows), completions, ended, read, strict=True
+        )
+    ]
 
 
 def generate(
@@ -136,7 +172,7 @@ def generate(
     """
     _check(prompts, max_new_tokens, batch_size, temperature)
     check_lengths(context_length(model), prompts, [max_new_tokens] * len(prompts), "model")
-    stops = _stop_ids(model, tokenizer)
+    stops = stop_ids_of(model, tokenizer)
     # Padding is masked before a prompt and cut away behind an end token, so without a padding id any id will do.
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
@@ -197,7 +233,8 @@ def _cut(ids: list[int], stops: frozenset[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def _stop_ids(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids_of(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return what ends a completion: the end-of-sequence ids of the model's settings, and the tokenizer's."""
     settings: Any = language_model(model).generation_config
     ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
     return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)

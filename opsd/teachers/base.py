@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
@@ -256,6 +256,10 @@ class Teacher(ABC):
         other = copy.copy(self)
         other.context = Context.of(context)
         return other
+
+    def with_contexts(self, change: Callable[[Context | None], Context | None]) -> Teacher:
+        """Return the same teacher, each of its contexts changed; call it before `prepare`."""
+        return self.showing(change(self.context))
 
     def with_default_context(self, context: Context) -> Teacher:
         """Return the teacher with a context for those of its views that were given none."""

@@ -7,7 +7,7 @@ strategy's. Knows the interface of teachers only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor
@@ -46,6 +46,14 @@ class CompositeTeacher(Teacher):
         """Return the same teachers, those without a context shown this one."""
         other = copy.copy(self)
         other.parts = self._parts_with_default(context)
+        return other
+
+    def with_contexts(self, change: Callable[[Context | None], Context | None]) -> Teacher:
+        """Return the same teachers, each of their contexts changed; a part with two names stays one."""
+        changed = {id(part): part.with_contexts(change) for part in self.parts.values()}
+        other = copy.copy(self)
+        other.context = change(self.context)
+        other.parts = {name: changed[id(part)] for name, part in self.parts.items()}
         return other
 
     @property

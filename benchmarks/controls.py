@@ -1,0 +1,122 @@
+"""The demo's model and task under controls, three seeds each: is it the method, and is it what the teacher is shown?
+
+Run:     python benchmarks/controls.py [--seeds 0 1 2] [--arms method no-context …] [--folder runs/controls]
+Writes:  benchmarks/results/controls.json and controls.md, the table of README.md; runs that are done are not repeated
+Takes:   about 90 minutes on one core for five arms
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opsd.commands.compare import markdown
+from opsd.demo import CONTEXT, GRADER, MAX_NEW_TOKENS, TEST_SEED, DemoSettings, arithmetic, packaged_model, question
+from opsd.evaluation.compare import RunResult, as_json, compare, read_runs
+from opsd.evaluation.summary import AFTER, FOLDER, read_summary
+
+RESULTS = Path(__file__).parent / "results"
+ARMS = ("method", "no-context", "wrong-context", "off-policy", "sft")
+NEUTRAL = (
+    "What is the capital of France?", "Write a sentence about the sea.", "Who wrote Hamlet?", "Name three fruits.",
+    "How do I boil an egg?", "Translate 'good morning' into Spanish.", "What colour is the sky?", "Tell me a joke.",
+    "Why do leaves fall in autumn?", "Give me a synonym for happy.", "What is a database?", "Describe a cat.",
+    "What should I pack for a trip?", "Explain gravity to a child.", "Who was Marie Curie?", "What is jazz?",
+    "Write a title for a story about a dragon.", "What do bees make?", "How many days has a week?", "What is tea?",
+    "Recommend a hobby.", "What is the opposite of cold?", "Complete: once upon a", "What is Python used for?",
+    "Where do penguins live?", "Write a greeting for a friend.", "What is a volcano?", "Name a famous painter.",
+    "What is the plural of mouse?", "How does a bicycle stay upright?", "What is a haiku?", "Say something kind.",
+)  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def prepare(folder: Path, seeds: list[int]) -> None:
+    """Write the questions and the run's configuration; training questions differ from seed to seed, as in the demo."""
+    demo = DemoSettings()
+    held_out = arithmetic(demo.questions, TEST_SEED)
+    write_rows(folder / "test.jsonl", held_out)
+    write_rows(folder / "neutral.jsonl", [{"prompt": [{"role": "user", "content": text}]} for text in NEUTRAL])
+    for seed in seeds:
+        rows = arithmetic(demo.steps * demo.rollouts, seed + 1, without=map(question, held_out))
+        write_rows(folder / f"train-{seed}.jsonl", rows)
+    run = {
+        "model_name_or_path": packaged_model(),
+        "context": CONTEXT,
+        "max_steps": demo.steps,
+        "per_device_train_batch_size": demo.rollouts,
+        "learning_rate": demo.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "max_completion_length": MAX_NEW_TOKENS,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "logging_steps": 1,
+        "evaluation": {
+            "test": str(folder / "test.jsonl"),
+            "grader": GRADER,
+            "neutral": str(folder / "neutral.jsonl"),
+            "batch_size": 100,
+        },
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
+
+
+def train(folder: Path, arm: str, seed: int) -> Path:
+    """Train one arm with one seed in a process of its own, unless that was done."""
+    output = folder / f"{arm}-{seed}"
+    if (output / FOLDER / f"{AFTER}.json").is_file():
+        return output
+    command = [sys.executable, "-m", "opsd", "train", str(folder / "run.yaml"), "--skip-doctor"]
+    command += ["--dataset_name", str(folder / f"train-{seed}.jsonl"), "--output_dir", str(output)]
+    command += ["--seed", str(seed), *([] if arm == "method" else ["--control", arm])]
+    subprocess.run(command, check=True)
+    for weights in output.glob("*.safetensors"):  # half a gigabyte a run, and everything was measured
+        weights.unlink()
+    return output
+
+
+def traces(run: RunResult) -> dict[str, Any]:
+    """Return what a run was asked for: right answers as a digit per question of the test split, and its drift."""
+    marks = {when: "".join(str(int(right)) for right in found.correct) for when, found in run.results.items()}
+    drift = read_summary(Path(run.folder) / FOLDER)["drift"]["per_token"]
+    return {"arm": run.arm, "seed": run.seed, "correct": marks, "drift": drift, "hardware": run.card["hardware"]}
+
+
+def main() -> None:
+    """Train all arms, compare them, write what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=list(ARMS))
+    parser.add_argument("--folder", type=Path, default=Path("runs/controls"))
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    prepare(options.folder, options.seeds)
+    folders = [str(train(options.folder, arm, seed)) for seed in options.seeds for arm in options.arms]
+    runs = read_runs(folders)
+    found = compare(runs)
+    record = {
+        "settings": yaml.safe_load((options.folder / "run.yaml").read_text()),
+        "versions": runs[0].card["versions"],
+        "comparison": as_json(found),
+        "runs": [traces(run) for run in runs],
+    }
+    record["settings"]["model_name_or_path"] = "SmolLM2-135M-Instruct"
+    del record["settings"]["evaluation"]
+    (RESULTS / "controls.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    (RESULTS / "controls.md").write_text(markdown(found))
+    print(markdown(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Controls: the same run with one thing taken away, so that a gain can be blamed on that thing.
+
+A control keeps model, questions, seeds, steps and learning rate of a run, and changes its teacher, what that is shown
+or what the loss is. Most published gains of self-distillation shrink beside one of them (OP2SD, arXiv 2608.09228;
+AMPLE-Math, arXiv 2609.20612; "Does on-policy distillation really distill?", arXiv 2608.31046). Knows settings, teachers
+and contexts; nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+
+from opsd.errors import ConfigError, DataError, not_one_of
+
+if TYPE_CHECKING:
+    from opsd.teachers import Teacher
+
+# What a row may hold that can be imitated, the most telling first.
+DEMONSTRATIONS = ("completion", "completion_ids", "demonstration", "solution", "answer")
+# The listed token and no other rule of the method's loss; how the student samples stays the run's.
+_ONE_TOKEN: dict[str, Any] = {
+    "beta": 0.0,
+    "support": "teacher_top_k",
+    "support_k": 1,
+    "entry_clip": None,
+    "token_clip": None,
+    "entropy_gate": None,
+    "keep_fraction": 1.0,
+    "future_cost": "none",
+    "importance_clip": None,
+    "contrast_context": None,
+}
+_LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "anchor_coef": 0.0}
+# Off-policy rows come one by one: there is no group to compare, and no reward to earn.
+_NOT_SAMPLED: dict[str, Any] = {"lmbda": 0.0, "num_generations": 1, "route": "all", "grpo_coef": 0.0}
+CONSTANT_ADVANTAGE = -1.0  # its size is lost in Adam; the sign is the paper's
+
+
+@dataclass(frozen=True)
+class Control:
+    """One control.
+
+    Args:
+        asks: the question it answers, in words.
+        teacher: the run's teacher -> the control's.
+        settings: of OPSDConfig, in place of the run's.
+        imitates: whether rows are trained on as they are, so that each needs something to imitate.
+    """
+
+    asks: str
+    teacher: Callable[[Teacher], Teacher]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    imitates: bool = False
+
+    def rows(self, dataset: Any) -> Any:
+        """Return the training rows as this control uses them.
+
+        Raises:
+            DataError: there is nothing in them to imitate.
+        """
+        return with_completions(dataset) if self.imitates else dataset
+
+
+def control_of(name: str | None) -> Control | None:
+    """Return the control of that name; None of None.
+
+    Raises:
+        ConfigError: nothing has that name.
+    """
+    if name is None:
+        return None
+    if name not in CONTROLS:
+        known = "".join(f"\n  {known:<20} {control.asks}" for known, control in CONTROLS.items())
+        raise ConfigError(f"{not_one_of('control', name, CONTROLS)}{known}")
+    return CONTROLS[name]
+
+
+def with_completions(dataset: Any) -> Any:
+    """Return rows with a `completion` made of the first of DEMONSTRATIONS that is a column.
+
+    Raises:
+        DataError: none of them is, or they are a stream.
+    """
+    if not isinstance(dataset, Dataset):
+        raise DataError("the control sft reads what rows hold to imitate, and these are a stream. Load a Dataset.")
+    source = next((name for name in DEMONSTRATIONS if name in dataset.column_names), None)
+    if source is None:
+        raise DataError(
+            f"the control sft imitates what a row holds, and the dataset has: {', '.join(dataset.column_names)}. It "
+            f"takes the first of {', '.join(DEMONSTRATIONS)}. Rename a column, or leave this control out."
+        )
+    if source in ("completion", "completion_ids"):
+        return dataset
+    return dataset.add_column("completion", [None if value is None else str(value) for value in dataset[source]])
+
+
+def _without_context(teacher: Teacher) -> Teacher:
+    _check_shown(teacher, "no-context takes the teacher's context away")
+    return teacher.with_contexts(lambda context: None)
+
+
+def _with_wrong_context(teacher: Teacher) -> Teacher:
+    _check_shown(teacher, "wrong-context shows the teacher what belongs to another row")
+    return teacher.with_contexts(lambda context: context and context.of_other_rows())
+
+
+def _check_shown(teacher: Teacher, rule: str) -> None:
+    if not teacher.contexts:
+        raise ConfigError(
+            f"{rule}, and this one is shown nothing beside the prompt: the control would be the run itself. Leave it "
+            "out, or give the run a context."
+        )
+
+
+def _imitating(teacher: Teacher) -> Teacher:
+    from opsd.teachers.tokens import DemonstrationTeacher
+
+    return DemonstrationTeacher()
+
+
+def _imitating_samples(teacher: Teacher) -> Teacher:
+    from opsd.teachers.tokens import DemonstrationTeacher
+
+    return DemonstrationTeacher(teacher)
+
+
+def _constant(teacher: Teacher) -> Teacher:
+    from opsd.teachers.tokens import ConstantAdvantageTeacher
+
+    return ConstantAdvantageTeacher(CONSTANT_ADVANTAGE)
+
+
+def _itself(teacher: Teacher) -> Teacher:
+    return teacher
+
+
+CONTROLS: dict[str, Control] = {
+    "no-context": Control("is it what the teacher is shown, or any teacher at all?", _without_context),
+    "wrong-context": Control("is it the information, or only the form of the help?", _with_wrong_context),
+    "off-policy": Control(
+        "is it the student's own tokens, or would the teacher's do?", _itself, {**_NOT_SAMPLED, "seq_kd": True}
+    ),
+    "seq-kd": Control(
+        "is it the teacher's whole distribution, or would its samples do (cross-entropy)?",
+        _imitating_samples,
+        {**_LIKELIHOOD, **_NOT_SAMPLED, "seq_kd": True},
+    ),
+    "sft": Control(
+        "would plain fine-tuning on the same answers do?",
+        _imitating,
+        {**_LIKELIHOOD, **_NOT_SAMPLED, "seq_kd": False},
+        imitates=True,
+    ),
+    "constant-advantage": Control(
+        "does the teacher say anything that one fixed negative advantage does not?",
+        _constant,
+        # Renormalised, one listed token is certain on both sides: no divergence, and the advantage is all there is.
+        {**_ONE_TOKEN, "tail": "renormalise", "lmbda": 1.0, "seq_kd": False},
+    ),
+}

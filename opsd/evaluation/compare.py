@@ -1,0 +1,352 @@
+"""Compares runs: did the method beat its controls, how sure is that, and what would settle it?
+
+Runs that differ in nothing but seeds and training questions are one arm. Two kinds of chance stay apart: which
+questions were asked (intervals over questions), and which seed trained the model (the spread over seeds). Knows run
+folders and results; nothing of models or training.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd.errors import CheckpointError, ConfigError, DataError
+from opsd.evaluation.result import EvaluationResult
+from opsd.evaluation.sample_metrics import METRICS, Metric, parse_metric
+from opsd.evaluation.statistics import (
+    Estimate,
+    PairedDifference,
+    SeedSpread,
+    adjusted,
+    estimate,
+    over_seeds,
+    paired_difference,
+    questions_needed,
+)
+from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, results_of
+from opsd.run_card import differences, read_card
+
+METHOD = "method"
+SURE = 0.05  # level of the tests
+# What may differ between runs of one arm: the seed and what follows from it, the place, and the machine.
+_SAME_ARM = (
+    "settings.seed", "settings.data_seed", "seeds.", "hashes.data", "hashes.questions", "rows", "prompts", "doctor",
+    "hardware.", "versions.",
+)  # fmt: skip
+# What a control must share with its method: the budget.
+_BUDGET = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+           "learning_rate", "lr_scheduler_type", "max_completion_length")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One run, measured.
+
+    Args:
+        folder: where it lies.
+        arm: the control's name, or METHOD.
+        seed: of training.
+        card: its run card.
+        results: what was measured of its test split, by time.
+    """
+
+    folder: str
+    arm: str
+    seed: int
+    card: Mapping[str, Any]
+    results: Mapping[str, EvaluationResult]
+
+    @property
+    def after(self) -> EvaluationResult:
+        """What the trained student answered."""
+        return self.results[AFTER]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seeds only, and what they come to.
+
+    Args:
+        name: the control's name, METHOD, or the folders' where there are several methods.
+        runs: in the order of their seeds.
+        after: the metric after training, mean over seeds, with its interval over questions.
+        gain: after minus before, likewise; None where nothing was measured before.
+        seeds: the metric after training, run by run.
+        spread: of the metric after training over seeds.
+    """
+
+    name: str
+    runs: Sequence[RunResult]
+    after: Estimate
+    gain: PairedDifference | None
+    spread: SeedSpread
+
+
+@dataclass(frozen=True)
+class Versus:
+    """The first arm against another.
+
+    Args:
+        other: the other's name.
+        difference: first minus other, mean over seeds that both have, with its interval over questions.
+        p_value: of no difference, adjusted for the number of arms compared (Holm).
+        spread: of the difference over seeds; runs of one seed are paired.
+        words: what it comes to.
+    """
+
+    other: str
+    difference: PairedDifference
+    p_value: float
+    spread: SeedSpread
+    words: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Arms side by side; the first is compared with every other.
+
+    Args:
+        metric: what is compared.
+        grader: under which grader.
+        arms: in the order given, the method first.
+        versus: one per other arm.
+        before: the student before training; None where nothing was measured.
+        ceiling: the teacher with its context, if it was measured.
+        warnings: what makes the comparison less fair than it looks.
+    """
+
+    metric: str
+    grader: str
+    arms: Sequence[Arm]
+    versus: Sequence[Versus]
+    before: Estimate | None
+    ceiling: Estimate | None
+    warnings: Sequence[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Metric:
+        """What the metric means."""
+        return METRICS[parse_metric(self.metric)[0]]
+
+    @property
+    def words(self) -> str:
+        """Whether the method beat the others, in a sentence."""
+        if not self.versus:
+            return "one arm: there is nothing to compare it with. Train a control: opsd train … --control wrong-context"
+        if not self.kind.more_is_better:
+            return f"more {self.metric} is neither better nor worse by itself"
+        beaten = [each.other for each in self.versus if _beats(each)]
+        rest = [each.other for each in self.versus if not _beats(each)]
+        first = self.arms[0].name
+        if not rest:
+            all_of = "its control" if len(beaten) == 1 else f"all of its {len(beaten)} controls"
+            return f"{first} beat {all_of} ({', '.join(beaten)})"
+        said = f"{first} beat {len(beaten)} of {len(self.versus)}"
+        return f"{said}; it did not beat {', '.join(rest)}: what these reproduce is not its merit"
+
+
+def read_runs(folders: Sequence[str]) -> list[RunResult]:
+    """Return the runs in output folders; a file that `opsd eval --output` wrote stands for a run of its name.
+
+    Raises:
+        CheckpointError: a folder holds no run, or one that was not measured to its end.
+    """
+    found = []
+    for folder in folders:
+        if Path(folder).is_file():
+            card: dict[str, Any] = {"settings": {}, "hashes": {}}
+            found.append(RunResult(folder, Path(folder).stem, 0, card, {AFTER: EvaluationResult.load(Path(folder))}))
+            continue
+        results = results_of(Path(folder) / FOLDER)
+        if AFTER not in results:
+            raise CheckpointError(
+                f"{folder} was not measured after training: it has no {FOLDER}/{AFTER}.json. Train it with an "
+                f"`evaluation:` in its YAML, or measure it now: `opsd eval {folder} --dataset_name test.jsonl --grader "
+                f"… --output {folder}/{FOLDER}/{AFTER}.json`."
+            )
+        card = read_card(folder)
+        arm, seed = card["settings"].get("control") or METHOD, card["settings"].get("seed", 0)
+        found.append(RunResult(folder, arm, seed, card, results))
+    return found
+
+
+def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
+    """Return a comparison of the runs' arms; the method's, or else the first, against all others.
+
+    Raises:
+        ConfigError: no runs, no such metric, or fewer samples than it needs.
+        DataError: runs on different questions, or under different graders.
+    """
+    if not runs:
+        raise ConfigError("there are no runs to compare. Name their output folders.")
+    reference = runs[0].after
+    values = {run.folder: run.after.in_order_of(reference).values(metric) for run in runs}
+    arms = [_arm(name, each, metric, values, reference) for name, each in _grouped(runs).items()]
+    versus = [_versus(arms[0], other, values) for other in arms[1:]]
+    p_values = adjusted([each.p_value for each in versus]) if versus else []
+    say = Verdict(arms[0].name, METRICS[parse_metric(metric)[0]])
+    versus = [say.judged(replace(each, p_value=p)) for each, p in zip(versus, p_values, strict=True)]
+    ceiling = next((run.results[TEACHER] for run in runs if TEACHER in run.results), None)
+    before = next((run.results[BEFORE] for run in runs if BEFORE in run.results), None)
+    return Comparison(
+        metric,
+        reference.grader,
+        arms,
+        versus,
+        None if before is None else before.estimate(metric),
+        None if ceiling is None else ceiling.estimate(metric),
+        [*_unequal_budgets(arms), *_unequal_seeds(arms), *_ungraded(runs)],
+    )
+
+
+def _grouped(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Return runs by arm, the method's first, each in the order of its seeds."""
+    groups: list[list[RunResult]] = []
+    for run in runs:
+        same = next((group for group in groups if _is_same_arm(group[0], run)), None)
+        if same is None:
+            groups.append([run])
+        elif any(run.seed == other.seed for other in same):
+            raise DataError(
+                f"{run.folder} has the seed {run.seed} of another run of its arm: nothing would be learned of chance "
+                "from two runs of one seed. Name one of them."
+            )
+        else:
+            same.append(run)
+    groups.sort(key=lambda group: group[0].arm != METHOD)
+    arms = [group[0].arm for group in groups]
+    named = {}
+    for group in groups:
+        unique = arms.count(group[0].arm) == 1
+        name = group[0].arm if unique else re.sub(r"[-_.]?(seed)?\d+$", "", Path(group[0].folder).name)
+        while name in named:
+            name += "'"
+        named[name] = sorted(group, key=lambda run: run.seed)
+    return named
+
+
+def _is_same_arm(one: RunResult, other: RunResult) -> bool:
+    if one.arm != other.arm:
+        return False
+    return all(name.startswith(_SAME_ARM) for name, _, _ in differences(one.card, other.card))
+
+
+def _arm(
+    name: str, runs: Sequence[RunResult], metric: str, values: Mapping[str, np.ndarray], reference: EvaluationResult
+) -> Arm:
+    after = np.mean([values[run.folder] for run in runs], axis=0)
+    befores = [run.results[BEFORE].in_order_of(reference).values(metric) for run in runs if BEFORE in run.results]
+    gain = paired_difference(np.mean(befores, axis=0), after) if len(befores) == len(runs) else None
+    spread = over_seeds([float(np.nanmean(values[run.folder])) for run in runs])
+    return Arm(name, runs, estimate(after), gain, spread)
+
+
+def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Versus:
+    by_seed = [{run.seed: values[run.folder] for run in arm.runs} for arm in (first, other)]
+    both = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if both:
+        sides = [np.mean([each[seed] for seed in both], axis=0) for each in by_seed]
+        spread = over_seeds([float(np.nanmean(by_seed[0][seed] - by_seed[1][seed])) for seed in both])
+    else:
+        sides = [np.mean(list(each.values()), axis=0) for each in by_seed]
+        spread = over_seeds([float(np.nanmean(sides[0] - sides[1]))])
+    found = paired_difference(sides[1], sides[0])
+    return Versus(other.name, found, found.p_value, spread, "")
+
+
+def _beats(found: Versus) -> bool:
+    sure_over_seeds = found.spread.low is not None and found.spread.low > 0
+    return found.difference.low > 0 and found.p_value < SURE and (sure_over_seeds or found.spread.seeds == 1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Says what a difference comes to.
+
+    Args:
+        first: the name of the arm that is compared.
+        kind: what is compared.
+    """
+
+    first: str
+    kind: Metric
+
+    def judged(self, found: Versus) -> Versus:
+        """Return a difference with its words."""
+        diff, seeds = found.difference, found.spread
+        over = f"{self._number(diff.difference)} ({self._number(diff.low)} to {self._number(diff.high)} over {diff.n} "
+        over += "questions"
+        if seeds.low is not None:
+            over += f"; {self._number(seeds.low)} to {self._number(seeds.high)} over {seeds.seeds} seeds"
+        said = f"{self._sentence(found, over)})"
+        if seeds.seeds == 1 and found.p_value < SURE:
+            said += ". One seed: how much of it is that seed's, nobody knows; train two more (--seed)"
+        return replace(found, words=said)
+
+    def _sentence(self, found: Versus, over: str) -> str:
+        diff, other = found.difference, found.other
+        if _beats(found):
+            return f"{self.first} {'beat' if self.kind.more_is_better else 'has more than'} {other}: {over}"
+        if diff.high < 0 and found.p_value < SURE:
+            return f"{self.first} {'LOST to' if self.kind.more_is_better else 'has less than'} {other}: {over}"
+        if diff.low > 0 and found.p_value < SURE:
+            enough = questions_needed(found.spread.mean, found.spread.deviation or 0.0)
+            settle = max(enough or 0, found.spread.seeds + 1)
+            return f"{self.first} is ahead of {other} on these seeds, and about {settle} would settle it: {over}"
+        needed = None if diff.deviation is None else questions_needed(diff.difference, diff.deviation)
+        more = f"; about {needed:,} questions would settle a difference of this size" if needed else ""
+        return f"{self.first} and {other} cannot be told apart: {over}{more if (needed or 0) > diff.n else ''}"
+
+    def _number(self, value: float | None) -> str:
+        return "?" if value is None else f"{value * (100 if self.kind.is_share else 1):+.1f}"
+
+
+def _unequal_budgets(arms: Sequence[Arm]) -> list[str]:
+    first = arms[0].runs[0].card["settings"]
+    return [
+        f"not the same budget: {name} is {first.get(name)} in {arms[0].name} and {its.get(name)} in {arm.name}"
+        for arm in arms[1:]
+        for name in _BUDGET
+        if (its := arm.runs[0].card["settings"]).get(name) != first.get(name)
+    ]
+
+
+def _unequal_seeds(arms: Sequence[Arm]) -> list[str]:
+    first = {run.seed: run for run in arms[0].runs}
+    found = []
+    for arm in arms[1:]:
+        for run in arm.runs:
+            twin = first.get(run.seed)
+            if twin is None:
+                found.append(f"{arm.name} has seed {run.seed}, and {arms[0].name} has not: it is in no difference")
+            elif twin.card["hashes"].get("questions") != run.card["hashes"].get("questions"):
+                found.append(f"seed {run.seed}: {arm.name} and {arms[0].name} were not trained on the same questions")
+    return found
+
+
+def _ungraded(runs: Sequence[RunResult]) -> list[str]:
+    return [
+        f"{run.folder}: {len(run.after.ungraded)} of {run.after.n} questions have answers that the grader failed on; "
+        "they count as wrong"
+        for run in runs
+        if run.after.ungraded
+    ]
+
+
+def as_json(found: Comparison) -> dict[str, Any]:
+    """Return a comparison in plain values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, RunResult):
+            return {"folder": value.folder, "seed": value.seed, "after": value.after.estimate(found.metric).__dict__}
+        if isinstance(value, list | tuple):
+            return [plain(each) for each in value]
+        return {k: plain(v) for k, v in vars(value).items()} if hasattr(value, "__dataclass_fields__") else value
+
+    return {"words": found.words, **json.loads(json.dumps(plain(found)))}

@@ -1,0 +1,317 @@
+"""A run is measured as its plan declares, before, during and after, and ends with the checkpoint its rule picks."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from helpers import LORA, make_args, snapshot
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from opsd import EMATeacher, OPSDTrainer, SameCheckpointTeacher, SiblingTeacher
+from opsd.errors import ConfigError, DataError
+from opsd.evaluation import EvaluationResult
+from opsd.evaluation.plan import EvaluationPlan
+from opsd.evaluation.summary import read_summary, results_of
+
+ROWS = make_rows(40)
+for _number, _row in enumerate(ROWS):
+    _row["prompt"] = [{"role": "user", "content": f"Question {_number}: what is it?"}]
+TRAIN, TEST, DEV, KEPT = ROWS[:12], ROWS[12:24], ROWS[24:32], ROWS[32:]
+
+
+def vowels(text: str, row: dict[str, Any]) -> bool:
+    """A grader whose verdict depends on what a small model says."""
+    return sum(letter in "aeiou" for letter in text) % 2 == 0
+
+
+PLAN: dict[str, Any] = {"test": TEST, "grader": f"{__name__}:vowels"}
+
+
+def make(
+    folder: Path, teacher: Any = None, evaluation: Any = None, *, train: Any = TRAIN, **changes: Any
+) -> OPSDTrainer:
+    peft = changes.pop("peft_config", None)
+    return OPSDTrainer(
+        changes.pop("model", None) or make_llama(0),
+        teacher or SameCheckpointTeacher(context="worked_solution"),
+        args=make_args(folder, **changes),
+        train_dataset=Dataset.from_list(train),
+        processing_class=make_tokenizer(),
+        evaluation=PLAN if evaluation is None else evaluation,
+        peft_config=peft,
+    )
+
+
+def results(folder: Path, split: str = "test") -> dict[str, EvaluationResult]:
+    return results_of(folder / "evaluation", split)
+
+
+# ---- the plan -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"grder": "exact"}, ConfigError, "Did you mean 'grader'"),
+        ({"rule": "bst"}, ConfigError, "Did you mean 'best'"),
+        ({"rule": "best"}, ConfigError, "there is none"),
+        ({"selection": DEV}, ConfigError, "only one of the two"),
+        ({"every": 2}, ConfigError, "only one of the two"),
+        ({"every": 0, "selection": DEV}, ConfigError, "every must be"),
+        ({"samples": -1}, ConfigError, "samples counts"),
+        ({"grader": "last_numbr"}, ConfigError, "Did you mean 'last_number'"),
+        ({"test": []}, DataError, "test dataset is empty"),
+        ({"test": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
+        ({"test": [{"prompt": "only a question"}], "grader": "exact"}, DataError, "'test' cannot be graded"),
+        ({"retention": {"kept": KEPT}}, ConfigError, "retention 'kept' is a mapping"),
+        ({"retention": {"kept": {"grader": "exact"}}}, ConfigError, "Without rows"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused(tmp_path: Path, change: dict[str, Any], error: type, said: str) -> None:
+    with pytest.raises(error, match=said):
+        make(tmp_path, evaluation={**PLAN, **change}, model="no/such-model")
+
+
+@pytest.mark.parametrize("key", ["test", "grader"])
+def test_a_plan_needs_questions_and_a_grader(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"needs '{key}'"):
+        EvaluationPlan.of({k: v for k, v in PLAN.items() if k != key})
+
+
+def test_a_plan_is_no_list() -> None:
+    with pytest.raises(ConfigError, match="is a mapping"):
+        EvaluationPlan.of(["test.jsonl"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "train", "said"),
+    [
+        (PLAN, [*TRAIN, TEST[3]], "1 of the 12 questions of 'test' are also in 'train'"),
+        ({**PLAN, "selection": TEST[:3] + DEV, "every": 1}, TRAIN, "3 of the 11 questions of 'selection'.*in 'test'"),
+        ({**PLAN, "selection": DEV, "every": 1}, [*TRAIN, *DEV[:2]], "2 of the 8 questions of 'selection'.*in 'train'"),
+    ],
+)
+def test_questions_that_leak_are_refused_before_a_model_loads(
+    tmp_path: Path, evaluation: Any, train: Any, said: str
+) -> None:
+    with pytest.raises(DataError, match=said):
+        make(tmp_path, evaluation=evaluation, train=train, model="no/such-model")
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------------
+
+
+def test_the_student_is_measured_before_and_after_and_the_teacher_with_its_context(tmp_path: Path) -> None:
+    trainer = make(tmp_path, evaluation={**PLAN, "samples": 2})
+    sampler = trainer.evaluator._student
+    test = trainer.evaluator.plan.splits["test"]
+    at_start = sampler(test, "")
+    trainer.train()
+    found = results(tmp_path)
+    assert list(found) == ["before", "teacher", "after"]
+    assert found["before"].greedy == at_start.greedy and found["before"].samples == 2
+    assert found["after"].greedy == sampler(test, "").greedy != found["before"].greedy
+    assert found["teacher"].texts != found["before"].texts and found["teacher"].shown == "worked_solution"
+    assert [result.questions for result in found.values()] == [found["before"].questions] * 3
+
+
+def test_what_the_run_comes_to_stands_in_its_folder_and_on_the_screen(tmp_path: Path, capsys) -> None:
+    plan = {**PLAN, "retention": {"kept": {"rows": KEPT}}, "neutral": DEV}
+    make(tmp_path, evaluation=plan).train()
+    summary, out = read_summary(tmp_path / "evaluation"), capsys.readouterr().out
+    before, after = results(tmp_path)["before"], results(tmp_path)["after"]
+    assert summary["gain"]["difference"] == pytest.approx(after.accuracy - before.accuracy)
+    assert summary["figures"]["after"]["accuracy"]["value"] == pytest.approx(after.accuracy)
+    assert summary["retention"]["kept"]["difference"]["n"] == len(KEPT)
+    for said in ("student before", "teacher with its context", "gap closed", "retention", "drift", "checkpoint"):
+        assert said in out
+    assert f"grader {__name__}:vowels" in out
+
+
+def test_a_teacher_that_is_another_model_is_measured_without_its_context_too(tmp_path: Path) -> None:
+    teacher = SiblingTeacher(make_llama(5), tokenizer=make_tokenizer(), context="answer_only")
+    make(tmp_path, teacher).train()
+    found = results(tmp_path)
+    assert list(found) == ["before", "teacher_without_context", "teacher", "after"]
+    assert found["teacher"].texts != found["teacher_without_context"].texts != found["before"].texts
+
+
+def test_a_teacher_that_cannot_answer_is_said_to_be_no_ceiling(tmp_path: Path, capsys) -> None:
+    make(
+        tmp_path, {"strategy": "mixture", "teachers": "same_checkpoint", "weights": [1.0], "contexts": ["answer_only"]}
+    ).train()
+    assert list(results(tmp_path)) == ["before", "after"]
+    assert "no single model that could answer" in capsys.readouterr().out
+    assert "no single model" in read_summary(tmp_path / "evaluation")["skipped"][0]
+
+
+def test_test_rows_without_what_the_teacher_is_shown_have_no_ceiling(tmp_path: Path) -> None:
+    bare = [{key: row[key] for key in ("prompt", "answer")} for row in TEST]
+    make(tmp_path, evaluation={**PLAN, "test": bare}).train()
+    assert list(results(tmp_path)) == ["before", "after"]
+    assert "lack what the teacher is shown" in read_summary(tmp_path / "evaluation")["skipped"][0]
+
+
+def test_a_control_asks_no_teacher(tmp_path: Path) -> None:
+    make(tmp_path, control="wrong-context").train()
+    assert list(results(tmp_path)) == ["before", "after"]
+
+
+def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
+    plan = {**PLAN, "selection": DEV, "every": 1, "samples": 2, "neutral": KEPT}
+    weights, logs = [], []
+    for name, evaluation in (("with", plan), ("without", None)):
+        trainer = OPSDTrainer(
+            make_llama(0),
+            EMATeacher(0.8, context="worked_solution"),
+            args=make_args(tmp_path / name, max_steps=3),
+            train_dataset=Dataset.from_list(TRAIN),
+            processing_class=make_tokenizer(),
+            evaluation=evaluation,
+        )
+        trainer.train()
+        weights.append(snapshot(trainer.model))
+        logs.append([e for e in trainer.state.log_history if "divergence" in e])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for one, other in zip(*logs, strict=True):
+        assert {k: v for k, v in one.items() if k != "step_time"} == {
+            k: v for k, v in other.items() if k != "step_time"
+        }
+
+
+def test_likelihood_of_held_out_traces_is_the_mean_nll_of_both_sides(tmp_path: Path) -> None:
+    trainer = make(tmp_path, max_completion_length=64)
+    trainer.train()
+    found = read_summary(tmp_path / "evaluation")["traces"]
+    tokenizer, student = trainer.student.tokenizer, trainer.student.renderer
+
+    def nll(prompts: list[list[int]]) -> list[float]:
+        values = []
+        for prompt, row in zip(prompts, TEST, strict=True):
+            ids = [*tokenizer(row["solution"])["input_ids"], tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = trainer.model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            values.append(-float(torch.log_softmax(logits, -1)[range(len(ids)), ids].mean()))
+        return values
+
+    own = nll([student.ids(row["prompt"]) for row in TEST])
+    assert found["student"] == pytest.approx(sum(own) / len(own), rel=1e-4)
+    assert found["column"] == "solution" and found["n"] == len(TEST)
+    with trainer.teacher.teaching():
+        its = nll([trainer.teacher.prompt_ids(row) for row in TEST])
+    assert found["teacher"] == pytest.approx(sum(its) / len(its), rel=1e-4)
+    assert found["behind"]["difference"] == pytest.approx(found["student"] - found["teacher"], rel=1e-3)
+
+
+def test_drift_is_nothing_without_training_and_estimates_the_kl_after_it(tmp_path: Path) -> None:
+    still = make(tmp_path / "still", evaluation={**PLAN, "neutral": DEV}, control="no-context")
+    still.train()
+    assert read_summary(tmp_path / "still" / "evaluation")["drift"]["per_token"]["value"] == pytest.approx(0, abs=1e-6)
+    trainer = make(tmp_path / "moved", evaluation={**PLAN, "neutral": DEV * 12}, max_steps=4)
+    before = make_llama(0).eval()
+    trainer.train()
+    found = read_summary(tmp_path / "moved" / "evaluation")["drift"]["per_token"]
+    stored = json.loads((tmp_path / "moved" / "evaluation" / "neutral.json").read_text())
+    exact = []
+    for row, ids in zip(DEV * 12, stored["ids"], strict=True):
+        prompt = trainer.student.renderer.ids(row["prompt"])
+        with torch.no_grad():
+            was, now = (
+                torch.log_softmax(m(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1], -1)
+                for m in (before, trainer.model)
+            )
+        exact.append(float((was.exp() * (was - now)).sum(-1).mean()))
+    assert found["low"] <= sum(exact) / len(exact) <= found["high"]
+    assert sum(exact) / len(exact) > 0.01
+
+
+# ---- while it goes on, and the rule ---------------------------------------------------------------------------------
+
+
+def test_the_selection_split_is_looked_at_every_few_steps_and_logged(tmp_path: Path) -> None:
+    trainer = make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 2}, max_steps=4)
+    trainer.train()
+    looks = read_summary(tmp_path / "evaluation")["selection"]
+    assert [look["step"] for look in looks] == [0, 2, 4]
+    entries = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert [entry["step"] for entry in entries] == [2, 4]
+    assert [entry["eval_accuracy"] for entry in entries] == [look["accuracy"]["value"] for look in looks[1:]]
+    assert all("divergence" not in entry for entry in entries)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_rule_best_ends_with_the_checkpoint_that_the_selection_split_chose(tmp_path: Path, lora: bool) -> None:
+    peft = LoraConfig(**LORA) if lora else None
+    plan = {**PLAN, "selection": DEV, "every": 1, "rule": "best"}
+    trainer = make(tmp_path, evaluation=plan, max_steps=5, learning_rate=3e-2, peft_config=peft)
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Keep(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seen[state.global_step] = snapshot(trainer.student.model)
+
+    trainer.add_callback(Keep())
+    trainer.train()
+    summary, found = read_summary(tmp_path / "evaluation"), results(tmp_path)
+    looks = {look["step"]: look["accuracy"]["value"] for look in summary["selection"] if look["step"]}
+    best = max(looks, key=lambda step: (looks[step], -step))
+    assert 1 <= best < 5, "this case must be one where the last step is not the best"
+    assert summary["chosen"] == f"step {best}: the best on the selection split"
+    final = snapshot(trainer.student.model)
+    assert all(torch.equal(final[name], seen[best][name]) for name in final)
+    assert list(found)[-2:] == ["last", "after"] and found["last"].greedy != found["after"].greedy
+
+
+def test_rule_last_ends_with_the_last_step_and_says_so(tmp_path: Path) -> None:
+    make(tmp_path).train()
+    assert read_summary(tmp_path / "evaluation")["chosen"] == "step 2: the last step's"
+
+
+def test_a_gate_may_read_how_the_selection_split_is_answered(tmp_path: Path) -> None:
+    teacher = {"strategy": "snapshot", "every": 2, "gate": {"metric": "eval_accuracy"}}
+    plan = {**PLAN, "selection": DEV, "every": 2}
+    trainer = make(tmp_path, {**teacher, "context": "worked_solution"}, plan, max_steps=4)
+    trainer.train()
+    with pytest.raises(ConfigError, match="every is 3"):
+        make(tmp_path / "b", {**teacher, "context": "worked_solution"}, {**plan, "every": 3})
+    with pytest.raises(ConfigError, match="eval_accuracy"):
+        make(tmp_path / "c", {**teacher, "context": "worked_solution"}, PLAN)
+
+
+def test_a_resumed_run_keeps_what_was_measured_before_it_stopped(tmp_path: Path) -> None:
+    plan = {**PLAN, "selection": DEV, "every": 1, "neutral": KEPT}
+    often = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}
+
+    class Stop(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    first = make(tmp_path / "parts", evaluation=plan, **often)
+    first.add_callback(Stop())
+    first.train()
+    folder = tmp_path / "parts" / "evaluation"
+    assert not (folder / "after.json").exists(), "a run that was stopped has not been measured to its end"
+    before = (folder / "before.json").read_bytes()
+    make(tmp_path / "parts", evaluation=plan, **often).train(resume_from_checkpoint=True)
+    make(tmp_path / "whole", evaluation=plan, **often).train()
+    assert (folder / "before.json").read_bytes() == before
+    parts, whole = (read_summary(tmp_path / name / "evaluation") for name in ("parts", "whole"))
+    assert parts == whole and [look["step"] for look in parts["selection"]] == [0, 1, 2, 3, 4]
+
+
+def test_figures_are_finite_and_name_their_grader(tmp_path: Path) -> None:
+    make(tmp_path).train()
+    for found in read_summary(tmp_path / "evaluation")["figures"].values():
+        assert found["grader"] == f"{__name__}:vowels"
+        assert math.isfinite(found["accuracy"]["value"]) and found["accuracy"]["low"] <= found["accuracy"]["high"]

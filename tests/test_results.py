@@ -1,0 +1,214 @@
+"""Results and splits: what is kept of an evaluation, when two can be paired, when two splits share a question."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_llama
+from transformers import PreTrainedTokenizerFast
+
+from opsd.errors import CheckpointError, ConfigError, DataError, OPSDWarning
+from opsd.evaluation import Answer, EvaluationResult, evaluate, generate
+from opsd.evaluation.questions import check_disjoint, question_of
+
+
+def made(
+    greedy: str, sampled: list[str] = (), questions: list[str] | None = None, **changes: object
+) -> EvaluationResult:  # type: ignore[assignment]
+    """A result: a letter per question, + right, - wrong, ? ungraded."""
+    kinds = {"+": True, "-": False, "?": None}
+
+    def answers(marks: str) -> list[Answer]:
+        return [Answer(mark, kinds[mark], 3, mark != "-", mark if mark != "?" else None) for mark in marks]
+
+    names = questions or [f"question {number}" for number in range(len(greedy))]
+    return replace(
+        EvaluationResult(names, "exact", answers(greedy), [answers(each) for each in sampled], has_form=True), **changes
+    )
+
+
+def asked(*texts: str) -> list[dict[str, object]]:
+    return [{"prompt": [{"role": "user", "content": text}]} for text in texts]
+
+
+def test_metrics_come_from_greedy_and_from_sampled_answers() -> None:
+    found = made("+-?", ["++", "+-", "--"])
+    assert found.values("accuracy").tolist() == [1, 0, 0]
+    assert found.values("avg@2").tolist() == [1, 0.5, 0]
+    assert found.values("pass@2").tolist() == [1, 1, 0]
+    assert found.values("maj@2").tolist() == [1, 0.5, 0]
+    assert found.values("format").tolist() == [1, 1, 0]
+    assert found.values("truncated").tolist() == [0, 1, 0]
+    assert found.values("length").tolist() == [3, 3, 3]
+    assert found.usual_metrics == ["accuracy", "avg@2", "pass@2", "maj@2", "format", "length", "truncated"]
+
+
+def test_ungraded_answers_are_named_and_never_right() -> None:
+    found = made("+?-", ["+", "+", "?"])
+    assert found.ungraded == [1, 2]
+    assert found.accuracy == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ("pass@3", "at least 3 samples per question, and there are 2"),
+        ("acuracy", "Did you mean 'accuracy'"),
+        ("pas@2", "Did you mean 'pass@2'"),
+    ],
+)
+def test_a_metric_that_cannot_be_had_is_refused(metric: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        made("+-", ["++", "+-"]).values(metric)
+
+
+def test_a_metric_of_samples_is_refused_where_none_were_drawn() -> None:
+    with pytest.raises(ConfigError, match=r"there are 0.*\n.*\n.*--samples 4"):
+        made("+-").values("avg@4")
+
+
+def test_a_length_that_is_always_one_is_no_share() -> None:
+    """Wilson's interval of "all of them" would be 0.5 to 1 tokens."""
+    one = replace(made("++++"), greedy=[Answer("a", True, 1, True)] * 4)
+    found = one.estimate("length")
+    assert (found.value, found.low, found.high) == (1.0, None, None)
+
+
+def test_a_result_survives_its_file(tmp_path: Path) -> None:
+    found = made("+-?", ["++", "+-", "??"], temperature=0.7, model="m", shown="hint", max_new_tokens=9)
+    found.save(tmp_path / "deep" / "result.json")
+    assert EvaluationResult.load(tmp_path / "deep" / "result.json") == found
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"greedy": []}', '{"greedy": [{"txt": ""}], "sampled": []}'])
+def test_a_file_that_holds_no_result_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(CheckpointError, match="holds no evaluation"):
+        EvaluationResult.load(tmp_path / "x.json")
+
+
+def test_results_are_paired_by_question_whatever_the_order() -> None:
+    first = made("+--", ["++", "--", "-+"], ["a", "b", "a"])
+    other = made("-++", ["-+", "+-", "++"], ["b", "a", "a"])
+    paired = other.in_order_of(first)
+    assert paired.questions == first.questions
+    assert paired.correct == [True, False, True]
+    assert [answer.text for answer in paired.sampled[0]] == ["+", "-"]
+
+
+def test_results_on_other_questions_are_refused_with_how_many_they_share() -> None:
+    with pytest.raises(DataError, match=r"of 3 and 3 only 2 are in both \(such as 'c'\)"):
+        made("+++", questions=["a", "b", "d"]).in_order_of(made("+++", questions=["a", "b", "c"]))
+    with pytest.raises(DataError, match="of 2 and 3 only 2"):
+        made("+++", questions=["a", "b", "c"]).in_order_of(made("++", questions=["a", "b"]))
+
+
+@pytest.mark.parametrize("change", [{"grader": "math"}, {"max_new_tokens": 7}])
+def test_results_of_another_measure_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(DataError, match=next(iter(change))):
+        made("++", **change).in_order_of(made("++"))
+
+
+# ---- questions ------------------------------------------------------------------------------------------------------
+
+
+def test_a_question_is_the_same_whatever_its_case_its_spacing_and_its_system_turn() -> None:
+    plain = question_of({"prompt": "What is  2 + 2?\n"})
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what IS 2 + 2?"}]
+    assert plain == question_of({"prompt": turns}) == "what is 2 + 2?"
+
+
+def test_shared_questions_are_counted_and_quoted_for_every_two_splits() -> None:
+    splits = {"train": asked("a", "b", "c"), "test": asked("B ", "d", "c"), "selection": asked("d", "e")}
+    with pytest.raises(DataError) as raised:
+        check_disjoint(splits)
+    assert "2 of the 3 questions of 'test' are also in 'train' (such as 'b', 'c')" in str(raised.value)
+    assert "1 of the 2 questions of 'selection' are also in 'test' (such as 'd')" in str(raised.value)
+    check_disjoint({"train": asked("a", "a"), "test": asked("b", "b")})
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+def sampler(tokenizer: PreTrainedTokenizerFast):
+    model = make_llama()
+
+    def sample(rows, **sampling):
+        prompts = [
+            tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=False) for r in rows
+        ]
+        return generate(model, prompts, tokenizer, **sampling)
+
+    return sample
+
+
+def test_samples_belong_to_their_question_and_repeat_with_their_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{**row, "answer": "x"} for row in asked("one", "two", "three")]
+    settings = {"grader": "exact", "max_new_tokens": 5, "batch_size": 4}
+    sample = sampler(tokenizer)
+    one, again, other = (evaluate(sample, rows, tokenizer, samples=3, seed=s, **settings) for s in (1, 1, 2))
+    assert one == again and one.sampled != other.sampled and one.greedy == other.greedy
+    assert (one.samples, one.n) == (3, 3)
+    assert one.greedy == evaluate(sample, rows, tokenizer, **settings).greedy
+    assert len({answer.text for each in one.sampled for answer in each}) > 3
+
+
+def test_each_sample_is_graded_against_its_own_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = asked("one", "two")
+    drawn = iter([[5], [6], [7], [8], [9], [10]])  # greedy 1, greedy 2, then two samples of each
+
+    def sample(rows, **sampling):
+        return [next(drawn) for _ in rows]
+
+    graded = []
+
+    def grader(text: str, row: dict[str, object]) -> bool:
+        graded.append((tokenizer.decode([5 + len(graded)]) == text, row["prompt"][0]["content"]))
+        return True
+
+    evaluate(sample, rows, tokenizer, grader=grader, max_new_tokens=1, batch_size=2, samples=2)
+    assert graded == [(True, name) for name in ("one", "two", "one", "one", "two", "two")]
+
+
+def test_progress_counts_greedy_and_sampled_answers_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    done: list[int] = []
+    rows = [{**row, "answer": "x"} for row in asked("one", "two", "three")]
+    settings = {"grader": "exact", "max_new_tokens": 2, "batch_size": 3, "samples": 2}
+    evaluate(sampler(tokenizer), rows, tokenizer, progress=done.append, **settings)
+    assert done == [3, 6, 9]
+
+
+def test_a_grader_that_fails_on_a_sample_is_counted(tokenizer: PreTrainedTokenizerFast) -> None:
+    calls = iter([True, True, False, ValueError("boom"), True, True])
+
+    def grader(text: str, row: dict[str, object]) -> bool:
+        found = next(calls)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    with pytest.warns(OPSDWarning, match="boom"):
+        found = evaluate(
+            sampler(tokenizer), asked("one", "two"), tokenizer, grader=grader, max_new_tokens=2, batch_size=2, samples=2
+        )
+    assert found.ungraded == [0]
+    np.testing.assert_allclose(found.values("avg@2"), [0.0, 1.0])
+
+
+def test_samples_below_none_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ConfigError, match="samples"):
+        evaluate(
+            sampler(tokenizer), asked("one"), tokenizer, grader="exact", max_new_tokens=2, batch_size=2, samples=-1
+        )
+
+
+def test_json_holds_the_question_and_every_answer(tmp_path: Path) -> None:
+    made("+-", ["+-", "--"]).save(tmp_path / "r.json")
+    stored = json.loads((tmp_path / "r.json").read_text())
+    assert stored["questions"] == ["question 0", "question 1"]
+    assert stored["greedy"][0]["correct"] is True and len(stored["sampled"][0]) == 2
