@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "OPSDTrainer": "opsd.trainer",
     "OPSDConfig": "opsd.config",
+    "EvaluationPlan": "opsd.evaluation.plan",
     "PrivilegedContext": "opsd.context",
     "ContextSchedule": "opsd.schedule",
     "import_columns": "opsd.columns",

@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import os
-import random
 import resource
 import shutil
 import sys
@@ -181,14 +180,6 @@ def question(row: Row) -> str:
     return row["prompt"][-1]["content"]
 
 
-def with_wrong_answers(rows: list[Row], seed: int) -> list[Row]:
-    """Return the rows with another row's answer each: same form, no information."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    wrong = dict(zip(order, order[1:] + order[:1], strict=True))
-    return [{**row, "answer": rows[wrong[i]]["answer"]} for i, row in enumerate(rows)]
-
-
 # ---- the story --------------------------------------------------------------------------------------------------
 
 
@@ -230,8 +221,7 @@ def run_demo(settings: DemoSettings, watcher: Watcher | None = None, control: bo
     result = DemoResult(before, ceiling, after, output, trainer.examination.as_dict(), seconds=seconds)
     if control:
         model, tokenizer = _load(folder)
-        wrong = with_wrong_answers(train, settings.seed)
-        trainer = _trainer(model, tokenizer, wrong, output + "-control", settings, show)
+        trainer = _trainer(model, tokenizer, train, output + "-control", settings, show, control="wrong-context")
         timed(
             "control",
             "control: training with wrong answers",
@@ -271,7 +261,15 @@ def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progr
     return Score(result.correct, result.texts, result.truncated)
 
 
-def _trainer(model: Any, tokenizer: Any, rows: list[Row], output: str, settings: DemoSettings, show: Watcher) -> Any:
+def _trainer(
+    model: Any,
+    tokenizer: Any,
+    rows: list[Row],
+    output: str,
+    settings: DemoSettings,
+    show: Watcher,
+    control: str | None = None,
+) -> Any:
     """Return a trainer of `model`, ready for step 1."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
@@ -286,6 +284,7 @@ def _trainer(model: Any, tokenizer: Any, rows: list[Row], output: str, settings:
 
     args = OPSDConfig(
         output,
+        control=control,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.rollouts,
         learning_rate=settings.learning_rate,

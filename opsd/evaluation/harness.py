@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
+from rich.text import Text
 
 from opsd.errors import ConfigError, as_count, did_you_mean
 from opsd.models import load_model
@@ -141,7 +142,7 @@ def run_harness(
 def as_table(result: HarnessResult) -> Table:
     """Return a result as a table, with the conditions it holds under as the caption."""
     table = Table("task", "metric", "filter", "shots", "n", "value", "95 % interval", "", box=None, header_style="bold")
-    table.caption, table.caption_justify = "\n".join(_caption(result)), "left"
+    table.caption, table.caption_justify = Text("\n".join(_caption(result))), "left"  # no markup: "[gsm8k]" is a name
     for row in result.rows:
         low_high = "—" if row.interval is None else f"{row.interval[0]:.4f} to {row.interval[1]:.4f}"
         better = {True: "higher is better", False: "lower is better", None: ""}[row.higher_is_better]

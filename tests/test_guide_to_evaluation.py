@@ -1,0 +1,79 @@
+"""docs/evaluation.md: its commands run, and its tables are the code's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import make_rows
+
+from opsd.cli import main
+from opsd.controls import CONTROLS
+from opsd.evaluation.graders import GRADERS
+from opsd.evaluation.plan import EvaluationPlan
+from opsd.evaluation.sample_metrics import METRICS
+
+ROOT = Path(__file__).parents[1]
+GUIDE = (ROOT / "docs" / "evaluation.md").read_text()
+SMALL = "--max_steps 1 --per_device_train_batch_size 2 --max_completion_length 4 --use_cpu --bf16 false --skip-doctor"
+
+
+def table(title: str) -> dict[str, str]:
+    """The table under a heading: first cell, without its code marks, to the rest of the line."""
+    part = GUIDE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", part, flags=re.M))
+
+
+def test_every_key_of_a_plan_is_in_the_guide() -> None:
+    assert list(table("A run that is measured")) == [field.name for field in fields(EvaluationPlan)]
+
+
+def test_every_grader_is_in_the_guide() -> None:
+    names = [name.partition(":")[0] for name in table("Graders")]
+    assert sorted(names) == sorted({name.rstrip(":") for name in GRADERS} | {"reasoning_gym", "module"})
+
+
+def test_every_metric_is_in_the_guide() -> None:
+    assert [name.partition("@")[0] for name in table("Metrics")] == list(METRICS)
+    assert all(("@k" in name) == METRICS[name.partition("@")[0]].takes_k for name in table("Metrics"))
+
+
+def test_every_control_is_in_the_guide_with_what_it_asks() -> None:
+    found = table("Controls")
+    assert list(found) == list(CONTROLS)
+    assert all(found[name].startswith(f"{control.asks} | ") for name, control in CONTROLS.items())
+
+
+def test_the_commands_of_the_guide_run_in_their_order(tmp_path: Path, llama_folder: str, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = make_rows(40)
+    for number, row in enumerate(rows):
+        row["prompt"] = [{"role": "user", "content": f"Question {number}?"}]
+        row["answer"] = "ABCD"[number % 4] if number >= 30 else row["answer"]
+    parts = {"rows": rows[:10], "test": rows[10:20], "selection": rows[20:26], "neutral": rows[26:30], "general": rows[30:]}
+    for name, part in parts.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    run = {"model_name_or_path": llama_folder, "dataset_name": "rows.jsonl", "context": "worked_solution"}
+    plan = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", GUIDE, flags=re.S)[0])
+    plan["evaluation"]["every"] = 1
+    Path("run.yaml").write_text(yaml.safe_dump({**run, "output_dir": "runs/first", **plan}))
+    (block,) = re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert [command[1] for command in commands] == ["train", "train", "train", "compare", "eval", "eval"]
+    for command in commands[:-1]:  # the tasks of the last are downloaded; tests/test_harness.py runs it on its own
+        extra = {"train": SMALL.split(), "eval": ["--max_new_tokens", "4"]}.get(command[1], [])
+        assert main([*command[1:], *extra]) == 0, capsys.readouterr().err
+    out = capsys.readouterr().out
+    assert "general" in out and "method and wrong-context cannot be told apart" in out and "pass@8" in out
+    assert Path("first.json").is_file() and Path("runs/first/checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("words", ["is ahead of", "LOST to", "cannot be told apart", "beat"])
+def test_the_words_of_a_comparison_are_those_of_the_guide(words: str) -> None:
+    source = (ROOT / "opsd" / "evaluation" / "compare.py").read_text()
+    assert words in source and words in GUIDE.split("## Comparing")[1]
