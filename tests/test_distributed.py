@@ -13,6 +13,8 @@ import pytest
 from conftest import make_rows
 from helpers import RUNS
 
+from opsd.evaluation.summary import results_of
+
 WORKER = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
@@ -104,6 +106,31 @@ json.dump(found, open(os.path.join(folder, f"result-{world}-{rank}.json"), "w"))
 """
 
 
+EVALUATED = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from helpers import make_args
+from opsd import OPSDTrainer, SiblingTeacher
+
+folder = sys.argv[1]
+rows = make_rows(24)
+for number, row in enumerate(rows):
+    row["prompt"] = [{"role": "user", "content": f"Question {number}: what is it?"}]
+split = [rows[start:start + 7] for start in (10, 17)]  # an odd number: one process answers more
+plan = {"test": split[0], "grader": "contains", "selection": split[1], "every": 1, "samples": 2, "neutral": rows[:5]}
+teacher = SiblingTeacher(make_llama(5), tokenizer=make_tokenizer(), context="answer_only")
+args = make_args(os.path.join(folder, "run"), learning_rate=0.0, gradient_accumulation_steps=1)
+trainer = OPSDTrainer(make_llama(0), teacher, args=args, train_dataset=Dataset.from_list(rows[:10]),
+                      processing_class=make_tokenizer(), evaluation=plan)
+trainer.train()
+world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+logged = [entry["eval_accuracy"] for entry in trainer.state.log_history if "eval_accuracy" in entry]
+json.dump(logged, open(os.path.join(folder, f"result-{world}-{rank}.json"), "w"))
+"""
+
+
 def launch(script: Path, processes: int, folder: Path, kind: str) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
@@ -171,6 +198,23 @@ def test_two_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "whole" / teacher / "checkpoint-2", tmp_path / "again" / teacher / "checkpoint-2")
     assert launch(script, 2, tmp_path / "again", "resume") == whole
     assert all((tmp_path / "again" / "ema" / "checkpoint-5" / f"rng_state_{rank}.pth").is_file() for rank in (0, 1))
+
+
+def test_two_processes_answer_the_questions_of_a_plan_as_one_does(tmp_path: Path) -> None:
+    """Each answers a share of seven; greedy answers, their order and what is logged are those of one process."""
+    script = tmp_path / "evaluated.py"
+    script.write_text(EVALUATED.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    found = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        logs = launch(script, processes, folder, "")
+        assert all(log == logs[0] and len(log) == 2 for log in logs)
+        found[processes] = results_of(folder / "run" / "evaluation")
+        assert list(found[processes]) == ["before", "teacher_without_context", "teacher", "after"]
+    for when, one in found[1].items():
+        assert found[2][when].greedy == one.greedy and found[2][when].questions == one.questions
+        assert found[2][when].samples == 2 and len(found[2][when].sampled) == 7
 
 
 def test_the_command_line_trains_under_torchrun(tmp_path: Path, llama_folder: str) -> None:

@@ -55,7 +55,13 @@ def test_the_commands_of_the_guide_run_in_their_order(tmp_path: Path, llama_fold
     for number, row in enumerate(rows):
         row["prompt"] = [{"role": "user", "content": f"Question {number}?"}]
         row["answer"] = "ABCD"[number % 4] if number >= 30 else row["answer"]
-    parts = {"rows": rows[:10], "test": rows[10:20], "selection": rows[20:26], "neutral": rows[26:30], "general": rows[30:]}
+    parts = {
+        "rows": rows[:10],
+        "test": rows[10:20],
+        "selection": rows[20:26],
+        "neutral": rows[26:30],
+        "general": rows[30:],
+    }
     for name, part in parts.items():
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     run = {"model_name_or_path": llama_folder, "dataset_name": "rows.jsonl", "context": "worked_solution"}

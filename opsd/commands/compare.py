@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from opsd.evaluation.compare import Arm, Comparison, Versus
     from opsd.evaluation.statistics import Estimate
 
-HEAD = ("", "seeds", "after", "gain over before", "spread over seeds", "{first} minus it", "over seeds", "p")
+HEAD = ("", "seeds", "after", "gain over before", "sd over seeds", "drift", "{first} minus it", "over seeds", "p")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 def rows(found: Comparison) -> Iterator[tuple[str, ...]]:
     """Yield the cells of the table, a line per arm, with what is not an arm at its ends."""
     is_share = found.kind.is_share
-    empty = ("",) * 5
+    empty = ("",) * (len(HEAD) - 3)
     if found.before is not None:
         yield ("student before", "", _estimate(found.before, is_share), *empty)
     versus = {each.other: each for each in found.versus}
@@ -76,8 +76,9 @@ def rows(found: Comparison) -> Iterator[tuple[str, ...]]:
 def _arm(arm: Arm, is_share: bool) -> tuple[str, ...]:
     gain = "" if arm.gain is None else _change(arm.gain.difference, arm.gain.low, arm.gain.high, is_share)
     seeds = ", ".join(str(run.seed) for run in arm.runs)
-    spread = "one seed" if arm.spread.deviation is None else f"sd {_number(arm.spread.deviation, is_share)}"
-    return arm.name, seeds, _estimate(arm.after, is_share), gain, spread
+    spread = "one seed" if arm.spread.deviation is None else f"{_number(arm.spread.deviation, is_share)}"
+    drift = "" if arm.drift is None else f"{arm.drift:.3f}"
+    return arm.name, seeds, _estimate(arm.after, is_share), gain, spread, drift
 
 
 def _versus(found: Versus | None, is_share: bool) -> tuple[str, str, str]:
@@ -116,7 +117,8 @@ def footer(found: Comparison) -> str:
     n = found.arms[0].after.n
     return (
         f"{found.metric} on {n} questions, grader {found.grader}; differences in {unit}, paired by question and seed, "
-        "95 % by bootstrap over questions; over seeds: Student's t; p: adjusted for the number of arms (Holm)"
+        "95 % by bootstrap over questions; over seeds: Student's t; drift: KL(before ‖ now), nats per token, neutral "
+        "prompts; p: adjusted for the number of arms (Holm)"
     )
 
 

@@ -274,6 +274,6 @@ def _limit() -> int | None:
 def _canonical(formula: Any) -> str:
     import sympy
 
-    if isinstance(formula, sympy.Equality) and isinstance(formula.lhs, sympy.Symbol):
+    if isinstance(formula, sympy.Equality) and (formula.lhs.is_Symbol or formula.lhs.is_number):
         formula = formula.rhs
-    return str(sympy.simplify(sympy.nsimplify(formula.doit(), rational=True)))
+    return str(sympy.simplify(sympy.nsimplify(formula, rational=True)))

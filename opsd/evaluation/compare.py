@@ -29,7 +29,7 @@ from opsd.evaluation.statistics import (
     paired_difference,
     questions_needed,
 )
-from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, results_of
+from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
 from opsd.run_card import differences, read_card
 
 METHOD = "method"
@@ -54,6 +54,7 @@ class RunResult:
         seed: of training.
         card: its run card.
         results: what was measured of its test split, by time.
+        drift: nats per token that the student moved on neutral prompts; None where that was not measured.
     """
 
     folder: str
@@ -61,6 +62,7 @@ class RunResult:
     seed: int
     card: Mapping[str, Any]
     results: Mapping[str, EvaluationResult]
+    drift: float | None = None
 
     @property
     def after(self) -> EvaluationResult:
@@ -77,8 +79,8 @@ class Arm:
         runs: in the order of their seeds.
         after: the metric after training, mean over seeds, with its interval over questions.
         gain: after minus before, likewise; None where nothing was measured before.
-        seeds: the metric after training, run by run.
         spread: of the metric after training over seeds.
+        drift: nats per token, mean over seeds; None where it was not measured in all of them.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Arm:
     after: Estimate
     gain: PairedDifference | None
     spread: SeedSpread
+    drift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,8 @@ def read_runs(folders: Sequence[str]) -> list[RunResult]:
             )
         card = read_card(folder)
         arm, seed = card["settings"].get("control") or METHOD, card["settings"].get("seed", 0)
-        found.append(RunResult(folder, arm, seed, card, results))
+        drift = read_summary(Path(folder) / FOLDER).get("drift")
+        found.append(RunResult(folder, arm, seed, card, results, drift and drift["per_token"]["value"]))
     return found
 
 
@@ -244,7 +248,9 @@ def _arm(
     befores = [run.results[BEFORE].in_order_of(reference).values(metric) for run in runs if BEFORE in run.results]
     gain = paired_difference(np.mean(befores, axis=0), after) if len(befores) == len(runs) else None
     spread = over_seeds([float(np.nanmean(values[run.folder])) for run in runs])
-    return Arm(name, runs, estimate(after), gain, spread)
+    drifts = [run.drift for run in runs if run.drift is not None]
+    drift = float(np.mean(drifts)) if len(drifts) == len(runs) else None
+    return Arm(name, runs, estimate(after, is_share=METRICS[parse_metric(metric)[0]].is_share), gain, spread, drift)
 
 
 def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Versus:
