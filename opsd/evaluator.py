@@ -7,6 +7,7 @@ on from them and `opsd compare` pairs them with those of other runs; `evaluation
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.derived import ready_rows
-from opsd.errors import DataError, OPSDError
+from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.sampling import Sampler, evaluate, sampler_of, stop_ids_of
@@ -40,13 +41,13 @@ from opsd.forward import evaluating
 from opsd.likelihood import drift, logprobs
 from opsd.off_policy import completion_ids
 from opsd.rollouts import Ids
-from opsd.teachers import LiveTeacher
+from opsd.teachers import LiveTeacher, Teacher
 
 if TYPE_CHECKING:
     from opsd.trainer import OPSDTrainer
     from opsd.training_loss import TrainingLoss
 
-NEUTRAL = "neutral.json"
+NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
 
 
 def planned(evaluation: Any, args: Any, scorer: TrainingLoss, train: Any) -> EvaluationPlan | None:
@@ -109,8 +110,9 @@ class Evaluator(TrainerCallback):
                 self._keep(file_of(name, BEFORE), self._student(questions, f"{name}: student before"))
         if self._trainer.args.control is None:  # a control's own teacher is nobody's ceiling
             self._ask_teacher()
+            self._store(TRACE_LIKELIHOOD, self._traces())
         if self.plan.neutral is not None:
-            self._sample_neutral()
+            self._store(NEUTRAL, self._neutral())
         if self.plan.selection is not None:
             self._look(0)
 
@@ -123,11 +125,23 @@ class Evaluator(TrainerCallback):
         """Measure the checkpoint that the rule picked, and say what all of it comes to."""
         if self._trainer.stopped_by is not None:
             return
+        try:
+            self._measure_after(args, state)
+        except Exception as error:
+            warnings.warn(
+                f"the student could not be measured after training: {type(error).__name__}: {error}\nIts weights are "
+                "not lost for that. Save them, and measure them with `opsd eval`.",
+                OPSDWarning,
+                stacklevel=2,
+            )
+
+    def _measure_after(self, args: Any, state: TrainerState) -> None:
         for name, questions in self.plan.splits.items():
             if name != "selection":
                 self._keep(file_of(name, AFTER), self._student(questions, f"{name}: student after"))
+        found = self._summary(state)
         if args.should_save:
-            self._write(self._summary(state))
+            self._store(SUMMARY, found | come_to(self.folder, list(self.plan.retention)))
         self._trainer.accelerator.wait_for_everyone()
         self._say("\n".join(lines(read_summary(self.folder))))
 
@@ -145,10 +159,8 @@ class Evaluator(TrainerCallback):
         return graded
 
     def _check_processes(self) -> None:
-        fewest, processes = (
-            min(len(each.rows) for each in self.plan.splits.values()),
-            self._trainer.accelerator.num_processes,
-        )
+        processes = self._trainer.accelerator.num_processes
+        fewest = min(len(each.rows) for each in self.plan.splits.values())
         if fewest < processes:
             raise DataError(
                 f"an evaluation split has {fewest} question(s) for {processes} processes, each of which answers a "
@@ -161,7 +173,7 @@ class Evaluator(TrainerCallback):
         found = self._student(self.plan.splits["selection"], f"selection at step {step}")
         self._looks = [look for look in self._looks if look["step"] < step]
         self._looks.append({"step": step, **figures(found)})
-        self._write({"selection": self._looks, "skipped": self._skipped})
+        self._store(SUMMARY, {"selection": self._looks, "skipped": self._skipped})
         return found
 
     def _student(self, questions: Questions, what: str) -> EvaluationResult:
@@ -169,16 +181,23 @@ class Evaluator(TrainerCallback):
         sampler = sampler_of(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
         return self._ask(sampler, questions, what, model="student")
 
+    @property
+    def _blind(self) -> str | None:
+        """Why the teacher cannot be asked about the test rows, or None."""
+        rows = self.plan.test
+        try:
+            self._trainer.teacher.check_rows(rows, rows.column_names)
+        except OPSDError as error:
+            return f"the test rows lack what the teacher is shown: {error}"
+        return None
+
     def _ask_teacher(self) -> None:
         """Measure the ceiling: the teacher with its context, and without it where that is not the student."""
         teacher, test = self._trainer.teacher, self.plan.splits["test"]
-        if not teacher.can_sample:
-            self._skip(f"the ceiling: teacher {teacher.strategy!r} is no single model that could answer")
-            return
-        try:
-            teacher.check_rows(test.rows, test.rows.column_names)
-        except OPSDError as error:
-            self._skip(f"the ceiling, for the test rows lack what the teacher is shown: {error}")
+        none = None if teacher.can_sample else f"teacher {teacher.strategy!r} is no single model that could answer"
+        if why := none or self._blind:
+            self._skipped.append(f"the ceiling: {why}")
+            self._say(f"evaluation  not measured: the ceiling: {why}")
             return
         told = {"model": teacher.words, "shown": teacher.shown}
         self._keep(file_of("test", TEACHER), self._ask(teacher.sample, test, "test: teacher with its context", **told))
@@ -203,7 +222,7 @@ class Evaluator(TrainerCallback):
                 mine,
                 trainer.student.tokenizer,
                 grader=questions.grader,
-                max_new_tokens=plan.max_new_tokens or trainer.args.max_completion_length,
+                max_new_tokens=self._longest,
                 batch_size=plan.batch_size,
                 stop_ids=stop_ids_of(trainer.student.model, trainer.student.tokenizer),
                 samples=plan.samples,
@@ -216,74 +235,77 @@ class Evaluator(TrainerCallback):
 
     # ---- likelihoods -------------------------------------------------------------------------------------------
 
-    def _sample_neutral(self) -> None:
-        """Let the student continue the neutral prompts, and keep how likely it found what it said."""
+    def _neutral(self) -> dict[str, Any]:
+        """Let the student continue the neutral prompts, and return how likely it finds what it says."""
         student, rows = self._trainer.student, list(self.plan.neutral)
         sampler = sampler_of(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
+        sampling: dict[str, Any] = {"batch_size": self.plan.batch_size, "do_sample": True, "seed": self.plan.seed}
         with self._trainer.accelerator.autocast():
-            limit = self.plan.max_new_tokens or self._trainer.args.max_completion_length
-            ids = sampler(
-                rows, max_new_tokens=limit, batch_size=self.plan.batch_size, do_sample=True, seed=self.plan.seed
-            )
-            found = logprobs(self._now, rows, ids, self.plan.batch_size)
-        if self._trainer.args.should_save:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / NEUTRAL).write_text(json.dumps({"ids": ids, "logprobs": found}) + "\n")
+            ids = sampler(rows, max_new_tokens=self._longest, **sampling)
+        return {"ids": ids, "logprobs": self._logprobs(self._now, rows, ids)}
 
     def _drift(self) -> dict[str, Any] | None:
-        path = self.folder / NEUTRAL
-        if self.plan.neutral is None or not path.is_file():
+        stored = self._stored(NEUTRAL)
+        if self.plan.neutral is None or not stored:
             return None
-        stored = json.loads(path.read_text())
-        with self._trainer.accelerator.autocast():
-            now = logprobs(self._now, list(self.plan.neutral), stored["ids"], self.plan.batch_size)
+        now = self._logprobs(self._now, list(self.plan.neutral), stored["ids"])
         return asdict(drift(stored["logprobs"], now))
 
     def _traces(self) -> dict[str, Any] | None:
-        """Return how much likelier the teacher finds held-out traces than the student, in nats per token."""
-        rows, teacher = self.plan.test, self._trainer.teacher
-        column = next((name for name in TRACES if name in rows.column_names), None)
-        if column is None or self._trainer.args.control is not None:
+        """Return how likely student and teacher find the test rows' traces, in nats per token."""
+        column = next((name for name in TRACES if name in self.plan.test.column_names), None)
+        if column is None or self._blind:
             return None
-        limit, student = self._trainer.args.max_completion_length, self._trainer.student
-        rows = [{**row, "completion": str(row[column])} for row in rows if row[column]]
-        ids: list[Ids] = [completion_ids(row, student.tokenizer)[:limit] for row in rows]
-        with self._trainer.accelerator.autocast():
-            sides = [
-                logprobs(self._now, rows, ids, self.plan.batch_size),
-                logprobs(teacher, rows, ids, self.plan.batch_size),
-            ]
-        teacher.forget_counts()
+        rows = [{**row, "completion": str(row[column])} for row in self.plan.test if row[column]]
+        whole: list[Ids] = [completion_ids(row, self._trainer.student.tokenizer) for row in rows]
+        ids = [each[: self._longest] for each in whole]
+        sides = [self._logprobs(who, rows, ids) for who in (self._now, self._trainer.teacher)]
+        self._trainer.teacher.forget_counts()
         own, its = ([-sum(values) / len(values) for values in side] for side in sides)
-        found = paired_difference(its, own)
-        return {"column": column, "n": len(rows), "student": _mean(own), "teacher": _mean(its), "behind": asdict(found)}
+        return {
+            "column": column,
+            "n": len(rows),
+            "shortened": sum(len(each) > self._longest for each in whole),
+            "student": sum(own) / len(own),
+            "teacher": sum(its) / len(its),
+            "behind": asdict(paired_difference(its, own)),
+        }
+
+    def _logprobs(self, who: Teacher, rows: Sequence[Any], ids: Sequence[Ids]) -> list[list[float]]:
+        with self._trainer.accelerator.autocast():
+            return logprobs(who, rows, ids, self.plan.batch_size)
+
+    @property
+    def _longest(self) -> int:
+        return self.plan.max_new_tokens or self._trainer.args.max_completion_length
 
     # ---- what it comes to --------------------------------------------------------------------------------------
 
     def _summary(self, state: TrainerState) -> dict[str, Any]:
-        summary = {
+        """Return what models have to be asked for; the rest is read from the results."""
+        traces = None if self._trainer.args.control else self._traces()
+        return {
             "plan": self.plan.words,
             "rule": self.plan.rule,
             "chosen": _chosen(state, self.plan.rule),
             "selection": self._looks,
             "skipped": self._skipped,
             "drift": self._drift(),
-            "traces": self._traces(),
+            "traces": traces and {**traces, "before": self._stored(TRACE_LIKELIHOOD)},
         }
-        return summary | come_to(self.folder, list(self.plan.retention))
 
     def _keep(self, name: str, result: EvaluationResult) -> None:
         if self._trainer.args.should_save:
             result.save(self.folder / name)
 
-    def _write(self, summary: Mapping[str, Any]) -> None:
-        if self._trainer.args.should_save:
+    def _store(self, name: str, values: Mapping[str, Any] | None) -> None:
+        if values and self._trainer.args.should_save:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / SUMMARY).write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            (self.folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
-    def _skip(self, why: str) -> None:
-        self._skipped.append(why)
-        self._say(f"evaluation  not measured: {why}")
+    def _stored(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
     def _say(self, text: str) -> None:
         self._trainer.accelerator.print(text)
@@ -307,7 +329,3 @@ def _interleaved(parts: Sequence[EvaluationResult]) -> EvaluationResult:
         greedy=[part.greedy[place] for place, part in order],
         sampled=[part.sampled[place] for place, part in order] if parts[0].sampled else [],
     )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -57,6 +57,7 @@ def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
         "teacher": {"words": trainer.teacher.words, **trainer.teacher.description},
         "contexts": list(contexts),
         "learns": trainer.groups.words,
+        "evaluation": trainer.evaluator.plan.words if trainer.evaluator else "none was declared",
         "divergence": {"words": trainer.training_loss.words, "formula": trainer.args.objective.formula},
         "settings": _settings(trainer),
         "hashes": {
@@ -145,7 +146,8 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         f"- **teacher**: {card['teacher']['words']}",
         f"- **is shown**: {', '.join(card['contexts']) or 'no more'}",
     ]
-    lines += [f"- **learns**: {card['learns']}", f"- **minimises**: {card['divergence']['words']}", ""]
+    lines += [f"- **learns**: {card['learns']}", f"- **minimises**: {card['divergence']['words']}"]
+    lines += [f"- **is measured by**: {card['evaluation']}", ""]
     lines += ["```text", card["divergence"]["formula"], "```", "", "## The doctor", ""]
     doctor = card["doctor"]
     if isinstance(doctor, str):

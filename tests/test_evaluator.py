@@ -18,10 +18,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from opsd import EMATeacher, OPSDTrainer, SameCheckpointTeacher, SiblingTeacher
-from opsd.errors import ConfigError, DataError
+from opsd.errors import ConfigError, DataError, OPSDWarning
 from opsd.evaluation import EvaluationResult
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.summary import read_summary, results_of
+from opsd.run_card import read_card
 
 ROWS = make_rows(40)
 for _number, _row in enumerate(ROWS):
@@ -211,6 +212,36 @@ def test_likelihood_of_held_out_traces_is_the_mean_nll_of_both_sides(tmp_path: P
         its = nll([trainer.teacher.prompt_ids(row) for row in TEST])
     assert found["teacher"] == pytest.approx(sum(its) / len(its), rel=1e-4)
     assert found["behind"]["difference"] == pytest.approx(found["student"] - found["teacher"], rel=1e-3)
+
+
+def test_likelihood_is_known_before_training_too_and_says_what_was_cut(tmp_path: Path) -> None:
+    make(tmp_path, learning_rate=5e-2, max_completion_length=4).train()
+    found = read_summary(tmp_path / "evaluation")["traces"]
+    assert found["before"]["student"] != found["student"]
+    assert found["shortened"] == found["n"] == len(TEST)
+
+
+def test_a_grader_that_breaks_down_after_training_loses_no_weights(tmp_path: Path, monkeypatch) -> None:
+    trainer = make(tmp_path)
+
+    class Break(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == state.max_steps:
+                monkeypatch.setattr(trainer.evaluator, "plan", None)
+
+    trainer.add_callback(Break())
+    with pytest.warns(OPSDWarning, match="could not be measured after training"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert "before.json" in {path.name for path in (tmp_path / "evaluation").iterdir()}
+
+
+def test_the_run_card_says_what_was_declared(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    trainer.train()
+    declared = read_card(str(tmp_path))["evaluation"]
+    assert declared == trainer.evaluator.plan.words and "checkpoint: the last step's" in declared
+    assert declared in (tmp_path / "run_card.md").read_text()
 
 
 def test_drift_is_nothing_without_training_and_estimates_the_kl_after_it(tmp_path: Path) -> None:

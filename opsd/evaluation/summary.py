@@ -161,9 +161,11 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"                             {summary['gap']['words']}"
     if summary.get("traces"):
         found = summary["traces"]
+        was = f"{found['before']['student']:.2f} before, " if found.get("before") else ""
+        cut = f", {found['shortened']} cut at the longest answer" if found["shortened"] else ""
         yield (
-            f"likelihood                   of the column {found['column']!r}: student {found['student']:.2f}, teacher "
-            f"{found['teacher']:.2f} nats per token, {found['n']} rows"
+            f"likelihood                   NLL of {found['column']!r} in nats per token: student {was}"
+            f"{found['student']:.2f} now, teacher {found['teacher']:.2f}; {found['n']} rows{cut}"
         )
     for kept in summary.get("retention", {}).values():
         yield f"retention                    {kept['words']}"
