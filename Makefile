@@ -29,6 +29,7 @@ evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/crashes.py
 	$(RUN)/python benchmarks/ema_average.py
 	$(RUN)/python benchmarks/doctor.py
+	$(RUN)/python benchmarks/controls.py
 
 $(VENV)/demo.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
