@@ -140,7 +140,7 @@ def test_what_n_would_settle_it_is_said_of_a_difference_too_small_to_see() -> No
     (versus,) = compare([run(None, 0, method), run("sft", 0, control)]).versus
     assert versus.difference.low < 0 < versus.difference.high
     found = paired_difference(control, method)
-    from opsd.evaluation.statistics import questions_needed
+    from opsd.evaluation.power import questions_needed
 
     assert f"about {questions_needed(found.difference, found.deviation):,} questions would settle" in versus.words
 

@@ -20,15 +20,14 @@ import pytest
 from scipy import stats
 
 from opsd.errors import ConfigError, DataError
+from opsd.evaluation.power import power_of, questions_needed
 from opsd.evaluation.statistics import (
     adjusted,
     estimate,
     gap_closed,
     over_seeds,
     paired_difference,
-    power_of,
     proportion_interval,
-    questions_needed,
     share_of_gap,
 )
 
@@ -295,7 +294,8 @@ def test_comparison_is_repeatable_and_blind_to_what_did_not_change() -> None:
     assert gap_closed(*runs) == gap_closed(*runs)
     assert len({gap_closed(*runs, seed=seed, resamples=200).high for seed in range(5)}) > 1  # type: ignore[union-attr]
     same = paired_difference(before, before)
-    assert (same.difference, same.low, same.high, same.p_value) == (0.0, 0.0, 0.0, 1.0)
+    none_of_n = proportion_interval([False] * len(before))[1]
+    assert (same.difference, same.low, same.high, same.p_value) == (0.0, -none_of_n, none_of_n, 1.0)
 
 
 def test_pairs_that_are_not_known_on_both_sides_are_left_out() -> None:

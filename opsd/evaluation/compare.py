@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from opsd.errors import CheckpointError, ConfigError, DataError
+from opsd.evaluation.power import questions_needed
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.sample_metrics import METRICS, Metric, parse_metric
 from opsd.evaluation.statistics import (
@@ -27,7 +28,6 @@ from opsd.evaluation.statistics import (
     estimate,
     over_seeds,
     paired_difference,
-    questions_needed,
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
 from opsd.run_card import differences, read_card

@@ -1,4 +1,4 @@
-"""Statistics over questions: an interval for one run, a paired test for two, the share of a gap, how many to ask.
+"""Statistics over questions: an interval for one run, a paired test for two, the share of a gap, the spread of seeds.
 
 Knows numbers, one per question: right or wrong (0/1), a share of right samples (avg@k), a length; never where they
 came from. All but `over_seeds` takes the questions for a sample of all questions of their kind; the spread between
@@ -55,7 +55,7 @@ class PairedDifference:
     n: int
     """How many questions are known on both sides."""
     deviation: float | None
-    """Standard deviation of the differences per question, what `questions_needed` asks for; None with one question."""
+    """Standard deviation of the differences per question, for `questions_needed`; None with one question."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def proportion_interval(correct: Sequence[bool], confidence: float = 0.95) -> tu
     n = len(correct)
     if n == 0:
         raise DataError("an interval needs at least one graded question, and got none.\nCheck the split.")
-    _check_share("confidence", confidence)
+    check_rate("confidence", confidence)
     found = _stats().binomtest(int(sum(correct)), n).proportion_ci(confidence, method="wilson")
     return float(found.low), float(found.high)
 
@@ -116,7 +116,7 @@ def estimate(
         DataError: the value of no question is known, or there are several values per question.
         ConfigError: `confidence` is not between 0 and 1.
     """
-    _check_share("confidence", confidence)
+    check_rate("confidence", confidence)
     known = _known(values)[:, 0]
     value, n = float(known.mean()), len(known)
     if is_share and _is_0_or_1(known):
@@ -137,8 +137,8 @@ def paired_difference(
     The test is McNemar's exact one where all values are 0 or 1, else 'sign flip': how often the mean change would be as
     far from 0 if each question's change had gone either way with equal chance. Interval and test answer slightly
     different questions, and McNemar's is the stricter with few changed answers; at the border one may exclude 0 where
-    the other does not. If all questions changed alike, or none did, the interval is a point: a bootstrap cannot draw
-    what the sample lacks.
+    the other does not. A bootstrap cannot draw what the sample lacks: if all questions changed alike the interval is a
+    point, but where no answer changed it goes as far either way as Wilson's interval of "none of N".
 
     Args:
         before: (N,) one number per question; NaN where it is not known, and that question is left out on both sides.
@@ -151,64 +151,18 @@ def paired_difference(
         DataError: the two are not the same questions, or no question is known on both sides.
         ConfigError: `confidence` is not between 0 and 1.
     """
-    _check_share("confidence", confidence)
+    check_rate("confidence", confidence)
     known = _known(before, after)
     changes, n = known[:, 1] - known[:, 0], len(known)
     rng = np.random.default_rng(seed)
     tail = _tail(n, confidence, resamples)
     low, high = np.quantile(_resampled_means(changes[:, None], resamples, rng), [tail, 1 - tail])
+    if not changes.any() and _is_share(known):
+        high = proportion_interval([False] * n, confidence)[1]
+        low = -high
     p_value = _mcnemar(changes) if _is_0_or_1(known) else _sign_flip(changes, resamples, rng)
     deviation = float(changes.std(ddof=1)) if n > 1 else None
     return PairedDifference(float(changes.mean()), float(low), float(high), p_value, n, deviation)
-
-
-def power_of(difference: float, deviation: float, n: int, confidence: float = 0.95) -> float:
-    """Return how often a paired comparison on `n` questions finds this difference: Φ(s - z) + Φ(-s - z).
-
-    s = |difference|·sqrt(n) / deviation, z = Φ⁻¹((1 + confidence) / 2): a normal approximation, as in E. Miller,
-    "Adding Error Bars to Evals" (arXiv 2411.00640). McNemar's exact test finds a little less.
-
-    Args:
-        difference: the true difference, in the unit of the metric.
-        deviation: of the differences per question, `PairedDifference.deviation`; it holds for the k it was measured at.
-        n: questions.
-        confidence: 1 minus the level of the test.
-
-    Raises:
-        ConfigError: `confidence` is not between 0 and 1.
-    """
-    _check_share("confidence", confidence)
-    normal = NormalDist()
-    z = normal.inv_cdf((1 + confidence) / 2)
-    if deviation == 0:
-        return 1.0 if difference else 1 - confidence
-    shift = abs(difference) * math.sqrt(n) / deviation
-    return normal.cdf(shift - z) + normal.cdf(-shift - z)
-
-
-def questions_needed(difference: float, deviation: float, power: float = 0.8, confidence: float = 0.95) -> int | None:
-    """Return how many questions a paired comparison needs to find this difference, None where the difference is 0.
-
-    n = ((z + Φ⁻¹(power)) · deviation / difference)², z = Φ⁻¹((1 + confidence) / 2), rounded up: `power_of` solved for n
-    without its second term, the chance to find the difference on the wrong side. E. Miller, "Adding Error Bars to
-    Evals" (arXiv 2411.00640), where deviation² is ω² + σ_A²/K_A + σ_B²/K_B.
-
-    Args:
-        difference: the true difference, in the unit of the metric.
-        deviation: of the differences per question, `PairedDifference.deviation`; it holds for the k it was measured at.
-        power: how often the difference shall be found.
-        confidence: 1 minus the level of the test.
-
-    Raises:
-        ConfigError: `power` or `confidence` is not between 0 and 1.
-    """
-    _check_share("confidence", confidence)
-    _check_share("power", power)
-    if difference == 0:
-        return None
-    normal = NormalDist()
-    distance = max(0.0, normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power))
-    return max(1, math.ceil((distance * deviation / difference) ** 2))
 
 
 def over_seeds(values_per_seed: ArrayLike, confidence: float = 0.95) -> SeedSpread:
@@ -224,7 +178,7 @@ def over_seeds(values_per_seed: ArrayLike, confidence: float = 0.95) -> SeedSpre
         DataError: there are no seeds, or a seed has no finite value: to leave out runs that broke flatters the rest.
         ConfigError: `confidence` is not between 0 and 1.
     """
-    _check_share("confidence", confidence)
+    check_rate("confidence", confidence)
     values = np.asarray(values_per_seed, dtype=float)
     if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
         raise DataError(
@@ -277,7 +231,7 @@ def gap_closed(
         DataError: the three are not the same questions, or no question is known in all of them.
         ConfigError: `confidence` is not between 0 and 1.
     """
-    _check_share("confidence", confidence)
+    check_rate("confidence", confidence)
     known = _known(before, after, ceiling)
     gain_and_gap, n = known[:, 1:] - known[:, :1], len(known)
     gain, gap = gain_and_gap.mean(axis=0)
@@ -315,7 +269,12 @@ def _stats() -> Any:
     return stats
 
 
-def _check_share(name: str, value: float) -> None:
+def check_rate(name: str, value: float) -> None:
+    """Refuse a rate that is not between 0 and 1.
+
+    Raises:
+        ConfigError: it is not.
+    """
     if not 0 < value < 1:
         raise ConfigError(
             f"{name} must be between 0 and 1, and is {value}.\n"
@@ -344,6 +303,10 @@ def _known(*runs: ArrayLike) -> Floats:
             "Check the split and the grader."
         )
     return known
+
+
+def _is_share(values: Floats) -> bool:
+    return bool(((values >= 0) & (values <= 1)).all())
 
 
 def _is_0_or_1(values: Floats) -> bool:

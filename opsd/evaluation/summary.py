@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from opsd.evaluation.power import questions_needed
 from opsd.evaluation.result import EvaluationResult
-from opsd.evaluation.statistics import Estimate, PairedDifference, gap_closed, paired_difference, questions_needed
+from opsd.evaluation.statistics import Estimate, PairedDifference, gap_closed, paired_difference
 
 FOLDER, SUMMARY = "evaluation", "evaluation.json"
 BEFORE, AFTER, LAST = "before", "after", "last"
@@ -48,12 +49,12 @@ def difference(before: EvaluationResult, after: EvaluationResult, metric: str = 
 
 def gap(before: EvaluationResult, after: EvaluationResult, teacher: EvaluationResult) -> dict[str, Any]:
     """Return how much of the way from the student to its teacher was gone, and how much is left, in plain values."""
-    behind = difference(after, teacher)
+    behind, lead = difference(after, teacher), difference(before, teacher)
     closed = gap_closed(before.values("accuracy"), after.values("accuracy"), teacher.values("accuracy"))
     return {
         "closed": None if closed is None else asdict(closed),
         "left": asdict(behind),
-        "words": reached(behind),
+        "words": reached(behind) if lead.low > 0 else "the teacher was not surely ahead: there was no gap to speak of",
     }
 
 

@@ -1,0 +1,60 @@
+"""How many questions a comparison needs, and how often one of that size finds what is there.
+
+Normal approximations, as in E. Miller, "Adding Error Bars to Evals" (arXiv 2411.00640). Knows numbers only.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+from opsd.evaluation.statistics import check_rate
+
+
+def power_of(difference: float, deviation: float, n: int, confidence: float = 0.95) -> float:
+    """Return how often a paired comparison on `n` questions finds this difference: Φ(s - z) + Φ(-s - z).
+
+    s = |difference|·sqrt(n) / deviation, z = Φ⁻¹((1 + confidence) / 2): a normal approximation, as in E. Miller,
+    "Adding Error Bars to Evals" (arXiv 2411.00640). McNemar's exact test finds a little less.
+
+    Args:
+        difference: the true difference, in the unit of the metric.
+        deviation: of the differences per question, `PairedDifference.deviation`; it holds for the k it was measured at.
+        n: questions.
+        confidence: 1 minus the level of the test.
+
+    Raises:
+        ConfigError: `confidence` is not between 0 and 1.
+    """
+    check_rate("confidence", confidence)
+    normal = NormalDist()
+    z = normal.inv_cdf((1 + confidence) / 2)
+    if deviation == 0:
+        return 1.0 if difference else 1 - confidence
+    shift = abs(difference) * math.sqrt(n) / deviation
+    return normal.cdf(shift - z) + normal.cdf(-shift - z)
+
+
+def questions_needed(difference: float, deviation: float, power: float = 0.8, confidence: float = 0.95) -> int | None:
+    """Return how many questions a paired comparison needs to find this difference, None where the difference is 0.
+
+    n = ((z + Φ⁻¹(power)) · deviation / difference)², z = Φ⁻¹((1 + confidence) / 2), rounded up: `power_of` solved for n
+    without its second term, the chance to find the difference on the wrong side. E. Miller, "Adding Error Bars to
+    Evals" (arXiv 2411.00640), where deviation² is ω² + σ_A²/K_A + σ_B²/K_B.
+
+    Args:
+        difference: the true difference, in the unit of the metric.
+        deviation: of the differences per question, `PairedDifference.deviation`; it holds for the k it was measured at.
+        power: how often the difference shall be found.
+        confidence: 1 minus the level of the test.
+
+    Raises:
+        ConfigError: `power` or `confidence` is not between 0 and 1.
+    """
+    check_rate("confidence", confidence)
+    check_rate("power", power)
+    if difference == 0:
+        return None
+    normal = NormalDist()
+    distance = max(0.0, normal.inv_cdf((1 + confidence) / 2) + normal.inv_cdf(power))
+    return max(1, math.ceil((distance * deviation / difference) ** 2))
