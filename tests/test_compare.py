@@ -123,7 +123,9 @@ def test_gain_is_over_before_and_missing_where_nothing_was_measured_before() -> 
         ([0.3, 0.31, 0.3], [0.5, 0.51, 0.49], "method LOST to sft: -19.7 ("),
         ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "method and sft cannot be told apart: +0.0 ("),
         ([0.5, 0.9, 0.4], [0.3, 0.31, 0.3], "method is ahead of sft on these seeds, and about"),
+        ([0.3, 0.31, 0.3], [0.5, 0.9, 0.4], "method is behind sft on these seeds, and about"),
         ([0.5], [0.3], "method beat sft: +20.0 ("),
+        ([0.3], [0.5], "method LOST to sft: -20.0 ("),
     ],
 )
 def test_words_say_what_the_numbers_do(method: list[float], control: list[float], said: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import make_rows
@@ -17,6 +18,7 @@ from opsd.controls import CONTROLS
 from opsd.evaluation.graders import GRADERS
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.sample_metrics import METRICS
+from opsd.evaluation.statistics import over_seeds, paired_difference
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "evaluation.md").read_text()
@@ -83,3 +85,34 @@ def test_the_commands_of_the_guide_run_in_their_order(tmp_path: Path, llama_fold
 def test_the_words_of_a_comparison_are_those_of_the_guide(words: str) -> None:
     source = (ROOT / "opsd" / "evaluation" / "compare.py").read_text()
     assert words in source and words in GUIDE.split("## Comparing")[1]
+
+
+# ---- the table of the README ----------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_table_of_controls_in_the_readme_is_what_the_benchmark_wrote() -> None:
+    lines = [line for line in (RESULTS / "controls.md").read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == 9 and all(line in (ROOT / "README.md").read_text().splitlines() for line in lines)
+
+
+def test_the_figures_of_the_controls_follow_from_every_answers_grade() -> None:
+    record = json.loads((RESULTS / "controls.json").read_text())
+
+    def right(arm: str, when: str) -> np.ndarray:
+        marks = [run["correct"][when] for run in record["runs"] if run["arm"] == arm]
+        return np.array([[int(mark) for mark in each] for each in marks], dtype=float)
+
+    assert {run["seed"] for run in record["runs"]} == {0, 1, 2} and len(record["runs"]) == 15
+    method = right("method", "after")
+    assert method.shape == (3, 200)
+    for arm in record["comparison"]["arms"]:
+        after, before = right(arm["name"], "after"), right(arm["name"], "before")
+        assert arm["after"]["value"] == pytest.approx(after.mean())
+        assert arm["gain"] == pytest.approx(asdict(paired_difference(before.mean(0), after.mean(0))))
+        assert arm["spread"] == pytest.approx(asdict(over_seeds(after.mean(1))), nan_ok=True)
+    for versus in record["comparison"]["versus"]:
+        other = right(versus["other"], "after")
+        assert versus["difference"] == pytest.approx(asdict(paired_difference(other.mean(0), method.mean(0))))
+        assert versus["spread"]["mean"] == pytest.approx((method - other).mean())

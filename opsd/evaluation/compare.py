@@ -266,6 +266,17 @@ def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Versus:
     return Versus(other.name, found, found.p_value, spread, "")
 
 
+def _turned(found: Versus) -> Versus:
+    """Return the difference as the other arm sees it; only what `_beats` reads."""
+    diff, seeds = found.difference, found.spread
+    low, high = (None if end is None else -end for end in (seeds.high, seeds.low))
+    return replace(
+        found,
+        difference=replace(diff, difference=-diff.difference, low=-diff.high, high=-diff.low),
+        spread=replace(seeds, mean=-seeds.mean, low=low, high=high),
+    )
+
+
 def _beats(found: Versus) -> bool:
     sure_over_seeds = found.spread.low is not None and found.spread.low > 0
     return found.difference.low > 0 and found.p_value < SURE and (sure_over_seeds or found.spread.seeds == 1)
@@ -296,15 +307,16 @@ class Verdict:
         return replace(found, words=said)
 
     def _sentence(self, found: Versus, over: str) -> str:
-        diff, other = found.difference, found.other
+        diff, other, wins = found.difference, found.other, self.kind.more_is_better
         if _beats(found):
-            return f"{self.first} {'beat' if self.kind.more_is_better else 'has more than'} {other}: {over}"
-        if diff.high < 0 and found.p_value < SURE:
-            return f"{self.first} {'LOST to' if self.kind.more_is_better else 'has less than'} {other}: {over}"
-        if diff.low > 0 and found.p_value < SURE:
+            return f"{self.first} {'beat' if wins else 'has more than'} {other}: {over}"
+        if _beats(_turned(found)):
+            return f"{self.first} {'LOST to' if wins else 'has less than'} {other}: {over}"
+        if found.p_value < SURE and diff.low * diff.high > 0:
             enough = questions_needed(found.spread.mean, found.spread.deviation or 0.0)
             settle = max(enough or 0, found.spread.seeds + 1)
-            return f"{self.first} is ahead of {other} on these seeds, and about {settle} would settle it: {over}"
+            side = "ahead of" if diff.low > 0 else "behind"
+            return f"{self.first} is {side} {other} on these seeds, and about {settle} would settle it: {over}"
         needed = None if diff.deviation is None else questions_needed(diff.difference, diff.deviation)
         more = f"; about {needed:,} questions would settle a difference of this size" if needed else ""
         return f"{self.first} and {other} cannot be told apart: {over}{more if (needed or 0) > diff.n else ''}"
