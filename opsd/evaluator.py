@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -88,7 +89,8 @@ class Evaluator(TrainerCallback):
         self._now = LiveTeacher()  # the student's likelihoods; prepared before mixed precision wraps the model
         self._now.prepare(trainer.student)
         self._looks: list[dict[str, Any]] = []
-        self._skipped: list[str] = []
+        streams = not isinstance(trainer.train_dataset, Dataset)
+        self._skipped = ["whether test questions are trained on: the training rows are a stream"] if streams else []
 
     @property
     def folder(self) -> Path:
@@ -105,6 +107,8 @@ class Evaluator(TrainerCallback):
             self._looks, self._skipped = stored.get("selection", []), stored.get("skipped", [])
             return
         self._say(f"evaluation  {self.plan.words}")
+        for what in self._skipped:
+            self._say(f"evaluation  not checked: {what}")
         for name, questions in self.plan.splits.items():
             if name != "selection":
                 self._keep(file_of(name, BEFORE), self._student(questions, f"{name}: student before"))

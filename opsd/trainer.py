@@ -35,6 +35,7 @@ from opsd.config import OPSDConfig
 from opsd.controls import control_of
 from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.evaluation.plan import EvaluationPlan
+from opsd.evaluation.questions import check_held_out
 from opsd.evaluator import Evaluator, planned
 from opsd.following import FollowStudent
 from opsd.forward import check_model, context_length
@@ -119,6 +120,7 @@ class OPSDTrainer(DistillationTrainer):
         self.training_loss = TrainingLoss(args, self.teacher)
         train_dataset = self._accept(train_dataset, "train", args)
         eval_dataset = self._accept(eval_dataset, "eval", args)
+        check_held_out(train_dataset, eval_dataset)
         plan = planned(evaluation, args, self.training_loss, train_dataset)
         if plan is not None and eval_dataset is None:
             eval_dataset = plan.selection  # transformers looks at nothing where there is no dataset

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
-from datasets import Dataset
-from helpers import LORA, make_args, snapshot
+from datasets import Dataset, IterableDataset
+from helpers import LORA, make_args, make_trainer, snapshot
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -107,6 +107,34 @@ def test_questions_that_leak_are_refused_before_a_model_loads(
 ) -> None:
     with pytest.raises(DataError, match=said):
         make(tmp_path, evaluation=evaluation, train=train, model="no/such-model")
+
+
+def test_evaluation_rows_that_are_trained_on_are_refused_without_a_plan_too(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="2 of the 5 questions of 'eval' are also in 'train'"):
+        make_trainer(tmp_path, eval_rows=Dataset.from_list(make_rows(15)[10:]))
+    parts = {"fresh": Dataset.from_list(make_rows(14)[12:]), "stale": Dataset.from_list(make_rows(2))}
+    with pytest.raises(DataError, match="2 of the 2 questions of 'stale'"):
+        make_trainer(tmp_path, eval_rows=parts)
+
+
+def test_a_stream_that_cannot_be_looked_through_is_said_to_be_unchecked(tmp_path: Path, capsys) -> None:
+    rows = IterableDataset.from_generator(lambda: iter(TRAIN))
+    trainer = OPSDTrainer(
+        make_llama(0),
+        SameCheckpointTeacher(context="worked_solution"),
+        args=make_args(tmp_path),
+        train_dataset=rows,
+        processing_class=make_tokenizer(),
+        evaluation=PLAN,
+    )
+    trainer.train()
+    assert "not checked: whether test questions are trained on" in capsys.readouterr().out
+    assert "a stream" in read_summary(tmp_path / "evaluation")["skipped"][0]
+
+
+def test_a_question_that_is_asked_twice_is_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(OPSDWarning, match="asks 2 of its 14 questions again"):
+        make(tmp_path, evaluation={**PLAN, "test": [*TEST, *TEST[:2]]})
 
 
 # ---- what is measured -----------------------------------------------------------------------------------------------

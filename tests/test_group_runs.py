@@ -52,6 +52,6 @@ def test_a_sibling_that_may_not_fit_is_refused_before_the_first_step(tmp_path: P
 
 
 def test_evaluation_warns_that_it_has_no_siblings(tmp_path: Path) -> None:
-    eval_rows = Dataset.from_list(make_rows(4))
+    eval_rows = Dataset.from_list(make_rows(16)[12:])
     with pytest.warns(OPSDWarning, match="evaluation samples each row once"):
         make_trainer(tmp_path, needs_sibling(), reward_funcs=returns([1.0] * 4), eval_rows=eval_rows, **GROUP)

@@ -174,6 +174,10 @@ def test_metrics_of_four_samples_by_hand(name: str, has_form: bool, value: float
     assert metric_of(name, SAMPLES, has_form) == pytest.approx(value)
 
 
+def test_an_empty_text_does_not_vote() -> None:
+    assert metric_of("maj@3", [One("", False), One(" ", False), One("four", True)], has_form=False) == 1.0
+
+
 def test_format_is_not_known_where_answers_have_none() -> None:
     assert math.isnan(metric_of("format", SAMPLES, has_form=False))
     assert metric_of("format", [One(answer=None)], has_form=True) == 0.0

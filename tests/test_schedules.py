@@ -227,7 +227,7 @@ def test_a_level_of_weight_0_needs_nothing() -> None:
 
 def test_an_evaluation_after_a_step_is_shown_that_steps_level(tmp_path: Path) -> None:
     schedule = ContextSchedule(["answer", "none"], until_step={"answer": 2})
-    rows = Dataset.from_list(make_rows(4))
+    rows = Dataset.from_list(make_rows(16)[12:])
     teacher = SameCheckpointTeacher(context=schedule)
     make_trainer(tmp_path, teacher, eval_rows=rows, eval_strategy="steps", eval_steps=2).train()
     assert schedule.step == 2 and schedule.pick(rows[0]) == "none"

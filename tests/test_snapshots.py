@@ -223,7 +223,7 @@ def test_a_gate_on_an_evaluation_before_the_first_step_decides_the_first_renewal
     gate = {"metric": "eval_divergence", "tolerance": 99.0, "bounds": {"completions/mean_length": [0.9, 1.1]}}
     trainer = make_trainer(
         tmp_path, SnapshotTeacher(2, gate=gate, context="answer_only"), max_steps=3,
-        eval_rows=Dataset.from_list(make_rows(4)), eval_strategy="steps", eval_steps=2, eval_on_start=True,
+        eval_rows=Dataset.from_list(make_rows(16)[12:]), eval_strategy="steps", eval_steps=2, eval_on_start=True,
     )  # fmt: skip
     trainer.train()
     assert "the teacher was renewed: it is now the student of step 2" in capsys.readouterr().out

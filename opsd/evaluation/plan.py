@@ -7,6 +7,7 @@ points over the last by chance alone. Knows rows and settings; nothing of models
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +16,9 @@ from datasets import Dataset
 
 from opsd.data import prepare_rows
 from opsd.data_files import load_rows
-from opsd.errors import ConfigError, DataError, OPSDError, as_count, did_you_mean, not_one_of
+from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, as_count, did_you_mean, not_one_of
 from opsd.evaluation.graders import Grader, load_grader
-from opsd.evaluation.questions import check_disjoint
+from opsd.evaluation.questions import check_disjoint, question_of
 
 METRIC = "eval_accuracy"  # what a look at the selection split is logged as
 RULES = {
@@ -159,6 +160,7 @@ class EvaluationPlan:
         )
         for name, questions in plan.splits.items():
             _check_gradable(name, questions)
+            _warn_of_repeats(name, questions)
         return plan
 
     def _retained(self, name: str, given: Any, read: Callable[[str, Any], Any]) -> Mapping[str, Any]:
@@ -215,3 +217,14 @@ def _check_gradable(name: str, questions: Questions) -> None:
         except Exception:  # of a function of the user's, which may not like an empty text
             return
     raise DataError(f"the first rows of the split {name!r} cannot be graded, none of {PROBED}: {failed}") from failed
+
+
+def _warn_of_repeats(name: str, questions: Questions) -> None:
+    repeated = len(questions.rows) - len(set(map(question_of, questions.rows)))
+    if repeated:
+        warnings.warn(
+            f"the split {name!r} asks {repeated} of its {len(questions.rows)} questions again. Answers to one question "
+            "say the same twice, and intervals over questions come out too narrow. Ask each once.",
+            OPSDWarning,
+            stacklevel=2,
+        )

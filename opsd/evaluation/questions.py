@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset
+
 from opsd.errors import DataError
 from opsd.prompts import text_of, turns_of
 
@@ -46,6 +48,18 @@ def check_disjoint(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
             "splits share questions:\n" + "\n".join(found) + "\nA model that was trained, or chosen, on a question "
             "shows what it remembers there, and not what it can do. Take them out of one side."
         )
+
+
+def check_held_out(train: Any, evaluated: Any) -> None:
+    """Refuse training rows among those that a run evaluates on, by name or alone; a stream is not looked through.
+
+    Raises:
+        DataError: some questions are in both.
+    """
+    named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+    for name, rows in named.items():
+        if isinstance(train, Dataset) and isinstance(rows, Dataset):
+            check_disjoint({"train": train, name: rows})
 
 
 def name_few(questions: Sequence[str]) -> str:

@@ -86,7 +86,8 @@ def pass_at_k(correct: Sequence[bool | None], k: int) -> float:
     """
     n, right = len(correct), sum(map(bool, correct))
     _check_k("pass", k, n)
-    return 1.0 - math.prod(max(0.0, 1 - k / i) for i in range(n - right + 1, n + 1))
+    # With fewer than k wrong ones, i meets k and the product is 0.
+    return 1.0 - math.prod(1 - k / i for i in range(n - right + 1, n + 1))
 
 
 def maj_at_k(correct: Sequence[bool | None], answers: Sequence[Hashable | None], k: int) -> float:

@@ -238,7 +238,7 @@ def gap_closed(
     tail = _tail(n, confidence, resamples)
     gains, gaps = _resampled_means(gain_and_gap, resamples, np.random.default_rng(seed)).T
     has_gap = gaps > ROUNDING
-    if gap <= ROUNDING or np.mean(~has_gap) >= tail:
+    if np.mean(~has_gap) >= tail:
         return None
     shares = np.divide(gains, gaps, out=np.copysign(np.inf, gains), where=has_gap)
     if _is_constant(shares[has_gap]):
