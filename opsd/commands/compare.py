@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from opsd.evaluation.compare import Arm, Comparison, Versus
     from opsd.evaluation.statistics import Estimate
 
-HEAD = ("", "seeds", "after", "gain over before", "sd over seeds", "drift", "{first} minus it", "over seeds", "p")
+HEAD = ("", "seeds", "after{unit}", "gain", "sd", "drift", "{first} minus it", "p")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -43,8 +43,7 @@ def main(arguments: Sequence[str]) -> int:
 
     found = compare(read_runs(options.runs), options.metric)
     console = Console()
-    first = found.arms[0].name
-    table = Table(*(head.format(first=first) for head in HEAD), box=None, header_style="bold", pad_edge=False)
+    table = Table(*head(found), box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for cells in rows(found):
         table.add_row(*cells)
     console.print(table)
@@ -60,55 +59,53 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def head(found: Comparison) -> list[str]:
+    """Return the table's first line."""
+    unit = ", %" if found.kind.is_share else ""
+    return [each.format(first=found.arms[0].name, unit=unit) for each in HEAD]
+
+
 def rows(found: Comparison) -> Iterator[tuple[str, ...]]:
     """Yield the cells of the table, a line per arm, with what is not an arm at its ends."""
     is_share = found.kind.is_share
     empty = ("",) * (len(HEAD) - 3)
     if found.before is not None:
-        yield ("student before", "", _estimate(found.before, is_share), *empty)
+        yield ("before", "", _estimate(found.before, is_share), *empty)
     versus = {each.other: each for each in found.versus}
     for arm in found.arms:
         yield (*_arm(arm, is_share), *_versus(versus.get(arm.name), is_share))
     if found.ceiling is not None:
-        yield ("teacher with its context", "", _estimate(found.ceiling, is_share), *empty)
+        yield ("ceiling", "", _estimate(found.ceiling, is_share), *empty)
 
 
 def _arm(arm: Arm, is_share: bool) -> tuple[str, ...]:
     gain = "" if arm.gain is None else _change(arm.gain.difference, arm.gain.low, arm.gain.high, is_share)
     seeds = ", ".join(str(run.seed) for run in arm.runs)
-    spread = "one seed" if arm.spread.deviation is None else f"{_number(arm.spread.deviation, is_share)}"
+    spread = "?" if arm.spread.deviation is None else f"{_number(arm.spread.deviation, is_share)}"
     drift = "" if arm.drift is None else f"{arm.drift:.3f}"
     return arm.name, seeds, _estimate(arm.after, is_share), gain, spread, drift
 
 
-def _versus(found: Versus | None, is_share: bool) -> tuple[str, str, str]:
+def _versus(found: Versus | None, is_share: bool) -> tuple[str, str]:
     if found is None:
-        return "", "", ""
-    by_seed = found.spread
-    over = "" if by_seed.low is None or by_seed.high is None else _range(by_seed.low, by_seed.high, is_share)
+        return "", ""
     change = _change(found.difference.difference, found.difference.low, found.difference.high, is_share)
-    return change, over, f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
+    return change, f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
 
 
 def _estimate(found: Estimate, is_share: bool) -> str:
-    from opsd.evaluation.summary import as_words
-
-    value, ends = as_words(found, is_share)
-    return f"{value} ({ends})" if ends else value
+    scale = 100 if is_share else 1
+    ends = "" if found.low is None or found.high is None else f" ({scale * found.low:.1f} to {scale * found.high:.1f})"
+    return f"{scale * found.value:.1f}{ends}"
 
 
 def _number(value: float, is_share: bool) -> str:
     return f"{100 * value:.1f}" if is_share else f"{value:.1f}"
 
 
-def _range(low: float, high: float, is_share: bool) -> str:
-    scale = 100 if is_share else 1
-    return f"{scale * low:+.1f} to {scale * high:+.1f}"
-
-
 def _change(value: float, low: float, high: float, is_share: bool) -> str:
     scale = 100 if is_share else 1
-    return f"{scale * value:+.1f} ({_range(low, high, is_share)})"
+    return f"{scale * value:+.1f} ({scale * low:+.1f} to {scale * high:+.1f})"
 
 
 def footer(found: Comparison) -> str:
@@ -116,16 +113,15 @@ def footer(found: Comparison) -> str:
     unit = "points" if found.kind.is_share else "tokens"
     n = found.arms[0].after.n
     return (
-        f"{found.metric} on {n} questions, grader {found.grader}; differences in {unit}, paired by question and seed, "
-        "95 % by bootstrap over questions; over seeds: Student's t; drift: KL(before ‖ now), nats per token, neutral "
-        "prompts; p: adjusted for the number of arms (Holm)"
+        f"{found.metric} on {n} questions, grader {found.grader}, 95 % intervals over questions (paired bootstrap); "
+        f"differences in {unit}. sd: over seeds. drift: KL(before ‖ now), nats per token on neutral prompts. p: of no "
+        "difference, adjusted for the number of arms (Holm). ceiling: the teacher with its context"
     )
 
 
 def markdown(found: Comparison) -> str:
     """Return the table and its words as Markdown."""
-    first = found.arms[0].name
-    lines = [f"| {' | '.join(head.format(first=first) for head in HEAD)} |", f"|{'---|' * len(HEAD)}"]
+    lines = [f"| {' | '.join(head(found))} |", f"|{'---|' * len(HEAD)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in rows(found)]
     lines += ["", *(f"- {each.words}" for each in found.versus), *(f"- careful: {each}" for each in found.warnings)]
     return "\n".join([*lines, "", f"{found.words}. {footer(found)}.", ""])
