@@ -262,7 +262,7 @@ class OPSDConfig(DistillationConfig):
                 "accumulation steps). A group would span two steps or devices, and its rollouts could not be compared. "
                 "Make one a multiple of the other."
             )
-        if size > 1 and self.lmbda < 1.0:
+        if size > 1 and self.lmbda < 1.0 and self.control is None:
             raise ConfigError(
                 f"num_generations is {size} and lmbda {self.lmbda:g}: off-policy rows have one completion, so a group "
                 "of them would be one rollout several times. Set one of them to 1."

@@ -101,10 +101,11 @@ class PrivilegedContext(Context):
     def of_other_rows(self) -> PrivilegedContext:
         """Return the same template, shown what belongs to another row; a rollout's own attempt and rate stay."""
         shown = (self.blocks.fields | self.blocks.optional_fields) - {*self._constants, "attempt", "pass_rate"}
-        if not shown:
+        if not shown or "sibling" in shown:
+            what = "what training makes of a row's own rollouts" if shown else "the same to every row"
             raise ConfigError(
-                f"template {self.name!r} shows the same to every row, so nothing in it could be another row's. The "
-                "control wrong-context has no meaning here: take no-context."
+                f"template {self.name!r} shows {what}, so nothing in it could be another row's. The control "
+                "wrong-context has no meaning here: take no-context."
             )
         other = copy.copy(self)
         other._columns_of = self._columns_of | {name: f"{OTHER}{self._column(name)}" for name in shown}

@@ -35,8 +35,8 @@ _ONE_TOKEN: dict[str, Any] = {
     "contrast_context": None,
 }
 _LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "anchor_coef": 0.0}
-# Off-policy rows come one by one: there is no group to compare, and no reward to earn.
-_NOT_SAMPLED: dict[str, Any] = {"lmbda": 0.0, "num_generations": 1, "route": "all", "grpo_coef": 0.0}
+# Nothing is earned by tokens of others; a group is as many completions of one prompt, so that questions stay the run's.
+_NOT_SAMPLED: dict[str, Any] = {"lmbda": 0.0, "route": "all", "grpo_coef": 0.0}
 CONSTANT_ADVANTAGE = -1.0  # its size is lost in Adam; the sign is the paper's
 
 

@@ -42,6 +42,7 @@ from opsd.forward import evaluating
 from opsd.likelihood import drift, logprobs
 from opsd.off_policy import completion_ids
 from opsd.rollouts import Ids
+from opsd.run_card import data_digest
 from opsd.teachers import LiveTeacher, Teacher
 
 if TYPE_CHECKING:
@@ -66,9 +67,16 @@ def planned(evaluation: Any, args: Any, scorer: TrainingLoss, train: Any) -> Eva
     plan = EvaluationPlan.of(evaluation)
     if plan is None:
         return None
-    system, needed = args.student_system_prompt, scorer.columns
+    # A control's teacher is not asked about these rows, so what only it is shown need not be made for them.
+    system, needed = args.student_system_prompt, () if args.control else scorer.columns
     plan = plan.loaded(train, lambda rows, name: ready_rows(rows, name=name, system_prompt=system, needed=needed))
     if plan.every:
+        if args.eval_strategy != "no" and args.eval_steps not in (None, plan.every):
+            warnings.warn(
+                f"evaluation looks every {plan.every} steps, and eval_steps is {args.eval_steps:g}: every is in force.",
+                OPSDWarning,
+                stacklevel=3,
+            )
         args.eval_strategy, args.eval_steps = "steps", plan.every
     if plan.rule == "best":
         args.save_strategy, args.save_steps = "steps", plan.every
@@ -97,6 +105,11 @@ class Evaluator(TrainerCallback):
         """Where results lie."""
         return Path(self._trainer.args.output_dir) / FOLDER
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """What was declared, which a resumed run must not change."""
+        return {"plan": self.plan.words, "test": data_digest(self.plan.test, "prompt")}
+
     # ---- when --------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -107,6 +120,9 @@ class Evaluator(TrainerCallback):
             self._looks, self._skipped = stored.get("selection", []), stored.get("skipped", [])
             return
         self._say(f"evaluation  {self.plan.words}")
+        if args.should_save:  # what an earlier run left here would be read as this one's
+            for path in self.folder.glob("*.json"):
+                path.unlink()
         for what in self._skipped:
             self._say(f"evaluation  not checked: {what}")
         for name, questions in self.plan.splits.items():
@@ -177,7 +193,8 @@ class Evaluator(TrainerCallback):
         found = self._student(self.plan.splits["selection"], f"selection at step {step}")
         self._looks = [look for look in self._looks if look["step"] < step]
         self._looks.append({"step": step, **figures(found)})
-        self._store(SUMMARY, {"selection": self._looks, "skipped": self._skipped})
+        known = self._stored(SUMMARY) or {}
+        self._store(SUMMARY, {**known, "selection": self._looks, "skipped": self._skipped})
         return found
 
     def _student(self, questions: Questions, what: str) -> EvaluationResult:
@@ -257,11 +274,13 @@ class Evaluator(TrainerCallback):
 
     def _traces(self) -> dict[str, Any] | None:
         """Return how likely student and teacher find the test rows' traces, in nats per token."""
-        column = next((name for name in TRACES if name in self.plan.test.column_names), None)
+        test = self.plan.test
+        column = next((name for name in TRACES if name in test.column_names and any(test[name])), None)
         if column is None or self._blind:
             return None
-        rows = [{**row, "completion": str(row[column])} for row in self.plan.test if row[column]]
-        whole: list[Ids] = [completion_ids(row, self._trainer.student.tokenizer) for row in rows]
+        rows = [row for row in test if row[column]]
+        tokenizer = self._trainer.student.tokenizer
+        whole: list[Ids] = [completion_ids({"completion": _as_completion(row[column])}, tokenizer) for row in rows]
         ids = [each[: self._longest] for each in whole]
         sides = [self._logprobs(who, rows, ids) for who in (self._now, self._trainer.teacher)]
         self._trainer.teacher.forget_counts()
@@ -333,3 +352,7 @@ def _interleaved(parts: Sequence[EvaluationResult]) -> EvaluationResult:
         greedy=[part.greedy[place] for place, part in order],
         sampled=[part.sampled[place] for place, part in order] if parts[0].sampled else [],
     )
+
+
+def _as_completion(value: Any) -> Any:
+    return value if isinstance(value, str | list) else str(value)

@@ -280,7 +280,8 @@ def accepted(dataset: Any, name: str, args: Any, scorer: TrainingLoss, groups: G
     control = control_of(args.control)
     if control is not None and name == "train":
         dataset = control.rows(dataset)
-    scorer.check_rows(dataset, groups.produced)
+    # A teacher that samples does so before there is a rollout that anything could be made of.
+    scorer.check_rows(dataset, () if args.seq_kd else groups.produced)
     check_groups(dataset, scorer.teacher, groups, trains=name == "train")
     if name == "train" and not args.seq_kd:
         check_completions(dataset, off_policy=1.0 - args.lmbda)

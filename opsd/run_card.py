@@ -199,6 +199,14 @@ def read_card(run: str) -> dict[str, Any]:
         raise CheckpointError(f"{found} is no JSON: {error}. It was damaged; take it from a backup.") from error
 
 
+def settings_of(model: str) -> dict[str, Any]:
+    """Return the settings of the run that a model's folder, or a checkpoint, belongs to; nothing for other models."""
+    places = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
+    cards = (place / JSON for place in places)
+    found = next((card for card in cards if card.is_file()), None)
+    return {} if found is None else read_card(str(found))["settings"]
+
+
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return what differs between two cards: the name, and the value in each (None where it is not there)."""
     first, second = dict(_leaves(a)), dict(_leaves(b))

@@ -149,6 +149,7 @@ class OPSDTrainer(DistillationTrainer):
         if plan is not None:
             self.evaluator = Evaluator(self, plan)
             self.add_callback(self.evaluator)
+            self._facts["evaluation"] = self.evaluator.facts
 
     # ---- before the first step --------------------------------------------------------------------------------
 
@@ -340,11 +341,12 @@ class OPSDTrainer(DistillationTrainer):
             keep_maxima(metrics)
         super().log(logs, start_time)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the divergence on `eval_dataset`, and how the evaluation plan's selection split is answered now."""
-        own = self.evaluator is not None and self.eval_dataset is self.evaluator.plan.selection
-        found = {} if own else super().evaluate(*args, **kwargs)
-        return found if self.evaluator is None else {**found, **self.evaluator.during()}
+        if self.evaluator is None or eval_dataset is not None:
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        own = self.eval_dataset is self.evaluator.plan.selection
+        return {**({} if own else super().evaluate(None, *args, **kwargs)), **self.evaluator.during()}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

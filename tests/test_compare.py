@@ -124,14 +124,14 @@ def test_gain_is_over_before_and_missing_where_nothing_was_measured_before() -> 
         ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "method and sft cannot be told apart: +0.0 ("),
         ([0.5, 0.9, 0.4], [0.3, 0.31, 0.3], "method is ahead of sft on these seeds, and about"),
         ([0.3, 0.31, 0.3], [0.5, 0.9, 0.4], "method is behind sft on these seeds, and about"),
-        ([0.5], [0.3], "method beat sft: +20.0 ("),
-        ([0.3], [0.5], "method LOST to sft: -20.0 ("),
+        ([0.5], [0.3], "method is ahead of sft with one pair of seeds, which says nothing of another"),
+        ([0.3], [0.5], "method is behind sft with one pair of seeds, which says nothing of another"),
     ],
 )
 def test_words_say_what_the_numbers_do(method: list[float], control: list[float], said: str) -> None:
     (versus,) = compare(arms((None, method), ("sft", control))).versus
     assert versus.words.startswith(said)
-    assert ("One seed" in versus.words) == (len(method) == 1)
+    assert ("train two more" in versus.words) == (len(method) == 1)
 
 
 def test_what_n_would_settle_it_is_said_of_a_difference_too_small_to_see() -> None:
@@ -178,7 +178,8 @@ def test_unequal_training_questions_and_ungraded_answers_are_warned_of() -> None
     broken = replace(runs[1].after, greedy=[replace(runs[1].after.greedy[0], correct=None), *runs[1].after.greedy[1:]])
     found = compare([runs[0], replace(runs[1], results={"after": broken})])
     assert "seed 0: sft and method were not trained on the same questions" in found.warnings[0]
-    assert "1 of 400 questions have answers that the grader failed on" in found.warnings[1]
+    assert "1 of 400 questions have answers that the grader failed on; they are left out" in found.warnings[1]
+    assert found.versus[0].difference.n == 399
 
 
 def test_runs_on_different_questions_are_refused() -> None:
@@ -187,9 +188,33 @@ def test_runs_on_different_questions_are_refused() -> None:
         compare([run(None, 0, answers(0.5, 0)), other])
 
 
+def test_models_that_were_shown_different_things_are_refused() -> None:
+    told = replace(run("sft", 0, answers(0.5, 1)), results={"after": result(answers(0.5, 1), shown="answer_only")})
+    with pytest.raises(DataError, match=r"shown the same beside the question.*answer_only"):
+        compare([run(None, 0, answers(0.5, 0)), told])
+
+
+def test_one_pair_of_seeds_is_no_victory_and_none_in_common_is_said() -> None:
+    one = compare(arms((None, [0.5]), ("sft", [0.3])))
+    assert one.words.startswith("method beat 0 of 1")
+    method = [run(None, seed, answers(0.6, seed)) for seed in (0, 1, 2)]
+    others = [run("sft", seed, answers(0.3, seed)) for seed in (3, 4, 5)]
+    found = compare([*method, *others])
+    assert found.versus[0].spread.seeds == 1 and found.words.startswith("method beat 0 of 1")
+    assert found.warnings == ["sft and method have no seed in common: their difference is of other seeds too"]
+
+
+def test_another_number_of_training_rows_within_an_arm_is_warned_of() -> None:
+    runs = arms((None, [0.5, 0.5]))
+    runs[0].card["rows"], runs[1].card["rows"] = 384, 5  # type: ignore[index]
+    assert compare(runs).warnings == ["method: seed 1 was trained on 5 rows, and seed 0 on 384"]
+
+
 def test_an_unknown_metric_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'accuracy'"):
         compare(arms((None, [0.5])), "acuracy")
+    with pytest.raises(ConfigError, match="cannot tell the form"):
+        compare(arms((None, [0.5])), "format")
     with pytest.raises(ConfigError, match="--samples 8"):
         compare(arms((None, [0.5])), "pass@8")
     with pytest.raises(ConfigError, match="no runs"):
@@ -214,12 +239,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_command_prints_a_table_and_its_words_and_writes_both(folders: list[str], tmp_path: Path, capsys) -> None:
-    files = ["--json", str(tmp_path / "c.json"), "--markdown", str(tmp_path / "c.md")]
+    files = ["--json", str(tmp_path / "new" / "c.json"), "--markdown", str(tmp_path / "new" / "c.md")]
     assert main(["compare", *folders, *files]) == 0
     out = capsys.readouterr().out
     assert "method beat sft: +20.5" in out and "grader exact" in out and "before " in out
     assert "51.0 (" in out and "30.5 (" in out
-    stored, table = json.loads((tmp_path / "c.json").read_text()), (tmp_path / "c.md").read_text()
+    stored, table = json.loads((tmp_path / "new" / "c.json").read_text()), (tmp_path / "new" / "c.md").read_text()
     assert stored["versus"][0]["difference"]["difference"] == pytest.approx(0.205)
     assert [each["seed"] for each in stored["arms"][0]["runs"]] == [0, 1]
     assert "| method | 0, 1 | 51.0 (" in table and "method beat sft" in table
@@ -229,7 +254,12 @@ def test_command_takes_what_opsd_eval_wrote(folders: list[str], tmp_path: Path, 
     for name, share in (("base", 0.2), ("tuned", 0.6)):
         result(answers(share, 1)).save(tmp_path / f"{name}.json")
     assert main(["compare", str(tmp_path / "tuned.json"), str(tmp_path / "base.json")]) == 0
-    assert "tuned beat base" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tuned is ahead of base: +" in out and "careful" not in out and "models as they are" in out
+    (tmp_path / "b").mkdir()
+    result(answers(0.4, 1)).save(tmp_path / "b" / "tuned.json")
+    assert main(["compare", str(tmp_path / "tuned.json"), str(tmp_path / "b" / "tuned.json"), folders[0]]) == 0
+    assert "careful" not in capsys.readouterr().out
 
 
 def test_a_folder_that_was_not_measured_is_refused_with_the_way_out(folders: list[str], tmp_path: Path, capsys) -> None:

@@ -24,7 +24,7 @@ from opsd import (
     SameCheckpointTeacher,
 )
 from opsd.controls import CONTROLS, with_completions
-from opsd.errors import ConfigError, DataError
+from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.rollouts import Rollouts
 from opsd.run_card import read_card
 
@@ -100,6 +100,38 @@ def test_control_wins_over_what_the_run_says_of_the_same_settings(tmp_path: Path
         assert getattr(args, setting) == value
     for setting, value in run.items():
         assert setting in CONTROLS[name].settings or getattr(args, setting) == value
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_of_groups_keeps_steps_and_questions(tmp_path: Path, name: str) -> None:
+    """Twelve rows, four rollouts a step, two of each prompt: six steps make an epoch, with and without the control."""
+    groups = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "num_generations": 2}
+    trainer = make_trainer(
+        tmp_path,
+        SameCheckpointTeacher(context="worked_solution"),
+        max_steps=-1,
+        num_train_epochs=1,
+        control=name,
+        **groups,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 6 and trainer.state.epoch == 1
+
+
+@pytest.mark.parametrize("name", ["off-policy", "seq-kd"])
+def test_a_teacher_that_samples_cannot_be_shown_what_rollouts_make(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TemplateError, match="own_success"):
+        make_trainer(tmp_path, SameCheckpointTeacher(context="own_success"), reward_funcs="last_number", control=name)
+
+
+def test_siblings_of_another_row_are_nobodys_context(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="what training makes"):
+        PrivilegedContext("own_success").of_other_rows()
+
+
+def test_an_attempt_stays_the_rows_own_where_its_solution_is_anothers() -> None:
+    source = '{% extends "base.jinja" %}{% block user %}{{ prompt }} {{ attempt }} {{ solution }}{% endblock %}'
+    assert PrivilegedContext.from_string(source).of_other_rows().fields == {"attempt", "other_solution"}
 
 
 def test_without_its_context_a_frozen_teacher_moves_nothing(tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def test_only_the_metrics_that_were_asked_for_are_shown(llama_folder: str, rows:
         (["--metrics", "pass@4", "--samples", "2"], "needs 4 sampled answers per question; --samples is 2"),
         (["--metrics", "acuracy"], "Did you mean 'accuracy'"),
         (["--samples", "-1"], "samples counts answers"),
+        (["--limit", "-1"], "limit must be a whole number"),
         (["--context", '{"template": "answer_only", "revel": 0.5}'], "Did you mean 'reveal'"),
     ],
 )
@@ -136,6 +137,15 @@ def test_a_run_without_a_model_stands_for_its_newest_whole_checkpoint(stopped: P
         model_folder(str(stopped))
 
 
+def test_a_run_is_asked_under_the_system_turn_it_was_trained_with(stopped: Path, rows: str) -> None:
+    checkpoint = str(stopped / "checkpoint-2")
+    plain = graded(checkpoint, rows)
+    card = json.loads((stopped / "run_card.json").read_text())
+    card["settings"]["student_system_prompt"] = "Answer in one word, and in capitals."
+    (stopped / "run_card.json").write_text(json.dumps(card))
+    assert graded(checkpoint, rows).texts != plain.texts
+
+
 def test_hub_ids_of_models_and_of_adapters_are_evaluated(llama_folder: str, rows: str, tmp_path: Path) -> None:
     """From a cache as the hub fills it, without a network."""
     adapter = make_adapter("some/model")
@@ -145,6 +155,11 @@ def test_hub_ids_of_models_and_of_adapters_are_evaluated(llama_folder: str, rows
         refs = snapshot.parents[1] / "refs"
         refs.mkdir()
         (refs / "main").write_text("0" * 40)
+        # The hub's own mark of a file that a repository has not, which a cache keeps as well.
+        missing = snapshot.parents[1] / ".no_exist" / ("0" * 40)
+        missing.mkdir(parents=True)
+        for file in {"config.json", "adapter_config.json"} - {path.name for path in snapshot.iterdir()}:
+            (missing / file).touch()
     texts = {}
     for name in ("model", "adapter"):
         output = tmp_path / f"{name}.json"

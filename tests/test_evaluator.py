@@ -18,7 +18,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from opsd import EMATeacher, OPSDTrainer, SameCheckpointTeacher, SiblingTeacher
-from opsd.errors import ConfigError, DataError, OPSDWarning
+from opsd.errors import CheckpointError, ConfigError, DataError, OPSDWarning
 from opsd.evaluation import EvaluationResult
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.summary import read_summary, results_of
@@ -72,6 +72,7 @@ def results(folder: Path, split: str = "test") -> dict[str, EvaluationResult]:
         ({"samples": -1}, ConfigError, "samples counts"),
         ({"grader": "last_numbr"}, ConfigError, "Did you mean 'last_number'"),
         ({"test": []}, DataError, "test dataset is empty"),
+        ({"temperature": 0}, ConfigError, "above 0"),
         ({"test": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
         ({"test": [{"prompt": "only a question"}], "grader": "exact"}, DataError, "'test' cannot be graded"),
         ({"retention": {"kept": KEPT}}, ConfigError, "retention 'kept' is a mapping"),
@@ -100,6 +101,7 @@ def test_a_plan_is_no_list() -> None:
         (PLAN, [*TRAIN, TEST[3]], "1 of the 12 questions of 'test' are also in 'train'"),
         ({**PLAN, "selection": TEST[:3] + DEV, "every": 1}, TRAIN, "3 of the 11 questions of 'selection'.*in 'test'"),
         ({**PLAN, "selection": DEV, "every": 1}, [*TRAIN, *DEV[:2]], "2 of the 8 questions of 'selection'.*in 'train'"),
+        ({**PLAN, "retention": {"x": {"rows": TRAIN[:4]}}}, TRAIN, "4 of the 4 questions of 'retention x'.*in 'train'"),
     ],
 )
 def test_questions_that_leak_are_refused_before_a_model_loads(
@@ -294,18 +296,50 @@ def test_drift_is_nothing_without_training_and_estimates_the_kl_after_it(tmp_pat
     assert sum(exact) / len(exact) > 0.01
 
 
+@pytest.mark.parametrize("traces", [[""] * 12, [None] * 12, ["", "It is one."] * 6])
+def test_rows_without_a_trace_are_left_out_of_the_likelihood(tmp_path: Path, traces: list[Any]) -> None:
+    rows = [{**row, "completion": trace} for row, trace in zip(TEST, traces, strict=True)]
+    make(tmp_path, evaluation={**PLAN, "test": rows}, max_completion_length=64).train()
+    found = read_summary(tmp_path / "evaluation")["traces"]
+    assert (found["column"], found["n"]) == (("completion", 6) if traces[1] else ("solution", 12))
+
+
+def test_a_trace_of_messages_is_the_assistants_words(tmp_path: Path) -> None:
+    likelihoods = []
+    for name, of in (("text", lambda text: text), ("turns", lambda text: [{"role": "assistant", "content": text}])):
+        rows = [{**row, "completion": of("It is one.")} for row in TEST]
+        make(tmp_path / name, evaluation={**PLAN, "test": rows}, max_completion_length=64).train()
+        likelihoods.append(read_summary(tmp_path / name / "evaluation")["traces"]["before"]["student"])
+    assert likelihoods[0] == likelihoods[1]
+
+
+def test_what_an_earlier_run_left_is_not_read_as_this_ones(tmp_path: Path) -> None:
+    make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 1, "rule": "best"}, max_steps=1).train()
+    for path in [*tmp_path.glob("checkpoint-*/*"), *tmp_path.glob("*.safetensors")]:
+        path.unlink()
+    for path in tmp_path.glob("checkpoint-*"):
+        path.rmdir()
+    make(tmp_path, control="wrong-context").train()
+    assert list(results(tmp_path)) == ["before", "after"] and "gap" not in read_summary(tmp_path / "evaluation")
+
+
+def test_a_control_needs_nothing_of_evaluation_rows_that_its_teacher_never_sees(tmp_path: Path) -> None:
+    make(tmp_path, evaluation={**PLAN, "test": TEST[:1], "neutral": DEV[:1]}, control="wrong-context").train()
+    assert results(tmp_path)["after"].n == 1
+
+
 # ---- while it goes on, and the rule ---------------------------------------------------------------------------------
 
 
 def test_the_selection_split_is_looked_at_every_few_steps_and_logged(tmp_path: Path) -> None:
-    trainer = make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 2}, max_steps=4)
+    trainer = make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 2}, max_steps=4, logging_steps=3)
     trainer.train()
     looks = read_summary(tmp_path / "evaluation")["selection"]
     assert [look["step"] for look in looks] == [0, 2, 4]
     entries = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     assert [entry["step"] for entry in entries] == [2, 4]
     assert [entry["eval_accuracy"] for entry in entries] == [look["accuracy"]["value"] for look in looks[1:]]
-    assert all("divergence" not in entry for entry in entries)
+    assert all("divergence" not in entry for entry in entries), "what training has not logged yet is not evaluation's"
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -374,3 +408,52 @@ def test_figures_are_finite_and_name_their_grader(tmp_path: Path) -> None:
     for found in read_summary(tmp_path / "evaluation")["figures"].values():
         assert found["grader"] == f"{__name__}:vowels"
         assert math.isfinite(found["accuracy"]["value"]) and found["accuracy"]["low"] <= found["accuracy"]["high"]
+
+
+# ---- evaluate() of the trainer --------------------------------------------------------------------------------------
+
+
+def test_a_look_after_training_keeps_what_the_run_came_to(tmp_path: Path) -> None:
+    trainer = make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 1})
+    trainer.train()
+    before = read_summary(tmp_path / "evaluation")
+    found = trainer.evaluate()
+    after = read_summary(tmp_path / "evaluation")
+    assert set(found) == {"eval_accuracy", "eval_length"} and after["gain"] == before["gain"]
+    assert [look["step"] for look in after["selection"]] == [0, 1, 2]
+
+
+def test_rows_that_are_named_are_the_ones_evaluated(tmp_path: Path) -> None:
+    trainer = make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 1})
+    found = trainer.evaluate(Dataset.from_list(KEPT))
+    assert "eval_loss" in found and "eval_accuracy" not in found
+
+
+def test_several_evaluation_sets_are_one_look(tmp_path: Path) -> None:
+    sets = {"one": Dataset.from_list(KEPT[:4]), "two": Dataset.from_list(KEPT[4:])}
+    trainer = OPSDTrainer(
+        make_llama(0),
+        SameCheckpointTeacher(context="worked_solution"),
+        args=make_args(tmp_path),
+        train_dataset=Dataset.from_list(TRAIN),
+        eval_dataset=sets,
+        processing_class=make_tokenizer(),
+        evaluation={**PLAN, "selection": DEV, "every": 2},
+    )
+    trainer.train()
+    entries = trainer.state.log_history
+    assert sum("eval_accuracy" in entry for entry in entries) == 1
+    assert sum("eval_one_loss" in entry or "eval_two_loss" in entry for entry in entries) == 2
+
+
+def test_a_resume_must_follow_the_plan_that_was_declared(tmp_path: Path) -> None:
+    often = {"save_strategy": "steps", "save_steps": 1}
+    make(tmp_path, max_steps=1, **often).train()
+    for change in ({"test": KEPT}, {"grader": "exact"}, {"samples": 1}):
+        with pytest.raises(CheckpointError, match="evaluation"):
+            make(tmp_path, evaluation={**PLAN, **change}, max_steps=2, **often).train(resume_from_checkpoint=True)
+
+
+def test_another_interval_of_evaluation_is_said_to_give_way(tmp_path: Path) -> None:
+    with pytest.warns(OPSDWarning, match="every 2 steps, and eval_steps is 1"):
+        make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 2}, eval_strategy="steps", eval_steps=1)

@@ -81,9 +81,9 @@ def test_the_commands_of_the_guide_run_in_their_order(tmp_path: Path, llama_fold
     assert Path("first.json").is_file() and Path("runs/first/checkpoint-1").is_dir()
 
 
-@pytest.mark.parametrize("words", ["is ahead of", "LOST to", "cannot be told apart", "beat"])
+@pytest.mark.parametrize("words", ["ahead of", "behind", "LOST to", "cannot be told apart", "beat"])
 def test_the_words_of_a_comparison_are_those_of_the_guide(words: str) -> None:
-    source = (ROOT / "opsd" / "evaluation" / "compare.py").read_text()
+    source = (ROOT / "opsd" / "evaluation" / "verdict.py").read_text()
     assert words in source and words in GUIDE.split("## Comparing")[1]
 
 

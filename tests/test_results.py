@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 from opsd.errors import CheckpointError, ConfigError, DataError, OPSDWarning
 from opsd.evaluation import Answer, EvaluationResult, evaluate, generate
+from opsd.evaluation.graders import Grader
 from opsd.evaluation.questions import check_disjoint, question_of
+from opsd.evaluation.summary import difference, gain_words, gap, kept_words
 
 
 def made(
@@ -108,10 +110,61 @@ def test_results_on_other_questions_are_refused_with_how_many_they_share() -> No
         made("+++", questions=["a", "b", "c"]).in_order_of(made("++", questions=["a", "b"]))
 
 
-@pytest.mark.parametrize("change", [{"grader": "math"}, {"max_new_tokens": 7}])
+@pytest.mark.parametrize("change", [{"grader": "math"}, {"max_new_tokens": 7}, {"temperature": 0.2}])
 def test_results_of_another_measure_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(DataError, match=next(iter(change))):
-        made("++", **change).in_order_of(made("++"))
+        made("++", ["+", "+"], **change).in_order_of(made("++", ["+", "+"]))
+
+
+def test_what_was_not_graded_on_either_side_is_in_no_difference() -> None:
+    found = difference(made("?-+-"), made("++-?"))
+    assert (found.n, found.difference) == (2, 0.0)
+
+
+def test_a_vote_is_among_answers_that_are_equal_and_not_written_alike(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["5", "5.0", "7", "7", "5.00"]
+    drawn = iter([tokenizer(text)["input_ids"] for text in ["0", *texts]])
+    rows = [{**asked("one")[0], "answer": "5"}]
+    settings = {"grader": "last_number", "max_new_tokens": 9, "batch_size": 8, "samples": 5}
+    found = evaluate(lambda rows, **_: [next(drawn) for _ in rows], rows, tokenizer, **settings)
+    assert found.values("maj@5").tolist() == [1.0]
+
+
+def test_a_reader_that_fails_leaves_an_answer_without_form(tokenizer: PreTrainedTokenizerFast) -> None:
+    def read(text: str) -> str:
+        raise ValueError("unreadable")
+
+    rows = [{**asked("one")[0], "answer": "5"}]
+    settings = {"grader": Grader("odd", lambda text, row: True, read), "max_new_tokens": 2, "batch_size": 8}
+    found = evaluate(sampler(tokenizer), rows, tokenizer, **settings)
+    assert found.values("format").tolist() == [0.0] and found.correct == [True]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("-" * 396 + "----", "-" * 396 + "++++", "no difference that 400 questions can tell"),
+        ("-", "+", "no difference that 1 questions can tell"),
+        ("-" * 40, "+" * 20 + "-" * 20, "the student got better by +50.0"),
+        ("+" * 20 + "-" * 20, "-" * 40, "the student got worse by -50.0"),
+    ],
+)
+def test_words_of_a_gain_hold_what_its_test_says(before: str, after: str, said: str) -> None:
+    found = difference(made(before), made(after))
+    assert gain_words(found).startswith(said)
+    assert (found.p_value < 0.05) == ("got" in gain_words(found))
+    assert ("WORSE" in kept_words("x", found)) == ("worse" in gain_words(found))
+
+
+def test_a_student_has_reached_its_teacher_where_the_interval_says_so_and_not_before() -> None:
+    few = ("+" * 8 + "-" * 12, "+" * 16 + "-" * 4, "+" * 15 + "-" * 5)
+    many = ("+" * 400 + "-" * 600, "+" * 801 + "-" * 199, "+" * 800 + "-" * 200)
+    assert "cannot tell" in gap(*map(made, few))["words"]
+    assert "has reached its teacher" in gap(*map(made, many))["words"]
+    behind = ("+" * 400 + "-" * 600, "+" * 600 + "-" * 400, "+" * 800 + "-" * 200)
+    assert "still ahead by +20.0" in gap(*map(made, behind))["words"]
+    same = "+" * 400 + "-" * 600
+    assert "no gap to speak of" in gap(made(same), made(same), made(same))["words"]
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
@@ -120,7 +173,9 @@ def test_results_of_another_measure_are_refused(change: dict[str, object]) -> No
 def test_a_question_is_the_same_whatever_its_case_its_spacing_and_its_system_turn() -> None:
     plain = question_of({"prompt": "What is  2 + 2?\n"})
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "what IS 2 + 2?"}]
-    assert plain == question_of({"prompt": turns}) == "what is 2 + 2?"
+    assert plain == question_of({"prompt": turns}) == "what is 2 + 2"
+    assert question_of({"prompt": "What is 2 + 2 ?"}) == question_of({"prompt": "What is 2 ＋ 2？"}) == plain
+    assert len({question_of({"prompt": f"3 {sign} 5"}) for sign in "+-*/"}) == 4
 
 
 def test_shared_questions_are_counted_and_quoted_for_every_two_splits() -> None:

@@ -53,10 +53,16 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"[bold]{found.words}.[/]", highlight=False)
     console.print(f"[dim]{footer(found)}[/]", highlight=False)
     if options.json:
-        Path(options.json).write_text(json.dumps(as_json(found), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        _write(options.json, json.dumps(as_json(found), indent=1, ensure_ascii=False) + "\n")
     if options.markdown:
-        Path(options.markdown).write_text(markdown(found), "utf-8")
+        _write(options.markdown, markdown(found))
     return 0
+
+
+def _write(name: str, text: str) -> None:
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
 
 
 def head(found: Comparison) -> list[str]:
@@ -113,9 +119,10 @@ def footer(found: Comparison) -> str:
     unit = "points" if found.kind.is_share else "tokens"
     n = found.arms[0].after.n
     return (
-        f"{found.metric} on {n} questions, grader {found.grader}, 95 % intervals over questions (paired bootstrap); "
+        f"{found.metric} on {n} questions, grader {found.grader}, 95 % intervals over questions (differences paired); "
         f"differences in {unit}. sd: over seeds. drift: KL(before ‖ now), nats per token on neutral prompts. p: of no "
-        "difference, adjusted for the number of arms (Holm). ceiling: the teacher with its context"
+        "difference between the models of these seeds, adjusted for the number of arms (Holm). ceiling: the teacher "
+        "with its context"
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, as_count
 
 if TYPE_CHECKING:
     from opsd.evaluation.result import EvaluationResult
@@ -86,11 +86,12 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     from opsd.checkpoints import model_folder
     from opsd.context import PrivilegedContext
     from opsd.context_base import Context
-    from opsd.data import load_rows, prepare_rows, row_columns
+    from opsd.data import load_rows, prepare_rows, row_columns, with_system_prompt
     from opsd.evaluation import evaluate, load_grader, sampler_of, stop_ids_of
     from opsd.evaluation.sample_metrics import parse_metric
     from opsd.models import load_model
     from opsd.prompts import PromptRenderer
+    from opsd.run_card import settings_of
 
     grader = load_grader(options.grader, options.answer_column)
     for name in _metrics(options):
@@ -102,10 +103,13 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     context = Context.of(json.loads(given) if given and given.lstrip().startswith("{") else given)
     if context is not None:
         context.check_columns(row_columns(dataset))
-    rows = list(dataset)[: options.limit]
     folder = model_folder(options.model)
+    trained = settings_of(folder)
+    dataset = with_system_prompt(dataset, trained.get("student_system_prompt"))
+    rows = list(dataset)[: None if options.limit is None else as_count("limit", options.limit)]
     model, tokenizer = load_model(folder, trust_remote_code=options.trust_remote_code)
-    renderer = PromptRenderer(tokenizer, None, options.chat_template_kwargs)
+    kwargs = {**(trained.get("chat_template_kwargs") or {}), **options.chat_template_kwargs}
+    renderer = PromptRenderer(tokenizer, None, kwargs)
 
     def prompt_ids(row: Any) -> list[int]:
         return context.render(row, side=renderer) if context else renderer.ids(row["prompt"])

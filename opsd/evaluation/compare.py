@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from opsd.errors import CheckpointError, ConfigError, DataError
-from opsd.evaluation.power import questions_needed
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.sample_metrics import METRICS, Metric, parse_metric
 from opsd.evaluation.statistics import (
@@ -30,10 +29,10 @@ from opsd.evaluation.statistics import (
     paired_difference,
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
+from opsd.evaluation.verdict import Verdict, Versus, beats
 from opsd.run_card import differences, read_card
 
 METHOD = "method"
-SURE = 0.05  # level of the tests
 # What may differ between runs of one arm: the seed and what follows from it, the place, and the machine.
 _SAME_ARM = (
     "settings.seed", "settings.data_seed", "seeds.", "hashes.data", "hashes.questions", "rows", "prompts", "doctor",
@@ -92,25 +91,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Versus:
-    """The first arm against another.
-
-    Args:
-        other: the other's name.
-        difference: first minus other, mean over seeds that both have, with its interval over questions.
-        p_value: of no difference, adjusted for the number of arms compared (Holm).
-        spread: of the difference over seeds; runs of one seed are paired.
-        words: what it comes to.
-    """
-
-    other: str
-    difference: PairedDifference
-    p_value: float
-    spread: SeedSpread
-    words: str
-
-
-@dataclass(frozen=True)
 class Comparison:
     """Arms side by side; the first is compared with every other.
 
@@ -142,10 +122,12 @@ class Comparison:
         """Whether the method beat the others, in a sentence."""
         if not self.versus:
             return "one arm: there is nothing to compare it with. Train a control: opsd train … --control wrong-context"
+        if not self.arms[0].runs[0].card:
+            return "these are models as they are: what another training run would give is not in the comparison"
         if not self.kind.more_is_better:
             return f"more {self.metric} is neither better nor worse by itself"
-        beaten = [each.other for each in self.versus if _beats(each)]
-        rest = [each.other for each in self.versus if not _beats(each)]
+        beaten = [each.other for each in self.versus if beats(each)]
+        rest = [each.other for each in self.versus if not beats(each)]
         first = self.arms[0].name
         if not rest:
             all_of = "its control" if len(beaten) == 1 else f"all of its {len(beaten)} controls"
@@ -160,24 +142,27 @@ def read_runs(folders: Sequence[str]) -> list[RunResult]:
     Raises:
         CheckpointError: a folder holds no run, or one that was not measured to its end.
     """
-    found = []
+    found: list[RunResult] = []
     for folder in folders:
         if Path(folder).is_file():
-            card: dict[str, Any] = {"settings": {}, "hashes": {}}
-            found.append(RunResult(folder, Path(folder).stem, 0, card, {AFTER: EvaluationResult.load(Path(folder))}))
+            found.append(_of_a_file(Path(folder), {run.arm for run in found}))
             continue
         results = results_of(Path(folder) / FOLDER)
         if AFTER not in results:
             raise CheckpointError(
                 f"{folder} was not measured after training: it has no {FOLDER}/{AFTER}.json. Train it with an "
-                f"`evaluation:` in its YAML, or measure it now: `opsd eval {folder} --dataset_name test.jsonl --grader "
-                f"… --output {folder}/{FOLDER}/{AFTER}.json`."
+                "`evaluation:` in its YAML; or compare files: `opsd eval RUN … --output RUN.json` of each."
             )
         card = read_card(folder)
         arm, seed = card["settings"].get("control") or METHOD, card["settings"].get("seed", 0)
         drift = read_summary(Path(folder) / FOLDER).get("drift")
         found.append(RunResult(folder, arm, seed, card, results, drift and drift["per_token"]["value"]))
     return found
+
+
+def _of_a_file(path: Path, taken: set[str]) -> RunResult:
+    arm = path.stem if path.stem not in taken else str(path.with_suffix(""))
+    return RunResult(str(path), arm, 0, {}, {AFTER: EvaluationResult.load(path)})
 
 
 def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
@@ -190,11 +175,12 @@ def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
     if not runs:
         raise ConfigError("there are no runs to compare. Name their output folders.")
     reference = runs[0].after
-    values = {run.folder: run.after.in_order_of(reference).values(metric) for run in runs}
+    _check_shown(runs)
+    values = {run.folder: run.after.in_order_of(reference).graded_values(metric) for run in runs}
     arms = [_arm(name, each, metric, values, reference) for name, each in _grouped(runs).items()]
     versus = [_versus(arms[0], other, values) for other in arms[1:]]
     p_values = adjusted([each.p_value for each in versus]) if versus else []
-    say = Verdict(arms[0].name, METRICS[parse_metric(metric)[0]])
+    say = Verdict(arms[0].name, METRICS[parse_metric(metric)[0]], trained=bool(runs[0].card))
     versus = [say.judged(replace(each, p_value=p)) for each, p in zip(versus, p_values, strict=True)]
     ceiling = next((run.results[TEACHER] for run in runs if TEACHER in run.results), None)
     before = next((run.results[BEFORE] for run in runs if BEFORE in run.results), None)
@@ -207,6 +193,16 @@ def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
         None if ceiling is None else ceiling.estimate(metric),
         [*_unequal_budgets(arms), *_unequal_seeds(arms), *_ungraded(runs)],
     )
+
+
+def _check_shown(runs: Sequence[RunResult]) -> None:
+    shown = {run.after.shown: run.folder for run in runs}
+    if len(shown) > 1:
+        said = "; ".join(f"{folder}: {what}" for what, folder in shown.items())
+        raise DataError(
+            f"models can be compared only if they were shown the same beside the question ({said}). A model that sees "
+            "the answer has another task. Evaluate all without --context, or all with it."
+        )
 
 
 def _grouped(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
@@ -238,14 +234,16 @@ def _grouped(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
 def _is_same_arm(one: RunResult, other: RunResult) -> bool:
     if one.arm != other.arm:
         return False
-    return all(name.startswith(_SAME_ARM) for name, _, _ in differences(one.card, other.card))
+    return bool(one.card) and all(name.startswith(_SAME_ARM) for name, _, _ in differences(one.card, other.card))
 
 
 def _arm(
     name: str, runs: Sequence[RunResult], metric: str, values: Mapping[str, np.ndarray], reference: EvaluationResult
 ) -> Arm:
     after = np.mean([values[run.folder] for run in runs], axis=0)
-    befores = [run.results[BEFORE].in_order_of(reference).values(metric) for run in runs if BEFORE in run.results]
+    befores = [
+        run.results[BEFORE].in_order_of(reference).graded_values(metric) for run in runs if BEFORE in run.results
+    ]
     gain = paired_difference(np.mean(befores, axis=0), after) if len(befores) == len(runs) else None
     spread = over_seeds([float(np.nanmean(values[run.folder])) for run in runs])
     drifts = [run.drift for run in runs if run.drift is not None]
@@ -266,92 +264,46 @@ def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Versus:
     return Versus(other.name, found, found.p_value, spread, "")
 
 
-def _turned(found: Versus) -> Versus:
-    """Return the difference as the other arm sees it; only what `_beats` reads."""
-    diff, seeds = found.difference, found.spread
-    low, high = (None if end is None else -end for end in (seeds.high, seeds.low))
-    return replace(
-        found,
-        difference=replace(diff, difference=-diff.difference, low=-diff.high, high=-diff.low),
-        spread=replace(seeds, mean=-seeds.mean, low=low, high=high),
-    )
-
-
-def _beats(found: Versus) -> bool:
-    sure_over_seeds = found.spread.low is not None and found.spread.low > 0
-    return found.difference.low > 0 and found.p_value < SURE and (sure_over_seeds or found.spread.seeds == 1)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Says what a difference comes to.
-
-    Args:
-        first: the name of the arm that is compared.
-        kind: what is compared.
-    """
-
-    first: str
-    kind: Metric
-
-    def judged(self, found: Versus) -> Versus:
-        """Return a difference with its words."""
-        diff, seeds = found.difference, found.spread
-        over = f"{self._number(diff.difference)} ({self._number(diff.low)} to {self._number(diff.high)} over {diff.n} "
-        over += "questions"
-        if seeds.low is not None:
-            over += f"; {self._number(seeds.low)} to {self._number(seeds.high)} over {seeds.seeds} seeds"
-        said = f"{self._sentence(found, over)})"
-        if seeds.seeds == 1 and found.p_value < SURE:
-            said += ". One seed: how much of it is that seed's, nobody knows; train two more (--seed)"
-        return replace(found, words=said)
-
-    def _sentence(self, found: Versus, over: str) -> str:
-        diff, other, wins = found.difference, found.other, self.kind.more_is_better
-        if _beats(found):
-            return f"{self.first} {'beat' if wins else 'has more than'} {other}: {over}"
-        if _beats(_turned(found)):
-            return f"{self.first} {'LOST to' if wins else 'has less than'} {other}: {over}"
-        if found.p_value < SURE and diff.low * diff.high > 0:
-            enough = questions_needed(found.spread.mean, found.spread.deviation or 0.0)
-            settle = max(enough or 0, found.spread.seeds + 1)
-            side = "ahead of" if diff.low > 0 else "behind"
-            return f"{self.first} is {side} {other} on these seeds, and about {settle} would settle it: {over}"
-        needed = None if diff.deviation is None else questions_needed(diff.difference, diff.deviation)
-        more = f"; about {needed:,} questions would settle a difference of this size" if needed else ""
-        return f"{self.first} and {other} cannot be told apart: {over}{more if (needed or 0) > diff.n else ''}"
-
-    def _number(self, value: float | None) -> str:
-        return "?" if value is None else f"{value * (100 if self.kind.is_share else 1):+.1f}"
-
-
 def _unequal_budgets(arms: Sequence[Arm]) -> list[str]:
-    first = arms[0].runs[0].card["settings"]
+    first = arms[0].runs[0].card.get("settings")
+    if not first:  # a file says nothing of training
+        return []
     return [
         f"not the same budget: {name} is {first.get(name)} in {arms[0].name} and {its.get(name)} in {arm.name}"
         for arm in arms[1:]
         for name in _BUDGET
-        if (its := arm.runs[0].card["settings"]).get(name) != first.get(name)
+        if (its := arm.runs[0].card.get("settings")) and its.get(name) != first.get(name)
     ]
 
 
 def _unequal_seeds(arms: Sequence[Arm]) -> list[str]:
-    first = {run.seed: run for run in arms[0].runs}
+    first = {run.seed: run for run in arms[0].runs if run.card}
     found = []
     for arm in arms[1:]:
-        for run in arm.runs:
-            twin = first.get(run.seed)
-            if twin is None:
-                found.append(f"{arm.name} has seed {run.seed}, and {arms[0].name} has not: it is in no difference")
-            elif twin.card["hashes"].get("questions") != run.card["hashes"].get("questions"):
-                found.append(f"seed {run.seed}: {arm.name} and {arms[0].name} were not trained on the same questions")
-    return found
+        own = {run.seed: run for run in arm.runs if run.card}
+        alone = sorted(own.keys() - first.keys()) if first else []
+        if alone and own.keys() & first.keys():
+            found.append(f"{arm.name} has seed {alone[0]}, and {arms[0].name} has not: it is in no difference")
+        elif alone:
+            found.append(
+                f"{arm.name} and {arms[0].name} have no seed in common: their difference is of other seeds too"
+            )
+        for seed in sorted(own.keys() & first.keys()):
+            if len({run.card["hashes"].get("questions") for run in (own[seed], first[seed])}) > 1:
+                found.append(f"seed {seed}: {arm.name} and {arms[0].name} were not trained on the same questions")
+    return found + [
+        f"{arm.name}: seed {run.seed} was trained on {run.card['rows']} rows, and seed {arm.runs[0].seed} on "
+        f"{arm.runs[0].card['rows']}"
+        for arm in arms
+        for run in arm.runs
+        if run.card.get("rows") != arm.runs[0].card.get("rows")
+    ]
 
 
 def _ungraded(runs: Sequence[RunResult]) -> list[str]:
     return [
         f"{run.folder}: {len(run.after.ungraded)} of {run.after.n} questions have answers that the grader failed on; "
-        "they count as wrong"
+        "they are left out"
         for run in runs
         if run.after.ungraded
     ]

@@ -53,6 +53,14 @@ class Grader:
             raise DataError(f"a grader returns True or False, and {self.name!r} returned {verdict!r}")
         return bool(verdict)
 
+    def answer(self, text: str) -> str | None:
+        """Return what a text answers, the same word for equal answers; None where it has or shows none."""
+        try:
+            found = None if self.read is None else self.read(text)
+        except Exception:  # a text that cannot even be read has no answer in the form asked for
+            return None
+        return _as_word(found) if isinstance(found, Decimal) else None if found is None else str(found)
+
     @classmethod
     def of(cls, value: Grader | Callable[[str, Row], bool] | str) -> Grader:
         """Return the grader that `value` means: one, a name for `load_grader`, or a function of (text, row).
@@ -339,3 +347,10 @@ def _load_function(name: str) -> Grader:
             "It is called once per row and returns True or False. Name a function of that module."
         )
     return dataclasses.replace(Grader.of(found), name=name)
+
+
+def _as_word(number: Decimal) -> str:
+    """Write equal numbers alike: 5, 5.0 and 5.00 are one answer."""
+    text = format(number, "f")
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text

@@ -16,7 +16,7 @@ from datasets import Dataset
 
 from opsd.data import prepare_rows
 from opsd.data_files import load_rows
-from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, as_count, did_you_mean, not_one_of
+from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, as_count, as_number, did_you_mean, not_one_of
 from opsd.evaluation.graders import Grader, load_grader
 from opsd.evaluation.questions import check_disjoint, question_of
 
@@ -126,6 +126,8 @@ class EvaluationPlan:
                 "rule 'best' picks a checkpoint on the split `selection`, and there is none. Picked on the test split, "
                 "a gain is partly luck. Add selection: and every:, or take rule: last."
             )
+        if not as_number("temperature", self.temperature) > 0:
+            raise ConfigError(f"temperature divides logits, so it must be above 0, and is {self.temperature}.")
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 0:
             raise ConfigError(f"samples counts sampled answers per question, and is {self.samples!r}.")
 
@@ -155,9 +157,7 @@ class EvaluationPlan:
             neutral=read("neutral", self.neutral),
         )
         known = {} if not isinstance(train, Dataset) else {"train": train}
-        check_disjoint(
-            {**known, "test": plan.test, **({} if plan.selection is None else {"selection": plan.selection})}
-        )
+        check_disjoint(known | {name: questions.rows for name, questions in plan.splits.items()})
         for name, questions in plan.splits.items():
             _check_gradable(name, questions)
             _warn_of_repeats(name, questions)

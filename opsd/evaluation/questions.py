@@ -1,12 +1,13 @@
 """When are two questions the same? Splits must not share any, and two runs must share all.
 
-Two rows ask the same if the user's turns read the same, whatever their case and spacing, and whatever system turn
-stands above them.
+Two rows ask the same if the user's turns read the same, whatever their case, spacing and punctuation at the end, and
+whatever system turn stands above them.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,8 @@ SHOWN = 3  # questions that a message quotes
 def question_of(row: Mapping[str, Any]) -> str:
     """Return what a prepared row asks, as it is told apart from others."""
     asked = [text_of(turn) for turn in turns_of(row["prompt"]) if turn["role"] == "user"]
-    return re.sub(r"\s+", " ", " ".join(asked)).strip().casefold()
+    text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", " ".join(asked))).strip().casefold()
+    return re.sub(r" (?=[?!.,;:])", "", text).rstrip("?!.,;: ")
 
 
 def check_disjoint(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:

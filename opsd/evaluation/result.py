@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from opsd.errors import CheckpointError, DataError
+from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.evaluation.questions import name_few
 from opsd.evaluation.sample_metrics import METRICS, metric_of, parse_metric
 from opsd.evaluation.statistics import Estimate, estimate, proportion_interval
@@ -132,9 +132,21 @@ class EvaluationResult:
         Raises:
             ConfigError: no metric has that name, or k is larger than the number of samples.
         """
-        of_samples = parse_metric(metric)[1] is not None
+        kind, k = parse_metric(metric)
+        of_samples = k is not None
+        if kind == "format" and not self.has_form:
+            raise ConfigError(
+                f"format is the share of answers with the form that a grader asks for, and {self.grader!r} cannot tell "
+                "the form of an answer. Use exact, last_number, choice, math or regex:PATTERN."
+            )
         answers = (self.sampled or [[] for _ in self.greedy]) if of_samples else [[answer] for answer in self.greedy]
         return np.array([metric_of(metric, each, self.has_form) for each in answers], dtype=float)
+
+    def graded_values(self, metric: str) -> np.ndarray:
+        """Return `values` with NaN where the grader failed: a lower bound less another one is no bound."""
+        found = self.values(metric)
+        found[self.ungraded] = np.nan
+        return found
 
     def estimate(self, metric: str) -> Estimate:
         """Return a metric's mean over questions with its 95 % interval."""
@@ -174,9 +186,11 @@ class EvaluationResult:
         Raises:
             DataError: other questions, another grader, or answers cut at another length.
         """
+        sampled = bool(self.sampled and other.sampled)
         for what, mine, its in (
             ("grader", self.grader, other.grader),
             ("max_new_tokens", self.max_new_tokens, other.max_new_tokens),
+            ("temperature", self.temperature, other.temperature if sampled else self.temperature),
         ):
             if mine != its:
                 raise DataError(

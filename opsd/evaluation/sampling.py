@@ -129,9 +129,9 @@ def _graded(
         tokenizer.decode(ids[:-1] if end else ids, skip_special_tokens=True)
         for ids, end in zip(completions, ended, strict=True)
     ]
-    read = [None if judge.read is None else judge.read(text) for text in texts]
+    read = [judge.answer(text) for text in texts]
     return [
-        Answer(text, verdict, len(ids), end, None if answer is None else str(answer))
+        Answer(text, verdict, len(ids), end, answer)
         for text, verdict, ids, end, answer in zip(
             texts, grade(judge, texts, rows), completions, ended, read, strict=True
         )

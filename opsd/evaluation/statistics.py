@@ -132,13 +132,14 @@ def estimate(
 def paired_difference(
     before: ArrayLike, after: ArrayLike, confidence: float = 0.95, *, seed: int = 0, resamples: int = 10_000
 ) -> PairedDifference:
-    """Compare two runs on the same questions: percentile bootstrap over questions, and a test of no difference.
+    """Compare two runs on the same questions: an interval over questions, and a test of no difference.
 
     The test is McNemar's exact one where all values are 0 or 1, else 'sign flip': how often the mean change would be as
     far from 0 if each question's change had gone either way with equal chance. Interval and test answer slightly
-    different questions, and McNemar's is the stricter with few changed answers; at the border one may exclude 0 where
-    the other does not. A bootstrap cannot draw what the sample lacks: if all questions changed alike the interval is a
-    point, but where no answer changed it goes as far either way as Wilson's interval of "none of N".
+    different questions; at the border one may exclude 0 where the other does not.
+
+    The interval is Agresti and Min's where all values are 0 or 1, which is not a point where few answers changed or
+    none did; else a percentile bootstrap over questions, which cannot draw what the sample lacks.
 
     Args:
         before: (N,) one number per question; NaN where it is not known, and that question is left out on both sides.
@@ -156,10 +157,10 @@ def paired_difference(
     changes, n = known[:, 1] - known[:, 0], len(known)
     rng = np.random.default_rng(seed)
     tail = _tail(n, confidence, resamples)
-    low, high = np.quantile(_resampled_means(changes[:, None], resamples, rng), [tail, 1 - tail])
-    if not changes.any() and _is_share(known):
-        high = proportion_interval([False] * n, confidence)[1]
-        low = -high
+    if _is_0_or_1(known):
+        low, high = _agresti_min(changes, confidence)
+    else:
+        low, high = np.quantile(_resampled_means(changes[:, None], resamples, rng), [tail, 1 - tail])
     p_value = _mcnemar(changes) if _is_0_or_1(known) else _sign_flip(changes, resamples, rng)
     deviation = float(changes.std(ddof=1)) if n > 1 else None
     return PairedDifference(float(changes.mean()), float(low), float(high), p_value, n, deviation)
@@ -305,10 +306,6 @@ def _known(*runs: ArrayLike) -> Floats:
     return known
 
 
-def _is_share(values: Floats) -> bool:
-    return bool(((values >= 0) & (values <= 1)).all())
-
-
 def _is_0_or_1(values: Floats) -> bool:
     return bool(((values == 0) | (values == 1)).all())
 
@@ -344,6 +341,18 @@ def _resampled_means(values_ND: Floats, resamples: int, rng: np.random.Generator
 def _parts(resamples: int, width: int) -> list[int]:
     size = max(1, CELLS // width)
     return [min(size, resamples - start) for start in range(0, resamples, size)]
+
+
+def _agresti_min(changes: Floats, confidence: float) -> tuple[float, float]:
+    """Return the interval of a paired difference of shares: Wald's, with half a question more of each kind of pair.
+
+    A. Agresti and Y. Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in
+    Medicine 24 (2005).
+    """
+    lost, gained = (changes < 0).sum() + 0.5, (changes > 0).sum() + 0.5
+    n, difference = len(changes) + 2, gained - lost
+    half = NormalDist().inv_cdf((1 + confidence) / 2) * math.sqrt(lost + gained - difference**2 / n)
+    return max(-1.0, (difference - half) / n), min(1.0, (difference + half) / n)
 
 
 def _mcnemar(changes: Floats) -> float:

@@ -27,6 +27,7 @@ NAMES = {
     LAST: "student at the last step",
     AFTER: "student after",
 }
+SURE = 0.05  # level of the tests
 # By how much a student may stay behind its teacher and still have reached it.
 MARGIN = 0.03
 
@@ -43,8 +44,8 @@ def figures(result: EvaluationResult) -> dict[str, Any]:
 
 
 def difference(before: EvaluationResult, after: EvaluationResult, metric: str = "accuracy") -> PairedDifference:
-    """Return by how much a metric changed between two results on the same questions."""
-    return paired_difference(before.values(metric), after.in_order_of(before).values(metric))
+    """Return by how much a metric changed between two results on the same questions, those graded in both."""
+    return paired_difference(before.graded_values(metric), after.in_order_of(before).graded_values(metric))
 
 
 def gap(before: EvaluationResult, after: EvaluationResult, teacher: EvaluationResult) -> dict[str, Any]:
@@ -71,9 +72,9 @@ def reached(behind: PairedDifference) -> str:
 def gain_words(found: PairedDifference, what: str = "the student") -> str:
     """Say what a paired difference comes to, and how many questions would settle it."""
     points = f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    if found.low > 0:
+    if found.p_value < SURE and found.low > 0:
         return f"{what} got better by {points}"
-    if found.high < 0:
+    if found.p_value < SURE and found.high < 0:
         return f"{what} got worse by {points}"
     needed = None if found.deviation is None else questions_needed(found.difference, found.deviation)
     more = f"; {needed:,} questions would settle a difference of this size" if needed and needed > found.n else ""
@@ -83,7 +84,7 @@ def gain_words(found: PairedDifference, what: str = "the student") -> str:
 def kept_words(name: str, found: PairedDifference) -> str:
     """Say whether something that must not get worse did."""
     points = f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
-    if found.high < 0:
+    if found.p_value < SURE and found.high < 0:
         return f"{name} got WORSE by {points}"
     return f"{name}: {points}" + (
         "" if found.low >= -MARGIN else f"; a loss of up to {-100 * found.low:.1f} is possible"
@@ -154,6 +155,11 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
         found = summary.get("figures", {}).get(when)
         if found is not None:
             yield f"{name:<28} {_share(found['accuracy'])}, n {found['n']}, grader {found['grader']}, greedy"
+            sampled = [f"{metric} {_share(value)}" for metric, value in found.items() if "@" in metric]
+            if sampled:
+                yield f"{'':<28} {', '.join(sampled)}"
+            if found["ungraded"]:
+                yield f"{'':<28} the grader failed on {found['ungraded']} of {found['n']}, which count as wrong"
     if "gain" in summary:
         yield f"gain                         {summary['gain']['words']}"
     if "gap" in summary:
@@ -163,10 +169,12 @@ def lines(summary: Mapping[str, Any]) -> Iterator[str]:
     if summary.get("traces"):
         found = summary["traces"]
         was = f"{found['before']['student']:.2f} before, " if found.get("before") else ""
+        behind = found["behind"]
         cut = f", {found['shortened']} cut at the longest answer" if found["shortened"] else ""
         yield (
             f"likelihood                   NLL of {found['column']!r} in nats per token: student {was}"
-            f"{found['student']:.2f} now, teacher {found['teacher']:.2f}; {found['n']} rows{cut}"
+            f"{found['student']:.2f} now, teacher {found['teacher']:.2f}; behind by {behind['difference']:+.2f} "
+            f"({behind['low']:+.2f} to {behind['high']:+.2f}), {found['n']} rows{cut}"
         )
     for kept in summary.get("retention", {}).values():
         yield f"retention                    {kept['words']}"

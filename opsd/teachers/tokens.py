@@ -26,8 +26,8 @@ class DemonstrationTeacher(CompositeTeacher):
     Needs the forward KL over listed tokens: beta=0, support="teacher_top_k", tail="none".
 
     Args:
-        demonstrator: another teacher, whose samples are the completions where rows bring none (sequence-level
-            distillation: Kim and Rush, arXiv 1606.07947). It scores nothing.
+        demonstrator: another teacher, whose samples are the completions (sequence-level distillation: Kim and Rush,
+            arXiv 1606.07947), with seq_kd. It scores nothing.
     """
 
     strategy = "demonstration"
@@ -70,7 +70,7 @@ class ConstantAdvantageTeacher(DemonstrationTeacher):
     """The same advantage for every token, whatever it is: a policy gradient that no teacher informs.
 
     "Does on-policy distillation really distill?" (arXiv 2608.31046) found one fixed negative advantage to do as well
-    as a teacher's. Rows that would be distilled are not; what a reward is worth to them stays.
+    as a teacher's. It comes to what a reward is worth; renormalised over its one listed token the divergence is 0.
 
     Args:
         advantage: in place of what the teacher would say of a token; -1 pushes down whatever was sampled.
@@ -86,7 +86,7 @@ class ConstantAdvantageTeacher(DemonstrationTeacher):
         """Give every row that would be distilled the advantage instead."""
         pairs = zip(rollouts.advantages, rollouts.distilled, strict=True)
         advantages = [own + self.advantage * share for own, share in pairs]
-        return replace(super().show(rollouts), advantages=advantages, distilled=[0.0] * len(rollouts))
+        return replace(super().show(rollouts), advantages=advantages)
 
     @property
     def words(self) -> str:
