@@ -15,6 +15,7 @@ from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.evaluation import Answer, EvaluationResult
 from opsd.evaluation.compare import RunResult, compare, read_runs
 from opsd.evaluation.statistics import adjusted, over_seeds, paired_difference
+from opsd.evaluation.verdict import beats
 
 N = 400
 
@@ -192,6 +193,20 @@ def test_models_that_were_shown_different_things_are_refused() -> None:
     told = replace(run("sft", 0, answers(0.5, 1)), results={"after": result(answers(0.5, 1), shown="answer_only")})
     with pytest.raises(DataError, match=r"shown the same beside the question.*answer_only"):
         compare([run(None, 0, answers(0.5, 0)), told])
+
+
+def test_what_was_measured_before_is_paired_by_question_too() -> None:
+    before = answers(0.2, 9)
+    turned = result(before[::-1], questions=[f"question {number}" for number in reversed(range(N))])
+    runs = [
+        replace(run(None, 0, answers(0.6, 0), before), results={"after": result(answers(0.6, 0)), "before": turned})
+    ]
+    assert compare(runs).arms[0].gain == compare([run(None, 0, answers(0.6, 0), before)]).arms[0].gain
+
+
+def test_intervals_without_the_adjusted_test_beat_nobody() -> None:
+    (versus,) = compare(arms((None, [0.5, 0.51, 0.49]), ("sft", [0.3, 0.31, 0.3]))).versus
+    assert beats(versus) and not beats(replace(versus, p_value=0.06))
 
 
 def test_one_pair_of_seeds_is_no_victory_and_none_in_common_is_said() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,17 @@ import pytest
 import torch
 from conftest import make_rows
 from datasets import Dataset, IterableDataset
-from helpers import MAKE_TEACHER, changed, logged, make_args, make_trainer, snapshot
+from helpers import (
+    MAKE_TEACHER,
+    changed,
+    logged,
+    make_args,
+    make_rollouts,
+    make_student,
+    make_trainer,
+    prepared,
+    snapshot,
+)
 from torch.nn.functional import log_softmax
 
 from opsd import (
@@ -27,6 +38,7 @@ from opsd.controls import CONTROLS, with_completions
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.rollouts import Rollouts
 from opsd.run_card import read_card
+from opsd.teachers.tokens import ConstantAdvantageTeacher
 
 ROWS = 4
 LR = 0.5
@@ -132,6 +144,16 @@ def test_siblings_of_another_row_are_nobodys_context(tmp_path: Path) -> None:
 def test_an_attempt_stays_the_rows_own_where_its_solution_is_anothers() -> None:
     source = '{% extends "base.jinja" %}{% block user %}{{ prompt }} {{ attempt }} {{ solution }}{% endblock %}'
     assert PrivilegedContext.from_string(source).of_other_rows().fields == {"attempt", "other_solution"}
+
+
+def test_a_reward_keeps_its_worth_beside_the_constant_advantage() -> None:
+    rollouts = replace(make_rollouts(3), advantages=[0.5, 0.5, 0.0], distilled=[1.0, 0.0, 1.0])
+    assert prepared(ConstantAdvantageTeacher(-1.0), make_student("full")).show(rollouts).advantages == [-0.5, 0.5, -1.0]
+
+
+def test_sft_asks_nothing_of_rows_that_only_evaluate(tmp_path: Path) -> None:
+    bare = Dataset.from_list([{"prompt": [{"role": "user", "content": "Another question?"}]}])
+    make_trainer(tmp_path, SameCheckpointTeacher(context="worked_solution"), control="sft", eval_rows=bare)
 
 
 def test_without_its_context_a_frozen_teacher_moves_nothing(tmp_path: Path) -> None:

@@ -196,6 +196,15 @@ def test_test_rows_without_what_the_teacher_is_shown_have_no_ceiling(tmp_path: P
 def test_a_control_asks_no_teacher(tmp_path: Path) -> None:
     make(tmp_path, control="wrong-context").train()
     assert list(results(tmp_path)) == ["before", "after"]
+    assert read_summary(tmp_path / "evaluation")["traces"] is None
+
+
+def test_samples_are_drawn_by_the_plans_seed(tmp_path: Path) -> None:
+    plans = [{**PLAN, "samples": 2, "seed": seed} for seed in (0, 0, 1)]
+    for number, plan in enumerate(plans):
+        make(tmp_path / str(number), evaluation=plan, max_steps=1).train()
+    one, again, other = (results(tmp_path / str(number))["before"] for number in range(3))
+    assert one == again and one.sampled != other.sampled
 
 
 def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
