@@ -301,6 +301,13 @@ def test_unknown_control_is_refused_with_the_nearest_and_what_each_asks(tmp_path
     assert all(control.asks in str(raised.value) for control in CONTROLS.values())
 
 
+def test_the_doctor_is_not_asked_about_a_control(tmp_path: Path) -> None:
+    from opsd.doctor import examine
+
+    with pytest.raises(ConfigError, match="examines a method"):
+        examine(make_trainer(tmp_path, SameCheckpointTeacher(context="worked_solution"), control="sft"))
+
+
 def test_a_control_is_another_run_and_does_not_resume_the_method(tmp_path: Path) -> None:
     from opsd.errors import CheckpointError
 

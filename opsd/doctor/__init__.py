@@ -61,8 +61,13 @@ def examine(
         progress: is told the name of each check before it runs.
 
     Raises:
-        ConfigError: no such check.
+        ConfigError: no such check, or the run is a control.
     """
+    if trainer.args.control is not None:
+        raise ConfigError(
+            f"the doctor examines a method, and this run is its control {trainer.args.control!r}, which is meant to "
+            "have little to teach. Leave --control out."
+        )
     start, chosen = time.perf_counter(), list(only) or list(CHECKS)
     for name in chosen:
         if name not in CHECKS:
