@@ -63,32 +63,34 @@ def reached(behind: PairedDifference) -> str:
     """Say whether the student has reached its teacher, from the teacher's lead over it."""
     if behind.high <= MARGIN:
         return "the student has reached its teacher: a stronger teacher or reinforcement learning comes next"
-    lead = f"{100 * behind.difference:+.1f} points ({100 * behind.low:+.1f} to {100 * behind.high:+.1f})"
     if behind.low > 0:
-        return f"the teacher is still ahead by {lead}: there is more to learn from it"
-    return f"the teacher's lead is {lead}: {behind.n} questions cannot tell whether the student has reached it"
+        return f"the teacher is still ahead by {_points(behind)}: there is more to learn from it"
+    return (
+        f"the teacher's lead is {_points(behind)}: {behind.n} questions cannot tell whether the student has reached it"
+    )
 
 
-def gain_words(found: PairedDifference, what: str = "the student") -> str:
-    """Say what a paired difference comes to, and how many questions would settle it."""
-    points = f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
+def gain_words(found: PairedDifference) -> str:
+    """Say what the student's gain comes to, and how many questions would settle it."""
     if found.p_value < SURE and found.low > 0:
-        return f"{what} got better by {points}"
+        return f"the student got better by {_points(found)}"
     if found.p_value < SURE and found.high < 0:
-        return f"{what} got worse by {points}"
+        return f"the student got worse by {_points(found)}"
     needed = None if found.deviation is None else questions_needed(found.difference, found.deviation)
     more = f"; {needed:,} questions would settle a difference of this size" if needed and needed > found.n else ""
-    return f"no difference that {found.n} questions can tell from chance: {points}{more}"
+    return f"no difference that {found.n} questions can tell from chance: {_points(found)}{more}"
 
 
 def kept_words(name: str, found: PairedDifference) -> str:
     """Say whether something that must not get worse did."""
-    points = f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
     if found.p_value < SURE and found.high < 0:
-        return f"{name} got WORSE by {points}"
-    return f"{name}: {points}" + (
-        "" if found.low >= -MARGIN else f"; a loss of up to {-100 * found.low:.1f} is possible"
-    )
+        return f"{name} got WORSE by {_points(found)}"
+    possible = f"; a loss of up to {-100 * found.low:.1f} is possible" if found.low < -MARGIN else ""
+    return f"{name}: {_points(found)}{possible}"
+
+
+def _points(found: PairedDifference) -> str:
+    return f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f})"
 
 
 def as_words(found: Estimate, is_share: bool = True) -> tuple[str, str]:
