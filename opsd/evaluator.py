@@ -217,8 +217,9 @@ class Evaluator(TrainerCallback):
         teacher, test = self._trainer.teacher, self.plan.splits["test"]
         none = None if teacher.can_sample else f"teacher {teacher.strategy!r} is no single model that could answer"
         if why := none or self._blind:
-            self._skipped.append(f"the ceiling: {why}")
-            self._say(f"evaluation  not measured: the ceiling: {why}")
+            what = "the ceiling" if none else "the ceiling, and how likely the test rows' traces are"
+            self._skipped.append(f"{what}: {why}")
+            self._say(f"evaluation  not measured: {what}: {why}")
             return
         told = {"model": teacher.words, "shown": teacher.shown}
         self._keep(file_of("test", TEACHER), self._ask(teacher.sample, test, "test: teacher with its context", **told))

@@ -195,6 +195,16 @@ def test_show_renders_with_each_sides_keywords(run_yaml: Path, capsys, monkeypat
     assert capsys.readouterr().out.count("<think>") == 2  # the teacher's, as text and as tokens
 
 
+def test_show_has_what_a_control_shows(run_yaml: Path, capsys) -> None:
+    shown = {}
+    for control in ([], ["--control", "wrong-context"], ["--control", "no-context"]):
+        assert main(["show", str(run_yaml), *control]) == 0
+        shown[len(shown)] = " ".join(capsys.readouterr().out.split())
+    assert len(set(shown.values())) == 3 and "another row" in shown[1] and "another row" not in shown[0]
+    assert main(["show", str(run_yaml), "--control", "wrong_context"]) == 2
+    assert "Did you mean 'wrong-context'" in capsys.readouterr().err
+
+
 def test_show_refuses_a_row_that_does_not_exist(run_yaml: Path, capsys) -> None:
     assert main(["show", str(run_yaml), "--row", "99"]) == 2
     assert "rows 0 to 11" in capsys.readouterr().err

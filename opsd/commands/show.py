@@ -16,6 +16,7 @@ from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.build import rows_of
+from opsd.controls import control_of
 from opsd.data import completion_of, row_columns
 from opsd.derived import ready_rows
 from opsd.errors import ConfigError
@@ -49,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="TEMPLATE",
         help=f"names, paths, or levels ({', '.join(LEVELS)}); several are compared",
     )
+    parser.add_argument("--control", help="show what a control of the run shows, such as wrong-context")
     parser.add_argument("--row", nargs="+", type=int, default=[0], metavar="N", help="row numbers (default: 0)")
     parser.add_argument("--completion", help="completion to show (default: the row's own, else a placeholder)")
     return parser
@@ -111,11 +113,12 @@ def _teacher_sides(
 
 def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
     """Return the run as `opsd train` would read it, and its teacher under each context; no weights are loaded."""
-    names = ("model_name_or_path", "dataset_name", "teacher")
+    names = ("model_name_or_path", "dataset_name", "teacher", "control")
     overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
     run = read_run(Path(options.config) if options.config else None, overrides)
     if not options.context:
-        return run, [load_teacher(run.run.teacher, context=run.run.context)]
+        teacher, control = load_teacher(run.run.teacher, context=run.run.context), control_of(run.args.control)
+        return run, [control.teacher(teacher) if control else teacher]
     return run, [_shown(load_teacher(run.run.teacher), context) for context in options.context]
 
 
