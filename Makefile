@@ -1,5 +1,5 @@
 # make demo      train a small real model on this machine and show that it got better
-# make test      lint, types and every test (about 14 minutes on two slow cores)
+# make test      lint, types and every test (about 16 minutes on two slow cores)
 # make evidence  the long runs behind the figures in README.md and benchmarks/results/
 #
 # Each makes .venv and installs what it needs. TORCH chooses the build of torch: the exact version of constraints.txt
