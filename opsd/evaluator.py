@@ -10,6 +10,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,9 +126,7 @@ class Evaluator(TrainerCallback):
                 path.unlink()
         for what in self._skipped:
             self._say(f"evaluation  not checked: {what}")
-        for name, questions in self.plan.splits.items():
-            if name != "selection":
-                self._keep(file_of(name, BEFORE), self._student(questions, f"{name}: student before"))
+        self._measure(BEFORE)
         if self._trainer.args.control is None:  # a control's own teacher is nobody's ceiling
             self._ask_teacher()
             self._store(TRACE_LIKELIHOOD, self._traces())
@@ -156,9 +155,7 @@ class Evaluator(TrainerCallback):
             )
 
     def _measure_after(self, args: Any, state: TrainerState) -> None:
-        for name, questions in self.plan.splits.items():
-            if name != "selection":
-                self._keep(file_of(name, AFTER), self._student(questions, f"{name}: student after"))
+        self._measure(AFTER)
         found = self._summary(state)
         if args.should_save:
             self._store(SUMMARY, found | come_to(self.folder, list(self.plan.retention)))
@@ -189,6 +186,12 @@ class Evaluator(TrainerCallback):
 
     # ---- who is asked ------------------------------------------------------------------------------------------
 
+    def _measure(self, when: str) -> None:
+        """Ask the student every split but the one that is looked at on the way."""
+        for name, questions in self.plan.splits.items():
+            if name != "selection":
+                self._keep(file_of(name, when), self._student(questions, f"{name}: student {when}"))
+
     def _look(self, step: int) -> EvaluationResult:
         found = self._student(self.plan.splits["selection"], f"selection at step {step}")
         self._looks = [look for look in self._looks if look["step"] < step]
@@ -198,11 +201,14 @@ class Evaluator(TrainerCallback):
         return found
 
     def _student(self, questions: Questions, what: str) -> EvaluationResult:
-        student = self._trainer.student
-        sampler = sampler_of(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
-        return self._ask(sampler, questions, what, model="student")
+        return self._ask(self._sampler, questions, what, model="student")
 
     @property
+    def _sampler(self) -> Sampler:
+        student = self._trainer.student
+        return sampler_of(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
+
+    @cached_property
     def _blind(self) -> str | None:
         """Why the teacher cannot be asked about the test rows, or None."""
         rows = self.plan.test
@@ -259,11 +265,10 @@ class Evaluator(TrainerCallback):
 
     def _neutral(self) -> dict[str, Any]:
         """Let the student continue the neutral prompts, and return how likely it finds what it says."""
-        student, rows = self._trainer.student, list(self.plan.neutral)
-        sampler = sampler_of(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
+        rows = list(self.plan.neutral)
         sampling: dict[str, Any] = {"batch_size": self.plan.batch_size, "do_sample": True, "seed": self.plan.seed}
         with self._trainer.accelerator.autocast():
-            ids = sampler(rows, max_new_tokens=self._longest, **sampling)
+            ids = self._sampler(rows, max_new_tokens=self._longest, **sampling)
         return {"ids": ids, "logprobs": self._logprobs(self._now, rows, ids)}
 
     def _drift(self) -> dict[str, Any] | None:

@@ -186,9 +186,7 @@ def read_card(run: str) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none.
     """
-    path = Path(run)
-    tried = [path, path / JSON, path.parent / JSON]
-    found = next((each for each in tried if each.is_file() and each.suffix == ".json"), None)
+    found = _card_of(Path(run))
     if found is None:
         raise CheckpointError(
             f"{run!r} holds no {JSON}. Every run writes one into its output folder when it begins; name that folder."
@@ -201,10 +199,14 @@ def read_card(run: str) -> dict[str, Any]:
 
 def settings_of(model: str) -> dict[str, Any]:
     """Return the settings of the run that a model's folder, or a checkpoint, belongs to; nothing for other models."""
-    places = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
-    cards = (place / JSON for place in places)
-    found = next((card for card in cards if card.is_file()), None)
+    found = _card_of(Path(model)) if Path(model).is_dir() else None
     return {} if found is None else read_card(str(found))["settings"]
+
+
+def _card_of(path: Path) -> Path | None:
+    """Return the card that is at a path, in it, or beside it."""
+    tried = (path, path / JSON, path.parent / JSON)
+    return next((each for each in tried if each.is_file() and each.suffix == ".json"), None)
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

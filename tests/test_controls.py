@@ -153,7 +153,8 @@ def test_a_reward_keeps_its_worth_beside_the_constant_advantage() -> None:
 
 def test_sft_asks_nothing_of_rows_that_only_evaluate(tmp_path: Path) -> None:
     bare = Dataset.from_list([{"prompt": [{"role": "user", "content": "Another question?"}]}])
-    make_trainer(tmp_path, SameCheckpointTeacher(context="worked_solution"), control="sft", eval_rows=bare)
+    trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="worked_solution"), control="sft", eval_rows=bare)
+    assert trainer.eval_dataset.column_names == ["prompt"] and "completion" in trainer.train_dataset.column_names
 
 
 def test_without_its_context_a_frozen_teacher_moves_nothing(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from opsd.evaluation.compare import Arm, Comparison, Versus
-    from opsd.evaluation.statistics import Estimate
+    from opsd.evaluation.statistics import Estimate, PairedDifference
 
 HEAD = ("", "seeds", "after{unit}", "gain", "sd", "drift", "{first} minus it", "p")
 
@@ -73,45 +73,38 @@ def head(found: Comparison) -> list[str]:
 
 def rows(found: Comparison) -> Iterator[tuple[str, ...]]:
     """Yield the cells of the table, a line per arm, with what is not an arm at its ends."""
-    is_share = found.kind.is_share
+    scale = found.kind.scale
     empty = ("",) * (len(HEAD) - 3)
     if found.before is not None:
-        yield ("before", "", _estimate(found.before, is_share), *empty)
+        yield ("before", "", _estimate(found.before, scale), *empty)
     versus = {each.other: each for each in found.versus}
     for arm in found.arms:
-        yield (*_arm(arm, is_share), *_versus(versus.get(arm.name), is_share))
+        yield (*_arm(arm, scale), *_versus(versus.get(arm.name), scale))
     if found.ceiling is not None:
-        yield ("ceiling", "", _estimate(found.ceiling, is_share), *empty)
+        yield ("ceiling", "", _estimate(found.ceiling, scale), *empty)
 
 
-def _arm(arm: Arm, is_share: bool) -> tuple[str, ...]:
-    gain = "" if arm.gain is None else _change(arm.gain.difference, arm.gain.low, arm.gain.high, is_share)
+def _arm(arm: Arm, scale: int) -> tuple[str, ...]:
+    gain = "" if arm.gain is None else _change(arm.gain, scale)
     seeds = ", ".join(str(run.seed) for run in arm.runs)
-    spread = "?" if arm.spread.deviation is None else f"{_number(arm.spread.deviation, is_share)}"
+    spread = "?" if arm.spread.deviation is None else f"{scale * arm.spread.deviation:.1f}"
     drift = "" if arm.drift is None else f"{arm.drift:.3f}"
-    return arm.name, seeds, _estimate(arm.after, is_share), gain, spread, drift
+    return arm.name, seeds, _estimate(arm.after, scale), gain, spread, drift
 
 
-def _versus(found: Versus | None, is_share: bool) -> tuple[str, str]:
+def _versus(found: Versus | None, scale: int) -> tuple[str, str]:
     if found is None:
         return "", ""
-    change = _change(found.difference.difference, found.difference.low, found.difference.high, is_share)
-    return change, f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
+    return _change(found.difference, scale), f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
 
 
-def _estimate(found: Estimate, is_share: bool) -> str:
-    scale = 100 if is_share else 1
+def _estimate(found: Estimate, scale: int) -> str:
     ends = "" if found.low is None or found.high is None else f" ({scale * found.low:.1f} to {scale * found.high:.1f})"
     return f"{scale * found.value:.1f}{ends}"
 
 
-def _number(value: float, is_share: bool) -> str:
-    return f"{100 * value:.1f}" if is_share else f"{value:.1f}"
-
-
-def _change(value: float, low: float, high: float, is_share: bool) -> str:
-    scale = 100 if is_share else 1
-    return f"{scale * value:+.1f} ({scale * low:+.1f} to {scale * high:+.1f})"
+def _change(found: PairedDifference, scale: int) -> str:
+    return f"{scale * found.difference:+.1f} ({scale * found.low:+.1f} to {scale * found.high:+.1f})"
 
 
 def footer(found: Comparison) -> str:

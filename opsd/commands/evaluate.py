@@ -138,14 +138,14 @@ def _metrics(options: argparse.Namespace) -> list[str]:
 
 
 def _table(result: EvaluationResult, options: argparse.Namespace) -> Table:
-    from opsd.evaluation.sample_metrics import METRICS, parse_metric
+    from opsd.evaluation.sample_metrics import meaning_of
     from opsd.evaluation.summary import as_words
 
     table = Table(result.model, "", "95 % interval", "", box=None, header_style="bold", pad_edge=False)
     for name in _metrics(options) or result.usual_metrics:
-        kind, _ = parse_metric(name)
-        value, interval = as_words(result.estimate(name), METRICS[kind].is_share)
-        table.add_row(name, value, interval, f"[dim]{METRICS[kind].meaning}[/]")
+        metric = meaning_of(name)
+        value, interval = as_words(result.estimate(name), metric.is_share)
+        table.add_row(name, value, interval, f"[dim]{metric.meaning}[/]")
     return table
 
 

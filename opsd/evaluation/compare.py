@@ -7,10 +7,9 @@ folders and results; nothing of models or training.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.evaluation.result import EvaluationResult
-from opsd.evaluation.sample_metrics import METRICS, Metric, parse_metric
+from opsd.evaluation.sample_metrics import Metric, meaning_of
 from opsd.evaluation.statistics import (
     Estimate,
     PairedDifference,
@@ -115,7 +114,7 @@ class Comparison:
     @property
     def kind(self) -> Metric:
         """What the metric means."""
-        return METRICS[parse_metric(self.metric)[0]]
+        return meaning_of(self.metric)
 
     @property
     def words(self) -> str:
@@ -180,7 +179,7 @@ def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
     arms = [_arm(name, each, metric, values, reference) for name, each in _grouped(runs).items()]
     versus = [_versus(arms[0], other, values) for other in arms[1:]]
     p_values = adjusted([each.p_value for each in versus]) if versus else []
-    say = Verdict(arms[0].name, METRICS[parse_metric(metric)[0]], trained=bool(runs[0].card))
+    say = Verdict(arms[0].name, meaning_of(metric), trained=bool(runs[0].card))
     versus = [say.judged(replace(each, p_value=p)) for each, p in zip(versus, p_values, strict=True)]
     ceiling = next((run.results[TEACHER] for run in runs if TEACHER in run.results), None)
     before = next((run.results[BEFORE] for run in runs if BEFORE in run.results), None)
@@ -248,7 +247,7 @@ def _arm(
     spread = over_seeds([float(np.nanmean(values[run.folder])) for run in runs])
     drifts = [run.drift for run in runs if run.drift is not None]
     drift = float(np.mean(drifts)) if len(drifts) == len(runs) else None
-    return Arm(name, runs, estimate(after, is_share=METRICS[parse_metric(metric)[0]].is_share), gain, spread, drift)
+    return Arm(name, runs, estimate(after, is_share=meaning_of(metric).is_share), gain, spread, drift)
 
 
 def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Versus:
@@ -317,6 +316,6 @@ def as_json(found: Comparison) -> dict[str, Any]:
             return {"folder": value.folder, "seed": value.seed, "after": value.after.estimate(found.metric).__dict__}
         if isinstance(value, list | tuple):
             return [plain(each) for each in value]
-        return {k: plain(v) for k, v in vars(value).items()} if hasattr(value, "__dataclass_fields__") else value
+        return {k: plain(v) for k, v in vars(value).items()} if is_dataclass(value) else value
 
-    return {"words": found.words, **json.loads(json.dumps(plain(found)))}
+    return {"words": found.words, **plain(found)}

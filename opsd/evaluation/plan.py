@@ -10,6 +10,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from datasets import Dataset
@@ -171,7 +172,7 @@ class EvaluationPlan:
             )
         return {"rows": read(name, given["rows"]), "grader": given.get("grader", self.grader)}
 
-    @property
+    @cached_property
     def splits(self) -> dict[str, Questions]:
         """Every split that is graded, by name; of a plan that is loaded."""
         judge = load_grader(self.grader, self.answer_column)

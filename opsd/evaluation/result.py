@@ -16,7 +16,7 @@ import numpy as np
 
 from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.evaluation.questions import name_few
-from opsd.evaluation.sample_metrics import METRICS, metric_of, parse_metric
+from opsd.evaluation.sample_metrics import meaning_of, metric_of, parse_metric
 from opsd.evaluation.statistics import Estimate, estimate, proportion_interval
 
 
@@ -150,8 +150,7 @@ class EvaluationResult:
 
     def estimate(self, metric: str) -> Estimate:
         """Return a metric's mean over questions with its 95 % interval."""
-        is_share = METRICS[parse_metric(metric)[0]].is_share
-        return estimate(self.values(metric), is_share=is_share)
+        return estimate(self.values(metric), is_share=meaning_of(metric).is_share)
 
     # ---- files and pairs ---------------------------------------------------------------------------------------
 

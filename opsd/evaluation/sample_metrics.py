@@ -56,6 +56,11 @@ class Metric:
     more_is_better: bool = True
     """Whether a run with more of it did better; else more is only more."""
 
+    @property
+    def scale(self) -> int:
+        """What it is multiplied by to be shown: shares as per cent, and their differences as points."""
+        return 100 if self.is_share else 1
+
 
 def avg_at_k(correct: Sequence[bool | None], k: int) -> float:
     """Return the share of right samples among the first k.
@@ -184,6 +189,15 @@ def parse_metric(name: str) -> tuple[str, int | None]:
             f"It is a mean over all samples, whose number does not change it. Write {kind}."
         )
     return kind, int(number) if at else None
+
+
+def meaning_of(name: str) -> Metric:
+    """Return the line of METRICS for a metric's name.
+
+    Raises:
+        ConfigError: nothing has that name.
+    """
+    return METRICS[parse_metric(name)[0]]
 
 
 def metric_of(name: str, samples: Sequence[Sample], has_form: bool) -> float:

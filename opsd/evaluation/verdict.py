@@ -32,21 +32,16 @@ class Versus:
     words: str
 
 
-def _turned(found: Versus) -> Versus:
-    """Return the difference as the other arm sees it; only what `_beats` reads."""
-    diff, seeds = found.difference, found.spread
-    low, high = (None if end is None else -end for end in (seeds.high, seeds.low))
-    return replace(
-        found,
-        difference=replace(diff, difference=-diff.difference, low=-diff.high, high=-diff.low),
-        spread=replace(seeds, mean=-seeds.mean, low=low, high=high),
-    )
-
-
 def beats(found: Versus) -> bool:
     """Tell whether the first arm is better than the other: for other questions and for other seeds."""
-    sure_over_seeds = found.spread.low is not None and found.spread.low > 0
-    return found.difference.low > 0 and found.p_value < SURE and sure_over_seeds
+    by_seed = found.spread.low
+    return found.p_value < SURE and found.difference.low > 0 and by_seed is not None and by_seed > 0
+
+
+def loses(found: Versus) -> bool:
+    """Tell whether the first arm is worse than the other: for other questions and for other seeds."""
+    by_seed = found.spread.high
+    return found.p_value < SURE and found.difference.high < 0 and by_seed is not None and by_seed < 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class Verdict:
         diff, other, wins = found.difference, found.other, self.kind.more_is_better
         if beats(found):
             return f"{self.first} {'beat' if wins else 'has more than'} {other}: {over}"
-        if beats(_turned(found)):
+        if loses(found):
             return f"{self.first} {'LOST to' if wins else 'has less than'} {other}: {over}"
         if found.p_value < SURE and diff.low * diff.high > 0:
             side = f"{self.first} is {'ahead of' if diff.low > 0 else 'behind'} {other}"
@@ -91,4 +86,4 @@ class Verdict:
         return f"{self.first} and {other} cannot be told apart: {over}{more if (needed or 0) > diff.n else ''}"
 
     def _number(self, value: float | None) -> str:
-        return "?" if value is None else f"{value * (100 if self.kind.is_share else 1):+.1f}"
+        return "?" if value is None else f"{value * self.kind.scale:+.1f}"
