@@ -345,6 +345,7 @@ def test_the_selection_split_is_looked_at_every_few_steps_and_logged(tmp_path: P
     trainer.train()
     looks = read_summary(tmp_path / "evaluation")["selection"]
     assert [look["step"] for look in looks] == [0, 2, 4]
+    assert not list((tmp_path / "evaluation").glob("selection.*")), "it is looked at on the way, not before and after"
     entries = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
     assert [entry["step"] for entry in entries] == [2, 4]
     assert [entry["eval_accuracy"] for entry in entries] == [look["accuracy"]["value"] for look in looks[1:]]
