@@ -17,7 +17,7 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.sandbox import SecurityError
 
-from opsd import shipped
+from opsd import sources
 from opsd.errors import TemplateError, UnsafeTemplateError, did_you_mean
 from opsd.sandbox import MAX_CHARS, Sandbox
 from opsd.vetting import vet
@@ -46,7 +46,7 @@ def find_template(template: str | os.PathLike[str]) -> Path:
         TemplateError: there is no such file, or no shipped template of that name.
     """
     text = os.fspath(template)
-    known = shipped.names("templates")
+    known = sources.names("templates")
     if isinstance(template, os.PathLike) or "/" in text or os.sep in text or text.endswith(".jinja"):
         path = Path(text).expanduser()
         if path.is_file() and path.suffix != ".jinja":
@@ -55,7 +55,7 @@ def find_template(template: str | os.PathLike[str]) -> Path:
             return path
         problem = f"there is no template file {text!r}."
     else:
-        found = shipped.find("templates", text)
+        found = sources.find("templates", text)
         if found:
             return found
         problem = f"there is no template called {text!r}.{did_you_mean(text, known)}"
@@ -103,8 +103,8 @@ class TemplateBlocks:
         else:
             origin = origin.resolve()  # the file that was named may itself be a link
             self.name, entry, own = origin.stem, origin.name, TemplateLoader(origin.parent)
-        self._vetted = trusted or (isinstance(origin, Path) and origin.parent == shipped.folder("templates"))
-        self._loader = jinja2.ChoiceLoader([own, TemplateLoader(shipped.folder("templates"))])
+        self._vetted = trusted or (isinstance(origin, Path) and origin.parent == sources.folder("templates"))
+        self._loader = jinja2.ChoiceLoader([own, TemplateLoader(sources.folder("templates"))])
         self._environment = Sandbox(self._loader)
         trees = self._parse_all(entry)
         line = self._line_of_descent(entry, trees)
@@ -180,7 +180,7 @@ class TemplateBlocks:
         except jinja2.TemplateNotFound as error:
             raise TemplateError(
                 f"template {wanted_by!r} extends or includes {file!r}, which is neither beside it nor one of opsd's "
-                f"own.{did_you_mean(Path(file).stem, shipped.names('templates'))}"
+                f"own.{did_you_mean(Path(file).stem, sources.names('templates'))}"
             ) from error
         except UnicodeDecodeError as error:
             raise TemplateError(f"template {file!r} is not text in UTF-8: {error}. Save it as UTF-8.") from error

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from opsd import shipped
+from opsd import sources
 from opsd.blocks import TemplateBlocks, TemplateText, find_template
 from opsd.context_base import Context, ContextCounts
 from opsd.errors import ConfigError, DataError, TemplateError, did_you_mean
@@ -385,7 +385,7 @@ def fitting_templates(columns: Iterable[str]) -> list[str]:
     """Return the names of the shipped templates that a dataset with these columns can fill."""
     columns = list(columns)
     # base shows nothing by itself: it is what the others extend.
-    names = [name for name in shipped.names("templates") if name != "base"]
+    names = [name for name in sources.names("templates") if name != "base"]
     return [name for name in names if not PrivilegedContext(name).missing(columns)]
 
 

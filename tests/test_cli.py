@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import make_rows
 
-from opsd import shipped
+from opsd import sources
 from opsd.cli import COMMANDS, main
 from opsd.errors import ConfigError
 from opsd.evaluation import EvaluationResult
@@ -227,20 +227,20 @@ def test_templates_lists_those_that_fit(capsys, monkeypatch) -> None:
     assert "answer_only" in out and "document" not in out
     assert main(["templates"]) == 0
     everything = capsys.readouterr().out
-    assert all(name in everything for name in shipped.names("templates") if name != "base")
+    assert all(name in everything for name in sources.names("templates") if name != "base")
 
 
 def test_teachers_lists_every_strategy_and_recipe(capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["teachers"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in [*shipped.names("teachers"), "SameCheckpointTeacher", "SiblingTeacher"])
+    assert all(name in out for name in [*sources.names("teachers"), "SameCheckpointTeacher", "SiblingTeacher"])
 
 
 def test_cp_copies_and_never_overwrites(tmp_path: Path, capsys) -> None:
     assert main(["cp", "answer_only", str(tmp_path)]) == 0
     copied = tmp_path / "answer_only.jinja"
-    assert copied.read_text() == (shipped.folder("templates") / "answer_only.jinja").read_text()
+    assert copied.read_text() == (sources.folder("templates") / "answer_only.jinja").read_text()
     copied.write_text("mine")
     assert main(["cp", "answer_only", str(tmp_path)]) == 2
     assert copied.read_text() == "mine" and "exists" in capsys.readouterr().err

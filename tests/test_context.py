@@ -13,15 +13,15 @@ import pytest
 from conftest import make_tokenizer
 from transformers import ByT5Tokenizer
 
-from opsd import shipped
+from opsd import sources
 from opsd.context import PrivilegedContext, fitting_templates
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.prompts import PromptRenderer
 
-README = (shipped.folder("templates") / "README.md").read_text()
+README = (sources.folder("templates") / "README.md").read_text()
 ROW: dict[str, Any] = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])
 QUESTION = ROW["prompt"][0]["content"]
-NAMES = [name for name in shipped.names("templates") if name != "base"]
+NAMES = [name for name in sources.names("templates") if name != "base"]
 
 
 def user_block(body: str, **settings: Any) -> PrivilegedContext:
@@ -40,13 +40,13 @@ def side() -> PromptRenderer:
 # ---------------------------------------------------------------- the shipped templates
 
 
-@pytest.mark.parametrize("name", shipped.names("templates"))
+@pytest.mark.parametrize("name", sources.names("templates"))
 def test_shipped_template_opens_with_one_line_that_says_what_it_is(name: str) -> None:
-    first = shipped.find("templates", name).read_text().splitlines()[0]
+    first = sources.find("templates", name).read_text().splitlines()[0]
     assert re.fullmatch(r"\{#- .+\. -#\}", first)
 
 
-@pytest.mark.parametrize("name", shipped.names("templates"))
+@pytest.mark.parametrize("name", sources.names("templates"))
 def test_shipped_template_renders_as_its_readme_entry_shows(name: str) -> None:
     keywords = {"enable_thinking": True} if name == "base" else None
     messages, prefill = PrivilegedContext(name, chat_template_kwargs=keywords).messages(ROW)

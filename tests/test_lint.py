@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from conftest import make_rows, make_tokenizer
 
-from opsd import shipped
+from opsd import sources
 from opsd.cli import main
 from opsd.lint import lint
 from opsd.prompts import PromptRenderer
 
 SIDE = PromptRenderer(make_tokenizer())
 WHOLE_PROMPT = "teacher_prompt"  # shows no question, since its column holds one
-NAMES = [name for name in shipped.names("templates") if name not in ("base", WHOLE_PROMPT)]
+NAMES = [name for name in sources.names("templates") if name not in ("base", WHOLE_PROMPT)]
 
 
 def written(tmp_path: Path, user: str, more: str = "") -> str:

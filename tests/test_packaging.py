@@ -10,27 +10,27 @@ from pathlib import Path
 
 import pytest
 
-from opsd import shipped
+from opsd import sources
 
 ROOT = Path(__file__).parent.parent
 CHECK = """
 import os
 from pathlib import Path
 import opsd
-from opsd import shipped
+from opsd import sources
 from opsd.context import PrivilegedContext
 from opsd.teachers import load_teacher
 from opsd.teachers.recipes import find_recipe, read_recipe
 assert not list(Path.cwd().iterdir()), "not an empty folder"
-for name in shipped.names("templates"):
+for name in sources.names("templates"):
     if name != "base":
         PrivilegedContext(name)
-for name in shipped.names("teachers"):
+for name in sources.names("teachers"):
     recipe = read_recipe(find_recipe(name))
     yours = {"model": "org/name", "column": "kind", "teachers": {"a": "org/name"}}
     wanted = {"recipe": name, **{key: yours[key] for key, value in recipe.teacher.items() if value is None}}
     load_teacher(wanted)
-print(Path(opsd.__file__).parent, shipped.folder("templates"), len(shipped.names("templates")), sep="\\n")
+print(Path(opsd.__file__).parent, sources.folder("templates"), len(sources.names("templates")), sep="\\n")
 """
 
 
@@ -60,7 +60,7 @@ def test_a_wheel_carries_every_template_and_recipe_and_loads_them_from_an_empty_
     package, templates, count = check_in_an_empty_folder(tmp_path / "empty", str(target))
     assert package == str(target / "opsd")
     assert templates == str(target / "opsd" / "_shipped" / "templates")
-    assert int(count) == len(shipped.names("templates"))
+    assert int(count) == len(sources.names("templates"))
 
 
 def test_a_checkout_finds_its_own_files(tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_the_wheel_holds_the_package_its_files_and_nothing_else(wheel: Path) -> 
     names = zipfile.ZipFile(wheel).namelist()
     roots = {name.split("/")[0] for name in names}
     assert {r for r in roots if not r.endswith(".dist-info")} == {"opsd"}
-    for kind, suffix in shipped.SUFFIX.items():
-        for name in shipped.names(kind):
+    for kind, suffix in sources.SUFFIX.items():
+        for name in sources.names(kind):
             assert f"opsd/_shipped/{kind}/{name}{suffix}" in names
     assert "opsd/py.typed" in names
 

@@ -14,7 +14,7 @@ import yaml
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 
-from opsd import OPSDTrainer, shipped
+from opsd import OPSDTrainer, sources
 from opsd.config import OPSDConfig
 from opsd.context import PrivilegedContext
 from opsd.errors import ConfigError, OPSDWarning
@@ -33,8 +33,8 @@ from opsd.teachers import (
 )
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
 
-NAMES = shipped.names("teachers")
-README = (shipped.folder("teachers") / "README.md").read_text(encoding="utf-8")
+NAMES = sources.names("teachers")
+README = (sources.folder("teachers") / "README.md").read_text(encoding="utf-8")
 SAMPLED = "reverse KL(student ‖ teacher), over the sampled token, as a policy gradient, no baseline; tokens: all"
 SDPO = "generalised JSD (β = 0.5), over the student's 100 likeliest tokens, one bucket for the rest; tokens: all"
 VALID = "about: mine\nsource: here\nteacher: {strategy: ema, decay: 0.5}\n"

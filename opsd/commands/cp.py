@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from opsd import shipped
+from opsd import sources
 from opsd.errors import ConfigError, did_you_mean
 
 
@@ -19,9 +19,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", help="a name from `opsd templates` or `opsd teachers`")
     parser.add_argument("folder", nargs="?", default=".", help="where to (default: here)")
     options = parser.parse_args(arguments)
-    found = [path for kind in shipped.SUFFIX if (path := shipped.find(kind, options.name))]
+    found = [path for kind in sources.SUFFIX if (path := sources.find(kind, options.name))]
     if not found:
-        known = [name for kind in shipped.SUFFIX for name in shipped.names(kind)]
+        known = [name for kind in sources.SUFFIX for name in sources.names(kind)]
         raise ConfigError(
             f"no template or recipe is called {options.name!r}.{did_you_mean(options.name, known)} "
             f"There are: {', '.join(known)}."

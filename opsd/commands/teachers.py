@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from opsd import shipped
+from opsd import sources
 from opsd.teachers import TEACHERS
 from opsd.teachers.recipes import find_recipe, read_recipe
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str]) -> int:
         strategies.add_row(name, cls.__name__, (cls.__doc__ or "").split("\n")[0])
     console.print(strategies, "")
     recipes = Table("recipe", "strategy", "is shown", "about", box=None, header_style="bold", pad_edge=False)
-    for name in shipped.names("teachers"):
+    for name in sources.names("teachers"):
         path = find_recipe(name)
         assert path is not None
         recipe = read_recipe(path)

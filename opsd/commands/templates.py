@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from opsd import shipped
+from opsd import sources
 from opsd.context import PrivilegedContext
 
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     columns = None if options.columns is None else [c.strip() for c in options.columns.split(",")]
     table = Table("template", "needs", "may use", box=None, header_style="bold", pad_edge=False)
-    for name in shipped.names("templates"):
+    for name in sources.names("templates"):
         if name == "base":
             continue
         context = PrivilegedContext(name)

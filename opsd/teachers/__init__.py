@@ -11,7 +11,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from opsd import shipped
+from opsd import sources
 from opsd.context_base import Context
 from opsd.errors import ConfigError, did_you_mean
 from opsd.hub import is_hub_id
@@ -125,7 +125,7 @@ def _resolve(value: TeacherLike) -> tuple[Mapping[str, Any], Any]:
 
 
 def _nothing_named(name: str) -> str:
-    known = shipped.names("teachers")
+    known = sources.names("teachers")
     return (
         f"no teacher is called {name!r}.{did_you_mean(name, known)} A teacher is a recipe's name, a path to a recipe "
         "(.yaml), a folder with a model, or a hub id (organisation/name); a name without '/' is never looked up on a "
@@ -138,7 +138,7 @@ def _build(settings: dict[str, Any], context: Any) -> Teacher:
     if strategy is None:
         raise ConfigError(
             f"a teacher given as a mapping needs `strategy` or `recipe`, and has: {', '.join(settings) or 'nothing'}. "
-            f"Strategies: {', '.join(TEACHERS)}; recipes: {', '.join(shipped.names('teachers'))}."
+            f"Strategies: {', '.join(TEACHERS)}; recipes: {', '.join(sources.names('teachers'))}."
         )
     if strategy not in TEACHERS:
         raise ConfigError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from opsd import shipped
+from opsd import sources
 from opsd.errors import ConfigError, did_you_mean
 
 
@@ -44,9 +44,9 @@ def find_recipe(name: str | PathLike[str]) -> Path | None:
     if text.endswith((".yaml", ".yml")):
         path = Path(text).expanduser()
         if not path.is_file():
-            raise ConfigError(f"recipe file {text} does not exist.{did_you_mean(path.stem, shipped.names('teachers'))}")
+            raise ConfigError(f"recipe file {text} does not exist.{did_you_mean(path.stem, sources.names('teachers'))}")
         return path
-    return None if "/" in text else shipped.find("teachers", text)
+    return None if "/" in text else sources.find("teachers", text)
 
 
 def read_recipe(path: Path) -> Recipe:
