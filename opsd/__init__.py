@@ -17,7 +17,7 @@ _PUBLIC = {
     "EvaluationPlan": "opsd.evaluation.plan",
     "PrivilegedContext": "opsd.context",
     "ContextSchedule": "opsd.schedule",
-    "import_columns": "opsd.columns",
+    "import_columns": "opsd.data.columns",
     "Rollouts": "opsd.rollouts",
     "Objective": "opsd.losses",
     "Divergence": "opsd.losses",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from opsd.columns import import_columns
-from opsd.data import load_rows
+from opsd.data.columns import import_columns
+from opsd.data.rows import load_rows
 from opsd.run_file import Run
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from opsd.derived import ready_rows
+from opsd.data.prepare import ready_rows
 from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from opsd.config import OPSDConfig
-from opsd.data import completion_of
+from opsd.data.rows import completion_of
 from opsd.rollouts import Ids
 from opsd.teachers import Teacher
 from opsd.teachers.base import Row

@@ -22,8 +22,8 @@ from torch import nn
 
 from opsd.context_base import Context
 from opsd.controls import control_of
-from opsd.data import check_completions, row_columns
-from opsd.derived import ready_rows
+from opsd.data.prepare import ready_rows
+from opsd.data.rows import check_completions, row_columns
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.plan import METRIC, EvaluationPlan
 from opsd.forward import context_length, counting_passes, embedded_tokens

@@ -33,6 +33,7 @@ from trl import DistillationTrainer
 from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
 from opsd.controls import control_of
+from opsd.data.order import EpochSampler
 from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.questions import check_held_out
@@ -48,7 +49,6 @@ from opsd.prompts import PromptRenderer
 from opsd.rewards import RewardFunc
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.run_card import write_run_card
-from opsd.sampler import EpochSampler
 from opsd.stopping import GracefulStop
 from opsd.teachers import StudentHandle, Teacher, load_teacher
 from opsd.training_loss import Scored, TrainingLoss

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opsd.config import OPSDConfig
 from opsd.context_base import Context, ContextCounts
-from opsd.data import row_columns
+from opsd.data.rows import row_columns
 from opsd.forward import last_hidden
 from opsd.heads import Head
 from opsd.losses import LossRecord, Tokens

@@ -12,9 +12,9 @@ from datasets import Dataset, IterableDataset
 from helpers import make_trainer
 
 from opsd import SameCheckpointTeacher, import_columns
-from opsd.columns import FORMATS
-from opsd.data import prepare_rows, row_columns, with_system_prompt
-from opsd.derived import derived_columns, ready_rows
+from opsd.data.columns import FORMATS
+from opsd.data.prepare import derived_columns, ready_rows
+from opsd.data.rows import prepare_rows, row_columns, with_system_prompt
 from opsd.errors import ConfigError, DataError
 
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]

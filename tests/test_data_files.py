@@ -11,8 +11,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
-import opsd.data_files
-from opsd.data import load_rows
+import opsd.data.files
+from opsd.data.rows import load_rows
 from opsd.errors import DataError
 
 
@@ -29,7 +29,7 @@ def no_loader(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("load_dataset was called")
 
-    monkeypatch.setattr(opsd.data_files, "load_dataset", refuse)
+    monkeypatch.setattr(opsd.data.files, "load_dataset", refuse)
 
 
 def write(name: str, content: str | bytes | list[dict[str, Any]]) -> str:

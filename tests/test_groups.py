@@ -23,13 +23,13 @@ from torch.utils.data import BatchSampler
 from opsd import OPSDTrainer, PrivilegedContext, SameCheckpointTeacher
 from opsd.cli import main
 from opsd.context import fitting_templates
+from opsd.data.order import EpochSampler
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.groups import Groups
 from opsd.preflight import GROUP_METRICS
 from opsd.rewards import Rewards
 from opsd.rollouts import Rollouts
 from opsd.run_file import read_run
-from opsd.sampler import EpochSampler
 
 STATE = SimpleNamespace(global_step=3)
 

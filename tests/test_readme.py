@@ -15,8 +15,8 @@ from helpers import make_args
 
 from opsd import OPSDConfig, sandbox, vetting
 from opsd.cli import main
-from opsd.columns import FORMATS
 from opsd.context import PrivilegedContext
+from opsd.data.columns import FORMATS
 from opsd.doctor import CHECKS
 from opsd.doctor.patient import LONGEST
 from opsd.groups import Groups

@@ -23,8 +23,8 @@ from opsd import (
     SameCheckpointTeacher,
     shipped,
 )
+from opsd.data.order import EpochSampler
 from opsd.errors import CheckpointError
-from opsd.sampler import EpochSampler
 
 
 @pytest.mark.parametrize("stop", [2, 5])  # in epoch 0 and in epoch 1: three steps make an epoch of twelve rows

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.build import rows_of
 from opsd.controls import control_of
-from opsd.data import completion_of, row_columns
-from opsd.derived import ready_rows
+from opsd.data.prepare import ready_rows
+from opsd.data.rows import completion_of, row_columns
 from opsd.errors import ConfigError
 from opsd.groups import PRODUCED, placeholders
 from opsd.models import check_model_name

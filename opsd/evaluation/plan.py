@@ -15,8 +15,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from opsd.data import prepare_rows
-from opsd.data_files import load_rows
+from opsd.data.files import load_rows
+from opsd.data.rows import prepare_rows
 from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, as_count, as_number, did_you_mean, not_one_of
 from opsd.evaluation.graders import Grader, load_grader
 from opsd.evaluation.questions import check_disjoint, question_of

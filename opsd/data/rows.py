@@ -13,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from opsd.data_files import load_rows
+from opsd.data.files import load_rows
 from opsd.errors import DataError
 
 __all__ = ["completion_of", "load_rows", "prepare_rows", "row_columns", "with_system_prompt"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from opsd.data import prepare_rows, row_columns, with_system_prompt
+from opsd.data.rows import prepare_rows, row_columns, with_system_prompt
 from opsd.errors import DataError
 from opsd.fields import OTHER, WRONG
 

@@ -1,0 +1,1 @@
+"""Rows: files, columns, what a row must hold, in which order rows come. Knows no tokenizer."""
