@@ -240,9 +240,9 @@ def _load(folder: str) -> tuple[Any, Any]:
 
 
 def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progress: Callable[[int], None]) -> Score:
-    from opsd.context import PrivilegedContext
+    from opsd.contexts.privileged import PrivilegedContext
+    from opsd.contexts.renderer import PromptRenderer
     from opsd.evaluation import evaluate, sampler_of
-    from opsd.prompts import PromptRenderer
 
     renderer, context = PromptRenderer(tokenizer), PrivilegedContext.of(shown)
 

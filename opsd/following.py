@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.teachers import Teacher
 
 

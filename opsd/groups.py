@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
+from opsd.contexts.filters import PRODUCED, strip_thinking
 from opsd.errors import ConfigError, not_one_of
-from opsd.fields import PRODUCED, strip_thinking
 from opsd.rewards import Rewards, Verdicts
 from opsd.rollouts import Ids, Rollouts
 

@@ -20,7 +20,7 @@ from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.controls import control_of
 from opsd.data.prepare import ready_rows
 from opsd.data.rows import check_completions, row_columns

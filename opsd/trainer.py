@@ -32,6 +32,7 @@ from trl import DistillationTrainer
 
 from opsd import checkpoints, precision, preflight
 from opsd.config import OPSDConfig
+from opsd.contexts.renderer import PromptRenderer
 from opsd.controls import control_of
 from opsd.data.order import EpochSampler
 from opsd.engine import UNKNOWN, EngineLogprobs
@@ -45,7 +46,6 @@ from opsd.losses import LossRecord
 from opsd.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.models import ready_model, without_dropout
 from opsd.off_policy import off_policy_completions, on_policy_rows
-from opsd.prompts import PromptRenderer
 from opsd.rewards import RewardFunc
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.run_card import write_run_card

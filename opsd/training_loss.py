@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from opsd.config import OPSDConfig
-from opsd.context_base import Context, ContextCounts
+from opsd.contexts.base import Context, ContextCounts
 from opsd.data.rows import row_columns
 from opsd.forward import last_hidden
 from opsd.heads import Head

@@ -23,7 +23,7 @@ from opsd import (
     SiblingTeacher,
     SnapshotTeacher,
 )
-from opsd.prompts import PromptRenderer
+from opsd.contexts.renderer import PromptRenderer
 from opsd.rollouts import Rollouts
 from opsd.teachers import StudentHandle, Teacher
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from opsd.context import PrivilegedContext
+from opsd.contexts.privileged import PrivilegedContext
 from opsd.errors import TemplateError
 
 QUESTION = "What is 12 + 7?"

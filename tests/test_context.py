@@ -14,9 +14,9 @@ from conftest import make_tokenizer
 from transformers import ByT5Tokenizer
 
 from opsd import sources
-from opsd.context import PrivilegedContext, fitting_templates
+from opsd.contexts.privileged import PrivilegedContext, fitting_templates
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, DataError, TemplateError
-from opsd.prompts import PromptRenderer
 
 README = (sources.folder("templates") / "README.md").read_text()
 ROW: dict[str, Any] = json.loads(re.search(r"```json\n(.*?)```", README, re.DOTALL)[1])

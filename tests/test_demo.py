@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from opsd.cli import main
+from opsd.contexts.renderer import PromptRenderer
 from opsd.demo import arithmetic, packaged_model, question
 from opsd.errors import ConfigError
 from opsd.evaluation import generate, load_grader
 from opsd.models import load_model
-from opsd.prompts import PromptRenderer
 
 
 def test_training_and_held_out_questions_are_different_and_right() -> None:

@@ -9,11 +9,11 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd.context import PrivilegedContext
+from opsd.contexts.filters import at_path, last_boxed, number_lines, read_by, strip_thinking, truncate_tokens
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.renderer import PromptRenderer
+from opsd.contexts.truncation import ELLIPSIS, count_tokens, first_share, longest_that_fits
 from opsd.errors import ConfigError, TemplateError
-from opsd.fields import at_path, last_boxed, number_lines, read_by, strip_thinking, truncate_tokens
-from opsd.prompts import PromptRenderer
-from opsd.shortening import ELLIPSIS, count_tokens, first_share, longest_that_fits
 
 TOKENIZER = make_tokenizer()
 SIDE = PromptRenderer(TOKENIZER)

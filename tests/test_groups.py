@@ -22,7 +22,7 @@ from torch.utils.data import BatchSampler
 
 from opsd import OPSDTrainer, PrivilegedContext, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.context import fitting_templates
+from opsd.contexts.privileged import fitting_templates
 from opsd.data.order import EpochSampler
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.groups import Groups

@@ -12,8 +12,8 @@ from conftest import make_rows, make_tokenizer
 
 from opsd import sources
 from opsd.cli import main
-from opsd.lint import lint
-from opsd.prompts import PromptRenderer
+from opsd.contexts.lint import lint
+from opsd.contexts.renderer import PromptRenderer
 
 SIDE = PromptRenderer(make_tokenizer())
 WHOLE_PROMPT = "teacher_prompt"  # shows no question, since its column holds one

@@ -24,9 +24,9 @@ from opsd import (
     SnapshotTeacher,
     load_teacher,
 )
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, TokenizerMismatchError
 from opsd.forward import counting_passes
-from opsd.prompts import PromptRenderer
 from opsd.rollouts import Rollouts
 from opsd.teachers import Teacher
 from opsd.teachers.weights import megabytes

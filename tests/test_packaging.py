@@ -18,7 +18,7 @@ import os
 from pathlib import Path
 import opsd
 from opsd import sources
-from opsd.context import PrivilegedContext
+from opsd.contexts.privileged import PrivilegedContext
 from opsd.teachers import load_teacher
 from opsd.teachers.recipes import find_recipe, read_recipe
 assert not list(Path.cwd().iterdir()), "not an empty folder"

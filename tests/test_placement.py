@@ -16,9 +16,9 @@ from helpers import make_args, make_rollouts, make_student, prepared
 from transformers import AutoConfig, LlamaConfig
 
 from opsd import EMATeacher, MixtureTeacher, RoutedTeacher, SameCheckpointTeacher, SiblingTeacher
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.preflight import check_sharding, measured_cost
-from opsd.prompts import PromptRenderer
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
 from opsd.training_loss import TrainingLoss

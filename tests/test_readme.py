@@ -13,9 +13,10 @@ import yaml
 from conftest import make_rows, make_tokenizer
 from helpers import make_args
 
-from opsd import OPSDConfig, sandbox, vetting
+from opsd import OPSDConfig
 from opsd.cli import main
-from opsd.context import PrivilegedContext
+from opsd.contexts import sandbox, trial
+from opsd.contexts.privileged import PrivilegedContext
 from opsd.data.columns import FORMATS
 from opsd.doctor import CHECKS
 from opsd.doctor.patient import LONGEST
@@ -122,7 +123,7 @@ def test_the_commands_of_the_guide_to_the_doctor_run(tmp_path: Path, llama_folde
 
 def test_the_guide_to_the_doctor_names_every_check_format_and_limit() -> None:
     assert re.findall(r"^\| `([\w-]+)` \|", DOCTOR, flags=re.M) == [*CHECKS, *FORMATS]
-    assert f"({vetting.SECONDS} seconds, {vetting.MEGABYTES} MB)" in DOCTOR
+    assert f"({trial.SECONDS} seconds, {trial.MEGABYTES} MB)" in DOCTOR
     assert f"{sandbox.SECONDS:g} seconds and make {sandbox.MAX_CHARS:,} characters" in DOCTOR
     assert f"end at {LONGEST} tokens" in DOCTOR
 

@@ -16,10 +16,10 @@ from datasets import Dataset
 
 from opsd import OPSDTrainer, sources
 from opsd.config import OPSDConfig
-from opsd.context import PrivilegedContext
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, OPSDWarning
 from opsd.groups import Groups
-from opsd.prompts import PromptRenderer
 from opsd.selection import TokenSelection
 from opsd.teachers import (
     TEACHERS,

@@ -24,11 +24,11 @@ from opsd import (
     SameCheckpointTeacher,
     SiblingTeacher,
 )
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.forward import counting_passes, last_hidden
 from opsd.heads import Head
 from opsd.losses import Divergence, LossRecord, Objective, Tokens
-from opsd.prompts import PromptRenderer
 from opsd.rollouts import Rollouts
 from opsd.signals import RoutedSignal
 from opsd.teachers import Teacher

@@ -13,11 +13,11 @@ from datasets import Dataset
 from helpers import logged, make_trainer, returns, snapshot
 
 from opsd import ContextSchedule, EMATeacher, PrivilegedContext, SameCheckpointTeacher
-from opsd.context import Context
+from opsd.contexts.privileged import Context
+from opsd.contexts.renderer import PromptRenderer
+from opsd.contexts.schedule import LEVELS
 from opsd.errors import ConfigError, DataError, TemplateError
-from opsd.prompts import PromptRenderer
 from opsd.run_card import run_card
-from opsd.schedule import LEVELS
 
 SIDE = PromptRenderer(make_tokenizer())
 ROWS = make_rows(40)

@@ -31,9 +31,9 @@ from opsd import (
     SameCheckpointTeacher,
     SiblingTeacher,
 )
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.preflight import measured_cost
-from opsd.prompts import PromptRenderer
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
 from opsd.training_loss import TrainingLoss

@@ -12,12 +12,12 @@ from typing import Any
 import psutil
 import pytest
 
-from opsd import vetting
-from opsd.blocks import MAX_SOURCE_BYTES
 from opsd.cli import main
-from opsd.context import PrivilegedContext
+from opsd.contexts import trial
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.sandbox import MAX_CHARS, SECONDS
+from opsd.contexts.template import MAX_SOURCE_BYTES
 from opsd.errors import TemplateError, UnsafeTemplateError
-from opsd.sandbox import MAX_CHARS, SECONDS
 
 ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "What is 12 + 7?"}], "answer": "19", "steps": ["a", "b"]}
 REACHED = "REACHED"
@@ -96,7 +96,7 @@ def refusal(template: Path) -> str:
     before = process.memory_info().rss
     with pytest.raises(TemplateError) as error:
         PrivilegedContext(template).messages(ROW)
-    assert time.perf_counter() - start < 3 * vetting.SECONDS
+    assert time.perf_counter() - start < 3 * trial.SECONDS
     assert process.memory_info().rss - before < 100 * 2**20
     return str(error.value)
 
@@ -132,14 +132,14 @@ def test_the_child_itself_is_bounded_whatever_the_sandbox_lets_through(
     spend: str, bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hole in the sandbox, made on purpose: a filter that runs away, in the child only."""
-    hole = f"import opsd.fields\ndef hole(value, share):\n    {spend}\nopsd.fields.FILTERS['reveal'] = hole\n"
+    hole = f"import opsd.contexts.filters\ndef hole(value, share):\n    {spend}\nopsd.fields.FILTERS['reveal'] = hole\n"
     (tmp_path / "sitecustomize.py").write_text(hole)
     monkeypatch.syspath_prepend(tmp_path)
     context = PrivilegedContext.from_string(block("{{ answer | reveal(0.5) }}"))
     start = time.perf_counter()
     with pytest.raises(UnsafeTemplateError, match=f"within {bound}"):
         context.messages(ROW)
-    assert time.perf_counter() - start < 2 * vetting.SECONDS
+    assert time.perf_counter() - start < 2 * trial.SECONDS
 
 
 @pytest.mark.parametrize("reference", ["../secret.jinja", "link.jinja", "secret.txt", "folder/../../secret.jinja"])
@@ -289,8 +289,8 @@ def test_what_python_cannot_compile_is_a_template_error(body: str) -> None:
 
 def test_a_template_is_tried_out_once_and_opsds_own_never(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[Any] = []
-    run = vetting.subprocess.run
-    monkeypatch.setattr(vetting.subprocess, "run", lambda *args, **kwargs: tried.append(args) or run(*args, **kwargs))
+    run = trial.subprocess.run
+    monkeypatch.setattr(trial.subprocess, "run", lambda *args, **kwargs: tried.append(args) or run(*args, **kwargs))
     PrivilegedContext("answer_only").messages(ROW)
     assert not tried
     for _ in range(2):

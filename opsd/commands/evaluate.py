@@ -84,13 +84,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _answered(options: argparse.Namespace) -> EvaluationResult:
     from opsd.checkpoints import model_folder
-    from opsd.context import PrivilegedContext
-    from opsd.context_base import Context
+    from opsd.contexts.base import Context
+    from opsd.contexts.privileged import PrivilegedContext
+    from opsd.contexts.renderer import PromptRenderer
     from opsd.data.rows import load_rows, prepare_rows, row_columns, with_system_prompt
     from opsd.evaluation import evaluate, load_grader, sampler_of, stop_ids_of
     from opsd.evaluation.sample_metrics import parse_metric
     from opsd.models import load_model
-    from opsd.prompts import PromptRenderer
     from opsd.run_card import settings_of
 
     grader = load_grader(options.grader, options.answer_column)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.text import Text
 
 from opsd.commands.doctor import print_finding
+from opsd.contexts.lint import lint
 from opsd.findings import Examination
-from opsd.lint import lint
 
 ROWS = 16
 
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.model:
         from transformers import AutoTokenizer
 
+        from opsd.contexts.renderer import PromptRenderer
         from opsd.models import check_model_name
-        from opsd.prompts import PromptRenderer
 
         renderer = PromptRenderer(AutoTokenizer.from_pretrained(check_model_name(options.model)))
     console, failed = Console(), False

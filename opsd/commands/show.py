@@ -16,15 +16,15 @@ from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.build import rows_of
+from opsd.contexts.renderer import PromptRenderer
+from opsd.contexts.schedule import LEVELS
 from opsd.controls import control_of
 from opsd.data.prepare import ready_rows
 from opsd.data.rows import completion_of, row_columns
 from opsd.errors import ConfigError
 from opsd.groups import PRODUCED, placeholders
 from opsd.models import check_model_name
-from opsd.prompts import PromptRenderer
 from opsd.run_file import Run, read_run
-from opsd.schedule import LEVELS
 from opsd.teachers import Teacher, load_teacher
 
 BOUNDARY = " ▏"

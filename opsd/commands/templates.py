@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from opsd import sources
-from opsd.context import PrivilegedContext
+from opsd.contexts.privileged import PrivilegedContext
 
 
 def main(arguments: Sequence[str]) -> int:

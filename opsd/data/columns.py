@@ -11,8 +11,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from opsd.contexts.filters import at_path
 from opsd.errors import ConfigError, DataError, did_you_mean
-from opsd.fields import at_path
 
 # Our column -> theirs, the first of several that a dataset has; a dot reaches into a nested column. What is not named
 # here keeps its name. GKD's `messages` need no mapping.

@@ -14,9 +14,9 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from opsd.contexts.filters import OTHER, WRONG
 from opsd.data.rows import prepare_rows, row_columns, with_system_prompt
 from opsd.errors import DataError
-from opsd.fields import OTHER, WRONG
 
 _INTEGER = re.compile(r"[-+]?\d+")
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from opsd.contexts.filters import as_text, at_path, is_empty
+from opsd.contexts.renderer import text_of, turns_of
 from opsd.doctor.patient import Patient
-from opsd.fields import as_text, at_path, is_empty
 from opsd.findings import Finding, listed
-from opsd.prompts import text_of, turns_of
 
 LONG = 12  # characters from which a text in a prompt is more than a word
 SENTENCE = 4  # words from which it is no choice to pick from and no name

@@ -18,7 +18,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from opsd.context import PrivilegedContext
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.renderer import Prompt, PromptRenderer
+from opsd.contexts.schedule import ContextSchedule
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
 from opsd.evaluation.sampling import generate
@@ -26,9 +28,7 @@ from opsd.forward import context_length, keeping_modes, last_hidden
 from opsd.groups import placeholders
 from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
-from opsd.prompts import Prompt, PromptRenderer
 from opsd.rollouts import Ids, Rollouts
-from opsd.schedule import ContextSchedule
 from opsd.signals import TeacherSignal
 from opsd.teachers import StudentHandle, Teacher
 from opsd.trainer import OPSDTrainer

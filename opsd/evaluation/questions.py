@@ -13,8 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from opsd.contexts.renderer import text_of, turns_of
 from opsd.errors import DataError
-from opsd.prompts import text_of, turns_of
 
 SHOWN = 3  # questions that a message quotes
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd import sources
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.errors import ConfigError, did_you_mean
 from opsd.hub import is_hub_id
 from opsd.teachers.base import Cost, StudentHandle, Teacher

@@ -19,9 +19,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
-from opsd.prompts import PromptRenderer
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.signals import TeacherSignal
 from opsd.teachers.weights import megabytes

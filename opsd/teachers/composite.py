@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.teachers.base import History, Row, StudentHandle, Teacher
 
 SEPARATOR = "/"  # between a part's name and its own names in a checkpoint

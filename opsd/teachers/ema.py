@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_count, not_one_of
 from opsd.sharding import is_sharded
 from opsd.teachers.base import StudentHandle

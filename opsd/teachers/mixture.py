@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_number
 from opsd.rollouts import Rollouts
 from opsd.signals import HiddenSignal, MixtureSignal, check_mixture

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.weights import TrainableWeights, adapter_adds_nothing, adapter_off

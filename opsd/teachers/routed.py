@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.errors import ConfigError, DataError, did_you_mean
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import RoutedSignal

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.errors import ConfigError
 from opsd.models import check_model_name, without_autocast
 from opsd.sharding import shard_like

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opsd.context_base import Context
+from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_count, did_you_mean
 from opsd.sharding import agreed
 from opsd.teachers.base import History

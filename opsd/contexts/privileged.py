@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from opsd import sources
-from opsd.blocks import TemplateBlocks, TemplateText, find_template
-from opsd.context_base import Context, ContextCounts
+from opsd.contexts.base import Context, ContextCounts
+from opsd.contexts.filters import OTHER, at_path, is_empty, read_by, reveal
+from opsd.contexts.renderer import THINK, Prompt, PromptRenderer, positions_of, retold, text_of, turns_of
+from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
+from opsd.contexts.truncation import Boundary, Side, check_cut, longest_that_fits
 from opsd.errors import ConfigError, DataError, TemplateError, did_you_mean
-from opsd.fields import OTHER, at_path, is_empty, read_by, reveal
-from opsd.prompts import THINK, Prompt, PromptRenderer, positions_of, retold, text_of, turns_of
-from opsd.shortening import Boundary, Side, check_cut, longest_that_fits
 
 
 class PrivilegedContext(Context):

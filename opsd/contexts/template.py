@@ -18,9 +18,9 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import SecurityError
 
 from opsd import sources
+from opsd.contexts.sandbox import MAX_CHARS, Sandbox
+from opsd.contexts.trial import vet
 from opsd.errors import TemplateError, UnsafeTemplateError, did_you_mean
-from opsd.sandbox import MAX_CHARS, Sandbox
-from opsd.vetting import vet
 
 PARTS = ("system", "user", "assistant")
 PROMPT_NAMES = frozenset({"prompt", "messages", "system"})  # the student's own prompt in three forms, so not privileged

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from opsd.errors import TemplateError, UnsafeTemplateError
 
 if TYPE_CHECKING:
-    from opsd.blocks import TemplateText
+    from opsd.contexts.template import TemplateText
 
 SECONDS = 5  # a prompt is rendered in milliseconds
 MEGABYTES = 512  # of address space, the interpreter and Jinja included: they take 50
@@ -44,7 +44,7 @@ def vet(origin: Path | TemplateText, digest: str, values: Mapping[str, Any]) -> 
     order = pickle.dumps({"name": name, "source": source, "values": dict(values)})
     # What this process imports from, and not the current folder, whose files a stranger may have written.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
-    command = [sys.executable, "-P", "-m", "opsd.vetting"]
+    command = [sys.executable, "-P", "-m", "opsd.contexts.trial"]
     try:
         done = subprocess.run(command, input=order, capture_output=True, timeout=3 * SECONDS, env=env)
     except subprocess.TimeoutExpired as error:
@@ -88,7 +88,7 @@ def _limit() -> None:
 def _main() -> int:
     order = pickle.load(sys.stdin.buffer)  # from the parent
     _limit()
-    from opsd.blocks import TemplateBlocks, TemplateText
+    from opsd.contexts.template import TemplateBlocks, TemplateText
 
     origin = Path(order["name"]) if order["source"] is None else TemplateText(order["name"], order["source"])
     try:

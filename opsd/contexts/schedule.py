@@ -13,10 +13,10 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from opsd.context import PrivilegedContext
-from opsd.context_base import Context, ContextCounts
+from opsd.contexts.base import Context, ContextCounts
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, DataError, TemplateError, as_number, did_you_mean
-from opsd.prompts import PromptRenderer
 
 # The levels that can be named without being spelt out, from methods that differ in the dose (AMPLE-Math, arXiv
 # 2609.20612; ATESD, arXiv 2605.11458) or the kind of what is shown; the last two are controls.

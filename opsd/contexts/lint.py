@@ -14,12 +14,12 @@ from typing import Any
 
 from jinja2 import meta, nodes
 
-from opsd.blocks import PROMPT_NAMES
-from opsd.context import PrivilegedContext
+from opsd.contexts.filters import OTHER, PRODUCED, WRONG, is_empty
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.renderer import PromptRenderer, text_of, turns_of
+from opsd.contexts.template import PROMPT_NAMES
 from opsd.errors import DataError, OPSDError, TemplateError, UnsafeTemplateError, did_you_mean
-from opsd.fields import OTHER, PRODUCED, WRONG, is_empty
 from opsd.findings import Finding, listed
-from opsd.prompts import PromptRenderer, text_of, turns_of
 
 MADE = (*PRODUCED, WRONG)
 _MARKERS = re.compile(

@@ -12,8 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, did_you_mean
-from opsd.prompts import PromptRenderer
 
 
 @dataclasses.dataclass
@@ -73,8 +73,8 @@ class Context(ABC):
         """
         if value is None or isinstance(value, Context):
             return value
-        from opsd.context import PrivilegedContext  # both are contexts, so they import this file
-        from opsd.schedule import ContextSchedule
+        from opsd.contexts.privileged import PrivilegedContext  # both are contexts, so they import this file
+        from opsd.contexts.schedule import ContextSchedule
 
         if isinstance(value, (str, os.PathLike)):
             return PrivilegedContext(value)

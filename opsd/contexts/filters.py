@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from opsd.prompts import PromptRenderer
-from opsd.shortening import Boundary, Side, count_tokens, first_share, longest_that_fits
+from opsd.contexts.renderer import PromptRenderer
+from opsd.contexts.truncation import Boundary, Side, count_tokens, first_share, longest_that_fits
 
 # What training makes for contexts, beside the columns of a row (groups.py), and what controls ask for (derived.py).
 PRODUCED = ("sibling", "feedback", "attempt", "pass_rate")

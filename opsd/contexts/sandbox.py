@@ -17,7 +17,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from opsd.fields import FILTERS, as_text
+from opsd.contexts.filters import FILTERS, as_text
 
 MAX_CHARS = 1_000_000  # about 250,000 tokens: not a prompt but a loop that ran away
 SECONDS = 2.0  # a prompt is rendered in milliseconds

@@ -1,0 +1,1 @@
+"""What a teacher is shown: templates, schedules, renderers, truncation, lint."""
