@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from opsd import EMATeacher, LiveTeacher, OPSDConfig, OPSDTrainer, Rollouts
 from opsd.demo import CONTEXT, MAX_NEW_TOKENS, arithmetic, packaged_model
 from opsd.losses import Divergence, Objective, Tokens
-from opsd.models import load_model
+from opsd.models.loading import load_model
 from opsd.teachers import Teacher
 from opsd.teachers.products import A, B
 

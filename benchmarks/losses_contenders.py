@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
+from opsd.models.head import Head
 from opsd.signals import HiddenSignal
 
 

@@ -22,7 +22,7 @@ _PUBLIC = {
     "Objective": "opsd.losses",
     "Divergence": "opsd.losses",
     "Tokens": "opsd.losses",
-    "Head": "opsd.heads",
+    "Head": "opsd.models.head",
     "HiddenSignal": "opsd.signals",
     "MixtureSignal": "opsd.signals",
     "RoutedSignal": "opsd.signals",

@@ -234,7 +234,7 @@ def run_demo(settings: DemoSettings, watcher: Watcher | None = None, control: bo
 
 
 def _load(folder: str) -> tuple[Any, Any]:
-    from opsd.models import load_model
+    from opsd.models.loading import load_model
 
     return load_model(folder)
 
@@ -319,7 +319,7 @@ def _examine(trainer: Any, show: Watcher) -> Any:
 
 def _train(trainer: Any) -> None:
     """Train the model in place and save it."""
-    from opsd.models import without_autocast
+    from opsd.models.loading import without_autocast
 
     trainer.train()
     if trainer.stopped_by is not None:

@@ -39,8 +39,8 @@ from opsd.evaluation.summary import (
     lines,
     read_summary,
 )
-from opsd.forward import evaluating
 from opsd.likelihood import drift, logprobs
+from opsd.models.forward import evaluating
 from opsd.off_policy import completion_ids
 from opsd.rollouts import Ids
 from opsd.run_card import data_digest

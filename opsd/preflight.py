@@ -26,8 +26,8 @@ from opsd.data.prepare import ready_rows
 from opsd.data.rows import check_completions, row_columns
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.plan import METRIC, EvaluationPlan
-from opsd.forward import context_length, counting_passes, embedded_tokens
 from opsd.groups import Groups, placeholders
+from opsd.models.forward import context_length, counting_passes, embedded_tokens
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weights import adapter_adds_nothing, digest

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.heads import Head
+from opsd.models.head import Head
 
 ROWS_PER_CHUNK = 512  # logits of this many tokens exist at once when a signal is asked for log-probabilities
 KINDS = ("arithmetic", "geometric")

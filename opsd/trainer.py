@@ -40,11 +40,11 @@ from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.questions import check_held_out
 from opsd.evaluator import Evaluator, planned
 from opsd.following import FollowStudent
-from opsd.forward import check_model, context_length
 from opsd.groups import Groups
 from opsd.losses import LossRecord
 from opsd.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
-from opsd.models import ready_model, without_dropout
+from opsd.models.forward import check_model, context_length
+from opsd.models.loading import ready_model, without_dropout
 from opsd.off_policy import off_policy_completions, on_policy_rows
 from opsd.rewards import RewardFunc
 from opsd.rollouts import Ids, Rollouts, check_lengths

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from opsd.config import OPSDConfig
 from opsd.contexts.base import Context, ContextCounts
 from opsd.data.rows import row_columns
-from opsd.forward import last_hidden
-from opsd.heads import Head
 from opsd.losses import LossRecord, Tokens
+from opsd.models.forward import last_hidden
+from opsd.models.head import Head
 from opsd.rollouts import PaddedBatch, Rollouts
 from opsd.selection import TokenSelection, row_weight
 from opsd.signals import HiddenSignal, TeacherSignal

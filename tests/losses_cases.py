@@ -13,9 +13,9 @@ from losses_twin import Problem
 from torch import Tensor
 
 from opsd.errors import ConfigError
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.losses.supports import SUPPORTS, TAILS
+from opsd.models.head import Head
 from opsd.signals import HiddenSignal, MixtureSignal, TopKSignal
 
 SIZES = (1, 3, 31, 47, 123)

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
+from opsd.models.head import Head
 from opsd.signals import HiddenSignal, MixtureSignal, TopKSignal
 
 LOWEST = -100.0  # nats

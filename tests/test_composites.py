@@ -21,9 +21,9 @@ from opsd import (
     load_teacher,
 )
 from opsd.errors import ConfigError, DataError, TemplateError, TokenizerMismatchError
-from opsd.forward import counting_passes, last_hidden
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
+from opsd.models.forward import counting_passes, last_hidden
+from opsd.models.head import Head
 from opsd.teachers import Teacher
 from opsd.teachers.weights import megabytes
 

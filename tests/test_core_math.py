@@ -260,8 +260,8 @@ def ours(
     student_NV: np.ndarray | torch.Tensor, teacher_NV: np.ndarray, beta: float, weight_N: np.ndarray | None = None
 ) -> LossRecord:
     """The library's record for arbitrary logits: with the identity as head, hidden states are logits."""
-    from opsd.heads import Head
     from opsd.losses import Divergence, Objective, Tokens
+    from opsd.models.head import Head
     from opsd.signals import HiddenSignal
 
     tokens, vocabulary = student_NV.shape

@@ -12,7 +12,7 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.demo import arithmetic, packaged_model, question
 from opsd.errors import ConfigError
 from opsd.evaluation import generate, load_grader
-from opsd.models import load_model
+from opsd.models.loading import load_model
 
 
 def test_training_and_held_out_questions_are_different_and_right() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_gpt2, make_llama
 
-from opsd.forward import context_length, last_hidden
+from opsd.models.forward import context_length, last_hidden
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])

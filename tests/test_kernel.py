@@ -14,11 +14,11 @@ import torch
 from losses_cases import DIVERGENCES, HEADS, SIZES, name_of, objectives, problem
 from losses_twin import agrees, measured, reference
 
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, divergence, entries, kernel, rule, supports
 from opsd.losses import objective as objective_module
 from opsd.losses.entries import Entries
 from opsd.losses.supports import SUPPORTS
+from opsd.models.head import Head
 
 ONE_PER_SUPPORT = {name: Divergence(support=name, support_k=3) for name in SUPPORTS}
 every_support = pytest.mark.parametrize("divergence", ONE_PER_SUPPORT.values(), ids=ONE_PER_SUPPORT)
@@ -80,7 +80,7 @@ def test_states_of_every_dtype(divergence: Divergence, dtype: torch.dtype) -> No
 @every_dtype
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_of_every_dtype_widened_in_parts(head: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opsd.heads.WIDENED_ROWS", 8)
+    monkeypatch.setattr("opsd.models.head.WIDENED_ROWS", 8)
     agrees(Objective(loss_budget_mb=0.001), problem(9, dtype=dtype, head=head))
 
 
@@ -131,7 +131,7 @@ def test_recomputing_under_autocast_uses_the_products_of_the_forward_pass() -> N
 
 MEMORY = """
 import resource, sys, torch
-from opsd.heads import Head
+from opsd.models.head import Head
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.signals import HiddenSignal
 n, support, recompute = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"

@@ -23,8 +23,8 @@ from losses_cases import (
 )
 from losses_twin import Problem, agrees, is_close, math_value, measured, reference
 
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
+from opsd.models.head import Head
 from opsd.signals import HiddenSignal
 
 OBJECTIVES = objectives()

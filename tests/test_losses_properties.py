@@ -15,10 +15,10 @@ from losses_cases import BETAS, DIVERGENCES, OBJECTIVES, TOP_K, name_of, of_logi
 from losses_twin import measured
 
 from opsd.errors import ConfigError
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.losses.estimators import ESTIMATORS
 from opsd.losses.supports import TAILS
+from opsd.models.head import Head
 from opsd.signals import HiddenSignal, MixtureSignal, TopKSignal
 
 NEVER_NEGATIVE = [

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-from opsd.heads import Head
+from opsd.models.head import Head
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.signals import HiddenSignal
 

@@ -26,7 +26,7 @@ from opsd import (
 )
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, TokenizerMismatchError
-from opsd.forward import counting_passes
+from opsd.models.forward import counting_passes
 from opsd.rollouts import Rollouts
 from opsd.teachers import Teacher
 from opsd.teachers.weights import megabytes

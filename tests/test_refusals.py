@@ -27,7 +27,7 @@ from opsd import (
     SameCheckpointTeacher,
 )
 from opsd.errors import ConfigError, DataError, NonFiniteLossError, OPSDWarning
-from opsd.models import without_autocast
+from opsd.models.loading import without_autocast
 
 
 def test_nan_in_the_loss_stops_before_the_update_and_names_step_and_rows(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_bfloat16_reaches_sampling_scoring_and_the_loss(tmp_path: Path, student:
     """accelerate wraps `forward`, and the loss goes around it: without our own autocast bf16 would do nothing."""
     import opsd.teachers.local
     import opsd.training_loss
-    from opsd.forward import last_hidden
+    from opsd.models.forward import last_hidden
 
     trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), student, bf16=True, max_steps=1)
     seen: dict[str, torch.dtype] = {}

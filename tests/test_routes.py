@@ -26,9 +26,9 @@ from opsd import (
 )
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, DataError, TemplateError
-from opsd.forward import counting_passes, last_hidden
-from opsd.heads import Head
 from opsd.losses import Divergence, LossRecord, Objective, Tokens
+from opsd.models.forward import counting_passes, last_hidden
+from opsd.models.head import Head
 from opsd.rollouts import Rollouts
 from opsd.signals import RoutedSignal
 from opsd.teachers import Teacher

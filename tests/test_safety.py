@@ -21,7 +21,7 @@ sys.path.insert(0, {tests!r})
 from helpers import make_trainer
 from opsd import EMATeacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from opsd.models import load_model
+from opsd.models.loading import load_model
 model, tokenizer = load_model(sys.argv[2])
 trainer = make_trainer(sys.argv[1], EMATeacher(0.9, context="answer_only"), model, save_strategy="steps", save_steps=1)
 trainer.train()

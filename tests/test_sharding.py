@@ -31,7 +31,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from helpers import MAKE_TEACHER, RUNS, make_args, make_rollouts, make_student, move
 from conftest import make_tokenizer
 from opsd.contexts.renderer import PromptRenderer
-from opsd.sharding import inside, local, whole
+from opsd.models.sharding import inside, local, whole
 from opsd.teachers import StudentHandle
 from opsd.training_loss import TrainingLoss
 

@@ -11,9 +11,9 @@ from conftest import make_gpt2, make_llama, make_tokenizer
 from helpers import MAKE_TEACHER, STUDENTS, make_rollouts, make_student, move, prepared, snapshot
 
 from opsd.errors import ConfigError, OPSDWarning, TokenizerMismatchError
-from opsd.forward import last_hidden
-from opsd.heads import Head
 from opsd.losses import Divergence, Objective, Tokens
+from opsd.models.forward import last_hidden
+from opsd.models.head import Head
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import TEACHERS as TABLE
 from opsd.teachers import (

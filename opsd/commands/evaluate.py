@@ -90,7 +90,7 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     from opsd.data.rows import load_rows, prepare_rows, row_columns, with_system_prompt
     from opsd.evaluation import evaluate, load_grader, sampler_of, stop_ids_of
     from opsd.evaluation.sample_metrics import parse_metric
-    from opsd.models import load_model
+    from opsd.models.loading import load_model
     from opsd.run_card import settings_of
 
     grader = load_grader(options.grader, options.answer_column)

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         from transformers import AutoTokenizer
 
         from opsd.contexts.renderer import PromptRenderer
-        from opsd.models import check_model_name
+        from opsd.models.loading import check_model_name
 
         renderer = PromptRenderer(AutoTokenizer.from_pretrained(check_model_name(options.model)))
     console, failed = Console(), False

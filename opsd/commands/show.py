@@ -23,7 +23,7 @@ from opsd.data.prepare import ready_rows
 from opsd.data.rows import completion_of, row_columns
 from opsd.errors import ConfigError
 from opsd.groups import PRODUCED, placeholders
-from opsd.models import check_model_name
+from opsd.models.loading import check_model_name
 from opsd.run_file import Run, read_run
 from opsd.teachers import Teacher, load_teacher
 

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from opsd.doctor.cost import planned_steps
 from opsd.doctor.patient import Patient
 from opsd.findings import Finding, listed
-from opsd.forward import language_model
+from opsd.models.forward import language_model
 from opsd.teachers.weights import megabytes
 
 find = functools.partial(Finding, "environment")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from opsd.contexts.renderer import text_of, turns_of
 from opsd.doctor.patient import Patient, Side
 from opsd.findings import Finding, listed
-from opsd.forward import context_length
+from opsd.models.forward import context_length
 
 MOST_SHORTENED = 0.25  # share of rows from which shortening is the rule and not the exception
 _PRINTED = re.compile(r"\[\{['\"](?:role|content)['\"]:")

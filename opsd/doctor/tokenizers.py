@@ -13,8 +13,8 @@ from jinja2 import meta
 from opsd.contexts.renderer import THINK, PromptRenderer
 from opsd.doctor.patient import Patient, Side
 from opsd.findings import Finding, listed
-from opsd.forward import evaluating, language_model, last_hidden
-from opsd.heads import Head
+from opsd.models.forward import evaluating, language_model, last_hidden
+from opsd.models.head import Head
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.tokenizers import first_difference
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from opsd.errors import ConfigError, as_count, did_you_mean
-from opsd.models import load_model
+from opsd.models.loading import load_model
 
 FEWSHOT_SEED = 1234  # the harness's default for numpy, torch and the drawing of few-shot examples; `random` has 0
 

@@ -21,7 +21,7 @@ from opsd.errors import ConfigError, DataError
 from opsd.evaluation.graders import Grader, Row, grade
 from opsd.evaluation.questions import question_of
 from opsd.evaluation.result import Answer, EvaluationResult
-from opsd.forward import context_length, evaluating, language_model
+from opsd.models.forward import context_length, evaluating, language_model
 from opsd.rollouts import check_lengths
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from opsd.heads import Head, accumulate_dtype, multiply, product_dtype
+from opsd.models.head import Head, accumulate_dtype, multiply, product_dtype
 from opsd.signals import HiddenSignal
 
 MEBIBYTE = 2**20

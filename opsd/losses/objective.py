@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.heads import Head
 from opsd.losses import weights
 from opsd.losses.divergence import Divergence
 from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_future, log_ratio, mean_future
 from opsd.losses.kernel import Kernel
 from opsd.losses.rule import Tokens, TrainingRule, compiled
+from opsd.models.head import Head
 from opsd.signals import DenseSignal, HiddenSignal, RoutedSignal, TeacherSignal
 
 KEEP_BY = ("entropy", "disagreement")

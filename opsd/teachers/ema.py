@@ -13,7 +13,7 @@ import torch
 
 from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_count, not_one_of
-from opsd.sharding import is_sharded
+from opsd.models.sharding import is_sharded
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.own import MovingTeacher
 from opsd.teachers.products import AverageOfProducts

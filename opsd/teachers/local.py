@@ -14,10 +14,10 @@ from torch import nn
 
 from opsd.errors import AlignmentError
 from opsd.evaluation.sampling import generate
-from opsd.forward import check_model, context_length, evaluating, last_hidden
-from opsd.heads import Head
+from opsd.models.forward import check_model, context_length, evaluating, last_hidden
+from opsd.models.head import Head
+from opsd.models.sharding import inside, is_sharded, reshard
 from opsd.rollouts import Ids, PaddedBatch, Rollouts
-from opsd.sharding import inside, is_sharded, reshard
 from opsd.signals import HiddenSignal
 from opsd.teachers.base import Row, StudentHandle, Teacher
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd.errors import ConfigError
-from opsd.sharding import is_sharded
+from opsd.models.sharding import is_sharded
 from opsd.teachers.weights import TrainableWeights
 
 A, B = ".lora_A.", ".lora_B."

@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.contexts.base import Context
 from opsd.errors import ConfigError
-from opsd.models import check_model_name, without_autocast
-from opsd.sharding import shard_like
+from opsd.models.loading import check_model_name, without_autocast
+from opsd.models.sharding import shard_like
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.placement import Placement

@@ -7,7 +7,7 @@ from typing import Any
 
 from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_count, did_you_mean
-from opsd.sharding import agreed
+from opsd.models.sharding import agreed
 from opsd.teachers.base import History
 from opsd.teachers.gate import Gate
 from opsd.teachers.own import MovingTeacher

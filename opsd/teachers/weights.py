@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
-from opsd.forward import evaluating, last_hidden, probe
-from opsd.sharding import exchanged, is_sharded, laid_out_like, local, plain_name, reshard, whole
+from opsd.models.forward import evaluating, last_hidden, probe
+from opsd.models.sharding import exchanged, is_sharded, laid_out_like, local, plain_name, reshard, whole
 
 MEGABYTE = 2**20
 DIGESTED_VALUES = 64

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd.errors import UnsupportedModelError
-from opsd.heads import Head
+from opsd.models.head import Head
 
 # Largest |logits - reference| / max|reference| accepted by check_model, per dtype: rounding of one matrix product.
 PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 3e-2, torch.float16: 1e-2}

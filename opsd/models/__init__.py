@@ -1,0 +1,1 @@
+"""A transformers model: loading, the forward pass, the head, generation, sharding."""
