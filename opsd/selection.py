@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError, DataError
-from opsd.losses import weights
+from opsd.losses import token_weights
 from opsd.rollouts import Ids, Rollouts
 
 
@@ -99,12 +99,12 @@ class TokenSelection:
 
     def _mask(self, mask: Sequence[int], completion_ids: Ids) -> Ids:
         if self.mask_truncated_completions:
-            mask = weights.without_truncated(mask, completion_ids, self.end_ids)
+            mask = token_weights.without_truncated(mask, completion_ids, self.end_ids)
         if self.first_tokens_only is not None:
-            mask = weights.first_only(mask, self.first_tokens_only)
+            mask = token_weights.first_only(mask, self.first_tokens_only)
         if self.left_out_ids:
-            mask = weights.without_ids(mask, completion_ids, self.left_out_ids)
-        return weights.skip_first(mask, self.skip_first_tokens)
+            mask = token_weights.without_ids(mask, completion_ids, self.left_out_ids)
+        return token_weights.skip_first(mask, self.skip_first_tokens)
 
 
 def row_weight(rate: Any, column: str, number: int) -> float:
@@ -114,7 +114,7 @@ def row_weight(rate: Any, column: str, number: int) -> float:
         DataError: the rate is missing or no share.
     """
     try:
-        return weights.by_pass_rate(float(rate))
+        return token_weights.by_pass_rate(float(rate))
     except (TypeError, ValueError) as error:
         raise DataError(
             f"row {number}: column {column!r} holds no pass rate ({rate!r}). Rows are weighed by 4·p·(1-p) of it, so "

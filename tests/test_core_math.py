@@ -306,7 +306,7 @@ def test_our_loss_stays_below_ln_2_at_the_midpoint() -> None:
 
 
 def test_our_reverse_kl_grows_with_the_teachers_missing_mass_up_to_the_floor() -> None:
-    from opsd.losses.entries import FLOOR
+    from opsd.losses.pointwise import FLOOR
 
     student, teacher = np.zeros((3, 2)), np.array([[0.0, -10.0], [0.0, FLOOR], [0.0, -1000.0]])
     divergence_N = ours(student, teacher, 1.0).divergence_N.numpy()

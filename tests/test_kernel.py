@@ -14,9 +14,9 @@ import torch
 from losses_cases import DIVERGENCES, HEADS, SIZES, name_of, objectives, problem
 from losses_twin import agrees, measured, reference
 
-from opsd.losses import Divergence, Objective, divergence, entries, kernel, rule, supports
+from opsd.losses import Divergence, Objective, divergence, kernel, pointwise, rule, supports
 from opsd.losses import objective as objective_module
-from opsd.losses.entries import Entries
+from opsd.losses.pointwise import Entries
 from opsd.losses.supports import SUPPORTS
 from opsd.models.head import Head
 
@@ -162,8 +162,8 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompu
 
 # ---- sabotage ------------------------------------------------------------------------------------------------------
 
-real_entries, real_spread, real_through = entries.entries, supports.spread, Head.through
-real_choose, real_clip = supports.choose, entries.clip_entries
+real_entries, real_spread, real_through = pointwise.entries, supports.spread, Head.through
+real_choose, real_clip = supports.choose, pointwise.clip_entries
 real_cost, real_importance = objective_module.discounted_future, rule.importance_weight
 real_call, real_corrected = rule.TrainingRule.__call__, rule.TrainingRule._corrected
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from losses_cases import DIVERGENCES, name_of, of_logits, problem, random
 from losses_twin import agrees, measured
 
-from opsd.losses import Divergence, Objective, weights
+from opsd.losses import Divergence, Objective, token_weights
 from opsd.losses.estimators import (
     ESTIMATORS,
     discounted_future,
@@ -35,16 +35,16 @@ def packed(lengths: list[int]) -> torch.Tensor:
 # ---- masks ---------------------------------------------------------------------------------------------------------
 
 MASKS = {
-    "skip first": (weights.skip_first([1, 1, 0, 1], 1), [0, 1, 0, 1]),
-    "skip none": (weights.skip_first([1, 1, 0, 1], 0), [1, 1, 0, 1]),
-    "skip more than there are": (weights.skip_first([1, 1], 9), [0, 0]),
-    "first only": (weights.first_only([1, 0, 1, 1], 3), [1, 0, 1, 0]),
-    "first of none": (weights.first_only([], 3), []),
-    "without ids": (weights.without_ids([1, 1, 0, 1], [5, 6, 7, 5], {5}), [0, 1, 0, 0]),
-    "ended": (weights.without_truncated([1, 0], [5, 2], {2}), [1, 0]),
-    "truncated": (weights.without_truncated([1, 1], [2, 5], {2}), [0, 0]),
-    "nothing generated": (weights.without_truncated([], [], {2}), []),
-    "composed": (weights.first_only(weights.skip_first([1] * 5, 1), 3), [0, 1, 1, 0, 0]),
+    "skip first": (token_weights.skip_first([1, 1, 0, 1], 1), [0, 1, 0, 1]),
+    "skip none": (token_weights.skip_first([1, 1, 0, 1], 0), [1, 1, 0, 1]),
+    "skip more than there are": (token_weights.skip_first([1, 1], 9), [0, 0]),
+    "first only": (token_weights.first_only([1, 0, 1, 1], 3), [1, 0, 1, 0]),
+    "first of none": (token_weights.first_only([], 3), []),
+    "without ids": (token_weights.without_ids([1, 1, 0, 1], [5, 6, 7, 5], {5}), [0, 1, 0, 0]),
+    "ended": (token_weights.without_truncated([1, 0], [5, 2], {2}), [1, 0]),
+    "truncated": (token_weights.without_truncated([1, 1], [2, 5], {2}), [0, 0]),
+    "nothing generated": (token_weights.without_truncated([], [], {2}), []),
+    "composed": (token_weights.first_only(token_weights.skip_first([1] * 5, 1), 3), [0, 1, 1, 0, 0]),
 }
 
 
@@ -55,18 +55,18 @@ def test_a_mask_leaves_out_what_its_name_says(found: list[int], expected: list[i
 
 def test_a_mask_and_ids_of_another_length_are_an_error() -> None:
     with pytest.raises(ValueError, match="zip"):
-        weights.without_ids([1], [1, 2], set())
+        token_weights.without_ids([1], [1, 2], set())
 
 
 @pytest.mark.parametrize(("rate", "weight"), [(0.0, 0.0), (0.25, 0.75), (0.5, 1.0), (1.0, 0.0)])
 def test_a_pass_rate_weighs_most_in_the_middle(rate: float, weight: float) -> None:
-    assert weights.by_pass_rate(rate) == weight
+    assert token_weights.by_pass_rate(rate) == weight
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
 def test_a_pass_rate_that_is_no_share_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        weights.by_pass_rate(rate)
+        token_weights.by_pass_rate(rate)
 
 
 # ---- the tokens of a rollout ---------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_a_pass_rate_that_is_no_share_is_refused(rate: float) -> None:
 @given(lengths=rows_of, fraction=st.floats(0.01, 1.0), seed=st.integers(0, 999))
 def test_the_highest_scores_of_each_rollout_share_its_weight(lengths: list[int], fraction: float, seed: int) -> None:
     row_N, score_N = packed(lengths), random(sum(lengths), seed=seed)
-    found = weights.keep_top_fraction(score_N, row_N, fraction)
+    found = token_weights.keep_top_fraction(score_N, row_N, fraction)
     for row, length in enumerate(lengths):
         own, score = found[row_N == row], score_N[row_N == row]
         kept = own > 0
@@ -85,12 +85,17 @@ def test_the_highest_scores_of_each_rollout_share_its_weight(lengths: list[int],
 
 
 def test_the_earlier_of_two_equal_scores_is_kept() -> None:
-    assert weights.keep_top_fraction(torch.tensor([1.0, 2.0, 2.0, 2.0]), packed([4]), 0.5).tolist() == [0, 2, 2, 0]
+    assert token_weights.keep_top_fraction(torch.tensor([1.0, 2.0, 2.0, 2.0]), packed([4]), 0.5).tolist() == [
+        0,
+        2,
+        2,
+        0,
+    ]
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.2, 5), (0.1, 30), (0.7, 10), (0.3, 10), (0.6, 5), (0.07, 100)])
 def test_a_fraction_that_is_whole_in_tokens_keeps_no_token_more(fraction: float, count: int) -> None:
-    kept = weights.keep_top_fraction(random(count, seed=1), packed([count]), fraction).count_nonzero().item()
+    kept = token_weights.keep_top_fraction(random(count, seed=1), packed([count]), fraction).count_nonzero().item()
     assert kept == round(fraction * count)
 
 
@@ -99,7 +104,7 @@ def test_a_fraction_that_is_whole_in_tokens_keeps_no_token_more(fraction: float,
 def test_contrast_weighs_by_the_gap_over_its_mean_in_the_rollout(lengths: list[int], seed: int) -> None:
     row_N = packed(lengths)
     right, wrong = random(len(row_N), seed=seed), random(len(row_N), seed=seed + 1)
-    found = weights.contrastive(right, wrong, row_N)
+    found = token_weights.contrastive(right, wrong, row_N)
     for row in range(len(lengths)):
         gap = (right - wrong)[row_N == row].abs().tolist()
         assert found[row_N == row].tolist() == pytest.approx([x / (sum(gap) / len(gap)) for x in gap])
@@ -107,8 +112,8 @@ def test_contrast_weighs_by_the_gap_over_its_mean_in_the_rollout(lengths: list[i
 
 def test_contrast_of_a_rollout_that_nothing_tells_apart_is_zero() -> None:
     same = torch.tensor([-1.0, -2.0])
-    assert weights.contrastive(same, same, packed([2])).tolist() == [0.0, 0.0]
-    assert weights.contrastive(same[:0], same[:0], packed([1])[:0]).tolist() == []
+    assert token_weights.contrastive(same, same, packed([2])).tolist() == [0.0, 0.0]
+    assert token_weights.contrastive(same[:0], same[:0], packed([1])[:0]).tolist() == []
 
 
 # ---- estimators ----------------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from torch import Tensor
 from opsd.errors import ConfigError, not_one_of
 from opsd.losses import entries as table
 from opsd.losses import supports
-from opsd.losses.entries import Entries, entries
 from opsd.losses.estimators import least_variance_baseline, log_ratio
+from opsd.losses.pointwise import Entries, entries
 from opsd.signals import TeacherSignal, TopKSignal
 
 NEAR_AN_END = 0.05  # between 0 and this (or its mirror) the generalised JSD is close to 0 whatever the two models say

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd.losses.entries import FLOOR
+from opsd.losses.pointwise import FLOOR
 
 FUTURES = {
     "none": "each token pays for itself",

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.losses import weights
+from opsd.losses import token_weights
 from opsd.losses.divergence import Divergence
 from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_future, log_ratio, mean_future
 from opsd.losses.kernel import Kernel
@@ -166,7 +166,7 @@ class Objective:
             tokens: weights and what else is known of the tokens. A token of weight 0 is left out altogether: even a
                 NaN there changes nothing.
             anchor: the anchor's answer, where `anchor_coef` is not 0.
-            wrong: the teacher's answer under a wrong context; tokens are then weighed by `weights.contrastive`.
+            wrong: the teacher's answer under a wrong context; tokens are then weighed by `token_weights.contrastive`.
 
         Returns:
             The record; heads that are padded to different sizes are compared over the ids that all have.
@@ -220,7 +220,7 @@ class Objective:
                 _, found = self._kernel(replace(batch, anchor=None)).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
                 score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
-                kept_N = weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
+                kept_N = token_weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
                 weight_N = weight_N * tokens.where_distilled(kept_N)
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             if self.future_cost == "discounted":
@@ -230,7 +230,7 @@ class Objective:
         if batch.wrong is not None:
             ids_N = tokens.ids_N
             right_N, wrong_N = batch.signal.logprobs(ids_N), batch.wrong.logprobs(ids_N)
-            weight_N = weight_N * tokens.where_distilled(weights.contrastive(right_N, wrong_N, tokens.row_N))
+            weight_N = weight_N * tokens.where_distilled(token_weights.contrastive(right_N, wrong_N, tokens.row_N))
         kept = weight_N != 0
         return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept, found
 

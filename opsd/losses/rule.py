@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from opsd.losses.divergence import Divergence, sampled_logprobs
-from opsd.losses.entries import FLOOR, entries
 from opsd.losses.estimators import importance_weight
 from opsd.losses.kernel import Outcome
+from opsd.losses.pointwise import FLOOR, entries
 from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal, TopKSignal
 
 

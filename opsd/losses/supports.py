@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd.losses.entries import Entries
+from opsd.losses.pointwise import Entries
 
 SUPPORTS = {
     "full": "the whole vocabulary",
