@@ -117,19 +117,19 @@ def _check_shown(teacher: Teacher, rule: str) -> None:
 
 
 def _imitating(teacher: Teacher) -> Teacher:
-    from opsd.teachers.tokens import DemonstrationTeacher
+    from opsd.teachers.one_hot import DemonstrationTeacher
 
     return DemonstrationTeacher()
 
 
 def _imitating_samples(teacher: Teacher) -> Teacher:
-    from opsd.teachers.tokens import DemonstrationTeacher
+    from opsd.teachers.one_hot import DemonstrationTeacher
 
     return DemonstrationTeacher(teacher)
 
 
 def _constant(teacher: Teacher) -> Teacher:
-    from opsd.teachers.tokens import ConstantAdvantageTeacher
+    from opsd.teachers.one_hot import ConstantAdvantageTeacher
 
     return ConstantAdvantageTeacher(CONSTANT_ADVANTAGE)
 

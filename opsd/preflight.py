@@ -30,7 +30,7 @@ from opsd.groups import Groups, placeholders
 from opsd.models.forward import context_length, counting_passes, embedded_tokens
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
-from opsd.teachers.weights import adapter_adds_nothing, digest
+from opsd.teachers.weight_copy import adapter_adds_nothing, digest
 from opsd.training_loss import TrainingLoss
 
 # Rows whose prompts are rendered for both sides before step 1: about ten seconds of one core.

@@ -25,7 +25,7 @@ from opsd.losses import Divergence, Objective, Tokens
 from opsd.models.forward import counting_passes, last_hidden
 from opsd.models.head import Head
 from opsd.teachers import Teacher
-from opsd.teachers.weights import megabytes
+from opsd.teachers.weight_copy import megabytes
 
 WEIGHTS = [0.3, 0.7]
 

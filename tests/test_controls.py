@@ -38,7 +38,7 @@ from opsd.controls import CONTROLS, with_completions
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.rollouts import Rollouts
 from opsd.run_card import read_card
-from opsd.teachers.tokens import ConstantAdvantageTeacher
+from opsd.teachers.one_hot import ConstantAdvantageTeacher
 
 ROWS = 4
 LR = 0.5

@@ -29,7 +29,7 @@ from opsd.errors import ConfigError, TokenizerMismatchError
 from opsd.models.forward import counting_passes
 from opsd.rollouts import Rollouts
 from opsd.teachers import Teacher
-from opsd.teachers.weights import megabytes
+from opsd.teachers.weight_copy import megabytes
 
 SHOWN = ("answer_only", None, "worked_solution")
 MIXED = [

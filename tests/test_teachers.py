@@ -27,7 +27,7 @@ from opsd.teachers import (
     SnapshotTeacher,
     Teacher,
 )
-from opsd.teachers.weights import megabytes
+from opsd.teachers.weight_copy import megabytes
 
 Make = Callable[..., Teacher]
 

@@ -16,7 +16,7 @@ from opsd.doctor.cost import planned_steps
 from opsd.doctor.patient import Patient
 from opsd.findings import Finding, listed
 from opsd.models.forward import language_model
-from opsd.teachers.weights import megabytes
+from opsd.teachers.weight_copy import megabytes
 
 find = functools.partial(Finding, "environment")
 

@@ -21,10 +21,10 @@ from opsd.teachers.ema import EMATeacher
 from opsd.teachers.gate import Gate
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.mixture import MixtureTeacher
-from opsd.teachers.own import LiveTeacher, SameCheckpointTeacher
 from opsd.teachers.past import PastCheckpointTeacher
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
 from opsd.teachers.routed import RoutedTeacher
+from opsd.teachers.self_teacher import LiveTeacher, SameCheckpointTeacher
 from opsd.teachers.sibling import SiblingTeacher
 from opsd.teachers.snapshot import SnapshotTeacher
 

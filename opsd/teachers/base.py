@@ -24,7 +24,7 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.rollouts import Ids, Rollouts, check_lengths
 from opsd.signals import TeacherSignal
-from opsd.teachers.weights import megabytes
+from opsd.teachers.weight_copy import megabytes
 
 Row: TypeAlias = Mapping[str, Any]
 History: TypeAlias = Sequence[Mapping[str, Any]]  # what a run has logged: entries with their `step`

@@ -15,9 +15,9 @@ from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_count, not_one_of
 from opsd.models.sharding import is_sharded
 from opsd.teachers.base import StudentHandle
-from opsd.teachers.own import MovingTeacher
 from opsd.teachers.products import AverageOfProducts
-from opsd.teachers.weights import TrainableWeights
+from opsd.teachers.self_teacher import MovingTeacher
+from opsd.teachers.weight_copy import TrainableWeights
 
 AVERAGES = ("factors", "product")
 

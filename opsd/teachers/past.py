@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from opsd.errors import as_count
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.sibling import SiblingTeacher
-from opsd.teachers.weights import TrainableWeights
+from opsd.teachers.weight_copy import TrainableWeights
 
 OF_THIS_RUN = re.compile(r"checkpoint-(\d+)")
 

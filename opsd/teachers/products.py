@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opsd.errors import ConfigError
 from opsd.models.sharding import is_sharded
-from opsd.teachers.weights import TrainableWeights
+from opsd.teachers.weight_copy import TrainableWeights
 
 A, B = ".lora_A.", ".lora_B."
 LOST = "opsd.lost"  # stands in a state beside the values

@@ -23,7 +23,7 @@ from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.placement import Placement
 from opsd.teachers.tokenizers import check_same_tokenizer
-from opsd.teachers.weights import digest
+from opsd.teachers.weight_copy import digest
 
 
 class SiblingTeacher(LocalTeacher):

@@ -10,7 +10,7 @@ from opsd.errors import ConfigError, as_count, did_you_mean
 from opsd.models.sharding import agreed
 from opsd.teachers.base import History
 from opsd.teachers.gate import Gate
-from opsd.teachers.own import MovingTeacher
+from opsd.teachers.self_teacher import MovingTeacher
 
 
 class SnapshotTeacher(MovingTeacher):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from opsd.contexts.base import Context
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
-from opsd.teachers.weights import TrainableWeights, adapter_adds_nothing, adapter_off
+from opsd.teachers.weight_copy import TrainableWeights, adapter_adds_nothing, adapter_off
 
 MOVED = "opsd.moved"  # stands in a state beside the values; no parameter has such a name
 
