@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.data.prepare import ready_rows
 from opsd.errors import DataError, OPSDError, OPSDWarning
+from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.sampling import Sampler, evaluate, sampler_of, stop_ids_of
@@ -39,7 +40,6 @@ from opsd.evaluation.summary import (
     lines,
     read_summary,
 )
-from opsd.likelihood import drift, logprobs
 from opsd.models.forward import evaluating
 from opsd.off_policy import completion_ids
 from opsd.rollouts import Ids
