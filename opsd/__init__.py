@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 # name -> the module it lives in
 _PUBLIC = {
-    "OPSDTrainer": "opsd.trainer",
-    "OPSDConfig": "opsd.config",
+    "OPSDTrainer": "opsd.training.trainer",
+    "OPSDConfig": "opsd.training.config",
     "EvaluationPlan": "opsd.evaluation.plan",
     "PrivilegedContext": "opsd.contexts.privileged",
     "ContextSchedule": "opsd.contexts.schedule",

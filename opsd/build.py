@@ -9,7 +9,7 @@ from opsd.data.rows import load_rows
 from opsd.run_file import Run
 
 if TYPE_CHECKING:
-    from opsd.trainer import OPSDTrainer
+    from opsd.training.trainer import OPSDTrainer
 
 
 def rows_of(run: Run, split: str) -> Any:
@@ -28,7 +28,7 @@ def build_trainer(run: Run) -> OPSDTrainer:
     from trl import get_peft_config, get_quantization_config
 
     from opsd.teachers import load_teacher
-    from opsd.trainer import OPSDTrainer
+    from opsd.training.trainer import OPSDTrainer
 
     args, model = run.args, run.model
     teacher = load_teacher(run.run.teacher, context=run.run.context)

@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 from trl import ModelConfig, TrlParser
 
-from opsd.config import OPSDConfig
 from opsd.errors import ConfigError, did_you_mean
 from opsd.teachers import Recipe, recipe_of
 from opsd.teachers.recipes import read_yaml
+from opsd.training.config import OPSDConfig
 
 
 @dataclass

@@ -34,11 +34,11 @@ from opsd import (
     RoutedTeacher,
     SameCheckpointTeacher,
 )
-from opsd.controls import CONTROLS, with_completions
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.rollouts import Rollouts
-from opsd.run_card import read_card
 from opsd.teachers.one_hot import ConstantAdvantageTeacher
+from opsd.training.controls import CONTROLS, with_completions
+from opsd.training.run_card import read_card
 
 ROWS = 4
 LR = 0.5

@@ -11,7 +11,7 @@ import pytest
 from conftest import make_llama
 from helpers import MAKE_TEACHER, make_trainer
 
-from opsd import checkpoints
+from opsd.training import checkpoints
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "crashes.py"
 

@@ -14,10 +14,10 @@ from conftest import make_llama, make_rows, make_tokenizer
 from helpers import LORA, move
 from peft import LoraConfig, get_peft_model
 
-from opsd.checkpoints import model_folder
 from opsd.cli import main
 from opsd.errors import CheckpointError
 from opsd.evaluation import EvaluationResult
+from opsd.training.checkpoints import model_folder
 
 
 @pytest.fixture

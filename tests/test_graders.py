@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from opsd.errors import ConfigError, DataError, OPSDWarning
 from opsd.evaluation.graders import COMPLETED, GRADERS, Grader, Row, grade, grade_rows, load_grader
-from opsd.rewards import load_reward
+from opsd.training.rewards import load_reward
 
 
 def flat(table: dict[str, list]) -> list[tuple]:

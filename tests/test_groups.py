@@ -25,11 +25,11 @@ from opsd.cli import main
 from opsd.contexts.privileged import fitting_templates
 from opsd.data.order import EpochSampler
 from opsd.errors import ConfigError, DataError, TemplateError
-from opsd.groups import Groups
-from opsd.preflight import GROUP_METRICS
-from opsd.rewards import Rewards
 from opsd.rollouts import Rollouts
 from opsd.run_file import read_run
+from opsd.training.checks import GROUP_METRICS
+from opsd.training.groups import Groups
+from opsd.training.rewards import Rewards
 
 STATE = SimpleNamespace(global_step=3)
 

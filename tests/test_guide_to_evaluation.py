@@ -14,11 +14,11 @@ import yaml
 from conftest import make_rows
 
 from opsd.cli import main
-from opsd.controls import CONTROLS
 from opsd.evaluation.graders import GRADERS
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.sample_metrics import METRICS
 from opsd.evaluation.statistics import over_seeds, paired_difference
+from opsd.training.controls import CONTROLS
 
 ROOT = Path(__file__).parents[1]
 GUIDE = (ROOT / "docs" / "evaluation.md").read_text()

@@ -18,10 +18,10 @@ from transformers import AutoConfig, LlamaConfig
 from opsd import EMATeacher, MixtureTeacher, RoutedTeacher, SameCheckpointTeacher, SiblingTeacher
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
-from opsd.preflight import check_sharding, measured_cost
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
-from opsd.training_loss import TrainingLoss
+from opsd.training.checks import check_sharding, measured_cost
+from opsd.training.loss import TrainingLoss
 
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200, "num_attention_heads": 64}
 

@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from opsd import EMATeacher, MixtureTeacher, RoutedTeacher, load_teacher
-from opsd.checkpoints import read, write
 from opsd.errors import ConfigError
 from opsd.teachers.products import A, B
+from opsd.training.checkpoints import read, write
 
 Values = dict[str, Tensor]
 

@@ -20,10 +20,10 @@ from opsd.contexts.privileged import PrivilegedContext
 from opsd.data.columns import FORMATS
 from opsd.doctor import CHECKS
 from opsd.doctor.patient import LONGEST
-from opsd.groups import Groups
 from opsd.losses import Divergence, Objective
-from opsd.selection import TokenSelection
 from opsd.teachers import TEACHERS
+from opsd.training.groups import Groups
+from opsd.training.token_selection import TokenSelection
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

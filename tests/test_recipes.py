@@ -15,12 +15,9 @@ from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 
 from opsd import OPSDTrainer, sources
-from opsd.config import OPSDConfig
 from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, OPSDWarning
-from opsd.groups import Groups
-from opsd.selection import TokenSelection
 from opsd.teachers import (
     TEACHERS,
     EMATeacher,
@@ -32,6 +29,9 @@ from opsd.teachers import (
     load_teacher,
 )
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
+from opsd.training.config import OPSDConfig
+from opsd.training.groups import Groups
+from opsd.training.token_selection import TokenSelection
 
 NAMES = sources.names("teachers")
 README = (sources.folder("teachers") / "README.md").read_text(encoding="utf-8")

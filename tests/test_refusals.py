@@ -110,22 +110,21 @@ def test_settings_that_are_probably_not_meant_warn(tmp_path: Path, setting: dict
 
 
 def test_the_number_format_is_measured_stored_and_reused(tmp_path: Path, monkeypatch) -> None:
-    from opsd import precision
+    from opsd.training import machine
 
     monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: 6.0)
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is True
     monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: 0.01)
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is False
-    precision.store_choice(tmp_path, True)
+    machine.store_choice(tmp_path, True)
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is False, "nothing to resume yet"
     (tmp_path / "checkpoint-1").mkdir()
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is True
-    assert json.loads((tmp_path / precision.FILE).read_text()) == {"bf16": True}
+    assert json.loads((tmp_path / machine.FILE).read_text()) == {"bf16": True}
 
 
 def test_a_cpu_where_bf16_wins_needs_no_further_word(tmp_path: Path, monkeypatch) -> None:
     """transformers refuses bf16 without a GPU unless use_cpu is set; a user who set nothing must not meet that."""
-    from opsd import precision
 
     monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: 6.0)
     args = OPSDConfig(str(tmp_path))
@@ -149,7 +148,7 @@ def test_a_student_from_a_bf16_trainer_is_taken_as_it_is(tmp_path: Path, student
 def test_the_measurement_itself_is_quick_and_positive() -> None:
     import time
 
-    from opsd.precision import measure_bf16_speedup
+    from opsd.training.machine import measure_bf16_speedup
 
     start = time.perf_counter()
     assert measure_bf16_speedup() > 0
@@ -160,7 +159,7 @@ def test_the_measurement_itself_is_quick_and_positive() -> None:
 def test_bfloat16_reaches_sampling_scoring_and_the_loss(tmp_path: Path, student: str, monkeypatch) -> None:
     """accelerate wraps `forward`, and the loss goes around it: without our own autocast bf16 would do nothing."""
     import opsd.teachers.local
-    import opsd.training_loss
+    import opsd.training.loss
     from opsd.models.forward import last_hidden
 
     trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), student, bf16=True, max_steps=1)
@@ -173,7 +172,7 @@ def test_bfloat16_reaches_sampling_scoring_and_the_loss(tmp_path: Path, student:
 
         return hidden
 
-    monkeypatch.setattr(opsd.training_loss, "last_hidden", spy("student"))
+    monkeypatch.setattr(opsd.training.loss, "last_hidden", spy("student"))
     monkeypatch.setattr(opsd.teachers.local, "last_hidden", spy("teacher"))
     original = trainer.model.generate
     monkeypatch.setattr(

@@ -14,7 +14,7 @@ from helpers import logged, make_trainer, returns
 
 from opsd import SameCheckpointTeacher
 from opsd.errors import ConfigError, DataError, OPSDWarning
-from opsd.rewards import Rewards, Verdicts
+from opsd.training.rewards import Rewards, Verdicts
 
 STATE = SimpleNamespace(global_step=3)
 

@@ -13,7 +13,7 @@ from helpers import MAKE_TEACHER, make_trainer
 
 from opsd import MixtureTeacher, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.run_card import JSON, MARKDOWN, differences, read_card, run_card, tokenizer_digest, write_run_card
+from opsd.training.run_card import JSON, MARKDOWN, differences, read_card, run_card, tokenizer_digest, write_run_card
 
 
 def card_of(folder: Path, **changes: Any) -> dict[str, Any]:

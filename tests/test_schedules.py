@@ -17,7 +17,7 @@ from opsd.contexts.privileged import Context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.schedule import LEVELS
 from opsd.errors import ConfigError, DataError, TemplateError
-from opsd.run_card import run_card
+from opsd.training.run_card import run_card
 
 SIDE = PromptRenderer(make_tokenizer())
 ROWS = make_rows(40)

@@ -15,7 +15,7 @@ from helpers import logged, make_args, make_trainer, prepared
 from opsd import SameCheckpointTeacher
 from opsd.errors import ConfigError, DataError
 from opsd.rollouts import Rollouts
-from opsd.selection import TokenSelection
+from opsd.training.token_selection import TokenSelection
 
 END = 2
 ROLLOUTS = Rollouts(

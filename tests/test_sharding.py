@@ -33,7 +33,7 @@ from conftest import make_tokenizer
 from opsd.contexts.renderer import PromptRenderer
 from opsd.models.sharding import inside, local, whole
 from opsd.teachers import StudentHandle
-from opsd.training_loss import TrainingLoss
+from opsd.training.loss import TrainingLoss
 
 os.environ.update(FSDP_VERSION="2", FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer")
 CPU = torch.device("cpu")

@@ -33,10 +33,10 @@ from opsd import (
 )
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
-from opsd.preflight import measured_cost
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
-from opsd.training_loss import TrainingLoss
+from opsd.training.checks import measured_cost
+from opsd.training.loss import TrainingLoss
 
 # ---- whether it fits ----------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from datasets import Dataset
 from helpers import changed, logged, make_args, make_rollouts, make_trainer, move, snapshot
 
 from opsd import EMATeacher, OPSDConfig, SameCheckpointTeacher
-from opsd.engine import EngineLogprobs
 from opsd.errors import ConfigError, OPSDWarning, TemplateError
 from opsd.losses import Divergence, Objective
+from opsd.training.vllm_logprobs import EngineLogprobs
 
 # One line per objective that published systems use: settings, and what their words must say.
 OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
@@ -206,7 +206,7 @@ def test_scored_crosses_wrappers_as_one_opaque_object() -> None:
     """FSDP2 with bf16 casts float tensors in containers that it knows how to walk."""
     from torch.utils import _pytree
 
-    from opsd.training_loss import Scored
+    from opsd.training.loss import Scored
 
     leaves = _pytree.tree_leaves({"scored": Scored(make_rollouts(2), SimpleNamespace())})  # type: ignore[arg-type]
     assert len(leaves) == 1

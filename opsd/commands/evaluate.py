@@ -83,7 +83,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _answered(options: argparse.Namespace) -> EvaluationResult:
-    from opsd.checkpoints import model_folder
     from opsd.contexts.base import Context
     from opsd.contexts.privileged import PrivilegedContext
     from opsd.contexts.renderer import PromptRenderer
@@ -91,7 +90,8 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     from opsd.evaluation import evaluate, load_grader, sampler_of, stop_ids_of
     from opsd.evaluation.sample_metrics import parse_metric
     from opsd.models.loading import load_model
-    from opsd.run_card import settings_of
+    from opsd.training.checkpoints import model_folder
+    from opsd.training.run_card import settings_of
 
     grader = load_grader(options.grader, options.answer_column)
     for name in _metrics(options):
@@ -150,8 +150,8 @@ def _table(result: EvaluationResult, options: argparse.Namespace) -> Table:
 
 
 def _with_harness(options: argparse.Namespace) -> int:
-    from opsd.checkpoints import model_folder
     from opsd.evaluation.harness import as_table, run_harness
+    from opsd.training.checkpoints import model_folder
 
     tasks = [name.strip() for name in options.harness.split(",") if name.strip()]
     result = run_harness(

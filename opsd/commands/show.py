@@ -18,14 +18,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opsd.build import rows_of
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.schedule import LEVELS
-from opsd.controls import control_of
 from opsd.data.prepare import ready_rows
 from opsd.data.rows import completion_of, row_columns
 from opsd.errors import ConfigError
-from opsd.groups import PRODUCED, placeholders
 from opsd.models.loading import check_model_name
 from opsd.run_file import Run, read_run
 from opsd.teachers import Teacher, load_teacher
+from opsd.training.controls import control_of
+from opsd.training.groups import PRODUCED, placeholders
 
 BOUNDARY = " ▏"
 SHADES = ("on grey15", "on grey27")  # neighbouring tokens differ, so that their edges show

@@ -68,8 +68,8 @@ def main(arguments: Sequence[str]) -> int:
     has_file = bool(arguments) and not arguments[0].startswith("--")
     run = read_run(Path(arguments[0]) if has_file else None, arguments[1 if has_file else 0 :])
 
-    from opsd import checkpoints
     from opsd.build import build_trainer
+    from opsd.training import checkpoints
 
     args, resume = run.args, _as_resume(run.args.resume_from_checkpoint)
     checkpoints.check_writable(args.output_dir)

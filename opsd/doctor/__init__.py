@@ -23,7 +23,7 @@ from opsd.doctor.prompts import check_prompts
 from opsd.doctor.tokenizers import check_tokenizers
 from opsd.errors import ConfigError, OPSDError, not_one_of
 from opsd.findings import Examination, Finding
-from opsd.trainer import OPSDTrainer
+from opsd.training.trainer import OPSDTrainer
 
 __all__ = ["CHECKS", "Examination", "Finding", "Patient", "examine", "refused"]
 

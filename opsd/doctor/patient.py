@@ -24,14 +24,14 @@ from opsd.contexts.schedule import ContextSchedule
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
 from opsd.evaluation.sampling import generate
-from opsd.groups import placeholders
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.models.forward import context_length, keeping_modes, last_hidden
 from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal
 from opsd.teachers import StudentHandle, Teacher
-from opsd.trainer import OPSDTrainer
+from opsd.training.groups import placeholders
+from opsd.training.trainer import OPSDTrainer
 
 Row = Mapping[str, Any]
 BATCH = 16  # rows of a forward pass at most

@@ -29,7 +29,7 @@ from opsd.evaluation.statistics import (
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
 from opsd.evaluation.verdict import Verdict, Versus, beats
-from opsd.run_card import differences, read_card
+from opsd.training.run_card import differences, read_card
 
 METHOD = "method"
 # What may differ between runs of one arm: the seed and what follows from it, the place, and the machine.

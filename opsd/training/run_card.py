@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__
 from opsd.errors import CheckpointError
-from opsd.groups import placeholders
+from opsd.training.groups import placeholders
 
 if TYPE_CHECKING:
-    from opsd.trainer import OPSDTrainer
+    from opsd.training.trainer import OPSDTrainer
 
 JSON, MARKDOWN = "run_card.json", "run_card.md"
 SHOWN_ROWS = 3

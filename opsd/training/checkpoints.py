@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opsd.errors import CheckpointError
-from opsd.run_card import JSON as RUN_CARD
+from opsd.training.run_card import JSON as RUN_CARD
 
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
 TRAINER_STATE = "trainer_state.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
-from opsd.checkpoints import saved
+from opsd.training.checkpoints import saved
 
 FILE = "precision.json"
 # bfloat16 rounds; it must be clearly faster to be worth it, and two processes that measure must agree.

@@ -30,28 +30,28 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCal
 from transformers.trainer_utils import TrainOutput
 from trl import DistillationTrainer
 
-from opsd import checkpoints, precision, preflight
-from opsd.config import OPSDConfig
 from opsd.contexts.renderer import PromptRenderer
-from opsd.controls import control_of
 from opsd.data.order import EpochSampler
-from opsd.engine import UNKNOWN, EngineLogprobs
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.questions import check_held_out
-from opsd.evaluator import Evaluator, planned
 from opsd.following import FollowStudent
-from opsd.groups import Groups
 from opsd.losses import LossRecord
-from opsd.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.models.forward import check_model, context_length
 from opsd.models.loading import ready_model, without_dropout
-from opsd.off_policy import off_policy_completions, on_policy_rows
-from opsd.rewards import RewardFunc
 from opsd.rollouts import Ids, Rollouts, check_lengths
-from opsd.run_card import write_run_card
-from opsd.stopping import GracefulStop
 from opsd.teachers import StudentHandle, Teacher, load_teacher
-from opsd.training_loss import Scored, TrainingLoss
+from opsd.training import checkpoints, checks, machine
+from opsd.training.callbacks import GracefulStop
+from opsd.training.config import OPSDConfig
+from opsd.training.controls import control_of
+from opsd.training.evaluator import Evaluator, planned
+from opsd.training.groups import Groups
+from opsd.training.loss import Scored, TrainingLoss
+from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
+from opsd.training.off_policy import off_policy_completions, on_policy_rows
+from opsd.training.rewards import RewardFunc
+from opsd.training.run_card import write_run_card
+from opsd.training.vllm_logprobs import UNKNOWN, EngineLogprobs
 
 if TYPE_CHECKING:
     from opsd.doctor import Examination
@@ -114,7 +114,7 @@ class OPSDTrainer(DistillationTrainer):
         self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
         checkpoints.check_writable(args.output_dir)
         self.groups = Groups.of(args, reward_funcs)
-        preflight.check_settings(
+        checks.check_settings(
             args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, has_tools=bool(tools)
         )
         self.training_loss = TrainingLoss(args, self.teacher)
@@ -126,7 +126,7 @@ class OPSDTrainer(DistillationTrainer):
             eval_dataset = plan.selection  # transformers looks at nothing where there is no dataset
         model, processing_class = ready_model(model, processing_class, args)
         for config in getattr(model, "peft_config", {}).values():
-            preflight.check_adapter(config)
+            checks.check_adapter(config)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -155,12 +155,12 @@ class OPSDTrainer(DistillationTrainer):
 
     def _accept(self, dataset: Any, name: str, args: OPSDConfig) -> Any:
         """Check a dataset against the teacher's context and the settings; rows come back with a `prompt` each."""
-        return preflight.accepted(dataset, name, args, self.training_loss, self.groups)
+        return checks.accepted(dataset, name, args, self.training_loss, self.groups)
 
     def _prepare_teacher(self) -> None:
-        preflight.check_text_only(self._is_vlm)
+        checks.check_text_only(self._is_vlm)
         student = self.accelerator.unwrap_model(self.model)
-        trainable = preflight.check_student(student)
+        trainable = checks.check_student(student)
         if self.accelerator.num_processes > 1:
             # DDP would do this only after teachers have copied: an adapter drawn without a seed differs per process.
             for p in student.parameters():
@@ -171,11 +171,11 @@ class OPSDTrainer(DistillationTrainer):
         renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
         self.training_loss.prepare(self.student, self.eos_token_ids)
-        assert trainable == preflight.check_student(student), "the teacher changed what trains"
+        assert trainable == checks.check_student(student), "the teacher changed what trains"
         produced, longest = self.groups.produced, self.args.max_completion_length or 0
-        preflight.check_rows_fit(self.train_dataset, self.student, self.teacher, longest, produced)
+        checks.check_rows_fit(self.train_dataset, self.student, self.teacher, longest, produced)
         self._facts = {
-            "student": preflight.fingerprint(student, len(self._tokenizer)),
+            "student": checks.fingerprint(student, len(self._tokenizer)),
             "teacher": self.teacher.description,
             "objective": self.training_loss.words,
             "groups": self.groups.words,
@@ -183,8 +183,8 @@ class OPSDTrainer(DistillationTrainer):
             "seq_kd": self.args.seq_kd,
         }
         steps = self.args.gradient_accumulation_steps
-        cost = preflight.measured_cost(self.training_loss, self.train_dataset, self.student, produced, steps)
-        self._say(preflight.summary(self.training_loss, self.groups, cost))
+        cost = checks.measured_cost(self.training_loss, self.train_dataset, self.student, produced, steps)
+        self._say(checks.summary(self.training_loss, self.groups, cost))
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -384,12 +384,12 @@ class OPSDTrainer(DistillationTrainer):
         for line in passed_over:
             self._say(line)
         if self.args.should_save:
-            precision.store_choice(self.args.output_dir, bool(self.args.bf16))
+            machine.store_choice(self.args.output_dir, bool(self.args.bf16))
             if folder is None:  # a resumed run is the one its card describes
                 write_run_card(self)
         with self._stop.listening():
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
-        preflight.check_trained(self.state.global_step, self._rows_per_step)
+        checks.check_trained(self.state.global_step, self._rows_per_step)
         if self.stopped_by is not None:
             self._say(self._stop.words(self.state.global_step, self.args.output_dir))
         return output

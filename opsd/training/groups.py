@@ -15,8 +15,8 @@ from typing import Any
 
 from opsd.contexts.filters import PRODUCED, strip_thinking
 from opsd.errors import ConfigError, not_one_of
-from opsd.rewards import Rewards, Verdicts
 from opsd.rollouts import Ids, Rollouts
+from opsd.training.rewards import Rewards, Verdicts
 
 ROUTES = {
     "all": "every rollout is distilled",

@@ -21,17 +21,17 @@ from peft import PeftConfig
 from torch import nn
 
 from opsd.contexts.base import Context
-from opsd.controls import control_of
 from opsd.data.prepare import ready_rows
 from opsd.data.rows import check_completions, row_columns
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.plan import METRIC, EvaluationPlan
-from opsd.groups import Groups, placeholders
 from opsd.models.forward import context_length, counting_passes, embedded_tokens
 from opsd.rollouts import Rollouts, check_lengths
 from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weight_copy import adapter_adds_nothing, digest
-from opsd.training_loss import TrainingLoss
+from opsd.training.controls import control_of
+from opsd.training.groups import Groups, placeholders
+from opsd.training.loss import TrainingLoss
 
 # Rows whose prompts are rendered for both sides before step 1: about ten seconds of one core.
 CHECKED_ROWS = 20_000

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from opsd.config import OPSDConfig
 from opsd.data.rows import completion_of
 from opsd.rollouts import Ids
 from opsd.teachers import Teacher
 from opsd.teachers.base import Row
+from opsd.training.config import OPSDConfig
 
 
 def on_policy_rows(rows: int, lmbda: float, step: int) -> int:

@@ -41,14 +41,14 @@ from opsd.evaluation.summary import (
     read_summary,
 )
 from opsd.models.forward import evaluating
-from opsd.off_policy import completion_ids
 from opsd.rollouts import Ids
-from opsd.run_card import data_digest
 from opsd.teachers import LiveTeacher, Teacher
+from opsd.training.off_policy import completion_ids
+from opsd.training.run_card import data_digest
 
 if TYPE_CHECKING:
-    from opsd.trainer import OPSDTrainer
-    from opsd.training_loss import TrainingLoss
+    from opsd.training.loss import TrainingLoss
+    from opsd.training.trainer import OPSDTrainer
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
 

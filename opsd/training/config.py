@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from trl import DistillationConfig
 
-from opsd.controls import CONTROLS, control_of
 from opsd.errors import ConfigError, OPSDWarning
-from opsd.groups import Groups
 from opsd.losses import Divergence, Objective
 from opsd.losses.divergence import NEAR_AN_END
-from opsd.precision import choose_bf16
+from opsd.training.controls import CONTROLS, control_of
+from opsd.training.groups import Groups
+from opsd.training.machine import choose_bf16
 
 # Below it most training tokens are not the student's own: what it meets at inference it has not been trained on.
 LOW_LMBDA = 0.5

@@ -16,16 +16,16 @@ import torch
 from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
-from opsd.config import OPSDConfig
 from opsd.contexts.base import Context, ContextCounts
 from opsd.data.rows import row_columns
 from opsd.losses import LossRecord, Tokens
 from opsd.models.forward import last_hidden
 from opsd.models.head import Head
 from opsd.rollouts import PaddedBatch, Rollouts
-from opsd.selection import TokenSelection, row_weight
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher
+from opsd.training.config import OPSDConfig
+from opsd.training.token_selection import TokenSelection, row_weight
 
 
 @dataclass(frozen=True)
