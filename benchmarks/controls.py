@@ -17,7 +17,16 @@ from typing import Any
 import yaml
 
 from opsd.commands.compare import markdown
-from opsd.demo import CONTEXT, GRADER, MAX_NEW_TOKENS, TEST_SEED, DemoSettings, arithmetic, packaged_model, question
+from opsd.commands.demo_run import (
+    CONTEXT,
+    GRADER,
+    MAX_NEW_TOKENS,
+    TEST_SEED,
+    DemoSettings,
+    arithmetic,
+    packaged_model,
+    question,
+)
 from opsd.evaluation.compare import RunResult, as_json, compare, read_runs
 from opsd.evaluation.summary import AFTER, FOLDER, read_summary
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from opsd.demo import DemoResult, DemoSettings, Score, run_demo
+from opsd.commands.demo_run import DemoResult, DemoSettings, Score, run_demo
 from opsd.evaluation.statistics import paired_difference, proportion_interval, share_of_gap
 from opsd.training.machine import measure_bf16_speedup
 

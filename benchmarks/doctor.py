@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset
 
 from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
-from opsd.demo import MAX_NEW_TOKENS, DemoSettings, arithmetic, packaged_model
+from opsd.commands.demo_run import MAX_NEW_TOKENS, DemoSettings, arithmetic, packaged_model
 from opsd.doctor import ROWS, examine
 from opsd.training.run_card import hardware
 

@@ -24,7 +24,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from opsd import EMATeacher, LiveTeacher, OPSDConfig, OPSDTrainer, Rollouts
-from opsd.demo import CONTEXT, MAX_NEW_TOKENS, arithmetic, packaged_model
+from opsd.commands.demo_run import CONTEXT, MAX_NEW_TOKENS, arithmetic, packaged_model
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.models.loading import load_model
 from opsd.teachers import Teacher

@@ -16,9 +16,9 @@ from conftest import make_rows
 
 from opsd import sources
 from opsd.cli import COMMANDS, main
+from opsd.commands.run_file import read_run
 from opsd.errors import ConfigError
 from opsd.evaluation import EvaluationResult
-from opsd.run_file import read_run
 
 SMALL = {
     "teacher": "ema",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from opsd.cli import main
+from opsd.commands.demo_run import arithmetic, packaged_model, question
 from opsd.contexts.renderer import PromptRenderer
-from opsd.demo import arithmetic, packaged_model, question
 from opsd.errors import ConfigError
 from opsd.evaluation import generate, load_grader
 from opsd.models.loading import load_model

@@ -22,8 +22,8 @@ from helpers import MAKE_TEACHER, STUDENTS, make_args, make_trainer, returns, sn
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.cli import main
+from opsd.commands.demo_run import GRADER, MAX_NEW_TOKENS, arithmetic, packaged_model, peak_megabytes
 from opsd.commands.doctor import TITLES
-from opsd.demo import GRADER, MAX_NEW_TOKENS, arithmetic, packaged_model, peak_megabytes
 from opsd.doctor import CHECKS, examine
 from opsd.doctor.lift import Lift, verdict
 from opsd.errors import ConfigError

@@ -22,11 +22,11 @@ from torch.utils.data import BatchSampler
 
 from opsd import OPSDTrainer, PrivilegedContext, SameCheckpointTeacher
 from opsd.cli import main
+from opsd.commands.run_file import read_run
 from opsd.contexts.privileged import fitting_templates
 from opsd.data.order import EpochSampler
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.rollouts import Rollouts
-from opsd.run_file import read_run
 from opsd.training.checks import GROUP_METRICS
 from opsd.training.groups import Groups
 from opsd.training.rewards import Rewards

@@ -13,7 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from opsd.demo import CONTEXT, GRADER, MAX_NEW_TOKENS, QUESTIONS, DemoResult, DemoSettings, Score, Watcher, run_demo
+from opsd.commands.demo_run import (
+    CONTEXT,
+    GRADER,
+    MAX_NEW_TOKENS,
+    QUESTIONS,
+    DemoResult,
+    DemoSettings,
+    Score,
+    Watcher,
+    run_demo,
+)
 from opsd.evaluation.statistics import paired_difference, proportion_interval, share_of_gap
 
 

@@ -55,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     """Examine, print, and return 1 if training would be wrong."""
     has_file = bool(arguments) and not arguments[0].startswith("-")
     options, settings = make_parser().parse_known_args(list(arguments)[1 if has_file else 0 :])
+    from opsd.commands.run_file import read_run
     from opsd.doctor import refused
-    from opsd.run_file import read_run
 
     run = read_run(Path(arguments[0]) if has_file else None, settings)
     to_pipe = options.json == "-"
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _examined(run: Any, options: argparse.Namespace) -> Examination:
-    from opsd.build import build_trainer
+    from opsd.commands.build import build_trainer
     from opsd.doctor import examine
 
     output = Path(run.args.output_dir)

@@ -15,14 +15,14 @@ from rich.panel import Panel
 from rich.text import Text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from opsd.build import rows_of
+from opsd.commands.build import rows_of
+from opsd.commands.run_file import Run, read_run
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.schedule import LEVELS
 from opsd.data.prepare import ready_rows
 from opsd.data.rows import completion_of, row_columns
 from opsd.errors import ConfigError
 from opsd.models.loading import check_model_name
-from opsd.run_file import Run, read_run
 from opsd.teachers import Teacher, load_teacher
 from opsd.training.controls import control_of
 from opsd.training.groups import PRODUCED, placeholders

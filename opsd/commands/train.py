@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP)
         return 0
-    from opsd.run_file import make_parser, read_run
+    from opsd.commands.run_file import make_parser, read_run
 
     if "--help-all" in arguments:
         make_parser().print_help()
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     has_file = bool(arguments) and not arguments[0].startswith("--")
     run = read_run(Path(arguments[0]) if has_file else None, arguments[1 if has_file else 0 :])
 
-    from opsd.build import build_trainer
+    from opsd.commands.build import build_trainer
     from opsd.training import checkpoints
 
     args, resume = run.args, _as_resume(run.args.resume_from_checkpoint)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from datasets import Dataset
 
-from opsd.demo import peak_megabytes
+from opsd.commands.demo_run import peak_megabytes
 from opsd.doctor.patient import Patient, as_it_trains
 from opsd.findings import Finding
 

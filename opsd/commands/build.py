@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from opsd.commands.run_file import Run
 from opsd.data.columns import import_columns
 from opsd.data.rows import load_rows
-from opsd.run_file import Run
 
 if TYPE_CHECKING:
     from opsd.training.trainer import OPSDTrainer
