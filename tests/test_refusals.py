@@ -112,9 +112,9 @@ def test_settings_that_are_probably_not_meant_warn(tmp_path: Path, setting: dict
 def test_the_number_format_is_measured_stored_and_reused(tmp_path: Path, monkeypatch) -> None:
     from opsd.training import machine
 
-    monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: 6.0)
+    monkeypatch.setattr(machine, "measure_bf16_speedup", lambda: 6.0)
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is True
-    monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: 0.01)
+    monkeypatch.setattr(machine, "measure_bf16_speedup", lambda: 0.01)
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is False
     machine.store_choice(tmp_path, True)
     assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is False, "nothing to resume yet"
@@ -126,7 +126,9 @@ def test_the_number_format_is_measured_stored_and_reused(tmp_path: Path, monkeyp
 def test_a_cpu_where_bf16_wins_needs_no_further_word(tmp_path: Path, monkeypatch) -> None:
     """transformers refuses bf16 without a GPU unless use_cpu is set; a user who set nothing must not meet that."""
 
-    monkeypatch.setattr(precision, "measure_bf16_speedup", lambda: 6.0)
+    from opsd.training import machine
+
+    monkeypatch.setattr(machine, "measure_bf16_speedup", lambda: 6.0)
     args = OPSDConfig(str(tmp_path))
     assert args.bf16 and args.use_cpu == (not torch.accelerator.is_available())
 

@@ -83,7 +83,7 @@ SPENDERS = {
 @pytest.fixture(autouse=True)
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try every template anew."""
-    monkeypatch.setattr(vetting, "_passed", set())
+    monkeypatch.setattr(trial, "_passed", set())
 
 
 def block(body: str) -> str:

@@ -115,8 +115,8 @@ class TemplateBlocks:
             *self._live_blocks([trees[file] for file in line]),
             *(trees[file] for file in trees.keys() - set(line)),
         ]
-        sources = "".join(self._loader.get_source(self._environment, file)[0] for file in sorted(trees))
-        self.digest = hashlib.sha256(sources.encode()).hexdigest()[:16]
+        source = "".join(self._loader.get_source(self._environment, file)[0] for file in sorted(trees))
+        self.digest = hashlib.sha256(source.encode()).hexdigest()[:16]
         used = set().union(*map(meta.find_undeclared_variables, shown)) - PROMPT_NAMES
         guarded = {name for tree in shown for name in _guarded_names(tree)}
         self.shown = shown

@@ -43,7 +43,7 @@ def vet(origin: Path | TemplateText, digest: str, values: Mapping[str, Any]) -> 
     name, source = (str(origin), None) if isinstance(origin, Path) else (origin.name, origin.source)
     order = pickle.dumps({"name": name, "source": source, "values": dict(values)})
     # What this process imports from, and not the current folder, whose files a stranger may have written.
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])}
     command = [sys.executable, "-P", "-m", "opsd.contexts.trial"]
     try:
         done = subprocess.run(command, input=order, capture_output=True, timeout=3 * SECONDS, env=env)

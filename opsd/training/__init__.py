@@ -1,1 +1,1 @@
-"""OPSDConfig and OPSDTrainer, and what a run consists of: groups, rewards, checks, checkpoints, callbacks, the run card."""
+"""OPSDConfig and OPSDTrainer, and what a run consists of: groups, rewards, checks, checkpoints, run card."""
