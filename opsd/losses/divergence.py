@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.losses import entries as table
+from opsd.losses import pointwise as table
 from opsd.losses import supports
 from opsd.losses.estimators import least_variance_baseline, log_ratio
 from opsd.losses.pointwise import Entries, entries
