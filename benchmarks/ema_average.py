@@ -65,7 +65,7 @@ def apart(teacher: EMATeacher, exact: EMATeacher) -> tuple[float, float]:
 
 def divergence(a: Teacher, b: Teacher, rollouts: Rollouts) -> list[float]:
     """Return KL(a ‖ b) in nats of each token."""
-    shown = b.show(a.show(rollouts))
+    shown = b.render_prompts(a.render_prompts(rollouts))
     first, second = a.score(shown), b.score(shown)
     with torch.no_grad():
         record = Objective(Divergence(1.0))(first.hidden_ND, first.head, second, Tokens(torch.ones(len(second))))

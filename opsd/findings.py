@@ -44,19 +44,19 @@ class Examination:
     rows: int = 0
     seconds: float = 0.0
 
-    def of(self, *statuses: Status) -> list[Finding]:
+    def with_status(self, *statuses: Status) -> list[Finding]:
         """Return the findings with one of these statuses."""
         return [finding for finding in self.findings if finding.status in statuses]
 
     @property
     def failed(self) -> bool:
         """Whether training would be wrong."""
-        return bool(self.of("fail"))
+        return bool(self.with_status("fail"))
 
     @property
     def verdict(self) -> str:
         """How it went, in a line."""
-        counts = {word: len(self.of(word)) for word in ("pass", "warn", "fail", "skip")}
+        counts = {word: len(self.with_status(word)) for word in ("pass", "warn", "fail", "skip")}
         told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
         return f"{told} ({self.rows} rows, {self.seconds:.0f} s)"
 

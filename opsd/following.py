@@ -11,7 +11,7 @@ from opsd.contexts.base import Context
 from opsd.teachers import Teacher
 
 
-class FollowStudent(TrainerCallback):
+class TeacherCallback(TrainerCallback):
     """Tells the teacher what happens to the student.
 
     Args:

@@ -21,7 +21,7 @@ Ids = list[int]
 PAD = 0  # any id will do: padded positions are masked, to the right of all tokens, and never kept
 
 # What a row has where nothing else is said.
-USUAL: dict[str, Any] = {"row_weights": 1.0, "produced": {}, "distilled": 1.0, "advantages": 0.0}
+USUAL: dict[str, Any] = {"row_weights": 1.0, "rollout_fields": {}, "distill_weight": 1.0, "advantages": 0.0}
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class PaddedBatch:
     Args:
         ids_BL: int64.
         mask_BL: int64, 1 for tokens.
-        keep_BL: bool, True where the *next* token is scored.
-        scored_ids_N: int64, the scored tokens themselves, packed like `keep_BL`.
+        predicts_scored_BL: bool, True where the *next* token is scored.
+        scored_ids_N: int64, the scored tokens themselves, packed like `predicts_scored_BL`.
         row_N: int64, the row of each.
     """
 
     ids_BL: Tensor
     mask_BL: Tensor
-    keep_BL: Tensor
+    predicts_scored_BL: Tensor
     scored_ids_N: Tensor
     row_N: Tensor
 
@@ -52,14 +52,14 @@ class Rollouts:
         prompt_ids: the student's prompts.
         completion_ids: sampled ids (or the row's own, off-policy).
         loss_mask: per completion, 1 for tokens that are scored, 0 for tool output; None scores all.
-        shown: teacher prompts by the key of the one they are shown to (`Teacher.show` fills it).
-        normaliser: scorable tokens of the whole generation batch over all processes; the loss divides by it.
+        teacher_prompt_ids: teacher prompts by the teacher's key (`Teacher.render_prompts` fills it).
+        num_loss_tokens: scorable tokens of the whole generation batch over all processes; the loss divides by it.
         row_weights: what each row counts; empty counts all alike.
-        produced: per row, what training made for its teacher's context (a correct sibling's text, feedback); empty
-            for nothing.
-        distilled: per row, 1 where it learns from the teacher and 0 where it only carries a reward; empty for all 1.
+        rollout_fields: per row, fields for the teacher's context that training makes (a correct sibling's text,
+            feedback); empty for none.
+        distill_weight: per row, 1 where the teacher trains it and 0 where only its reward does; empty for all 1.
         advantages: per row, what its reward is worth beside its group's; empty for all 0.
-        sampler_logprobs: per completion, log p in nats of each token where it was sampled, NaN where unknown; None
+        rollout_logprobs: per completion, log p in nats of each token where it was sampled, NaN where unknown; None
             where no engine told.
     """
 
@@ -67,13 +67,13 @@ class Rollouts:
     prompt_ids: Sequence[Ids]
     completion_ids: Sequence[Ids]
     loss_mask: Sequence[Ids] | None = None
-    shown: Mapping[str, Sequence[Ids]] = field(default_factory=dict)
-    normaliser: float | None = None
+    teacher_prompt_ids: Mapping[str, Sequence[Ids]] = field(default_factory=dict)
+    num_loss_tokens: float | None = None
     row_weights: Sequence[float] = ()
-    produced: Sequence[Mapping[str, Any]] = ()
-    distilled: Sequence[float] = ()
+    rollout_fields: Sequence[Mapping[str, Any]] = ()
+    distill_weight: Sequence[float] = ()
     advantages: Sequence[float] = ()
-    sampler_logprobs: Sequence[Sequence[float]] | None = None
+    rollout_logprobs: Sequence[Sequence[float]] | None = None
 
     def __post_init__(self) -> None:
         if self.loss_mask is None:
@@ -103,7 +103,7 @@ class Rollouts:
     @property
     def sampled_logprobs(self) -> list[float] | None:
         """The scored tokens' log-probabilities where they were sampled, or None where no engine told."""
-        return None if self.sampler_logprobs is None else self._of_scored(self.sampler_logprobs)
+        return None if self.rollout_logprobs is None else self._of_scored(self.rollout_logprobs)
 
     def _of_scored(self, values: Sequence[Sequence[Any]]) -> list[Any]:
         return [
@@ -134,9 +134,11 @@ class Rollouts:
         return Rollouts(**{f.name: pick(getattr(self, f.name)) for f in fields(self)})
 
     @property
-    def taught(self) -> list[bool]:
+    def is_distilled(self) -> list[bool]:
         """Whether a teacher's answer for a row counts: it has scored tokens, and is distilled."""
-        return [any(mask) and bool(share) for mask, share in zip(self.loss_mask or (), self.distilled, strict=True)]
+        return [
+            any(mask) and bool(share) for mask, share in zip(self.loss_mask or (), self.distill_weight, strict=True)
+        ]
 
     def without(self, rows: Sequence[bool]) -> Rollouts:
         """Return the rollouts with no token scored in the rows that are marked."""
@@ -145,9 +147,9 @@ class Rollouts:
 
     def stacked(self, keys: Sequence[str], key: str) -> Rollouts:
         """Return the rows once for each of several teachers, one after the other, as shown to one called `key`."""
-        shown = {key: [prompt for each in keys for prompt in self.shown[each]]}
+        teacher_prompt_ids = {key: [prompt for each in keys for prompt in self.teacher_prompt_ids[each]]}
         again = self.select(list(range(len(self))) * len(keys))
-        return replace(again, shown=shown)
+        return replace(again, teacher_prompt_ids=teacher_prompt_ids)
 
     def sorted_by_length(self) -> Rollouts:
         """Return the rows longest first, so that rows of one micro-batch need little padding."""
@@ -160,39 +162,39 @@ class Rollouts:
         assert rest == 0, f"{len(self)} rows do not make {parts} equal micro-batches"
         return (self.select(range(start, start + size)) for start in range(0, size * parts, size))
 
-    def show(self, key: str, prompts: Sequence[Ids]) -> Rollouts:
+    def with_teacher_prompts(self, key: str, prompts: Sequence[Ids]) -> Rollouts:
         """Return these rollouts with the teacher prompts of `key` added."""
         assert len(prompts) == len(self)
-        return replace(self, shown={**self.shown, key: list(prompts)})
+        return replace(self, teacher_prompt_ids={**self.teacher_prompt_ids, key: list(prompts)})
 
-    def normalised_by(self, tokens: float) -> Rollouts:
+    def with_num_loss_tokens(self, tokens: float) -> Rollouts:
         """Return these rollouts with the number of scored tokens that the loss divides by."""
-        return replace(self, normaliser=float(tokens))
+        return replace(self, num_loss_tokens=float(tokens))
 
-    def pad(self, device: torch.device | str, shown_to: str | None = None) -> PaddedBatch:
+    def pad(self, device: torch.device | str, seen_by: str | None = None) -> PaddedBatch:
         """Lay prompts ++ completions out as tensors.
 
         Padding goes to the right: with causal attention no token ever sees it, and all prompts start at position 0.
 
         Args:
             device: where the tensors go.
-            shown_to: key of the teacher whose prompts are used; None uses the student's.
+            seen_by: key of the teacher whose prompts are used; None uses the student's.
         """
-        prompts = self.prompt_ids if shown_to is None else self.shown[shown_to]
+        prompts = self.prompt_ids if seen_by is None else self.teacher_prompt_ids[seen_by]
         assert self.loss_mask is not None
         completions = self.needed_ids
         length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         ids_BL = torch.full((len(self), length), PAD)
         mask_BL = torch.zeros((len(self), length), dtype=torch.long)
-        keep_BL = torch.zeros((len(self), length), dtype=torch.bool)
+        predicts_scored_BL = torch.zeros((len(self), length), dtype=torch.bool)
         for b, (prompt, completion, scored) in enumerate(zip(prompts, completions, self.loss_mask, strict=True)):
             start, end = len(prompt), len(prompt) + len(completion)
             ids_BL[b, :end] = torch.tensor(prompt + completion)
             mask_BL[b, :end] = 1
-            keep_BL[b, start - 1 : end - 1] = torch.tensor(scored[: len(completion)], dtype=torch.bool)
-        scored_ids_N = ids_BL.roll(-1, dims=1)[keep_BL]
-        row_N = keep_BL.nonzero()[:, 0]
-        return PaddedBatch(*(t.to(device) for t in (ids_BL, mask_BL, keep_BL, scored_ids_N, row_N)))
+            predicts_scored_BL[b, start - 1 : end - 1] = torch.tensor(scored[: len(completion)], dtype=torch.bool)
+        scored_ids_N = ids_BL.roll(-1, dims=1)[predicts_scored_BL]
+        row_N = predicts_scored_BL.nonzero()[:, 0]
+        return PaddedBatch(*(t.to(device) for t in (ids_BL, mask_BL, predicts_scored_BL, scored_ids_N, row_N)))
 
     def row_of_token(self, n: int) -> int:
         """Return the row that packed scored token `n` belongs to."""

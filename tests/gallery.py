@@ -262,7 +262,9 @@ GALLERY: dict[str, Case] = {
     "a thinking teacher grades plain answers": Case(
         "tinker-cookbook #796: teacher bias at the first tokens; siyan-zhao/OPSD #10, #16, #18",
         Setup(
-            context(chat_template_kwargs={"enable_thinking": True}), model=taught, settings={"max_completion_length": 9}
+            context(chat_template_kwargs={"enable_thinking": True}),
+            model=taught,
+            settings={"max_completion_length": 9},
         ),
         Setup(context(), model=taught, settings={"max_completion_length": 9}),
         "divergence",

@@ -38,9 +38,7 @@ def _table() -> list[dict]:
             {"beta": beta, "support": "union", "support_k": 3, "tail": tail, "force_tail": tail == "none"} | clip
             for tail in TAILS
         ]
-    rows += [
-        {"support": "sampled", "baseline": b} | c for b in ("least_variance", "none") for c in ({}, {"token_clip": 0.2})
-    ]
+    rows += [{"support": "sampled", "baseline": b} | c for b in ("optimal", "none") for c in ({}, {"token_clip": 0.2})]
     for clip in ({}, {"entry_clip": 0.02}, {"token_clip": 0.5}):
         rows.append({"entropy_gate": 2.2} | clip)
         rows += [{"entropy_gate": 1.1, "support": "union", "support_k": 3, "tail": tail} | clip for tail in ("bucket",)]
@@ -71,18 +69,18 @@ SIGNALS = ("hidden", "top-k lists", *MIXTURES)
 MASKED = {"neither": (), "the student's": ("student",), "the teacher's": ("teacher",), "both": ("student", "teacher")}
 
 OBJECTIVES = {
-    "anchor": {"anchor_coef": 0.4},
+    "anchor": {"ref_kl_coef": 0.4},
     "importance": {"importance_clip": 1.5},
     "keep by entropy": {"keep_fraction": 0.4},
     "keep by disagreement": {"keep_fraction": 0.6, "keep_by": "disagreement"},
-    "discounted": {"future_cost": "discounted", "discount": 0.9},
-    "undiscounted": {"future_cost": "discounted"},
-    "length-normalised": {"future_cost": "length_normalised"},
+    "discounted": {"reward_to_go": "discounted", "discount": 0.9},
+    "undiscounted": {"reward_to_go": "discounted"},
+    "length-normalised": {"reward_to_go": "mean"},
     "all of it": {
-        "anchor_coef": 0.4,
+        "ref_kl_coef": 0.4,
         "importance_clip": 1.5,
         "keep_fraction": 0.7,
-        "future_cost": "discounted",
+        "reward_to_go": "discounted",
         "discount": 0.5,
     },
 }
@@ -101,7 +99,7 @@ def objectives() -> list[tuple[str, Objective]]:
         try:
             found.append((f"{name}: {name_of(divergence)}", Objective(divergence, **settings)))
         except ConfigError:
-            assert divergence.beta != 1.0 and "future_cost" in settings
+            assert divergence.beta != 1.0 and "reward_to_go" in settings
     return found
 
 
@@ -138,7 +136,7 @@ def problem(
     masked: tuple[str, ...] = (),
     left_out: bool = False,
     tied: bool = False,
-    wrong: bool = False,
+    contrast_signal: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
     """A problem of N tokens in rollouts of five, with all that any objective asks for.
@@ -158,16 +156,16 @@ def problem(
     ids_N = torch.randint(0, 3, (n,), generator=torch.Generator().manual_seed(seed)) + torch.arange(n) % 2 * 5
     weight_N = 0.2 + random(n, seed=seed + 70).abs()
     weight_N[1::4] = 0.0 if left_out else 1.0
-    sampler_N = random(n, seed=seed + 71) - 3.0
-    sampler_N[2::5] = torch.nan
-    tokens = Tokens(weight_N.float(), ids_N, torch.arange(n) // 5, sampler_N.float())
+    rollout_logprobs_N = random(n, seed=seed + 71) - 3.0
+    rollout_logprobs_N[2::5] = torch.nan
+    tokens = Tokens(weight_N.float(), ids_N, torch.arange(n) // 5, rollout_logprobs_N.float())
     return Problem(
         random(n, d, seed=seed + 80).to(dtype),
         to(student_head, dtype),
         _signal(signal, parts, min(v, teacher_v), ids_N),
         tokens,
         parts[2],
-        parts[3] if wrong else None,
+        parts[3] if contrast_signal else None,
     )
 
 

@@ -226,13 +226,17 @@ class Problem:
     head: Head
     signal: HiddenSignal | MixtureSignal | TopKSignal
     tokens: Tokens
-    anchor: HiddenSignal | None = None
-    wrong: HiddenSignal | None = None
+    reference: HiddenSignal | None = None
+    contrast_signal: HiddenSignal | None = None
 
     def vocab_size(self, is_anchored: bool) -> int:
         """The ids that every head has which is used."""
         others = [self.signal] if isinstance(self.signal, HiddenSignal) else getattr(self.signal, "signals", [])
-        others = [*others, *([self.anchor] if is_anchored else []), *([] if self.wrong is None else [self.wrong])]
+        others = [
+            *others,
+            *([self.reference] if is_anchored else []),
+            *([] if self.contrast_signal is None else [self.contrast_signal]),
+        ]
         return min(len(head.weight_VD) for head in (self.head, *(o.head for o in others)))
 
 
@@ -264,9 +268,9 @@ def kept_weights(objective: Objective, rows: list[list[int]], each: dict[int, To
 def cost(objective: Objective, row: list[int], n: int, each: dict[int, Token]) -> float:
     """What the later tokens of a rollout say against token n."""
     r = {m: (each[m].log_s_y.clamp(min=LOWEST) - each[m].log_t_y.clamp(min=LOWEST)).item() for m in row if m > n}
-    if objective.future_cost == "discounted":
+    if objective.reward_to_go == "discounted":
         return sum(objective.discount ** (row.index(m) - row.index(n)) * r[m] for m in r)
-    return sum(r.values()) / len(r) if objective.future_cost == "length_normalised" and r else 0.0
+    return sum(r.values()) / len(r) if objective.reward_to_go == "mean" and r else 0.0
 
 
 def contrast(problem: Problem, rows: list[list[int]], vocab_size: int) -> dict[int, float]:
@@ -275,9 +279,9 @@ def contrast(problem: Problem, rows: list[list[int]], vocab_size: int) -> dict[i
         gaps = {}
         for n in row:
             y = int(problem.tokens.ids_N[n])
-            sides = (problem.signal, problem.wrong)
-            right, wrong = (teacher_distribution(x, n, vocab_size, 1.0)[y] for x in sides)
-            gaps[n] = abs((right - wrong).item())
+            sides = (problem.signal, problem.contrast_signal)
+            right, contrast_signal = (teacher_distribution(x, n, vocab_size, 1.0)[y] for x in sides)
+            gaps[n] = abs((right - contrast_signal).item())
         mean = sum(gaps.values()) / len(gaps)
         factors |= {n: gap / mean if mean else 0.0 for n, gap in gaps.items()}
     return factors
@@ -286,7 +290,7 @@ def contrast(problem: Problem, rows: list[list[int]], vocab_size: int) -> dict[i
 def reference(objective: Objective, problem: Problem) -> Found:
     """The objective by its definition."""
     d, tokens = objective.divergence, problem.tokens
-    v = problem.vocab_size(objective.anchor_coef > 0)
+    v = problem.vocab_size(objective.ref_kl_coef > 0)
     leaves = {"states": problem.hidden_ND, "weight": problem.head.weight_VD, "bias": problem.head.bias_V}
     leaves = {name: x.detach().double().requires_grad_() for name, x in leaves.items() if x is not None}
     head = replace(problem.head, weight_VD=leaves["weight"], bias_V=leaves.get("bias"))
@@ -307,13 +311,13 @@ def reference(objective: Objective, problem: Problem) -> Found:
     if objective.keep_fraction < 1:
         kept = kept_weights(objective, rows, each)
         weight = {n: weight[n] * factor for n, factor in kept.items()}
-    if problem.wrong is not None:
+    if problem.contrast_signal is not None:
         factors = contrast(problem, rows, v)
         weight = {n: weight[n] * factors[n] for n in weight if factors[n]}
     loss, steered = leaves["states"].sum().nan_to_num(0, 0, 0) * 0, leaves["states"].sum().nan_to_num(0, 0, 0) * 0
     columns: dict[str, dict[int, float]] = defaultdict(dict)
     # Where all tokens were looked at before some were left out, all of them are in the records.
-    looked = objective.keep_fraction < 1 or objective.future_cost != "none"
+    looked = objective.keep_fraction < 1 or objective.reward_to_go != "none"
     for n in places if looked else weight:
         for name, value in told(objective, tokens, n, each[n]).items():
             columns[name][n] = value
@@ -322,12 +326,12 @@ def reference(objective: Objective, problem: Problem) -> Found:
         w *= columns["importance/ratio"].get(n, 1.0)
         steer = one.with_gradient + cost(objective, row_of[n], n, each) * one.log_s_y
         total = one.value.detach()
-        if objective.anchor_coef:
+        if objective.ref_kl_coef:
             held = distribution_value(
-                Divergence(), logs[n], teacher_distribution(problem.anchor, n, v, d.temperature), {}
+                Divergence(), logs[n], teacher_distribution(problem.reference, n, v, d.temperature), {}
             )
-            columns["anchor"][n] = held.item()
-            steer, total = steer + objective.anchor_coef * held, total + objective.anchor_coef * held.detach()
+            columns["ref_kl"][n] = held.item()
+            steer, total = steer + objective.ref_kl_coef * held, total + objective.ref_kl_coef * held.detach()
         loss, steered = loss + w * total, steered + w * steer
     steered.backward()
     values = {"loss": loss.detach()} | {name: scattered(x, len(tokens.weight_N)) for name, x in columns.items() if x}
@@ -338,12 +342,12 @@ def told(objective: Objective, tokens: Tokens, n: int, one: Token) -> dict[str, 
     """What a token that was looked at leaves in the records."""
     found = {"divergence": one.value.item(), "entropy": one.entropy.item(), **one.records}
     found |= {"logprob": one.log_s_y.item(), "teacher_logprob": one.log_t_y.item()}
-    if objective.importance_clip is not None and tokens.sampler_N is not None:
-        sampler = float(tokens.sampler_N[n])
+    if objective.importance_clip is not None and tokens.rollout_logprobs_N is not None:
+        sampler = float(tokens.rollout_logprobs_N[n])
         ratio = 1.0 if math.isnan(sampler) else math.exp(min(one.log_s_y.item() - sampler, 700.0))
         found["importance/truncated"] = float(ratio > objective.importance_clip)
         found["importance/ratio"] = min(ratio, objective.importance_clip)
-    if objective.divergence.support == "sampled" or objective.future_cost != "none":
+    if objective.divergence.support == "sampled" or objective.reward_to_go != "none":
         r = one.log_s_y.clamp(min=LOWEST).item() - one.log_t_y.clamp(min=LOWEST).item()
         found |= {"k1": r, "k2": r * r / 2, "k3": math.exp(-r) - 1 + r}
     return found
@@ -362,7 +366,12 @@ def measured(objective: Objective, problem: Problem, factor: float = 1.0) -> Fou
     leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items() if x is not None}
     head = replace(problem.head, weight_VD=leaves["weight"], bias_V=leaves.get("bias"))
     record = objective(
-        leaves["states"], head, problem.signal, problem.tokens, anchor=problem.anchor, wrong=problem.wrong
+        leaves["states"],
+        head,
+        problem.signal,
+        problem.tokens,
+        reference=problem.reference,
+        contrast_signal=problem.contrast_signal,
     )
     (record.loss * factor).backward()
     values = {"loss": record.loss.detach(), "divergence": record.divergence_N, "entropy": record.entropy_N}

@@ -77,7 +77,7 @@ def test_a_mixture_of_models_is_what_its_definition_says(kind: str, weights: lis
     parts = [SiblingTeacher(models[0], tokenizer=make_tokenizer(), context="answer_only")]
     parts.append(SiblingTeacher(models[1], tokenizer=make_tokenizer()))
     mixture = prepared(MixtureTeacher(parts, weights, kind=kind), make_llama())
-    rollouts = mixture.show(make_rollouts())
+    rollouts = mixture.render_prompts(make_rollouts())
     each = [plain_logprobs(model, part, rollouts) for model, part in zip(models, parts, strict=True)]
     expected = scored(mixed(each, weights, kind), rollouts)
     got = mixture.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids))
@@ -90,7 +90,7 @@ def test_several_contexts_of_one_set_of_weights_are_one_pass_and_one_copy() -> N
     single = prepared(EMATeacher(0.5), student)
     move(student)
     assert mixture.after_step(1) is None and single.after_step(1) is None
-    rollouts = mixture.show(make_rollouts())
+    rollouts = mixture.render_prompts(make_rollouts())
     with counting_passes() as sequences:
         got = mixture.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids))
     assert sequences == [2 * len(rollouts)]
@@ -207,7 +207,7 @@ def make_route(**kwargs: object) -> tuple[torch.nn.Module, RoutedTeacher]:
 
 def test_each_row_is_scored_by_its_own_teacher_in_any_order() -> None:
     _, route = make_route()
-    rollouts = route.show(make_rollouts())
+    rollouts = route.render_prompts(make_rollouts())
     for order in (range(5), [4, 1, 0, 3, 2], [1, 3], [0]):
         part = rollouts.select(list(order))
         got = route.score(part).logprobs(torch.tensor(part.scored_ids, dtype=torch.long))
@@ -215,7 +215,7 @@ def test_each_row_is_scored_by_its_own_teacher_in_any_order() -> None:
         for row in range(len(part)):
             alone = part.select([row])
             own = route.parts[alone.rows[0]["domain"]]
-            expected.append(own.score(own.show(alone)).logprobs(torch.tensor(alone.scored_ids)))
+            expected.append(own.score(own.render_prompts(alone)).logprobs(torch.tensor(alone.scored_ids)))
         assert torch.allclose(got, torch.cat(expected), atol=1e-5)
 
 
@@ -227,7 +227,7 @@ def test_one_teacher_under_two_names_is_one_teacher() -> None:
     route.after_step(1)
     alone = prepared(EMATeacher(0.5, context="answer_only"), make_student("full").eval())
     assert ema.moved == 1 and route.cost.megabytes == alone.cost.megabytes
-    routed, plain = route.show(make_rollouts()), ema.show(make_rollouts())
+    routed, plain = route.render_prompts(make_rollouts()), ema.render_prompts(make_rollouts())
     ids = torch.tensor(routed.scored_ids)
     assert torch.allclose(route.score(routed).logprobs(ids), ema.score(plain).logprobs(ids), atol=1e-6)
 
@@ -235,7 +235,7 @@ def test_one_teacher_under_two_names_is_one_teacher() -> None:
 SETTINGS = [
     {},
     {"keep_fraction": 0.5},
-    {"future_cost": "discounted", "discount": 0.9},
+    {"reward_to_go": "discounted", "discount": 0.9},
     {"divergence": Divergence(0.5, support="union", support_k=5, tail="bucket")},
 ]
 
@@ -243,14 +243,14 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_routes_loss_and_gradient_are_the_sum_over_its_teachers(settings: dict) -> None:
     student, route = make_route()
-    rollouts = route.show(make_rollouts())
+    rollouts = route.render_prompts(make_rollouts())
     objective = Objective(**{"divergence": Divergence(1.0), **settings})
 
     def loss_of(part, signal) -> tuple[torch.Tensor, dict]:
         batch = part.pad("cpu")
-        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
         weight_N = torch.linspace(0.5, 1.5, 5)[[rollouts.rows.index(part.rows[b]) for b in batch.row_N.tolist()]]
-        return objective(hidden_ND, Head.of(student), signal, Tokens(weight_N, batch.scored_ids_N, batch.row_N))
+        return objective(hidden_ND, Head.from_model(student), signal, Tokens(weight_N, batch.scored_ids_N, batch.row_N))
 
     student.zero_grad()
     together = loss_of(rollouts, route.score(rollouts))
@@ -271,7 +271,7 @@ def test_a_routes_loss_and_gradient_are_the_sum_over_its_teachers(settings: dict
 
 def test_any_choice_of_a_routed_signals_tokens_keeps_their_teachers() -> None:
     _, route = make_route()
-    rollouts = route.show(make_rollouts())
+    rollouts = route.render_prompts(make_rollouts())
     signal, ids = route.score(rollouts), torch.tensor(rollouts.scored_ids)
     whole = signal.logprobs(ids)
     mask = torch.arange(len(ids)) % 3 != 1

@@ -28,8 +28,8 @@ def user_block(body: str, **settings: Any) -> PrivilegedContext:
     return PrivilegedContext.from_string("{% block user %}\n" + body + "\n{% endblock %}", **settings)
 
 
-def said(context: PrivilegedContext, row: dict[str, Any], produced: dict[str, Any] | None = None) -> str:
-    return context.messages(row, produced)[0][-1]["content"]
+def said(context: PrivilegedContext, row: dict[str, Any], rollout_fields: dict[str, Any] | None = None) -> str:
+    return context.messages(row, rollout_fields)[0][-1]["content"]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_feedback_needs_one_of_its_two_columns() -> None:
         context.check_columns(["prompt", "answer"])
     with pytest.raises(TemplateError, match="'feedback' or 'solution'"):
         PrivilegedContext("feedback", chat_template_kwargs={"enable_thinking": True}).check_columns(["prompt"])
-    context.check_columns(["prompt"], produced=["feedback"])
+    context.check_columns(["prompt"], rollout_fields=["feedback"])
     context.check_columns(["prompt", "solution"])
     with pytest.raises(TemplateError, match="2 rows: 0, 3"):
         context.check_rows(
@@ -275,7 +275,7 @@ def test_missing_column_is_named_with_the_nearest_and_the_templates_that_fit() -
     assert "'worked_solution' needs the column 'solution', and the dataset has: prompt, answer, solutions." in message
     assert "Did you mean 'solutions'?" in message
     assert "(answer_only, concise): `opsd templates --columns prompt,answer,solutions`" in message
-    PrivilegedContext("worked_solution").check_columns(["prompt"], produced=["solution"])
+    PrivilegedContext("worked_solution").check_columns(["prompt"], rollout_fields=["solution"])
 
 
 def test_empty_fields_are_found_with_their_row_numbers() -> None:
@@ -283,7 +283,7 @@ def test_empty_fields_are_found_with_their_row_numbers() -> None:
     rows = [{"a": a, "b": 0} for a in ["x", None, " \n", [], False, None, "", {}, None]]
     with pytest.raises(TemplateError, match=r"the column 'a', empty in 7 rows: 1, 2, 3, 5, 6 and 2 more\.\n"):
         context.check_rows(rows)
-    context.check_rows(rows, produced=["a"])
+    context.check_rows(rows, rollout_fields=["a"])
     context.check_rows(rows[:1])
 
 

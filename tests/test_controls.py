@@ -106,7 +106,7 @@ def test_control_trains_as_long_on_the_same_questions_in_the_same_order(tmp_path
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_control_wins_over_what_the_run_says_of_the_same_settings(tmp_path: Path, name: str) -> None:
-    run = {"beta": 0.5, "entry_clip": 0.05, "lmbda": 1.0, "anchor_coef": 0.1, "num_generations": 2}
+    run = {"beta": 0.5, "entry_clip": 0.05, "lmbda": 1.0, "ref_kl_coef": 0.1, "num_generations": 2}
     args = make_args(tmp_path, control=name, per_device_train_batch_size=4, **run)
     for setting, value in CONTROLS[name].settings.items():
         assert getattr(args, setting) == value
@@ -147,8 +147,12 @@ def test_an_attempt_stays_the_rows_own_where_its_solution_is_anothers() -> None:
 
 
 def test_a_reward_keeps_its_worth_beside_the_constant_advantage() -> None:
-    rollouts = replace(make_rollouts(3), advantages=[0.5, 0.5, 0.0], distilled=[1.0, 0.0, 1.0])
-    assert prepared(ConstantAdvantageTeacher(-1.0), make_student("full")).show(rollouts).advantages == [-0.5, 0.5, -1.0]
+    rollouts = replace(make_rollouts(3), advantages=[0.5, 0.5, 0.0], distill_weight=[1.0, 0.0, 1.0])
+    assert prepared(ConstantAdvantageTeacher(-1.0), make_student("full")).render_prompts(rollouts).advantages == [
+        -0.5,
+        0.5,
+        -1.0,
+    ]
 
 
 def test_sft_asks_nothing_of_rows_that_only_evaluate(tmp_path: Path) -> None:
@@ -169,7 +173,7 @@ def test_without_its_context_a_frozen_teacher_moves_nothing(tmp_path: Path) -> N
 def test_wrong_context_shows_each_row_the_solution_of_another(tmp_path: Path) -> None:
     trainer, _, rollouts = one_step(tmp_path, "wrong-context")
     solutions = [row["solution"] for row in make_rows(ROWS)]
-    (shown,) = rollouts.shown.values()
+    (shown,) = rollouts.teacher_prompt_ids.values()
     for row, prompt in zip(rollouts.rows, shown, strict=True):
         text = trainer.student.tokenizer.decode(prompt)
         others = [solution for solution in solutions if solution != row["solution"]]
@@ -181,8 +185,8 @@ def test_wrong_context_shows_each_row_the_solution_of_another(tmp_path: Path) ->
 def test_off_policy_trains_on_the_teachers_samples_with_the_methods_loss(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(OPSDTrainer, "_generate", lambda *args: pytest.fail("the student sampled"))
     trainer, before, rollouts = one_step(tmp_path, "off-policy")
-    assert trainer.args.objective.divergence.words == make_args(tmp_path / "m").objective.divergence.words
-    (shown,) = rollouts.shown.values()
+    assert trainer.args.objective.divergence.describe() == make_args(tmp_path / "m").objective.divergence.describe()
+    (shown,) = rollouts.teacher_prompt_ids.values()
 
     def reverse_kl(model: torch.nn.Module) -> torch.Tensor:
         total, count = torch.zeros(()), 0

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 if TYPE_CHECKING:
-    from opsd.losses import LossRecord
+    from opsd.losses import LossOutput
 
 FOLDER = Path(__file__).parents[1] / "examples" / "core_math"
 KEY_LINES = {
@@ -258,7 +258,7 @@ def test_dense_signal_is_non_zero_exactly_at_the_mistake(at: int) -> None:
 
 def ours(
     student_NV: np.ndarray | torch.Tensor, teacher_NV: np.ndarray, beta: float, weight_N: np.ndarray | None = None
-) -> LossRecord:
+) -> LossOutput:
     """The library's record for arbitrary logits: with the identity as head, hidden states are logits."""
     from opsd.losses import Divergence, Objective, Tokens
     from opsd.models.head import Head

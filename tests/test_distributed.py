@@ -30,7 +30,7 @@ shown = dict(context="answer_only")
 teacher = EMATeacher(0.9, **shown) if kind == "ema" else SameCheckpointTeacher(**shown)
 trainer = make_trainer(folder, teacher, "lora" if kind == "ema" else "full", max_steps=2, save_steps=1,
                        per_device_train_batch_size=2, gradient_accumulation_steps=1, save_strategy="steps",
-                       **(dict(support="teacher_top_k", support_k=5, keep_fraction=0.5, anchor_coef=0.1)
+                       **(dict(support="teacher_top_k", support_k=5, keep_fraction=0.5, ref_kl_coef=0.1)
                           if kind == "uneven" else {}))
 trainer.train()
 world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index

@@ -49,14 +49,14 @@ def test_every_teacher_can_be_examined_and_nothing_is_changed(name: str, student
     modes = {name: module.training for name, module in trainer.model.named_modules()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     examination = examine(trainer)
-    assert not examination.failed, [finding.saw for finding in examination.of("fail")]
+    assert not examination.failed, [finding.saw for finding in examination.with_status("fail")]
     assert {finding.check for finding in examination.findings} == set(CHECKS)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.named_parameters())
     assert all(p.grad is None for p in trainer.model.parameters())
     assert {name: module.training for name, module in trainer.model.named_modules()} == modes
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
-    assert all(context.counts.rendered == 0 for context in trainer.training_loss.contexts)
+    assert all(context.counts.rendered == 0 for context in trainer.scorer.contexts)
     assert not any(trainer._metrics["train"].values())
 
 
@@ -77,7 +77,7 @@ def test_positions_that_slipped_by_one_are_found(tmp_path: Path, monkeypatch: py
 
     def slipped(self: Rollouts, device: torch.device, *key: str) -> PaddedBatch:
         batch = pad(self, device, *key)
-        return replace(batch, keep_BL=batch.keep_BL.roll(-1, dims=1)) if key else batch
+        return replace(batch, predicts_scored_BL=batch.predicts_scored_BL.roll(-1, dims=1)) if key else batch
 
     monkeypatch.setattr(Rollouts, "pad", slipped)
     found = of(examine(trainer, only=["alignment"]), "alignment")
@@ -131,7 +131,9 @@ def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: st
     start = time.process_time()
     examination = examine(trainer)
     assert time.process_time() - start < 60
-    assert not examination.of("warn", "fail"), [finding.saw for finding in examination.of("warn", "fail")]
+    assert not examination.with_status("warn", "fail"), [
+        finding.saw for finding in examination.with_status("warn", "fail")
+    ]
     (found,) = of(examination, "lift")
     assert "the context lifts this model" in found.saw and "expect learning" in found.saw
     assert found.figures["teacher"]["right"] >= 15 and found.figures["student"]["right"] <= 8
@@ -313,7 +315,7 @@ def test_a_check_that_stumbles_loses_nothing_of_the_others(tmp_path: Path) -> No
     assert found.status == "fail" and "could not finish: RuntimeError: judge offline" in found.saw
     assert {f.check for f in examination.findings} == set(CHECKS)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
-    assert all(context.counts.rendered == 0 for context in trainer.training_loss.contexts)
+    assert all(context.counts.rendered == 0 for context in trainer.scorer.contexts)
 
 
 def test_no_rows_is_an_error(tmp_path: Path) -> None:

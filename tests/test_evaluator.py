@@ -87,12 +87,12 @@ def test_a_plan_that_cannot_work_is_refused(tmp_path: Path, change: dict[str, An
 @pytest.mark.parametrize("key", ["test", "grader"])
 def test_a_plan_needs_questions_and_a_grader(tmp_path: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=f"needs '{key}'"):
-        EvaluationPlan.of({k: v for k, v in PLAN.items() if k != key})
+        EvaluationPlan.parse({k: v for k, v in PLAN.items() if k != key})
 
 
 def test_a_plan_is_no_list() -> None:
     with pytest.raises(ConfigError, match="is a mapping"):
-        EvaluationPlan.of(["test.jsonl"])  # type: ignore[arg-type]
+        EvaluationPlan.parse(["test.jsonl"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_the_run_card_says_what_was_declared(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     trainer.train()
     declared = read_card(str(tmp_path))["evaluation"]
-    assert declared == trainer.evaluator.plan.words and "checkpoint: the last step's" in declared
+    assert declared == trainer.evaluator.plan.describe() and "checkpoint: the last step's" in declared
     assert declared in (tmp_path / "run_card.md").read_text()
 
 

@@ -39,7 +39,7 @@ def test_the_doctor_names_what_is_wrong(name: str, tmp_path: Path) -> None:
     examination = examined(case.broken, tmp_path)
     told = [
         f
-        for f in examination.of("warn", "fail")
+        for f in examination.with_status("warn", "fail")
         if re.fullmatch(case.check, f.check) and re.search(case.words, f.saw, re.DOTALL)
     ]
     assert told, [(f.check, f.status, f.saw) for f in examination.findings]
@@ -50,13 +50,19 @@ def test_the_doctor_names_what_is_wrong(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", GALLERY)
 def test_the_doctor_finds_nothing_wrong_with_the_healthy_twin(name: str, tmp_path: Path) -> None:
     examination = examined(GALLERY[name].healthy, tmp_path)
-    assert not [(f.check, f.status, f.saw) for f in examination.of("warn", "fail")]
-    assert {f.check for f in examination.of("pass")} >= {"tokenizers", "alignment", "divergence", "prompts", "leaks"}
+    assert not [(f.check, f.status, f.saw) for f in examination.with_status("warn", "fail")]
+    assert {f.check for f in examination.with_status("pass")} >= {
+        "tokenizers",
+        "alignment",
+        "divergence",
+        "prompts",
+        "leaks",
+    }
 
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_the_doctor_raises_no_false_alarm(name: str, tmp_path: Path) -> None:
     examination = examined(HEALTHY[name], tmp_path)
-    told = [(f.check, f.status, f.saw) for f in examination.of("warn", "fail")]
+    told = [(f.check, f.status, f.saw) for f in examination.with_status("warn", "fail")]
     # where an answer is among choices, it says so, and that this may be as it should be
     assert [each for each in told if not (name.startswith("choices") and each[1] == "warn")] == []

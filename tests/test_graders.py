@@ -178,12 +178,12 @@ def test_grader_keeps_the_name_that_the_user_wrote() -> None:
 
 
 def test_grader_is_made_of_a_function_a_name_or_a_grader() -> None:
-    assert Grader.of(OWN) is OWN
-    assert Grader.of("exact").name == "exact"
-    assert Grader.of(always) == Grader(f"{__name__}:always", always)
-    assert Grader.of(lambda text, row: False).name.endswith("<lambda>")
+    assert Grader.parse(OWN) is OWN
+    assert Grader.parse("exact").name == "exact"
+    assert Grader.parse(always) == Grader(f"{__name__}:always", always)
+    assert Grader.parse(lambda text, row: False).name.endswith("<lambda>")
     with pytest.raises(ConfigError, match="this is a int"):
-        Grader.of(5)
+        Grader.parse(5)
 
 
 def test_grader_can_be_any_importable_function_or_grader() -> None:

@@ -24,7 +24,7 @@ def needs_sibling(**settings: Any) -> SameCheckpointTeacher:
 def test_a_template_may_need_what_rows_that_are_only_reinforced_have_not(tmp_path: Path) -> None:
     """A right rollout without a right sibling is reinforced and shown nothing; its prompt must not be rendered."""
     rewards = returns([1.0, 0.0, 0.0, 0.0])
-    settings = {"route": "wrong", "grpo_coef": 0.5, "grpo_on": "undistilled", "max_steps": 2}
+    settings = {"distill_on": "wrong", "grpo_coef": 0.5, "grpo_on": "undistilled", "max_steps": 2}
     trainer = make_trainer(tmp_path, needs_sibling(), reward_funcs=rewards, **GROUP, **settings)
     trainer.train()
     assert logged(trainer, "group/distilled") == [0.75, 0.75] and logged(trainer, "group/unused") == [0.0, 0.0]
@@ -34,7 +34,7 @@ def test_the_entropy_is_that_of_the_tokens_trained_on_however_few(tmp_path: Path
     """Unused rows fill whole micro-batches, whose entropy TRL logs as 0 and takes into the mean: gates read it."""
     entropies = []
     for name, rewards in (("all", [1.0] * 4), ("half", [1.0, 0.0, 0.0, 0.0])):
-        settings = {"max_steps": 1, "learning_rate": 0.0, "route": "right" if name == "half" else "all", "seed": 3}
+        settings = {"max_steps": 1, "learning_rate": 0.0, "distill_on": "right" if name == "half" else "all", "seed": 3}
         teacher = SameCheckpointTeacher(context="answer_only")
         trainer = make_trainer(tmp_path / name, teacher, reward_funcs=returns(rewards), **GROUP, **settings)
         trainer.train()

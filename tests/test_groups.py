@@ -41,8 +41,8 @@ def graded(
     texts = [f"<think>so t{n + 1}?</think> t{n}" if n % 2 else f"t{n}" for n in range(len(rewards))]
     rows = [{"prompt": f"prompt {n // (2 * size)}", "answer": "19"} for n in range(len(rewards))]
     rollouts = Rollouts(rows, [[1]] * len(rows), [[10 + n] * 3 for n in range(len(rows))])
-    groups = Groups(Rewards.of(returns(rewards, feedback), None), size=size, **settings)
-    return groups.grade(rollouts, lambda ids: texts, SameCheckpointTeacher(context=context).can_show, STATE)
+    groups = Groups(Rewards.parse(returns(rewards, feedback), None), size=size, **settings)
+    return groups.grade(rollouts, lambda ids: texts, SameCheckpointTeacher(context=context).has_fields, STATE)
 
 
 # ---- the order of rows ----------------------------------------------------------------------------------------------
@@ -96,25 +96,25 @@ def test_a_group_never_spans_two_processes(processes: int, per_process: int, gro
 def test_a_sibling_is_the_first_other_correct_rollout_of_the_same_group() -> None:
     """Its own text would let the teacher copy; another group's, even of the same prompt, is not compared with it."""
     rollouts, _ = graded([0.0, 1.0, 1.0, None, 0.0, 0.0, 1.0, 0.0])
-    assert [made.get("sibling") for made in rollouts.produced] == ["t1", "t2", "t1", "t1", "t6", "t6", None, "t6"]
-    assert [made["attempt"] for made in rollouts.produced] == [f"t{n}" for n in range(8)], "without thinking"
+    assert [made.get("sibling") for made in rollouts.rollout_fields] == ["t1", "t2", "t1", "t1", "t6", "t6", None, "t6"]
+    assert [made["attempt"] for made in rollouts.rollout_fields] == [f"t{n}" for n in range(8)], "without thinking"
 
 
 def test_feedback_belongs_to_its_own_rollout_and_blank_feedback_is_none() -> None:
     rollouts, found = graded([0.0] * 4, [None, "too few", " ", "too many"])
-    assert [made.get("feedback") for made in rollouts.produced] == [None, "too few", " ", "too many"]
-    assert rollouts.taught == [False, True, False, True] and found["group/without_context"] == 0.5
+    assert [made.get("feedback") for made in rollouts.rollout_fields] == [None, "too few", " ", "too many"]
+    assert rollouts.is_distilled == [False, True, False, True] and found["group/without_context"] == 0.5
 
 
 def test_rows_that_stand_for_themselves_have_no_siblings() -> None:
     """In evaluation each row is sampled once: neighbours are other questions, and their answers would be shown."""
-    groups = Groups(Rewards.of(returns([1.0, 1.0, 0.0]), None), size=4, grpo_coef=1.0)
+    groups = Groups(Rewards.parse(returns([1.0, 1.0, 0.0]), None), size=4, grpo_coef=1.0)
     rows = [{"prompt": [{"role": "user", "content": f"{n}?"}], "answer": "1"} for n in range(3)]
     rollouts = Rollouts(rows, [[1]] * 3, [[5]] * 3)
     found, _ = groups.grade(rollouts, lambda ids: ["a", "b", "c"], lambda row, made: True, STATE)
-    assert [made["attempt"] for made in found.produced] == ["a", "b", "c"]
-    assert [made["pass_rate"] for made in found.produced] == [1.0, 1.0, 0.0]
-    assert all("sibling" not in made for made in found.produced)
+    assert [made["attempt"] for made in found.rollout_fields] == ["a", "b", "c"]
+    assert [made["pass_rate"] for made in found.rollout_fields] == [1.0, 1.0, 0.0]
+    assert all("sibling" not in made for made in found.rollout_fields)
     assert not any(found.advantages)
 
 
@@ -125,14 +125,14 @@ def test_a_row_without_anything_to_show_is_not_scored_and_is_counted() -> None:
     assert found["group/without_context"] == found["group/unused"] == 5 / 8
     assert found["group/distilled"] == 3 / 8 and found["group/right"] == 1 / 8 and found["group/flat"] == 0.5
     rollouts, found = graded([1.0, 0.0, None, 0.0], context="answer_only")
-    assert all(rollouts.taught) and found["group/without_context"] == 0.0, "a column is there for every row"
+    assert all(rollouts.is_distilled) and found["group/without_context"] == 0.0, "a column is there for every row"
 
 
 @pytest.mark.parametrize(("name", "shows"), [("sibling", 3), ("attempt", 4), ("feedback", 1)])
 def test_a_template_of_ones_own_may_need_what_the_group_makes(name: str, shows: int) -> None:
     context = PrivilegedContext.from_string("{% block user %}{{ prompt }} {{ " + name + " }}{% endblock %}")
     rollouts, _ = graded([1.0, 0.0, 0.0, 0.0], [None, "no", None, None], context=context)
-    assert sum(rollouts.taught) == shows
+    assert sum(rollouts.is_distilled) == shows
 
 
 def test_own_success_needs_a_reward_function_and_no_column(tmp_path: Path) -> None:
@@ -176,12 +176,12 @@ ROUTED = [
 @pytest.mark.parametrize(("rewards", "route", "grpo_on", "expected"), ROUTED)
 def test_a_rollout_learns_as_its_reward_routes_it(rewards: Any, route: str, grpo_on: str, expected: str) -> None:
     grpo = {} if grpo_on == "-" else {"grpo_coef": 0.5, "grpo_on": grpo_on}
-    rollouts, found = graded(rewards, route=route, **grpo)
+    rollouts, found = graded(rewards, distill_on=route, **grpo)
     whom = expected.split()
-    assert list(rollouts.distilled) == ["d" in each for each in whom]
+    assert list(rollouts.distill_weight) == ["d" in each for each in whom]
     assert [advantage != 0.0 for advantage in rollouts.advantages] == ["r" in each for each in whom]
     assert [any(mask) for mask in rollouts.loss_mask] == [each != "-" for each in whom]
-    assert rollouts.taught == ["d" in each for each in whom]
+    assert rollouts.is_distilled == ["d" in each for each in whom]
     assert (found["group/distilled"], found["group/unused"]) == (expected.count("d") / 4, expected.count("-") / 4)
 
 
@@ -201,7 +201,7 @@ def test_advantages_are_those_of_trls_grpo() -> None:
 @pytest.mark.parametrize("reward", [0.1, 0.7, 1.0])
 def test_a_group_that_agrees_has_no_advantage_not_even_a_rounding(reward: float) -> None:
     """The mean of three times 0.7 is not 0.7: divided by 1e-4 the rest counted the rows as reinforced."""
-    rollouts, found = graded([reward] * 3, size=3, route="wrong", success_reward=0.05, grpo_coef=1.0)
+    rollouts, found = graded([reward] * 3, size=3, distill_on="wrong", success_reward=0.05, grpo_coef=1.0)
     assert rollouts.advantages == [0.0] * 3 and found["group/unused"] == found["group/flat"] == 1.0
 
 
@@ -226,11 +226,11 @@ def mixed(folder: Path, **settings: Any) -> tuple[OPSDTrainer, Rollouts]:
     generator = torch.Generator().manual_seed(3)
     completions = [torch.randint(3, 300, (1 + 3 * n % 7,), generator=generator).tolist() for n in range(8)]
     prompts = [trainer.student.renderer.ids(row["prompt"]) for row in rows]
-    return trainer, trainer.training_loss.show(trainer._graded(Rollouts(rows, prompts, completions)))
+    return trainer, trainer.scorer.prepare_rollouts(trainer._graded(Rollouts(rows, prompts, completions)))
 
 
 def gradients(trainer: OPSDTrainer, rollouts: Rollouts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    loss = trainer.training_loss
+    loss = trainer.scorer
     trainer.model.zero_grad()
     record = loss(trainer.model, loss.score(rollouts), torch.device("cpu"), 1)
     record.loss.backward()
@@ -251,7 +251,10 @@ def defined(trainer: OPSDTrainer, rollouts: Rollouts, share_B: list[int]) -> tup
     divergence, total = 0.0, torch.zeros((), dtype=torch.float64)
     for n in used:
         y_T, logs = torch.tensor(rollouts.completion_ids[n]), []
-        for scorer, prompts in ((model, rollouts.prompt_ids), (teacher, rollouts.shown[trainer.teacher.key])):
+        for scorer, prompts in (
+            (model, rollouts.prompt_ids),
+            (teacher, rollouts.teacher_prompt_ids[trainer.teacher.key]),
+        ):
             logits_TV = scorer(torch.tensor([prompts[n] + rollouts.completion_ids[n]])).logits[0, -len(y_T) - 1 : -1]
             logs.append((logits_TV / args.temperature).log_softmax(-1))
         s_TV, t_TV = logs
@@ -266,7 +269,7 @@ def defined(trainer: OPSDTrainer, rollouts: Rollouts, share_B: list[int]) -> tup
 def test_the_gradient_is_that_of_the_definition(
     tmp_path: Path, route: str, grpo_on: str, temperature: float, share_B: list[int]
 ) -> None:
-    trainer, rollouts = mixed(tmp_path, route=route, grpo_on=grpo_on, grpo_coef=COEF, temperature=temperature)
+    trainer, rollouts = mixed(tmp_path, distill_on=route, grpo_on=grpo_on, grpo_coef=COEF, temperature=temperature)
     loss, found = gradients(trainer, rollouts)
     divergence, expected = defined(trainer, rollouts, share_B)
     assert loss.item() == pytest.approx(divergence, rel=1e-4), "GRPO has a gradient and no value"
@@ -275,12 +278,15 @@ def test_the_gradient_is_that_of_the_definition(
 
 
 def test_what_the_teacher_says_of_a_reinforced_rollout_changes_nothing(tmp_path: Path) -> None:
-    trainer, rollouts = mixed(tmp_path, route="wrong", grpo_on="undistilled", grpo_coef=COEF)
+    trainer, rollouts = mixed(tmp_path, distill_on="wrong", grpo_on="undistilled", grpo_coef=COEF)
     key = trainer.teacher.key
-    lies = [prompt if share else [7, 8, 9] for prompt, share in zip(rollouts.shown[key], MIXED[0][3], strict=True)]
-    assert lies != rollouts.shown[key]
+    lies = [
+        prompt if share else [7, 8, 9]
+        for prompt, share in zip(rollouts.teacher_prompt_ids[key], MIXED[0][3], strict=True)
+    ]
+    assert lies != rollouts.teacher_prompt_ids[key]
     loss, found = gradients(trainer, rollouts)
-    same_loss, same = gradients(trainer, replace(rollouts, shown={key: lies}))
+    same_loss, same = gradients(trainer, replace(rollouts, teacher_prompt_ids={key: lies}))
     assert torch.equal(loss, same_loss) and all(torch.equal(found[name], same[name]) for name in found)
 
 
@@ -316,7 +322,7 @@ def probability_of_liked(trainer: OPSDTrainer) -> float:
 def test_a_run_logs_what_its_groups_earned(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, SameCheckpointTeacher(context="own_success"), reward_funcs=likes_low_ids, num_generations=4,
-        max_steps=3, per_device_train_batch_size=4, success_reward=0.6, route="wrong", grpo_coef=0.1,
+        max_steps=3, per_device_train_batch_size=4, success_reward=0.6, distill_on="wrong", grpo_coef=0.1,
     )  # fmt: skip
     before = snapshot(trainer.model)
     trainer.train()
@@ -341,7 +347,7 @@ def test_what_is_rewarded_becomes_likelier(tmp_path: Path, route: str, grpo_on: 
     """From 0.49 to between 0.64 and 0.76 on five seeds; with the sign turned it falls."""
     trainer = make_trainer(
         tmp_path, SameCheckpointTeacher(context="own_success"), reward_funcs=likes_low_ids, num_generations=4,
-        route=route, grpo_on=grpo_on, grpo_coef=1.0, success_reward=0.7, max_steps=30, learning_rate=2e-2,
+        distill_on=route, grpo_on=grpo_on, grpo_coef=1.0, success_reward=0.7, max_steps=30, learning_rate=2e-2,
         per_device_train_batch_size=16, gradient_accumulation_steps=1, max_completion_length=2,
     )  # fmt: skip
     before = probability_of_liked(trainer)
@@ -369,7 +375,7 @@ def test_the_command_line_takes_reward_functions(tmp_path: Path, llama_folder: s
 # ---- refused --------------------------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"route": "wrong", "reward_funcs": None}, "there is no reward function. Pass reward_funcs="),
+    ({"distill_on": "wrong", "reward_funcs": None}, "there is no reward function. Pass reward_funcs="),
     ({"grpo_coef": 0.5, "reward_funcs": None}, "there is no reward function. Pass reward_funcs="),
     ({"grpo_coef": 0.5, "num_generations": 1}, "num_generations is 1. GRPO compares"),
     ({"grpo_coef": -0.5}, "must not be negative"),
@@ -378,7 +384,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_generations": 0}, "num_generations is 0"),
     ({"lmbda": 0.75}, "num_generations is 4 and lmbda 0.75: off-policy rows have one completion"),
     ({"grpo_on": "undistiled", "grpo_coef": 0.5}, "Did you mean 'undistilled'"),
-    ({"route": "write"}, "route"),
+    ({"distill_on": "write"}, "distill_on"),
     ({"reward_weights": [1.0, 2.0]}, r"reward_weights has 2 weight\(s\) for 1 reward function"),
     ({"rows": IterableDataset.from_generator(lambda: iter(make_rows()))}, "a stream, whose shuffling would tear"),
 ]

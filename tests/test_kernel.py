@@ -34,7 +34,7 @@ def test_chunks_and_blocks_change_nothing(
     budget_mb: float, block: int, divergence: Divergence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(kernel.BLOCK_VALUES, "cpu", block)
-    objective = Objective(divergence, loss_budget_mb=budget_mb, anchor_coef=0.2)
+    objective = Objective(divergence, loss_budget_mb=budget_mb, ref_kl_coef=0.2)
     agrees(objective, problem(47, v=31, head="bias", left_out=True))
 
 
@@ -43,7 +43,7 @@ def test_chunks_and_blocks_change_nothing(
 def test_chunks_of_every_size_and_signal(n: int, signal: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernel.BLOCK_VALUES, "cpu", 70)
     objective = Objective(
-        Divergence(support="teacher_top_k"), loss_budget_mb=0.003, future_cost="discounted", keep_fraction=0.5
+        Divergence(support="teacher_top_k"), loss_budget_mb=0.003, reward_to_go="discounted", keep_fraction=0.5
     )
     agrees(objective, problem(n, v=23, head="all of it", signal=signal, dtype=torch.float32))
 
@@ -59,7 +59,7 @@ def test_a_chunk_takes_what_the_budget_says(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_the_compiled_rule_computes_the_same_for_every_size() -> None:
     """One graph: a second size, and a last chunk that is shorter, are not compiled again."""
-    objective = Objective(compile_loss=True, anchor_coef=0.2, loss_budget_mb=BUDGETS["seven rows"])
+    objective = Objective(compile_loss=True, ref_kl_coef=0.2, loss_budget_mb=BUDGETS["seven rows"])
     agrees(objective, problem(31, dtype=torch.float32))
     agrees(objective, problem(9, dtype=torch.float32))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -113,7 +113,7 @@ SOME = objectives()[::5]
 
 @pytest.mark.parametrize("objective", [o for _, o in SOME], ids=[name for name, _ in SOME])
 def test_recomputing_gives_exactly_the_same(objective: Objective) -> None:
-    asked = problem(12, dtype=torch.float32, head="all of it", left_out=True, wrong=True)
+    asked = problem(12, dtype=torch.float32, head="all of it", left_out=True, contrast_signal=True)
     kept = measured(replace(objective, loss_budget_mb=0.001), asked)
     again = measured(replace(objective, loss_budget_mb=0.001, recompute_loss=True), asked)
     assert all(torch.equal(again.values[name], x) for name, x in kept.values.items())
@@ -164,7 +164,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompu
 
 real_entries, real_spread, real_through = pointwise.entries, supports.spread, Head.through
 real_choose, real_clip = supports.choose, pointwise.clip_entries
-real_cost, real_importance = objective_module.discounted_future, rule.importance_weight
+real_cost, real_importance = objective_module.discounted_reward_to_go, rule.importance_weight
 real_call, real_corrected = rule.TrainingRule.__call__, rule.TrainingRule._corrected
 
 
@@ -210,7 +210,7 @@ def of(**settings: Any) -> Objective:
 
 
 UNION = {"support": "union", "support_k": 4}
-FUTURE = {"future_cost": "discounted", "discount": 0.8}
+FUTURE = {"reward_to_go": "discounted", "discount": 0.8}
 SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
     "reverse KL's sign": (divergence, "entries", flipped(1.0), of()),
     "forward KL's sign": (divergence, "entries", flipped(0.0), of(beta=0.0)),
@@ -249,26 +249,31 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         lambda self, grad, z: real_through(self, grad, z) / self.scale,
         of(),
     ),
-    "a cost's sign": (objective_module, "discounted_future", lambda *a: -real_cost(*a), of(**FUTURE)),
-    "a cost of the past": (objective_module, "discounted_future", reversed_time, of(**FUTURE)),
+    "a cost's sign": (objective_module, "discounted_reward_to_go", lambda *a: -real_cost(*a), of(**FUTURE)),
+    "a cost of the past": (objective_module, "discounted_reward_to_go", reversed_time, of(**FUTURE)),
     "a cost of oneself": (
         objective_module,
-        "discounted_future",
+        "discounted_reward_to_go",
         lambda r, row, d: r + real_cost(r, row, d),
         of(**FUTURE),
     ),
     "a cost across rollouts": (
         objective_module,
-        "discounted_future",
+        "discounted_reward_to_go",
         lambda r, row, d: real_cost(r, row * 0, d),
         of(**FUTURE),
     ),
-    "no discount": (objective_module, "discounted_future", lambda r, row, d: real_cost(r, row, 1.0), of(**FUTURE)),
+    "no discount": (
+        objective_module,
+        "discounted_reward_to_go",
+        lambda r, row, d: real_cost(r, row, 1.0),
+        of(**FUTURE),
+    ),
     "mean over all": (
         objective_module,
-        "mean_future",
+        "mean_reward_to_go",
         lambda r, row: r * 0 + r.mean(),
-        of(future_cost="length_normalised"),
+        of(reward_to_go="mean"),
     ),
     "ratios not truncated": (
         rule,
@@ -283,8 +288,8 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         of(importance_clip=1.2),
     ),
     "no ratios": (rule.TrainingRule, "_corrected", lambda self, w, *a: w, of(importance_clip=1.2)),
-    "anchor the other way round": (rule, "entries", lambda a, s, b, beta: swapped(a, s, b, beta), of(anchor_coef=0.5)),
-    "anchor's sign": (rule, "entries", flipped(1.0), of(anchor_coef=0.5)),
+    "anchor the other way round": (rule, "entries", lambda a, s, b, beta: swapped(a, s, b, beta), of(ref_kl_coef=0.5)),
+    "anchor's sign": (rule, "entries", flipped(1.0), of(ref_kl_coef=0.5)),
     "no entry clip": (pointwise, "clip_entries", lambda f, s, c: real_clip(f, s, 1e9), of(entry_clip=0.02)),
     "an entry clip with a gradient": (
         pointwise,
@@ -295,22 +300,22 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
     "another baseline": (Divergence, "_baseline", lambda self, *a: 0.3, of(support="sampled")),
     "a sampled ratio's sign": (divergence, "log_ratio", lambda s, t: t - s, of(support="sampled")),
     "all tokens kept": (
-        objective_module.weights,
+        objective_module.token_weights,
         "keep_top_fraction",
         lambda s, *a: torch.ones_like(s),
         of(keep_fraction=0.5),
     ),
     "the worst kept": (
-        objective_module.weights,
+        objective_module.token_weights,
         "keep_top_fraction",
-        lambda s, row, f, real=objective_module.weights.keep_top_fraction: real(-s, row, f),
+        lambda s, row, f, real=objective_module.token_weights.keep_top_fraction: real(-s, row, f),
         of(keep_fraction=0.5),
     ),
-    "contrast without a mean": (objective_module.weights, "contrastive", lambda r, w, row: (r - w).abs(), of()),
+    "contrast without a mean": (objective_module.token_weights, "contrastive", lambda r, w, row: (r - w).abs(), of()),
     "a mean over the batch": (
-        objective_module.weights,
+        objective_module.token_weights,
         "contrastive",
-        lambda r, w, row, real=objective_module.weights.contrastive: real(r, w, row * 0),
+        lambda r, w, row, real=objective_module.token_weights.contrastive: real(r, w, row * 0),
         of(),
     ),
 }
@@ -321,7 +326,7 @@ class TestSabotage:
 
     @pytest.fixture
     def asked(self) -> Any:
-        return problem(12, v=23, head="all of it", wrong=True, dtype=torch.float32)
+        return problem(12, v=23, head="all of it", contrast_signal=True, dtype=torch.float32)
 
     @pytest.mark.parametrize(("place", "name", "broken", "objective"), SABOTAGE.values(), ids=SABOTAGE)
     def test_is_noticed(

@@ -15,13 +15,13 @@ from losses_twin import agrees, measured
 from opsd.losses import Divergence, Objective, token_weights
 from opsd.losses.estimators import (
     ESTIMATORS,
-    discounted_future,
+    discounted_reward_to_go,
     importance_weight,
     k1,
     k2,
     k3,
     log_ratio,
-    mean_future,
+    mean_reward_to_go,
 )
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -103,10 +103,10 @@ def test_a_fraction_that_is_whole_in_tokens_keeps_no_token_more(fraction: float,
 @given(lengths=rows_of, seed=st.integers(0, 999))
 def test_contrast_weighs_by_the_gap_over_its_mean_in_the_rollout(lengths: list[int], seed: int) -> None:
     row_N = packed(lengths)
-    right, wrong = random(len(row_N), seed=seed), random(len(row_N), seed=seed + 1)
-    found = token_weights.contrastive(right, wrong, row_N)
+    right, contrast_signal = random(len(row_N), seed=seed), random(len(row_N), seed=seed + 1)
+    found = token_weights.contrastive(right, contrast_signal, row_N)
     for row in range(len(lengths)):
-        gap = (right - wrong)[row_N == row].abs().tolist()
+        gap = (right - contrast_signal)[row_N == row].abs().tolist()
         assert found[row_N == row].tolist() == pytest.approx([x / (sum(gap) / len(gap)) for x in gap])
 
 
@@ -126,9 +126,9 @@ def test_the_future_is_that_of_the_same_rollout(lengths: list[int], discount: fl
     r = random(len(row_N), seed=seed)
     later = [[m for m in range(n + 1, len(r)) if row_N[m] == row_N[n]] for n in range(len(r))]
     discounted = [sum(discount ** (m - n) * r[m].item() for m in ms) for n, ms in enumerate(later)]
-    assert discounted_future(r, row_N, discount).tolist() == pytest.approx(discounted)
+    assert discounted_reward_to_go(r, row_N, discount).tolist() == pytest.approx(discounted)
     means = [sum(r[m].item() for m in ms) / max(len(ms), 1) for ms in later]
-    assert mean_future(r, row_N).tolist() == pytest.approx(means, abs=1e-12)
+    assert mean_reward_to_go(r, row_N).tolist() == pytest.approx(means, abs=1e-12)
 
 
 def test_estimators_worked_by_hand() -> None:
@@ -156,22 +156,24 @@ def test_an_importance_ratio_is_truncated_above_only_and_1_where_unknown() -> No
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"keep_fraction": 0.5}, {"importance_clip": 1.2, "anchor_coef": 0.1}], ids=str
+    "settings", [{}, {"keep_fraction": 0.5}, {"importance_clip": 1.2, "ref_kl_coef": 0.1}], ids=str
 )
 @pytest.mark.parametrize("divergence", DIVERGENCES[::3], ids=name_of)
 def test_contrast_multiplies_every_other_weight(divergence: Divergence, settings: dict) -> None:
-    agrees(Objective(divergence, **settings), problem(12, v=17, left_out=True, wrong=True, dtype=torch.float32))
+    agrees(
+        Objective(divergence, **settings), problem(12, v=17, left_out=True, contrast_signal=True, dtype=torch.float32)
+    )
 
 
 @pytest.mark.parametrize("sizes", [(23, 29), (29, 23)], ids=["teacher padded", "student padded"])
 def test_anchor_and_contrast_over_heads_padded_differently(sizes: tuple[int, int]) -> None:
-    asked = problem(9, v=sizes[0], teacher_v=sizes[1], wrong=True, dtype=torch.float32)
-    agrees(Objective(anchor_coef=0.5), asked)
+    asked = problem(9, v=sizes[0], teacher_v=sizes[1], contrast_signal=True, dtype=torch.float32)
+    agrees(Objective(ref_kl_coef=0.5), asked)
 
 
 def test_contrast_of_equal_contexts_trains_on_nothing() -> None:
     asked = problem(6)
-    found = measured(Objective(), replace(asked, wrong=asked.signal))
+    found = measured(Objective(), replace(asked, contrast_signal=asked.signal))
     assert found.values["loss"].item() == 0.0 and found.gradients["weight"].abs().sum().item() == 0.0
 
 
@@ -179,12 +181,12 @@ def test_contrast_of_equal_contexts_trains_on_nothing() -> None:
 def test_futures_of_every_signal(signal: str) -> None:
     divergence = Divergence(support="sampled")
     agrees(
-        Objective(divergence, future_cost="discounted", discount=0.7), problem(11, signal=signal, dtype=torch.float32)
+        Objective(divergence, reward_to_go="discounted", discount=0.7), problem(11, signal=signal, dtype=torch.float32)
     )
 
 
 @pytest.mark.parametrize(
-    "settings", [{"keep_fraction": 0.4}, {"future_cost": "discounted"}, {"future_cost": "length_normalised"}], ids=str
+    "settings", [{"keep_fraction": 0.4}, {"reward_to_go": "discounted"}, {"reward_to_go": "mean"}], ids=str
 )
 def test_tokens_of_other_rollouts_change_nothing(settings: dict) -> None:
     asked = problem(15, dtype=torch.float64)
@@ -210,7 +212,7 @@ def test_a_cost_is_charged_to_the_tokens_before_and_has_no_gradient_itself() -> 
     second = torch.tensor([0.0, math.log(3.0)])
     asked = of_logits(torch.zeros(2, 2), torch.stack([torch.zeros(2), second]), row_N=torch.tensor([0, 0]))
     asked = replace(asked, tokens=replace(asked.tokens, ids_N=torch.tensor([1, 0])))
-    objective = Objective(Divergence(support="sampled", baseline="none"), future_cost="discounted", discount=0.5)
+    objective = Objective(Divergence(support="sampled", baseline="none"), reward_to_go="discounted", discount=0.5)
     found = measured(objective, asked).gradients["states"]
     r_2 = math.log(0.5 / 0.25)
     assert found[0].tolist() == pytest.approx([-0.25 * r_2, 0.25 * r_2])
@@ -219,18 +221,18 @@ def test_a_cost_is_charged_to_the_tokens_before_and_has_no_gradient_itself() -> 
 
 def test_without_the_samplers_probabilities_there_is_no_correction() -> None:
     asked = problem(6)
-    asked = replace(asked, tokens=replace(asked.tokens, sampler_N=None))
+    asked = replace(asked, tokens=replace(asked.tokens, rollout_logprobs_N=None))
     a, b = measured(Objective(importance_clip=2.0), asked), measured(Objective(), asked)
     assert torch.equal(a.values["loss"], b.values["loss"]) and "importance/ratio" not in a.values
 
 
 def test_an_anchor_of_coefficient_zero_is_not_computed() -> None:
-    assert "anchor" not in measured(Objective(), problem(4)).values
+    assert "ref_kl" not in measured(Objective(), problem(4)).values
 
 
 def test_an_anchor_on_the_student_itself_adds_nothing() -> None:
     asked = problem(4)
-    asked = replace(asked, anchor=replace(asked.anchor, hidden_ND=asked.hidden_ND, head=asked.head))
-    held, free = measured(Objective(anchor_coef=2.0), asked), measured(Objective(), asked)
+    asked = replace(asked, reference=replace(asked.reference, hidden_ND=asked.hidden_ND, head=asked.head))
+    held, free = measured(Objective(ref_kl_coef=2.0), asked), measured(Objective(), asked)
     assert held.values["loss"].item() == pytest.approx(free.values["loss"].item(), abs=1e-12)
     assert torch.equal(held.gradients["states"], free.gradients["states"])

@@ -60,7 +60,7 @@ def test_every_objective_of_every_divergence(objective: Objective) -> None:
 @every_divergence
 @pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED)
 def test_ids_that_a_head_masks_out_add_no_nan(masked: tuple[str, ...], divergence: Divergence) -> None:
-    agrees(Objective(divergence, anchor_coef=0.3), problem(6, masked=masked))
+    agrees(Objective(divergence, ref_kl_coef=0.3), problem(6, masked=masked))
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -187,25 +187,25 @@ def poisoned(asked: Problem) -> Problem:
     out, tokens = slice(1, None, 4), asked.tokens
     parts = {
         name: replace(signal, hidden_ND=nan_where(signal.hidden_ND, out))
-        for name in ("signal", "anchor", "wrong")
+        for name in ("signal", "reference", "contrast_signal")
         if isinstance(signal := getattr(asked, name), HiddenSignal)
     }
     return replace(
         asked,
         hidden_ND=nan_where(asked.hidden_ND, out),
-        tokens=replace(tokens, sampler_N=nan_where(tokens.sampler_N, out)),
+        tokens=replace(tokens, rollout_logprobs_N=nan_where(tokens.rollout_logprobs_N, out)),
         **parts,
     )
 
 
-@pytest.mark.parametrize("wrong", [False, True], ids=["", "contrastive"])
+@pytest.mark.parametrize("contrast_signal", [False, True], ids=["", "contrastive"])
 @pytest.mark.parametrize(
     "objective",
     [o for _, o in OBJECTIVES[:: len(DIVERGENCES) // 9]],
     ids=[x for x, _ in OBJECTIVES[:: len(DIVERGENCES) // 9]],
 )
-def test_nan_in_a_token_of_weight_zero_changes_nothing(objective: Objective, wrong: bool) -> None:
-    clean = problem(11, left_out=True, wrong=wrong)
+def test_nan_in_a_token_of_weight_zero_changes_nothing(objective: Objective, contrast_signal: bool) -> None:
+    clean = problem(11, left_out=True, contrast_signal=contrast_signal)
     a, b = measured(objective, clean), measured(objective, poisoned(clean))
     assert all(torch.equal(a.values[name], b.values[name]) for name in a.values)
     assert all(torch.equal(a.gradients[name], b.gradients[name]) for name in a.gradients)
@@ -220,7 +220,7 @@ EMPTY = {"no tokens": 0, "no token of weight": 4}
 def test_nothing_to_train_on_is_a_loss_of_zero_that_reaches_every_input(
     objective: Objective, recompute: bool, n: int
 ) -> None:
-    asked = problem(n, wrong=True, head="bias")
+    asked = problem(n, contrast_signal=True, head="bias")
     asked = replace(asked, tokens=replace(asked.tokens, weight_N=torch.zeros(n)))
     found = measured(replace(objective, recompute_loss=recompute), asked)
     assert found.values["loss"].item() == 0.0
@@ -238,11 +238,11 @@ SMOOTH = [d for d in DIVERGENCES if d.support != "sampled" and d.entry_clip is N
 def test_the_gradient_is_that_of_the_value(divergence: Divergence) -> None:
     """Finite differences: the only comparison here that knows no formula of a gradient at all."""
     asked = problem(3, v=9, d=3, head="all of it")
-    objective = Objective(divergence, anchor_coef=0.3, recompute_loss=True)  # gradcheck goes backward more than once
+    objective = Objective(divergence, ref_kl_coef=0.3, recompute_loss=True)  # gradcheck goes backward more than once
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         head = replace(asked.head, weight_VD=weight, bias_V=bias)
-        return objective(hidden, head, asked.signal, asked.tokens, anchor=asked.anchor).loss
+        return objective(hidden, head, asked.signal, asked.tokens, reference=asked.reference).loss
 
     inputs = [x.clone().requires_grad_() for x in (asked.hidden_ND, asked.head.weight_VD, asked.head.bias_V)]
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)

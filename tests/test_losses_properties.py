@@ -148,7 +148,7 @@ def sampled(
     """One gradient per sampled token, all of one distribution; and the records."""
     drawn_from = torch.tensor(sampler or STUDENT, dtype=torch.float64).log_softmax(-1)
     ids = torch.multinomial(drawn_from.exp(), SAMPLES, replacement=True, generator=torch.Generator().manual_seed(1))
-    asked = of_logits([STUDENT] * SAMPLES, [teacher] * SAMPLES, ids_N=ids, sampler_N=drawn_from[ids].float())
+    asked = of_logits([STUDENT] * SAMPLES, [teacher] * SAMPLES, ids_N=ids, rollout_logprobs_N=drawn_from[ids].float())
     clip = None if sampler is None else 1e6
     found = measured(Objective(Divergence(support="sampled", baseline=baseline), importance_clip=clip), asked)
     return found.gradients["states"], found.values
@@ -166,7 +166,7 @@ def exact(beta: float = 1.0) -> tuple[torch.Tensor, float]:
 
 
 @pytest.mark.parametrize("sampler", [None, [0.0, 0.0, 0.5, 0.2, -1.0]], ids=["student", "another, corrected"])
-@pytest.mark.parametrize("baseline", ["least_variance", "none"])
+@pytest.mark.parametrize("baseline", ["optimal", "none"])
 def test_the_policy_gradient_is_unbiased(baseline: str, sampler: list[float] | None) -> None:
     assert_unbiased(sampled(baseline, sampler)[0], exact()[0])
 
@@ -175,7 +175,7 @@ def test_no_other_baseline_varies_less() -> None:
     """The mean of the log-ratio, the usual baseline, does worse than none here."""
     found, records = sampled("none")
     size = found / records["k1"].double()[:, None]  # ∇log s(y)
-    at_best = sampled("least_variance")[0].var(0).sum().item()
+    at_best = sampled("optimal")[0].var(0).sum().item()
     usual = (records["k1"].double() - exact()[1])[:, None] * size
     assert at_best < found.var(0).sum().item() < usual.var(0).sum().item()
     for other in torch.linspace(-1.0, 1.0, 21, dtype=torch.float64):
@@ -220,7 +220,7 @@ def test_costs_of_the_future_give_the_gradient_of_whole_rollouts(divergence: Div
         ids_N=torch.tensor(pairs).flatten(),
         row_N=torch.arange(len(pairs)).repeat_interleave(2),
     )
-    found = measured(Objective(divergence, future_cost="discounted"), asked).gradients["states"]
+    found = measured(Objective(divergence, reward_to_go="discounted"), asked).gradients["states"]
     assert torch.allclose(found[0::2].sum(0), first.grad, atol=1e-12)
     by_first = torch.stack(
         [sum(found[2 * i + 1] for i, (a, _) in enumerate(pairs) if a == first_id) for first_id in range(v)]
@@ -239,7 +239,7 @@ REFUSED = [
     ({"temperature": math.nan}, "above 0", "divided by it", "Use 1"),
     ({"support": "teacher_topk"}, "support is 'teacher_topk'", "must be one of", "Did you mean 'teacher_top_k'"),
     ({"tail": "buckets"}, "tail is 'buckets'", "must be one of", "Did you mean 'bucket'"),
-    ({"baseline": "mean"}, "baseline is 'mean'", "must be one of", "least_variance"),
+    ({"baseline": "mean"}, "baseline is 'mean'", "must be one of", "optimal"),
     ({"support_k": 0}, "at least 1", "is 0", "size of the support"),
     ({"entry_clip": 0.0}, "entry_clip must be above 0", "is 0", "Leave it out"),
     ({"token_clip": -1.0}, "token_clip must be above 0", "is -1", "Leave it out"),
@@ -251,16 +251,16 @@ REFUSED = [
     ({"support": "sampled", "entry_clip": 0.1}, "entry_clip looks at the whole", "one token", "token_clip"),
     ({"support": "sampled", "entropy_gate": 1.0}, "entropy_gate looks at the whole", "one token", "another support"),
     ({"keep_by": "entropie"}, "keep_by is 'entropie'", "must be one of", "Did you mean 'entropy'"),
-    ({"future_cost": "all"}, "future_cost is 'all'", "must be one of", "discounted"),
+    ({"reward_to_go": "all"}, "reward_to_go is 'all'", "must be one of", "discounted"),
     ({"keep_fraction": 0.0}, "keep_fraction", "above 0", "is 0"),
     ({"keep_fraction": 1.1}, "keep_fraction", "up to 1", "is 1.1"),
-    ({"future_cost": "discounted", "discount": 0.0}, "discount", "above 0", "is 0"),
-    ({"discount": 0.5}, "discount", "no effect", "Set future_cost"),
+    ({"reward_to_go": "discounted", "discount": 0.0}, "discount", "above 0", "is 0"),
+    ({"discount": 0.5}, "discount", "no effect", "Set reward_to_go"),
     ({"importance_clip": 0.5}, "at least 1", "Below 1", "leave it out"),
     ({"importance_clip": math.nan}, "at least 1", "Below 1", "leave it out"),
-    ({"anchor_coef": -0.1}, "must not be negative", "push the student away", "Use 0"),
+    ({"ref_kl_coef": -0.1}, "must not be negative", "push the student away", "Use 0"),
     ({"loss_budget_mb": 0.0}, "loss_budget_mb must be above 0", "is 0", "Leave it out"),
-    ({"future_cost": "discounted", "beta": 0.5}, "belongs to the reverse KL", "beta is 0.5", "Set beta to 1"),
+    ({"reward_to_go": "discounted", "beta": 0.5}, "belongs to the reverse KL", "beta is 0.5", "Set beta to 1"),
 ]
 
 
@@ -311,22 +311,22 @@ def test_a_teacher_of_lists_answers_for_its_own_support(tail: str) -> None:
 )
 def test_mixtures_that_are_no_distribution_are_refused(weights: tuple, kind: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        MixtureSignal([LISTS.anchor, LISTS.anchor], weights, kind)
+        MixtureSignal([LISTS.reference, LISTS.reference], weights, kind)
 
 
 # ---- in words ------------------------------------------------------------------------------------------------------
 
 
 def test_words_and_formula_are_distinct_for_distinct_settings() -> None:
-    said = [(d.words, d.formula) for d in DIVERGENCES]
+    said = [(d.describe(), d.formula) for d in DIVERGENCES]
     assert len(set(said)) == len(said)
     objectives = [Objective(**settings) for settings in ({}, *OBJECTIVES.values())]
-    assert len({o.words for o in objectives}) == len(objectives)
+    assert len({o.describe() for o in objectives}) == len(objectives)
 
 
 @pytest.mark.parametrize(("beta", "direction"), [(1.0, "KL(student ‖ teacher)"), (0.0, "KL(teacher ‖ student)")])
 def test_words_name_the_direction(beta: float, direction: str) -> None:
-    assert direction in Divergence(beta).words and direction in Objective(Divergence(beta)).words
+    assert direction in Divergence(beta).describe() and direction in Objective(Divergence(beta)).describe()
 
 
 def test_formulas_name_the_direction() -> None:
@@ -336,4 +336,4 @@ def test_formulas_name_the_direction() -> None:
 
 
 def test_a_token_knows_no_more_than_it_was_told() -> None:
-    assert vars(Tokens(torch.ones(1))).keys() >= {"weight_N", "ids_N", "row_N", "sampler_N", "cost_N"}
+    assert vars(Tokens(torch.ones(1))).keys() >= {"weight_N", "ids_N", "row_N", "rollout_logprobs_N", "cost_N"}

@@ -80,7 +80,7 @@ def assert_says(teacher: Teacher, rollouts: Rollouts, expected: list[Tensor], at
     """Compare at the scored tokens, at the likeliest ids and at the unlikeliest: the whole row must be right."""
     masks = zip(expected, rollouts.loss_mask or (), strict=True)
     expected_NV = torch.cat([values[torch.tensor(mask, dtype=torch.bool)] for values, mask in masks])
-    signal = teacher.score(teacher.show(rollouts))
+    signal = teacher.score(teacher.render_prompts(rollouts))
     for ids_N in (torch.tensor(rollouts.scored_ids), expected_NV.argmax(-1), expected_NV.argmin(-1)):
         wanted_N = expected_NV.gather(-1, ids_N[:, None])[:, 0]
         assert (signal.logprobs(ids_N).double() - wanted_N).abs().max() <= atol
@@ -128,7 +128,7 @@ def test_one_teacher_under_several_contexts_is_their_mean(
 def test_contexts_are_one_batched_pass_over_one_copy_of_the_weights(kind: str, make: Callable[[], Teacher]) -> None:
     single = prepared(make(), make_student(kind))
     mixture = prepared(MixtureTeacher(make(), [0.2, 0.3, 0.5], contexts=SHOWN), make_student(kind))
-    rollouts = mixture.show(make_rollouts())
+    rollouts = mixture.render_prompts(make_rollouts())
     with counting_passes() as sequences:
         mixture.score(rollouts)
     assert sequences == [3 * len(rollouts)]
@@ -165,7 +165,7 @@ def test_a_lora_run_of_many_teachers_holds_one_copy_of_the_base(kind: str) -> No
     several = MixtureTeacher(parts, [0.2] * 5)
     of_contexts = MixtureTeacher(EMATeacher(0.1), [0.2, 0.3, 0.5], contexts=SHOWN)
     teacher = prepared(RoutedTeacher("domain", {"even": several, "odd": of_contexts}), student)
-    teacher.score(teacher.show(make_rollouts()))
+    teacher.score(teacher.render_prompts(make_rollouts()))
     copies = 3 + (2 if kind == "arriving adapter" else 0)  # of the adapter: a fresh one is switched off instead
     found = megabytes([*student.parameters(), *reachable(teacher, {})])
     assert found == pytest.approx(base + (1 + copies) * adapter, abs=1e-3)
@@ -178,11 +178,11 @@ def test_a_lora_run_of_many_teachers_holds_one_copy_of_the_base(kind: str) -> No
 def test_an_outer_context_is_shown_to_parts_that_have_none() -> None:
     parts = [EMATeacher(0.9, context="worked_solution"), LiveTeacher(), LiveTeacher(context="answer_only")]
     mixture = prepared(MixtureTeacher(parts, [0.2, 0.3, 0.5], context="answer_only"), make_student("full"))
-    rollouts = mixture.show(make_rollouts())
+    rollouts = mixture.render_prompts(make_rollouts())
     side = PromptRenderer(make_tokenizer())
     for part, name in zip(mixture.views, ("worked_solution", "answer_only", "answer_only"), strict=True):
         expected = [PrivilegedContext(name).render(row, side=side) for row in rollouts.rows]
-        assert rollouts.shown[part.key] == expected
+        assert rollouts.teacher_prompt_ids[part.key] == expected
 
 
 def test_a_mixture_reads_from_yaml_as_from_python(tmp_path: Path) -> None:
@@ -198,9 +198,9 @@ def test_a_mixture_reads_from_yaml_as_from_python(tmp_path: Path) -> None:
     student = make_student("lora").eval()
     said = []
     for teacher in (prepared(read, student), prepared(built, student)):
-        shown = teacher.show(make_rollouts())
+        shown = teacher.render_prompts(make_rollouts())
         said.append(teacher.score(shown).logprobs(torch.tensor(shown.scored_ids)))
-    assert torch.equal(*said) and read.words == built.words
+    assert torch.equal(*said) and read.describe() == built.describe()
     assert {**read.description, "context": None} == {**built.description, "context": None}
 
 
@@ -312,7 +312,7 @@ def test_parts_keep_their_own_states_through_a_checkpoint() -> None:
     slow, fast = (view.weights.values for view in after.views if isinstance(view, EMATeacher))
     assert all(torch.equal(slow[n], v) for n, v in alone(0.9, steps=4).items())
     assert any(not torch.equal(slow[n], fast[n]) for n in slow)
-    shown = [t.show(make_rollouts()) for t in (before, after)]
+    shown = [t.render_prompts(make_rollouts()) for t in (before, after)]
     ids = torch.tensor(shown[0].scored_ids)
     assert torch.equal(*(t.score(r).logprobs(ids) for t, r in zip((before, after), shown, strict=True)))
     assert before.metrics == after.metrics == {"teacher/snapshot_of_step": 2}

@@ -146,7 +146,7 @@ def test_settings_of_an_average_outside_their_range_are_refused(settings: dict) 
 
 
 def scores(teacher: Any) -> torch.Tensor:
-    rollouts = teacher.show(make_rollouts())
+    rollouts = teacher.render_prompts(make_rollouts())
     return teacher.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids))
 
 
@@ -275,7 +275,7 @@ def test_an_entry_counts_for_the_steps_it_covers() -> None:
 @pytest.mark.parametrize("name", ["eval_loss", "divergence", "divergence/max"])
 def test_less_of_a_loss_is_better(name: str) -> None:
     assert Gate(metric=name).better == "lower" and Gate(metric="reward").better == "higher"
-    assert "does not rise" in Gate(metric=name).words
+    assert "does not rise" in Gate(metric=name).describe()
 
 
 def test_bounds_of_a_metric_that_began_below_zero_or_at_zero() -> None:

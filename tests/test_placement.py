@@ -21,7 +21,7 @@ from opsd.errors import ConfigError
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
 from opsd.training.checks import check_sharding, measured_cost
-from opsd.training.loss import TrainingLoss
+from opsd.training.loss import Scorer
 
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200, "num_attention_heads": 64}
 
@@ -100,7 +100,7 @@ def test_offloading_changes_no_score(make: Any) -> None:
     found = []
     for offload in (False, True):
         teacher = prepared(make(offload=offload), make_student("full").eval())
-        shown = teacher.show(rollouts)
+        shown = teacher.render_prompts(rollouts)
         found.append(teacher.score(shown).logprobs(torch.tensor(rollouts.scored_ids)))
         assert all(t.device.type == "cpu" for t in teacher.tensors)
     assert torch.equal(*found)
@@ -120,7 +120,7 @@ def test_passes_are_counted_on_a_probe_and_leave_no_trace(tmp_path: Path, make: 
     teacher: Teacher = make()
     handle = StudentHandle(student, PromptRenderer(make_tokenizer()))
     teacher.prepare(handle)
-    scorer = TrainingLoss(make_args(tmp_path), teacher)
+    scorer = Scorer(make_args(tmp_path), teacher)
     cost = measured_cost(scorer, Dataset.from_list(make_rows()), handle, micro_batches=4)
     assert cost.passes == passes and cost.megabytes == teacher.cost.megabytes
     assert f"forward passes per step: {4 * passes:g}, per rollout: {passes:g}" in str(cost)

@@ -296,7 +296,7 @@ def test_an_offloaded_average_stays_in_cpu_memory(average_of: str) -> None:
     student = lora().cuda()
     teacher = prepared(EMATeacher(0.7, average=average_of, offload=True), student)
     follow(teacher, student, steps=4)
-    teacher.score(teacher.show(make_rollouts()))
+    teacher.score(teacher.render_prompts(make_rollouts()))
     assert {v.device.type for v in teacher.tensors} == {"cpu"} and teacher.cost.offloaded == teacher.cost.megabytes
 
 

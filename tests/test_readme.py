@@ -96,8 +96,8 @@ def test_the_guide_to_losses_has_every_setting_with_its_default() -> None:
 def test_the_words_in_the_guide_to_losses_are_what_a_run_prints() -> None:
     settings = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", LOSSES, flags=re.S)[0])
     args = make_args("unused", **settings)
-    selection = TokenSelection.of(args, make_tokenizer(), [])
-    assert f"{args.objective.words}; tokens: {selection.words}\n" in LOSSES
+    selection = TokenSelection.from_config(args, make_tokenizer(), [])
+    assert f"{args.objective.describe()}; tokens: {selection.describe()}\n" in LOSSES
     assert f"            {args.objective.formula}\n" in LOSSES
 
 

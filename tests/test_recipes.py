@@ -160,8 +160,8 @@ def test_published_recipe_has_the_objective_and_batch_of_its_source(
     name: str, objective: str, rows: int | None, tmp_path: Path
 ) -> None:
     args = settings(name, tmp_path)
-    selection = TokenSelection.of(args, make_tokenizer(), [])
-    assert f"{args.objective.words}; tokens: {selection.words}" == objective
+    selection = TokenSelection.from_config(args, make_tokenizer(), [])
+    assert f"{args.objective.describe()}; tokens: {selection.describe()}" == objective
     sets_a_batch = "per_device_train_batch_size" in recipe(name).args
     assert sets_a_batch == (rows is not None)
     if rows is not None:
@@ -171,7 +171,7 @@ def test_published_recipe_has_the_objective_and_batch_of_its_source(
 
 def test_sdpo_and_srpo_show_a_success_of_the_group_and_differ_in_who_learns_how(tmp_path: Path) -> None:
     eight = "8 rollout(s) per prompt, rewarded by last_number; "
-    words = {name: Groups.of(settings(name, tmp_path), "last_number").words for name in ("sdpo", "srpo")}
+    words = {name: Groups.from_config(settings(name, tmp_path), "last_number").describe() for name in ("sdpo", "srpo")}
     assert words == {
         "sdpo": eight + "every rollout is distilled (success from 1)",
         "srpo": eight + "rollouts below success_reward are distilled (success from 0.5); "

@@ -22,7 +22,7 @@ STATE = SimpleNamespace(global_step=3)
 def asked(functions: Any, weights: Any = None, rows: Any = None, completions: Any = None) -> Verdicts:
     rows = [{"prompt": "How many?", "answer": answer} for answer in ("1", "2", "3")] if rows is None else rows
     completions = ["It is 1.", "It is 9.", "It is 3."] if completions is None else completions
-    return Rewards.of(functions, weights)(rows, completions, [[7]] * len(rows), STATE)
+    return Rewards.parse(functions, weights)(rows, completions, [[7]] * len(rows), STATE)
 
 
 @pytest.mark.parametrize("kind", ["messages", "text"])
@@ -94,7 +94,7 @@ NO_REWARDS = [
 def test_what_is_no_reward_function_is_refused_before_training(value: Any, message: str) -> None:
     """An async one would fail at its first rewards, a model give logits of the wrong prompt."""
     with pytest.raises(ConfigError, match=message):
-        Rewards.of([value], None)
+        Rewards.parse([value], None)
 
 
 def test_a_grader_is_a_reward_function_by_its_name() -> None:

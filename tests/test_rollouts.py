@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from opsd.errors import DataError
 from opsd.rollouts import Rollouts, check_lengths
 
-PER_ROW = ("prompt_ids", "completion_ids", "loss_mask", "row_weights", "sampler_logprobs")
+PER_ROW = ("prompt_ids", "completion_ids", "loss_mask", "row_weights", "rollout_logprobs")
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=6)
 
 
@@ -23,21 +23,21 @@ def rollouts(draw: st.DrawFn, rows: int | None = None) -> Rollouts:
     mask = [[draw(st.integers(0, 1)) for _ in c] for c in completions]
     made = Rollouts([{"prompt": str(i)} for i in range(n)], [draw(ids) for _ in range(n)], completions, mask)
     made = replace(
-        made, row_weights=[float(i) for i in range(n)], sampler_logprobs=[[-t for t in c] for c in completions]
+        made, row_weights=[float(i) for i in range(n)], rollout_logprobs=[[-t for t in c] for c in completions]
     )
-    return made.show("teacher", [draw(ids) for _ in range(n)])
+    return made.with_teacher_prompts("teacher", [draw(ids) for _ in range(n)])
 
 
 @settings(max_examples=60, deadline=None)
 @given(rollouts(), st.sampled_from([None, "teacher"]))
-def test_padding_keeps_exactly_the_scored_tokens_in_order(made: Rollouts, shown_to: str | None) -> None:
-    batch = made.pad("cpu", shown_to)
-    prompts = made.prompt_ids if shown_to is None else made.shown[shown_to]
+def test_padding_keeps_exactly_the_scored_tokens_in_order(made: Rollouts, seen_by: str | None) -> None:
+    batch = made.pad("cpu", seen_by)
+    prompts = made.prompt_ids if seen_by is None else made.teacher_prompt_ids[seen_by]
     expected = [
         t for c, m in zip(made.completion_ids, made.loss_mask, strict=True) for t, s in zip(c, m, strict=True) if s
     ]
     assert batch.scored_ids_N.tolist() == expected == made.scored_ids
-    assert int(batch.keep_BL.sum()) == made.num_scorable
+    assert int(batch.predicts_scored_BL.sum()) == made.num_scorable
     rows = [b for b, mask in enumerate(made.loss_mask) for scored in mask if scored]
     assert batch.row_N.tolist() == rows
     for b, (prompt, completion) in enumerate(zip(prompts, made.needed_ids, strict=True)):
@@ -58,20 +58,23 @@ def test_only_tokens_after_the_last_scored_one_are_not_needed(made: Rollouts) ->
 @settings(max_examples=40, deadline=None)
 @given(rollouts(rows=6), st.sampled_from([1, 2, 3, 6]))
 def test_sorting_and_splitting_keep_every_row_with_all_that_belongs_to_it(made: Rollouts, parts: int) -> None:
-    pieces = list(made.normalised_by(7).sorted_by_length().split(parts))
+    pieces = list(made.with_num_loss_tokens(7).sorted_by_length().split(parts))
     assert [len(p) for p in pieces] == [6 // parts] * parts
     together = {
         row["prompt"]: belongings
         for piece in pieces
         for row, *belongings in zip(
-            piece.rows, *map(piece.__getattribute__, PER_ROW), piece.shown["teacher"], strict=True
+            piece.rows, *map(piece.__getattribute__, PER_ROW), piece.teacher_prompt_ids["teacher"], strict=True
         )
     }
     for i in range(6):
-        assert together[str(i)] == [*(getattr(made, name)[i] for name in PER_ROW), made.shown["teacher"][i]]
+        assert together[str(i)] == [
+            *(getattr(made, name)[i] for name in PER_ROW),
+            made.teacher_prompt_ids["teacher"][i],
+        ]
     lengths = [len(p) + len(c) for piece in pieces for p, c in zip(piece.prompt_ids, piece.needed_ids, strict=True)]
     assert lengths == sorted(lengths, reverse=True)
-    assert all(piece.normaliser == 7 for piece in pieces)
+    assert all(piece.num_loss_tokens == 7 for piece in pieces)
 
 
 def test_micro_batches_are_trimmed_to_their_own_longest_row() -> None:
@@ -96,5 +99,5 @@ def test_a_prompt_longer_than_the_models_context_is_refused_by_row() -> None:
 
 def test_an_empty_completion_scores_nothing() -> None:
     batch = Rollouts([{}], [[1, 2]], [[]]).pad("cpu")
-    assert batch.scored_ids_N.numel() == 0 and not batch.keep_BL.any()
+    assert batch.scored_ids_N.numel() == 0 and not batch.predicts_scored_BL.any()
     assert batch.ids_BL.equal(torch.tensor([[1, 2]]))

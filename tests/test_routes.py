@@ -26,7 +26,7 @@ from opsd import (
 )
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, DataError, TemplateError
-from opsd.losses import Divergence, LossRecord, Objective, Tokens
+from opsd.losses import Divergence, LossOutput, Objective, Tokens
 from opsd.models.forward import counting_passes, last_hidden
 from opsd.models.head import Head
 from opsd.rollouts import Rollouts
@@ -81,12 +81,12 @@ def test_a_row_is_scored_by_its_own_teacher_in_any_cut_of_the_batch(cut: str) ->
     student = make_student("full").eval()
     route = prepared(make_route(), student)
     move(student)
-    for part in CUTS[cut](route.show(topical())):
+    for part in CUTS[cut](route.render_prompts(topical())):
         expected = []
         for number in range(len(part)):
             row = part.select([number])
             own = route.parts[row.rows[0]["topic"]]  # type: ignore[attr-defined]
-            expected.append(scores(own, own.show(replace(row, shown={}))))
+            expected.append(scores(own, own.render_prompts(replace(row, teacher_prompt_ids={}))))
         assert torch.allclose(scores(route, part), torch.cat(expected), atol=1e-5)
 
 
@@ -95,9 +95,11 @@ def test_a_mixture_in_a_route_says_what_it_says_alone() -> None:
     student = make_student("full").eval()
     route, alone = prepared(make_route(), student), prepared(make_mixture(), student)
     rollouts = topical().select([1, 4])
-    assert torch.allclose(scores(route, route.show(rollouts)), scores(alone, alone.show(rollouts)), atol=1e-6)
+    assert torch.allclose(
+        scores(route, route.render_prompts(rollouts)), scores(alone, alone.render_prompts(rollouts)), atol=1e-6
+    )
     with counting_passes() as sequences:
-        route.score(route.show(topical()))
+        route.score(route.render_prompts(topical()))
     assert sequences == [3, 2, 2, 2], "rows of maths; twice those of code; those of chat"
 
 
@@ -112,10 +114,10 @@ def test_a_teacher_with_a_short_context_is_not_asked_about_other_rows() -> None:
     small.config.n_positions = 48
     assert max(map(len, prompts)) > 48 > 3 + max(map(len, prompts[1::2]))
     route = prepared(RoutedTeacher("domain", {"even": LiveTeacher(), "odd": make_sibling(small)}), make_llama())
-    assert scores(route, route.show(rollouts)).isfinite().all()
+    assert scores(route, route.render_prompts(rollouts)).isfinite().all()
     wrong = prepared(RoutedTeacher("domain", {"odd": LiveTeacher(), "even": make_sibling(small)}), make_llama())
     with pytest.raises(DataError, match=f"row 0: the teacher's prompt has {len(prompts[0])} tokens"):
-        wrong.show(rollouts)
+        wrong.render_prompts(rollouts)
 
 
 def test_each_row_is_sampled_by_its_own_teacher_under_its_own_context() -> None:
@@ -138,10 +140,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "JSD": {"divergence": Divergence(0.5)},
     "half of the tokens": {"keep_fraction": 0.5},
     "half, by disagreement": {"keep_fraction": 0.5, "keep_by": "disagreement"},
-    "discounted future": {"future_cost": "discounted", "discount": 0.9},
-    "sampled, discounted": {"divergence": Divergence(1.0, support="sampled"), "future_cost": "discounted"},
-    "mean future of a half": {"future_cost": "length_normalised", "keep_fraction": 0.5},
-    "anchored": {"anchor_coef": 0.3},
+    "discounted future": {"reward_to_go": "discounted", "discount": 0.9},
+    "sampled, discounted": {"divergence": Divergence(1.0, support="sampled"), "reward_to_go": "discounted"},
+    "mean future of a half": {"reward_to_go": "mean", "keep_fraction": 0.5},
+    "anchored": {"ref_kl_coef": 0.3},
     "contrasted": {},
 }
 
@@ -156,27 +158,27 @@ class Losses:
         self.anchor = prepared(SameCheckpointTeacher(), self.student)
         for model in (self.student, other):
             model.double()
-        self.wrong = self.route.showing("answer_only") if name == "contrasted" else None
+        self.wrong = self.route.with_context("answer_only") if name == "contrasted" else None
         self.objective = Objective(**{"divergence": Divergence(1.0), **OBJECTIVES[name]})
         move(self.student)
-        shown = self.anchor.show(self.route.show(make_rollouts(6)))
-        self.rollouts = shown if self.wrong is None else self.wrong.show(shown)
+        shown = self.anchor.render_prompts(self.route.render_prompts(make_rollouts(6)))
+        self.rollouts = shown if self.wrong is None else self.wrong.render_prompts(shown)
 
-    def __call__(self, part: Rollouts, own: str | None = None) -> tuple[LossRecord, dict[str, Tensor]]:
+    def __call__(self, part: Rollouts, own: str | None = None) -> tuple[LossOutput, dict[str, Tensor]]:
         """Return the record of these rows and its gradient, asked of the route or of one of its teachers."""
         self.student.zero_grad()
         batch = part.pad("cpu")
-        hidden_ND = last_hidden(self.student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+        hidden_ND = last_hidden(self.student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
         weight_B = torch.tensor([0.5 + self.rollouts.rows.index(row) for row in part.rows])
         tokens = Tokens(weight_B[batch.row_N].float(), batch.scored_ids_N, batch.row_N)
         right, wrong = (t if t is None or own is None else t.parts[own] for t in (self.route, self.wrong))
         record = self.objective(
             hidden_ND,
-            Head.of(self.student),
+            Head.from_model(self.student),
             right.score(part),  # type: ignore[union-attr]
             tokens,
-            anchor=self.anchor.score(part),  # type: ignore[arg-type]
-            wrong=None if wrong is None else wrong.score(part),
+            reference=self.anchor.score(part),  # type: ignore[arg-type]
+            contrast_signal=None if wrong is None else wrong.score(part),
         )
         record.loss.backward()
         return record, {name: p.grad.clone() for name, p in self.student.named_parameters() if p.grad is not None}
@@ -222,13 +224,17 @@ def test_contrasted_teachers_with_padded_heads_are_compared_over_the_ids_both_ha
     records = []
     for make in (lambda t: t, lambda t: RoutedTeacher("domain", {"even": t, "odd": t})):
         teacher = prepared(make(make_sibling(make_llama(1, 448), context="answer_only")), student)
-        wrong = teacher.showing("worked_solution")
-        rollouts = wrong.show(teacher.show(make_rollouts()))
+        wrong = teacher.with_context("worked_solution")
+        rollouts = wrong.render_prompts(teacher.render_prompts(make_rollouts()))
         batch = rollouts.pad("cpu")
-        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
         tokens = Tokens(torch.ones(len(hidden_ND)), batch.scored_ids_N, batch.row_N)
         answers = teacher.score(rollouts), wrong.score(rollouts)
-        records.append(Objective(Divergence(1.0))(hidden_ND, Head.of(student), answers[0], tokens, wrong=answers[1]))
+        records.append(
+            Objective(Divergence(1.0))(
+                hidden_ND, Head.from_model(student), answers[0], tokens, contrast_signal=answers[1]
+            )
+        )
     assert records[1].loss.item() == pytest.approx(records[0].loss.item(), rel=1e-5)
 
 
@@ -237,7 +243,7 @@ def test_contrasted_teachers_with_padded_heads_are_compared_over_the_ids_both_ha
 
 def routed_signal() -> tuple[RoutedSignal, Tensor]:
     route = prepared(make_route(), make_student("full").eval())
-    rollouts = route.show(topical())
+    rollouts = route.render_prompts(topical())
     return route.score(rollouts), torch.tensor(rollouts.scored_ids)  # type: ignore[return-value]
 
 
@@ -341,9 +347,9 @@ def test_a_context_for_all_is_shown_where_a_teacher_has_none() -> None:
     route = prepared(make_route(context="answer_only"), make_student("full"))
     names = [PrivilegedContext.of(view.context).name for view in route.views]  # type: ignore[union-attr]
     assert names == ["worked_solution", "answer_only", "answer_only", "answer_only"]
-    rollouts = route.show(topical())
+    rollouts = route.render_prompts(topical())
     side = PromptRenderer(make_tokenizer())
     chat = copy.copy(route.parts["chat"])  # type: ignore[attr-defined]
-    for row, ids in zip(rollouts.rows, rollouts.shown[route.parts["chat"].key], strict=True):  # type: ignore[attr-defined]
+    for row, ids in zip(rollouts.rows, rollouts.teacher_prompt_ids[route.parts["chat"].key], strict=True):  # type: ignore[attr-defined]
         if row["topic"] == "chat":
             assert ids == PrivilegedContext("answer_only").render(row, side=side) == chat.prompt_ids(row)

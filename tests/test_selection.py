@@ -78,7 +78,7 @@ def test_passes_end_at_the_last_token_that_is_trained_on() -> None:
 
 
 def test_words_say_what_is_left_out() -> None:
-    said = {TokenSelection(**settings).words for settings, _ in CASES.values()}
+    said = {TokenSelection(**settings).describe() for settings, _ in CASES.values()}
     assert len(said) == len(CASES) and "all" in said
 
 
@@ -87,14 +87,14 @@ def test_tokens_are_named_as_the_vocabulary_writes_them_or_as_text() -> None:
     special = set(tokenizer.all_special_ids)
     named = next(token for token, i in tokenizer.get_vocab().items() if i not in special)
     args = make_args("unused", mask_tokens=[named], mask_special_tokens=True)
-    found = TokenSelection.of(args, tokenizer, [])
+    found = TokenSelection.from_config(args, tokenizer, [])
     assert found.left_out_ids == special | {tokenizer.get_vocab()[named]}
 
 
 def test_a_named_token_that_is_several_is_refused() -> None:
     args = make_args("unused", mask_tokens=["what is one and one, and why?"])
     with pytest.raises(ConfigError, match="single tokens"):
-        TokenSelection.of(args, make_tokenizer(), [])
+        TokenSelection.from_config(args, make_tokenizer(), [])
 
 
 def test_a_run_counts_what_it_leaves_out_and_divides_by_what_is_left(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_run_counts_what_it_leaves_out_and_divides_by_what_is_left(tmp_path: P
     for scored, share in zip(logged(trainer, "scored_tokens"), logged(trainer, "tokens/left_out"), strict=True):
         sampled = scored / (1 - share)
         assert 0 < share < 1 and sampled == pytest.approx(round(sampled), abs=0.01)
-    assert "without the first 2" in trainer.training_loss.words
+    assert "without the first 2" in trainer.scorer.describe()
 
 
 def test_a_run_whose_every_token_is_left_out_says_so_and_changes_nothing(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_prefix_is_scored_as_it_is_within_the_whole() -> None:
     model, tokenizer = make_llama(), make_tokenizer()
     teacher = prepared(SameCheckpointTeacher(), model)
     prompt = tokenizer("What is 1 + 1?")["input_ids"]
-    whole = teacher.show(Rollouts(make_rows(1), [prompt], [[10, 11, 12, 13, 14]]))
-    part = teacher.show(TokenSelection(first_tokens_only=2).apply(whole))
+    whole = teacher.render_prompts(Rollouts(make_rows(1), [prompt], [[10, 11, 12, 13, 14]]))
+    part = teacher.render_prompts(TokenSelection(first_tokens_only=2).apply(whole))
     a, b = (teacher.score(r).logprobs(r.pad("cpu").scored_ids_N) for r in (whole, part))
     assert torch.allclose(a[:2], b, atol=1e-5)

@@ -51,7 +51,7 @@ def run(strategy, kind, sharded):
     "Train on replayed rollouts: all rows in one piece, or each process its own of a sharded student."
     student = make_student(kind)
     teacher = MAKE_TEACHER[strategy]()
-    loss = TrainingLoss(make_args(folder, anchor_coef=0.1), teacher)
+    loss = TrainingLoss(make_args(folder, ref_kl_coef=0.1), teacher)
     loss.prepare(StudentHandle(student, PromptRenderer(make_tokenizer())), [2])
     if sharded:
         student = shard(student)

@@ -36,7 +36,7 @@ from opsd.errors import ConfigError
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
 from opsd.training.checks import measured_cost
-from opsd.training.loss import TrainingLoss
+from opsd.training.loss import Scorer
 
 # ---- whether it fits ----------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ def test_an_offloaded_sibling_under_several_contexts_says_the_same(llama_folder:
     for offload in (False, True):
         sibling = SiblingTeacher(llama_folder, offload=offload, attn_implementation="eager")
         mixture = prepared(MixtureTeacher(sibling, [0.5, 0.5], contexts=["answer_only", None]), make_llama(1).eval())
-        rollouts = mixture.show(make_rollouts())
+        rollouts = mixture.render_prompts(make_rollouts())
         said.append(mixture.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids)))
     assert torch.equal(*said)
 
@@ -221,7 +221,7 @@ COSTS: dict[str, tuple[Callable[[], Teacher], dict[str, Any], float]] = {
         {},
         1.5,
     ),
-    "with an anchor": (lambda: EMATeacher(0.9), {"anchor_coef": 0.1}, 2),
+    "with an anchor": (lambda: EMATeacher(0.9), {"ref_kl_coef": 0.1}, 2),
     "with a contrast": (lambda: EMATeacher(0.9, context="answer_only"), {"contrast_context": "worked_solution"}, 2),
 }
 
@@ -232,7 +232,7 @@ def test_the_passes_of_everyone_who_scores_are_counted_on_rows_from_all_over(tmp
     make, settings, passes = COSTS[name]
     rows = sorted(make_rows(16), key=lambda row: str(row["domain"]))
     handle = StudentHandle(make_student("lora"), PromptRenderer(make_tokenizer()))
-    loss = TrainingLoss(make_args(tmp_path, **settings), make())
+    loss = Scorer(make_args(tmp_path, **settings), make())
     loss.prepare(handle, [2])
     cost = measured_cost(loss, Dataset.from_list(rows), handle, micro_batches=2)
     drawn = 0.3 if "route" in name else 0.0  # half of the rows are of each domain, and eight are drawn

@@ -24,7 +24,7 @@ History = list[dict[str, Any]]
 
 
 def scores(teacher: Teacher) -> Tensor:
-    rollouts = teacher.show(make_rollouts())
+    rollouts = teacher.render_prompts(make_rollouts())
     return teacher.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids))
 
 

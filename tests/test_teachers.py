@@ -95,11 +95,11 @@ def make_pair(strategy: str, kind: str, **kwargs: object) -> tuple[torch.nn.Modu
 
 
 def student_loss(student: torch.nn.Module, teacher: Teacher, beta: float = 1.0):
-    rollouts = teacher.show(make_rollouts())
+    rollouts = teacher.render_prompts(make_rollouts())
     signal = teacher.score(rollouts)
     batch = rollouts.pad("cpu")
-    hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
-    return Objective(Divergence(beta))(hidden_ND, Head.of(student), signal, Tokens(torch.ones(len(hidden_ND))))
+    hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+    return Objective(Divergence(beta))(hidden_ND, Head.from_model(student), signal, Tokens(torch.ones(len(hidden_ND))))
 
 
 def test_every_strategy_of_the_table_is_tested() -> None:
@@ -129,7 +129,7 @@ def test_a_context_changes_what_the_teacher_says(strategy: str, kind: str) -> No
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 def test_a_teacher_keeps_what_it_was_when_the_student_moves(strategy: str, kind: str) -> None:
     student, teacher = make_pair(strategy, kind)
-    rollouts = teacher.show(make_rollouts())
+    rollouts = teacher.render_prompts(make_rollouts())
     before = teacher.score(rollouts).logprobs(rollouts.pad("cpu").scored_ids_N)
     move(student)
     after = teacher.score(rollouts).logprobs(rollouts.pad("cpu").scored_ids_N)
@@ -146,7 +146,7 @@ def test_scoring_leaves_the_student_as_it_was(strategy: str, kind: str) -> None:
     frozen.requires_grad_(False)  # and a parameter that a user froze
     weights, modes = snapshot(student), [m.training for m in student.modules()]
     trainable = [p.requires_grad for p in student.parameters()]
-    teacher.score(teacher.show(make_rollouts()))
+    teacher.score(teacher.render_prompts(make_rollouts()))
     assert [m.training for m in student.modules()] == modes
     assert [p.requires_grad for p in student.parameters()] == trainable
     assert all(p.grad is None for p in student.parameters())
@@ -157,7 +157,7 @@ def test_scoring_leaves_the_student_as_it_was(strategy: str, kind: str) -> None:
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 def test_gradient_reaches_the_student_only(strategy: str, kind: str) -> None:
     student, teacher = make_pair(strategy, kind, context="answer_only")
-    signal = teacher.score(teacher.show(make_rollouts()))
+    signal = teacher.score(teacher.render_prompts(make_rollouts()))
     for part in _hidden_signals(signal):
         assert not part.hidden_ND.requires_grad and not part.head.weight_VD.requires_grad
     student_loss(student, teacher).loss.backward()
@@ -174,7 +174,7 @@ def _hidden_signals(signal: TeacherSignal) -> list[HiddenSignal]:
 def test_a_rows_scores_do_not_depend_on_its_company(strategy: str, make_model: Callable) -> None:
     """Invariant 3, also on a model with learned positions."""
     teacher = prepared(TEACHERS[strategy][0](make_model(), context="answer_only"), make_model().eval())
-    rollouts = teacher.show(make_rollouts())
+    rollouts = teacher.render_prompts(make_rollouts())
 
     def scores(part):  # type: ignore[no-untyped-def]
         return teacher.score(part).logprobs(part.pad("cpu").scored_ids_N)
@@ -254,14 +254,14 @@ def test_the_average_scores_with_its_own_weights() -> None:
     """decay 0 is the student itself after a step; decay near 1 the student it started as."""
     student = make_student("full").eval()
     follower, keeper = (prepared(EMATeacher(decay), student) for decay in (0.0, 0.999999))
-    rollouts = keeper.show(follower.show(make_rollouts()))
+    rollouts = keeper.render_prompts(follower.render_prompts(make_rollouts()))
     ids = rollouts.pad("cpu").scored_ids_N
     before = keeper.score(rollouts).logprobs(ids)
     move(student)
     for teacher in (follower, keeper):
         teacher.after_step(1)
     live = prepared(LiveTeacher(), student)
-    live = live.score(live.show(rollouts))
+    live = live.score(live.render_prompts(rollouts))
     assert torch.allclose(follower.score(rollouts).logprobs(ids), live.logprobs(ids), atol=1e-6)
     assert torch.allclose(keeper.score(rollouts).logprobs(ids), before, atol=1e-4)
 
@@ -280,13 +280,15 @@ def test_heads_padded_to_other_sizes_are_compared_over_the_ids_both_have() -> No
     student, other = make_llama(0, 400).eval(), make_llama(1, 416)
     teacher = prepared(SiblingTeacher(other, tokenizer=make_tokenizer()), student)
     record = student_loss(student, teacher)
-    rollouts = teacher.show(make_rollouts())
+    rollouts = teacher.render_prompts(make_rollouts())
     batch = rollouts.pad("cpu")
     for model in (student, other):
         assert model.config.vocab_size in (400, 416)
     with torch.no_grad():
         s, t = (
-            torch.log_softmax(m(batch.ids_BL, attention_mask=batch.mask_BL).logits[batch.keep_BL][:, :400].double(), -1)
+            torch.log_softmax(
+                m(batch.ids_BL, attention_mask=batch.mask_BL).logits[batch.predicts_scored_BL][:, :400].double(), -1
+            )
             for m in (student, other.eval())
         )
     expected = (s.exp() * (s - t)).sum(-1)
@@ -312,7 +314,7 @@ def test_another_chat_template_warns_and_is_used() -> None:
     with pytest.warns(OPSDWarning, match="chat templates"):
         teacher = prepared(SiblingTeacher(make_llama(1), tokenizer=other), make_llama())
     rollouts = make_rollouts()
-    shown = teacher.show(rollouts).shown[teacher.key]
+    shown = teacher.render_prompts(rollouts).teacher_prompt_ids[teacher.key]
     assert shown != list(rollouts.prompt_ids)
     assert other.decode(shown[0]).endswith("assistant:\n")
 
@@ -337,13 +339,13 @@ def test_a_past_checkpoint_loads_a_folder_with_an_adapter(tmp_path: Path, llama_
     make_tokenizer().save_pretrained(tmp_path)
     teacher = prepared(PastCheckpointTeacher(str(tmp_path)), make_llama().eval())
     same = prepared(SiblingTeacher(model.eval(), tokenizer=make_tokenizer()), make_llama().eval())
-    rollouts = same.show(teacher.show(make_rollouts()))
+    rollouts = same.render_prompts(teacher.render_prompts(make_rollouts()))
     ids = rollouts.pad("cpu").scored_ids_N
     assert torch.allclose(teacher.score(rollouts).logprobs(ids), same.score(rollouts).logprobs(ids), atol=1e-6)
 
 
 def test_a_signal_is_what_a_loss_needs_and_nothing_more() -> None:
     _, teacher = make_pair("same_checkpoint", "full")
-    signal = teacher.score(teacher.show(make_rollouts()))
+    signal = teacher.score(teacher.render_prompts(make_rollouts()))
     assert isinstance(signal, HiddenSignal)
     assert len(signal.hidden_ND) == make_rollouts().num_scorable

@@ -83,7 +83,7 @@ def test_accumulation_gives_the_gradients_of_one_big_batch(tmp_path: Path) -> No
             gradient_accumulation_steps=steps,
         )
         trainer.model.train()
-        whole = trainer.teacher.show(rollouts).sorted_by_length().normalised_by(rollouts.num_scorable)
+        whole = trainer.teacher.render_prompts(rollouts).sorted_by_length().with_num_loss_tokens(rollouts.num_scorable)
         for part in whole.split(steps):
             trainer.compute_loss(trainer.model, trainer._scored(part)).backward()
         gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
@@ -208,7 +208,7 @@ def test_nan_in_padding_changes_nothing(tmp_path: Path, teacher: str, student: s
 
         for backbone in backbones.values() if poison else ():
             backbone.register_forward_hook(hook, with_kwargs=True)
-        loss = trainer.compute_loss(model, trainer._scored(trainer.training_loss.show(make_rollouts())))
+        loss = trainer.compute_loss(model, trainer._scored(trainer.scorer.prepare_rollouts(make_rollouts())))
         loss.backward()
         results.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
     (loss, grads), (poisoned_loss, poisoned) = results

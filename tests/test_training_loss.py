@@ -29,9 +29,9 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "TIP": ({"keep_fraction": 0.5}, "50%"),
     "TIP, disagreement": ({"keep_fraction": 0.5, "keep_by": "disagreement"}, "highest disagreement"),
     "Thinking Machines": ({"support": "sampled", "baseline": "none"}, "the sampled token"),
-    "discounted": ({"support": "sampled", "future_cost": "discounted", "discount": 0.5}, "discounted by 0.5"),
-    "MiniLLM": ({"future_cost": "length_normalised"}, "the mean of the later ones"),
-    "anchored": ({"anchor_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
+    "discounted": ({"support": "sampled", "reward_to_go": "discounted", "discount": 0.5}, "discounted by 0.5"),
+    "MiniLLM": ({"reward_to_go": "mean"}, "the mean of the later ones"),
+    "anchored": ({"ref_kl_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
     "RLCSD": ({"contrast_context": "worked_solution"}, "worked_solution does not say"),
     "token clip": ({"token_clip": 0.5}, "each token at most 0.5"),
     "two passes": ({"recompute_loss": True, "loss_budget_mb": 0.01}, "reverse KL"),
@@ -52,10 +52,10 @@ def test_every_objective_trains_and_is_named_in_the_log(name: str, tmp_path: Pat
 @pytest.mark.parametrize("student", ["full", "lora", "arriving adapter"])
 def test_the_anchor_is_the_student_at_step_0_with_the_plain_prompt(tmp_path: Path, student: str) -> None:
     trainer = make_trainer(
-        tmp_path, SameCheckpointTeacher(context="answer_only"), student, anchor_coef=1.0, max_steps=3
+        tmp_path, SameCheckpointTeacher(context="answer_only"), student, ref_kl_coef=1.0, max_steps=3
     )
     trainer.train()
-    drift = logged(trainer, "anchor")
+    drift = logged(trainer, "ref_kl")
     assert drift[0] == pytest.approx(0.0, abs=1e-6) and drift[-1] > 0.0
     assert logged(trainer, "divergence")[0] > 0.0, "the teacher was shown something, the anchor was not"
 
@@ -65,11 +65,13 @@ def test_an_anchor_holds_the_student_back(tmp_path: Path) -> None:
     pulls = []
     for coef in (0.0, 1.0):
         teacher = SameCheckpointTeacher(context="answer_only")
-        trainer = make_trainer(tmp_path / str(coef), teacher, anchor_coef=coef)
+        trainer = make_trainer(tmp_path / str(coef), teacher, ref_kl_coef=coef)
         before = snapshot(trainer.model)
         move(trainer.model)
         trainer.model.train()
-        trainer.compute_loss(trainer.model, trainer._scored(trainer.training_loss.show(make_rollouts(4)))).backward()
+        trainer.compute_loss(
+            trainer.model, trainer._scored(trainer.scorer.prepare_rollouts(make_rollouts(4)))
+        ).backward()
         away = {name: p.detach() - before[name] for name, p in trainer.model.named_parameters()}
         pulls.append(sum(float((p.grad * away[name]).sum()) for name, p in trainer.model.named_parameters()))
     assert pulls[1] > pulls[0] + 1e-4
@@ -88,7 +90,7 @@ def test_a_token_that_the_wrong_context_moves_as_much_has_no_weight(tmp_path: Pa
 def test_the_wrong_context_is_scored_by_the_teacher_as_it_moves(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, EMATeacher(0.5, context="answer_only"), contrast_context="worked_solution")
     trainer.train()
-    loss = trainer.training_loss
+    loss = trainer.scorer
     assert loss.contrast is not None and loss.contrast._weights is loss.teacher._weights
     assert loss.contrast.context.name == "worked_solution" and loss.teacher.context.name == "answer_only"
 
@@ -102,12 +104,12 @@ def test_a_column_that_only_the_wrong_context_needs_is_asked_for_before_a_model_
 
 def test_the_settings_are_the_objective(tmp_path: Path) -> None:
     settings = {"beta": 0.0, "support": "teacher_top_k", "support_k": 9, "tail": "none", "entry_clip": 0.1,
-                "temperature": 1.5, "keep_fraction": 0.25, "anchor_coef": 0.1, "loss_budget_mb": 3.0}  # fmt: skip
+                "temperature": 1.5, "keep_fraction": 0.25, "ref_kl_coef": 0.1, "loss_budget_mb": 3.0}  # fmt: skip
     objective = make_args(tmp_path, **settings).objective
     assert objective == Objective(
         Divergence(0.0, 1.5, "teacher_top_k", 9, "none", entry_clip=0.1),
         keep_fraction=0.25,
-        anchor_coef=0.1,
+        ref_kl_coef=0.1,
         loss_budget_mb=3.0,
     )
 
@@ -145,13 +147,13 @@ def test_the_loss_is_weighted_by_the_truncated_ratio(
     """The engine's log-probabilities are the student's own, moved by `shift` nats."""
     with pytest.warns(OPSDWarning, match="importance_clip has no effect"):
         trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), importance_clip=2.0)
-    loss = trainer.training_loss
-    rollouts = loss.show(make_rollouts(4))
+    loss = trainer.scorer
+    rollouts = loss.prepare_rollouts(make_rollouts(4))
     cpu = torch.device("cpu")
     plain = loss(trainer.model, loss.score(rollouts), cpu, 1)
     own = iter(plain.records["logprob"].tolist())
     sampled = [[next(own) + shift if kept else 0.0 for kept in mask] for mask in rollouts.loss_mask]
-    object.__setattr__(rollouts, "sampler_logprobs", sampled)
+    object.__setattr__(rollouts, "rollout_logprobs", sampled)
     corrected = loss(trainer.model, loss.score(rollouts), cpu, 1)
     assert corrected.loss.item() == pytest.approx(ratio * plain.loss.item(), rel=1e-4)
     assert corrected.records["importance/ratio"].mean().item() == pytest.approx(ratio, rel=1e-4)
@@ -162,12 +164,12 @@ def test_the_loss_is_weighted_by_the_truncated_ratio(
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"support": "sampled", "lmbda": 0.5}, "Set lmbda to 1"),
-    ({"future_cost": "length_normalised", "lmbda": 0.5}, "Set lmbda to 1"),
+    ({"reward_to_go": "mean", "lmbda": 0.5}, "Set lmbda to 1"),
     ({"support": "teacher_top_k", "tail": "none"}, "mass outside the support"),
     ({"support": "teachers_top_k"}, "Did you mean 'teacher_top_k'"),
     ({"skip_first_tokens": -1}, "at least 0"),
     ({"first_tokens_only": 0}, "at least 1"),
-    ({"anchor_coef": -0.1}, "must not be negative"),
+    ({"ref_kl_coef": -0.1}, "must not be negative"),
     ({"keep_fraction": 0.0}, "above 0 and up to 1"),
 ]
 

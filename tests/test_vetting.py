@@ -132,7 +132,9 @@ def test_the_child_itself_is_bounded_whatever_the_sandbox_lets_through(
     spend: str, bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hole in the sandbox, made on purpose: a filter that runs away, in the child only."""
-    hole = f"import opsd.contexts.filters\ndef hole(value, share):\n    {spend}\nopsd.fields.FILTERS['reveal'] = hole\n"
+    hole = (
+        f"from opsd.contexts.filters import FILTERS\ndef hole(value, share):\n    {spend}\nFILTERS['reveal'] = hole\n"
+    )
     (tmp_path / "sitecustomize.py").write_text(hole)
     monkeypatch.syspath_prepend(tmp_path)
     context = PrivilegedContext.from_string(block("{{ answer | reveal(0.5) }}"))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from opsd.evaluation.compare import Arm, Comparison, Versus
+    from opsd.evaluation.compare import Arm, Comparison, Pairwise
     from opsd.evaluation.statistics import Estimate, PairedDifference
 
 HEAD = ("", "seeds", "after{unit}", "gain", "sd", "drift", "{first} minus it", "p")
@@ -92,7 +92,7 @@ def _arm(arm: Arm, scale: int) -> tuple[str, ...]:
     return arm.name, seeds, _estimate(arm.after, scale), gain, spread, drift
 
 
-def _versus(found: Versus | None, scale: int) -> tuple[str, str]:
+def _versus(found: Pairwise | None, scale: int) -> tuple[str, str]:
     if found is None:
         return "", ""
     return _change(found.difference, scale), f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"

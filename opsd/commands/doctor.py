@@ -112,7 +112,7 @@ def show(examination: Examination, console: Console) -> None:
             check = finding.check
             console.print(Text(TITLES[check], "bold"))
         print_finding(finding, console)
-    style = "bold red" if examination.failed else "bold yellow" if examination.of("warn") else "bold green"
+    style = "bold red" if examination.failed else "bold yellow" if examination.with_status("warn") else "bold green"
     console.print(Text(examination.verdict, style))
 
 

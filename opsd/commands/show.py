@@ -103,10 +103,10 @@ def _teacher_sides(
     teacher: Teacher, row: Mapping[str, Any], renderer: PromptRenderer, made: Sequence[str]
 ) -> list[tuple[str, list[int]]]:
     """Return title and prompt of every teacher that scores this row."""
-    produced = placeholders(made, row)
+    rollout_fields = placeholders(made, row)
     sides = []
     for view in teacher.views_of(row):
-        ids = view.context.render(row, produced, side=renderer) if view.context else renderer.ids(row["prompt"])
+        ids = view.context.render(row, rollout_fields, side=renderer) if view.context else renderer.ids(row["prompt"])
         sides.append((f"teacher (shown {view.shown})", ids))
     return sides
 
@@ -124,7 +124,7 @@ def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
 
 def _shown(teacher: Teacher, name: str) -> Teacher:
     """Return a teacher that is shown a template, a level of help, or nothing."""
-    return teacher.showing({"levels": [name]} if name in LEVELS else name)
+    return teacher.with_context({"levels": [name]} if name in LEVELS else name)
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:

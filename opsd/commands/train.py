@@ -40,8 +40,8 @@ often used keys
   beta             1 reverse KL (default), 0 forward KL, between them the generalised JSD
   support, tail    full (default), teacher_top_k, student_top_k, union, sampled; bucket, renormalise
   entry_clip       nats per vocabulary entry at most; token_clip per token
-  skip_first_tokens, keep_fraction, anchor_coef, …      docs/losses.md has all of them
-  num_generations, reward_funcs, route, grpo_coef       several rollouts per prompt, graded, and who learns how
+  skip_first_tokens, keep_fraction, ref_kl_coef, …      docs/losses.md has all of them
+  num_generations, reward_funcs, distill_on, grpo_coef  several rollouts per prompt, graded, and who learns how
   lmbda            share of rows trained on-policy (default 1)
   temperature      of sampling and of the divergence
   max_completion_length, per_device_train_batch_size, gradient_accumulation_steps

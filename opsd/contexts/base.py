@@ -98,7 +98,7 @@ class Context(ABC):
 
     @abstractmethod
     def render(
-        self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None, *, side: PromptRenderer
+        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None, *, side: PromptRenderer
     ) -> list[int]:
         """Return the ids of the teacher's prompt for a row, and count what happened.
 
@@ -109,7 +109,7 @@ class Context(ABC):
         """
 
     @abstractmethod
-    def check_columns(self, columns: Iterable[str], produced: Iterable[str] = ()) -> None:
+    def check_columns(self, columns: Iterable[str], rollout_fields: Iterable[str] = ()) -> None:
         """Check that a dataset with these columns, and what training produces, has every field that is needed.
 
         Raises:
@@ -117,7 +117,7 @@ class Context(ABC):
         """
 
     @abstractmethod
-    def check_rows(self, rows: Iterable[Mapping[str, Any]], produced: Iterable[str] = ()) -> None:
+    def check_rows(self, rows: Iterable[Mapping[str, Any]], rollout_fields: Iterable[str] = ()) -> None:
         """Check that no row leaves a needed field empty: None, a blank string or an empty list.
 
         Raises:
@@ -137,15 +137,17 @@ class Context(ABC):
         """Return the fields that these names leave open: of each group, one would be enough."""
 
     @abstractmethod
-    def can_show(self, values: Mapping[str, Any]) -> bool:
+    def has_fields(self, values: Mapping[str, Any]) -> bool:
         """Tell whether a row has what is needed; the values are its own and what training made."""
 
     @abstractmethod
-    def may_show(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> list[Context]:
+    def possible_contexts(
+        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None
+    ) -> list[Context]:
         """Return what a row may be shown at any step."""
 
     @abstractmethod
-    def shown_whole(self, names: Iterable[str]) -> set[str]:
+    def untruncated_fields(self, names: Iterable[str]) -> set[str]:
         """Return those of these fields that may be shown at any length."""
 
     @property

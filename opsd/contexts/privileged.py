@@ -121,7 +121,7 @@ class PrivilegedContext(Context):
     def messages(
         self,
         row: Mapping[str, Any],
-        produced: Mapping[str, Any] | None = None,
+        rollout_fields: Mapping[str, Any] | None = None,
         *,
         side: PromptRenderer | None = None,
     ) -> tuple[Prompt, str]:
@@ -136,7 +136,7 @@ class PrivilegedContext(Context):
             DataError: the row's prompt cannot be used.
             TemplateError: a field is missing or empty, or the template fails on this row.
         """
-        return self._told(row, self._values(row, produced, side), side)
+        return self._told(row, self._values(row, rollout_fields, side), side)
 
     def _told(
         self, row: Mapping[str, Any], values: Mapping[str, Any], side: PromptRenderer | None
@@ -159,7 +159,7 @@ class PrivilegedContext(Context):
         return turns, prefill
 
     def render(
-        self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None, *, side: PromptRenderer
+        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None, *, side: PromptRenderer
     ) -> list[int]:
         """Return the ids of the teacher's prompt, shortened if it must be, and count what happened.
 
@@ -173,11 +173,11 @@ class PrivilegedContext(Context):
             TemplateError: as `messages`.
         """
         side = self.side(side)
-        prompt, prefill = self.messages(row, produced, side=side)
+        prompt, prefill = self.messages(row, rollout_fields, side=side)
         prefill = self.bridged(prefill, side)
         ids = side.ids(prompt, prefill)
         if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
-            short = self._shortened(row, produced, side, len(ids), self.max_prompt_tokens)
+            short = self._shortened(row, rollout_fields, side, len(ids), self.max_prompt_tokens)
             self._counts.shortened += 1
             self._counts.tokens_cut += len(ids) - len(short)
             ids = short
@@ -185,14 +185,14 @@ class PrivilegedContext(Context):
         self._counts.bare += not prefill and prompt == row["prompt"]
         return ids
 
-    def check_columns(self, columns: Iterable[str], produced: Iterable[str] = ()) -> None:
+    def check_columns(self, columns: Iterable[str], rollout_fields: Iterable[str] = ()) -> None:
         """Check that a dataset with these columns, and what training produces, has every field the template needs.
 
         Raises:
             TemplateError: it has not; the message names the shipped templates that would do.
         """
         columns = list(columns)
-        missing = self.missing([*columns, *produced])
+        missing = self.missing([*columns, *rollout_fields])
         if not missing:
             return
         hints = "".join(did_you_mean(name, columns) for group in missing for name in group)
@@ -208,15 +208,17 @@ class PrivilegedContext(Context):
         have = set(available)
         return [group for group in self._needs if not any(name in have or name.split(".")[0] in have for name in group)]
 
-    def can_show(self, values: Mapping[str, Any]) -> bool:
+    def has_fields(self, values: Mapping[str, Any]) -> bool:
         """Tell whether a row has what the template needs."""
         return all(any(not is_empty(at_path(values, name)) for name in group) for group in self._needs)
 
-    def may_show(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> list[Context]:
+    def possible_contexts(
+        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None
+    ) -> list[Context]:
         """Return itself."""
         return [self]
 
-    def shown_whole(self, names: Iterable[str]) -> set[str]:
+    def untruncated_fields(self, names: Iterable[str]) -> set[str]:
         """Return those of these fields that may be shown at any length."""
         cut = None if self.truncate is None else self._column(self.truncate)
         return {name for name in names if name in self.fields | self.optional_fields and name != cut}
@@ -245,13 +247,13 @@ class PrivilegedContext(Context):
         }
         return {name: getattr(self, name) for name in names} | {k: v for k, v in later.items() if v}
 
-    def check_rows(self, rows: Iterable[Mapping[str, Any]], produced: Iterable[str] = ()) -> None:
+    def check_rows(self, rows: Iterable[Mapping[str, Any]], rollout_fields: Iterable[str] = ()) -> None:
         """Check that no row leaves a needed field empty: None, a blank string or an empty list.
 
         Raises:
             TemplateError: some do; the message gives their numbers, counted from 0.
         """
-        groups = self.missing(produced)
+        groups = self.missing(rollout_fields)
         empty: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
         for number, row in enumerate(rows):
             for group in groups:
@@ -302,9 +304,9 @@ class PrivilegedContext(Context):
             raise ConfigError(f"max_prompt_tokens is at least 1 or None (no limit), not {self.max_prompt_tokens!r}.")
 
     def _values(
-        self, row: Mapping[str, Any], produced: Mapping[str, Any] | None, side: PromptRenderer | None
+        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None, side: PromptRenderer | None
     ) -> dict[str, Any]:
-        given = {**row, **(produced or {})}
+        given = {**row, **(rollout_fields or {})}
         values = {**given, **{field: at_path(given, column) for field, column in self._columns_of.items()}}
         values |= self._constants
         for field in sorted(self.blocks.fields):
@@ -351,7 +353,12 @@ class PrivilegedContext(Context):
         return retold(prompt, prompt, parts["user"])
 
     def _shortened(
-        self, row: Mapping[str, Any], produced: Mapping[str, Any] | None, side: PromptRenderer, size: int, limit: int
+        self,
+        row: Mapping[str, Any],
+        rollout_fields: Mapping[str, Any] | None,
+        side: PromptRenderer,
+        size: int,
+        limit: int,
     ) -> list[int]:
         """Return the ids with the most tokens of the `truncate` field that the limit allows."""
         problem = f"the teacher's prompt has {size} tokens with template {self.name!r}; max_prompt_tokens is {limit}"
@@ -361,7 +368,7 @@ class PrivilegedContext(Context):
                 f"{problem}.\nCut off at the limit, it would lose the question or what the teacher is to know.\n"
                 f"Raise max_prompt_tokens, or name a field that may be shortened: truncate= ({fields})."
             )
-        values, field = self._values(row, produced, side), self.truncate
+        values, field = self._values(row, rollout_fields, side), self.truncate
 
         def ids(value: Any) -> list[int]:
             prompt, prefill = self._told(row, {**values, field: value}, side)

@@ -90,7 +90,7 @@ class ContextSchedule(Context):
         text = json.dumps(self.description, sort_keys=True, default=str)
         self.digest = hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def pick(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> str:
+    def pick(self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None) -> str:
         """Return the level of a row at this step, before any fallback.
 
         Raises:
@@ -103,7 +103,7 @@ class ContextSchedule(Context):
         if self._until_step:
             return next((level for level, end in self._until_step.items() if self.step < end), self._last)
         if self._until_rate:
-            rate = {**row, **(produced or {})}.get(self._rate)
+            rate = {**row, **(rollout_fields or {})}.get(self._rate)
             if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate <= 1:
                 raise DataError(
                     f"a schedule by pass rate reads the column {self._rate!r}, and this row has {rate!r} there. It is "
@@ -113,7 +113,7 @@ class ContextSchedule(Context):
         return next(iter(self.levels))
 
     def render(
-        self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None, *, side: PromptRenderer
+        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None, *, side: PromptRenderer
     ) -> list[int]:
         """Return the ids of the prompt at the row's level, and count which it was.
 
@@ -121,43 +121,43 @@ class ContextSchedule(Context):
             TemplateError: the row has too little for its level and for what that falls back to.
             DataError: as the level's own `render`.
         """
-        picked = self.pick(row, produced)
-        level = self._usable_level(row, produced)
+        picked = self.pick(row, rollout_fields)
+        level = self._usable_level(row, rollout_fields)
         context = self.levels[level]
-        ids = side.ids(row["prompt"]) if context is None else context.render(row, produced, side=side)
+        ids = side.ids(row["prompt"]) if context is None else context.render(row, rollout_fields, side=side)
         self._counts.rendered += context is None
         self._counts.levels[level] += 1
         self._counts.fell_back += level != picked
         return ids
 
-    def level_of(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> Context | None:
+    def level_of(self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None) -> Context | None:
         """Return what a row is shown at this step, fallbacks included.
 
         Raises:
             TemplateError: the row has too little for its level and for what that falls back to.
         """
-        return self.levels[self._usable_level(row, produced)]
+        return self.levels[self._usable_level(row, rollout_fields)]
 
-    def check_columns(self, columns: Iterable[str], produced: Iterable[str] = ()) -> None:
+    def check_columns(self, columns: Iterable[str], rollout_fields: Iterable[str] = ()) -> None:
         """Check that every level that may be picked, or one it falls back to, has its columns."""
-        columns, produced = list(columns), list(produced)
-        if self._until_rate and self._rate not in [*columns, *produced]:
+        columns, rollout_fields = list(columns), list(rollout_fields)
+        if self._until_rate and self._rate not in [*columns, *rollout_fields]:
             raise DataError(
                 f"a schedule by pass rate reads the column {self._rate!r}, and the dataset has: {', '.join(columns)}."
                 f"{did_you_mean(self._rate, columns)} Measure it with several samples per row, or pick levels by step."
             )
         for level in self._picked:
-            if not any(self._has(each, [*columns, *produced]) for each in self._chain(level)):
+            if not any(self._has(each, [*columns, *rollout_fields]) for each in self._chain(level)):
                 context = self.levels[level]
                 assert context is not None, "a level without a context needs no column"
                 try:
-                    context.check_columns(columns, produced)
+                    context.check_columns(columns, rollout_fields)
                 except TemplateError as error:
                     raise TemplateError(f"level {level!r} of a schedule: {error}\n{self._way_out(level)}") from error
 
-    def check_rows(self, rows: Iterable[Mapping[str, Any]], produced: Iterable[str] = ()) -> None:
+    def check_rows(self, rows: Iterable[Mapping[str, Any]], rollout_fields: Iterable[str] = ()) -> None:
         """Check that every row has enough for every level that may be picked, or for what that falls back to."""
-        made = dict.fromkeys(produced, "made during training")
+        made = dict.fromkeys(rollout_fields, "made during training")
         for number, row in enumerate(rows):
             for level in self._picked:
                 if self._usable(level, {**row, **made}) is None:
@@ -181,19 +181,21 @@ class ContextSchedule(Context):
                 return context.missing(available)
         return []
 
-    def can_show(self, values: Mapping[str, Any]) -> bool:
+    def has_fields(self, values: Mapping[str, Any]) -> bool:
         """Tell whether the row's level, or what that falls back to, has what it needs."""
         return self._usable(self.pick(values), values) is not None
 
-    def may_show(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None = None) -> list[Context]:
+    def possible_contexts(
+        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None
+    ) -> list[Context]:
         """Return the contexts of every level that may be picked for a row, and of what it falls back to."""
-        usable = {self._usable(level, {**row, **(produced or {})}) for level in self._picked}
+        usable = {self._usable(level, {**row, **(rollout_fields or {})}) for level in self._picked}
         return [context for level, context in self.levels.items() if level in usable and context is not None]
 
-    def shown_whole(self, names: Iterable[str]) -> set[str]:
+    def untruncated_fields(self, names: Iterable[str]) -> set[str]:
         """Return those of these fields that some level shows at any length."""
         names = list(names)
-        return set().union(*(context.shown_whole(names) for context in self.levels.values() if context))
+        return set().union(*(context.untruncated_fields(names) for context in self.levels.values() if context))
 
     @property
     def counts(self) -> ContextCounts:
@@ -242,9 +244,9 @@ class ContextSchedule(Context):
             level = self._fallback[level]
             yield level
 
-    def _usable_level(self, row: Mapping[str, Any], produced: Mapping[str, Any] | None) -> str:
-        picked = self.pick(row, produced)
-        level = self._usable(picked, {**row, **(produced or {})})
+    def _usable_level(self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None) -> str:
+        picked = self.pick(row, rollout_fields)
+        level = self._usable(picked, {**row, **(rollout_fields or {})})
         if level is None:
             raise TemplateError(f"a row has too little for level {picked!r} of a schedule. {self._way_out(picked)}")
         return level
@@ -252,7 +254,7 @@ class ContextSchedule(Context):
     def _usable(self, level: str, values: Mapping[str, Any]) -> str | None:
         for each in self._chain(level):
             context = self.levels[each]
-            if context is None or context.can_show(values):
+            if context is None or context.has_fields(values):
                 return each
         return None
 

@@ -19,7 +19,7 @@ from jinja2.sandbox import SecurityError
 
 from opsd import sources
 from opsd.contexts.sandbox import MAX_CHARS, Sandbox
-from opsd.contexts.trial import vet
+from opsd.contexts.trial import render_in_subprocess
 from opsd.errors import TemplateError, UnsafeTemplateError, did_you_mean
 
 PARTS = ("system", "user", "assistant")
@@ -130,7 +130,7 @@ class TemplateBlocks:
             TemplateError: the template fails on these values, writes without end, or takes too long.
         """
         if not self._vetted:
-            vet(self.origin, self.digest, values)
+            render_in_subprocess(self.origin, self.digest, values)
             self._vetted = True
         return self._rendered(values)
 

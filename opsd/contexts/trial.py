@@ -27,7 +27,7 @@ MEGABYTES = 512  # of address space, the interpreter and Jinja included: they ta
 _passed: set[str] = set()
 
 
-def vet(origin: Path | TemplateText, digest: str, values: Mapping[str, Any]) -> None:
+def render_in_subprocess(origin: Path | TemplateText, digest: str, values: Mapping[str, Any]) -> None:
     """Render a template in a child process, and forget what it wrote.
 
     Args:

@@ -87,7 +87,7 @@ def examine(
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        trainer.training_loss.forget_counts()
+        trainer.scorer.forget_counts()
     return Examination(findings, len(patient.rows), time.perf_counter() - start)
 
 

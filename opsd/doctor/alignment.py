@@ -28,7 +28,7 @@ def _same_ids(patient: Patient) -> Finding:
     compared = 0
     for view in patient.teacher.views:
         rows = [n for n, row in enumerate(patient.rows) if view in patient.teacher.views_of(row)]
-        if view.key not in rollouts.shown or not rows:
+        if view.key not in rollouts.teacher_prompt_ids or not rows:
             continue
         own, theirs = (_predicted(rollouts.select(rows).pad(torch.device("cpu"), *key)) for key in ((), (view.key,)))
         compared += len(own)
@@ -53,13 +53,17 @@ def _same_ids(patient: Patient) -> Finding:
 
 def _predicted(batch: PaddedBatch) -> list[list[int]]:
     """Return, per row, the ids that stand behind the positions whose next token is scored."""
-    return [ids_L[1:][keep_L[:-1]].tolist() for ids_L, keep_L in zip(batch.ids_BL, batch.keep_BL, strict=True)]
+    return [
+        ids_L[1:][keep_L[:-1]].tolist() for ids_L, keep_L in zip(batch.ids_BL, batch.predicts_scored_BL, strict=True)
+    ]
 
 
 def _identity(patient: Patient) -> Finding:
     if not patient.teacher.starts_as_student:
         return find("skip", "the teacher is another model: that it says what the student says cannot be expected.")
-    largest = max((float(v.max()) for v in patient.divergence(patient.teacher.showing(None)) if len(v)), default=0.0)
+    largest = max(
+        (float(v.max()) for v in patient.divergence(patient.teacher.with_context(None)) if len(v)), default=0.0
+    )
     dtype = torch.bfloat16 if patient.args.bf16 else next(patient.student.model.parameters()).dtype
     tolerance = IDENTITY.get(dtype, IDENTITY_HALF)
     figures = {"largest_kl": largest, "tolerance": tolerance}

@@ -50,7 +50,7 @@ def _probe(patient: Patient) -> tuple[float, int]:
     """Return the seconds of the second of two micro-batches, and its rows; gradients are thrown away."""
     trainer, model = patient.trainer, patient.student.model
     count = min(PROBED, patient.args.per_device_train_batch_size, len(patient.rows))
-    batch = trainer.training_loss.show(patient.rollouts.select(range(count)))
+    batch = trainer.scorer.prepare_rollouts(patient.rollouts.select(range(count)))
     device, seconds = next(model.parameters()).device, 0.0
     if device.type == "cuda":  # what the doctor took before is not what training takes
         torch.cuda.reset_peak_memory_stats(device)
@@ -58,8 +58,8 @@ def _probe(patient: Patient) -> tuple[float, int]:
         for _ in range(2):
             start = time.perf_counter()
             with trainer.accelerator.autocast():
-                scored = trainer.training_loss.score(batch)
-                trainer.training_loss(model, scored, device, 1).loss.backward()
+                scored = trainer.scorer.score(batch)
+                trainer.scorer(model, scored, device, 1).loss.backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start

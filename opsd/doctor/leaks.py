@@ -23,7 +23,7 @@ find = functools.partial(Finding, "leaks")
 
 def check_leaks(patient: Patient) -> Iterator[Finding]:
     """Look for privileged text in the student's prompts and in what the teacher's assistant has begun to say."""
-    contexts = patient.trainer.training_loss.contexts
+    contexts = patient.trainer.scorer.contexts
     named = {name for context in contexts for name in context.fields | context.optional_fields} | set(ANSWERS)
     have = {name for row in patient.rows for name in row}
     columns = sorted(name for name in named - {"prompt", "completion"} if name.partition(".")[0] in have)

@@ -91,7 +91,7 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
 
 def check_lift(patient: Patient) -> Iterator[Finding]:
     """Let both sides answer, and let the teacher judge the student's rollouts with and without its context."""
-    made = set(patient.trainer.groups.produced) - set(patient.rows[0])
+    made = set(patient.trainer.groups.rollout_fields) - set(patient.rows[0])
     needs = {n for c in patient.teacher.contexts for n in c.fields | c.optional_fields} & made
     if patient.grader_name is None:
         yield find(
@@ -112,7 +112,7 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
 
 
 def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
-    teacher, plain = patient.teacher, patient.teacher.showing(None)
+    teacher, plain = patient.teacher, patient.teacher.with_context(None)
     rollouts, _ = patient.sampled
     right = torch.tensor(patient.grade(rollouts))
     with_context, without = patient.logprobs(teacher), patient.logprobs(plain)

@@ -98,9 +98,9 @@ class Patient:
 
     # ---- prompts ----------------------------------------------------------------------------------------------
 
-    def produced(self, row: Row) -> dict[str, Any]:
+    def rollout_fields(self, row: Row) -> dict[str, Any]:
         """Return what stands for what training makes for contexts."""
-        return placeholders(self.trainer.groups.produced, row)
+        return placeholders(self.trainer.groups.rollout_fields, row)
 
     @cached_property
     def students(self) -> list[Side]:
@@ -126,14 +126,14 @@ class Patient:
     def _side(self, view: Teacher, number: int, row: Row) -> Side:
         context, renderer = view.context, view.renderer
         if isinstance(context, ContextSchedule):
-            context = context.level_of(row, self.produced(row))
+            context = context.level_of(row, self.rollout_fields(row))
         if context is None:
             name = "teacher (shown the student's own prompt)"
             return Side(name, number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
         assert isinstance(context, PrivilegedContext)
         renderer = context.side(renderer)
-        prompt, prefill = context.messages(row, self.produced(row), side=renderer)
-        ids = context.render(row, self.produced(row), side=view.renderer)
+        prompt, prefill = context.messages(row, self.rollout_fields(row), side=renderer)
+        ids = context.render(row, self.rollout_fields(row), side=view.renderer)
         return Side(
             f"teacher (shown {context.name})",
             number,
@@ -183,19 +183,19 @@ class Patient:
     @cached_property
     def rollouts(self) -> Rollouts:
         """The student's rollouts with every teacher's prompts."""
-        made = Rollouts(self.rows, [side.ids for side in self.students], self.sampled[0], produced=self._made)
-        for teacher in self.trainer.training_loss.teachers:
-            made = teacher.show(made)
+        made = Rollouts(self.rows, [side.ids for side in self.students], self.sampled[0], rollout_fields=self._made)
+        for teacher in self.trainer.scorer.teachers:
+            made = teacher.render_prompts(made)
         return made
 
     @property
     def _made(self) -> list[dict[str, Any]]:
-        return [self.produced(row) for row in self.rows]
+        return [self.rollout_fields(row) for row in self.rows]
 
     def signal(self, teacher: Teacher) -> list[TeacherSignal]:
         """Return what a teacher says of the rollouts, batch by batch."""
         with self.trainer.accelerator.autocast():
-            return [teacher.score(batch) for batch in self._batches(teacher.show(self.rollouts))]
+            return [teacher.score(batch) for batch in self._batches(teacher.render_prompts(self.rollouts))]
 
     def _batches(self, rollouts: Rollouts) -> list[Rollouts]:
         size = min(BATCH, self.args.per_device_train_batch_size)  # what the run has room for
@@ -209,10 +209,10 @@ class Patient:
         for batch, signal in zip(self._batches(self.rollouts), self.signal(teacher), strict=True):
             padded = batch.pad(next(self.student.model.parameters()).device)
             with torch.no_grad(), self._training(), self.trainer.accelerator.autocast():
-                hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.keep_BL)
+                hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.predicts_scored_BL)
                 ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
                 tokens = Tokens(weight_N=ones_N, ids_N=padded.scored_ids_N, row_N=padded.row_N)
-                head = Head.of(self.student.model)
+                head = Head.from_model(self.student.model)
                 record = plain(hidden_ND, head, signal, tokens)
             values += list(record.divergence_N.cpu().split([len(ids) for ids in batch.completion_ids]))
         return values
@@ -243,7 +243,7 @@ class Patient:
         if self._grader is not None:
             return self._grader
         if rewards.functions:
-            return f"{rewards.words}, from {self.trainer.groups.success_reward:g}"
+            return f"{rewards.describe()}, from {self.trainer.groups.success_reward:g}"
         answers = [str(row["answer"]).strip() for row in self.rows if row.get("answer") not in (None, "")]
         if len(answers) < len(self.rows):
             return None

@@ -71,7 +71,7 @@ def _heads(patient: Patient) -> Iterator[Finding]:
         if isinstance(view, LocalTeacher) and view.model is not patient.student.model:
             heads["teacher"] = view.model
     for name, model in heads.items():
-        size = Head.of(model).vocab_size
+        size = Head.from_model(model).vocab_size
         if size < vocabulary:
             yield find(
                 "fail",
@@ -89,7 +89,7 @@ def _padding(patient: Patient, name: str, model: Any, padding: int) -> Finding:
     ids_BL = torch.tensor([ids], device=next(model.parameters()).device)
     mask_BL = torch.ones_like(ids_BL)
     with evaluating(model):
-        logits_NV = Head.of(model).logits(last_hidden(model, ids_BL, mask_BL, mask_BL.bool()))
+        logits_NV = Head.from_model(model).logits(last_hidden(model, ids_BL, mask_BL, mask_BL.bool()))
     mass = logits_NV.float().softmax(-1)[:, vocabulary:].sum(-1).max().item()
     figures = {"padding": padding, "mass": mass}
     saw = f"the {name}'s head is padded by {padding:,} rows beyond the tokenizer, which get a probability of {mass:.1e}"

@@ -28,7 +28,7 @@ from opsd.evaluation.statistics import (
     paired_difference,
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
-from opsd.evaluation.verdict import Verdict, Versus, beats
+from opsd.evaluation.verdict import Pairwise, Verdict, beats
 from opsd.training.run_card import differences, read_card
 
 METHOD = "method"
@@ -106,7 +106,7 @@ class Comparison:
     metric: str
     grader: str
     arms: Sequence[Arm]
-    versus: Sequence[Versus]
+    versus: Sequence[Pairwise]
     before: Estimate | None
     ceiling: Estimate | None
     warnings: Sequence[str] = field(default_factory=list)
@@ -180,7 +180,7 @@ def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
     versus = [_versus(arms[0], other, values) for other in arms[1:]]
     p_values = adjusted([each.p_value for each in versus]) if versus else []
     say = Verdict(arms[0].name, meaning_of(metric), trained=bool(runs[0].card))
-    versus = [say.judged(replace(each, p_value=p)) for each, p in zip(versus, p_values, strict=True)]
+    versus = [say.with_verdict(replace(each, p_value=p)) for each, p in zip(versus, p_values, strict=True)]
     ceiling = next((run.results[TEACHER] for run in runs if TEACHER in run.results), None)
     before = next((run.results[BEFORE] for run in runs if BEFORE in run.results), None)
     return Comparison(
@@ -250,7 +250,7 @@ def _arm(
     return Arm(name, runs, estimate(after, is_share=meaning_of(metric).is_share), gain, spread, drift)
 
 
-def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Versus:
+def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Pairwise:
     by_seed = [{run.seed: values[run.folder] for run in arm.runs} for arm in (first, other)]
     both = sorted(by_seed[0].keys() & by_seed[1].keys())
     if both:
@@ -260,7 +260,7 @@ def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Versus:
         sides = [np.mean(list(each.values()), axis=0) for each in by_seed]
         spread = over_seeds([float(np.nanmean(sides[0] - sides[1]))])
     found = paired_difference(sides[1], sides[0])
-    return Versus(other.name, found, found.p_value, spread, "")
+    return Pairwise(other.name, found, found.p_value, spread, "")
 
 
 def _unequal_budgets(arms: Sequence[Arm]) -> list[str]:

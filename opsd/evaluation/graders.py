@@ -62,7 +62,7 @@ class Grader:
         return _as_word(found) if isinstance(found, Decimal) else None if found is None else str(found)
 
     @classmethod
-    def of(cls, value: Grader | Callable[[str, Row], bool] | str) -> Grader:
+    def parse(cls, value: Grader | Callable[[str, Row], bool] | str) -> Grader:
         """Return the grader that `value` means: one, a name for `load_grader`, or a function of (text, row).
 
         Raises:
@@ -244,7 +244,7 @@ def grade(
     Returns:
         Whether each text is right, or None where the grader failed. A warning counts these and names the first.
     """
-    grader = Grader.of(grader)
+    grader = Grader.parse(grader)
     verdicts: list[bool | None] = []
     failures: dict[int, str] = {}
     for index, (text, row) in enumerate(zip(texts, rows, strict=True)):
@@ -346,7 +346,7 @@ def _load_function(name: str) -> Grader:
             f"grader {name!r} is a {type(found).__name__}, not a function of (text, row).\n"
             "It is called once per row and returns True or False. Name a function of that module."
         )
-    return dataclasses.replace(Grader.of(found), name=name)
+    return dataclasses.replace(Grader.parse(found), name=name)
 
 
 def _as_word(number: Decimal) -> str:

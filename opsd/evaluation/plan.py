@@ -85,7 +85,7 @@ class EvaluationPlan:
     seed: int = 0
 
     @classmethod
-    def of(cls, value: EvaluationPlan | Mapping[str, Any] | None) -> EvaluationPlan | None:
+    def parse(cls, value: EvaluationPlan | Mapping[str, Any] | None) -> EvaluationPlan | None:
         """Read what a user gave: a plan, a mapping of its arguments, or None.
 
         Raises:
@@ -183,8 +183,7 @@ class EvaluationPlan:
             found[f"retention {name}"] = Questions(given["rows"], load_grader(given["grader"], self.answer_column))
         return found
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """What is declared."""
         chosen = f"checkpoint: {RULES[self.rule]}"
         looked = f"; selection: {len(self.selection)} questions every {self.every} steps" if self.every else ""

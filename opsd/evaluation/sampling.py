@@ -25,7 +25,7 @@ from opsd.models.forward import context_length, evaluating, language_model
 from opsd.rollouts import check_lengths
 
 
-class Sampler(Protocol):
+class Generate(Protocol):
     """Gives the completions of rows, as ids: a model, or a teacher as it sees them."""
 
     def __call__(
@@ -37,7 +37,7 @@ class Sampler(Protocol):
 
 def sampler_of(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: Callable[[Row], list[int]]
-) -> Sampler:
+) -> Generate:
     """Return the sampler of a model.
 
     Args:
@@ -53,7 +53,7 @@ def sampler_of(
 
 
 def evaluate(
-    sample: Sampler,
+    sample: Generate,
     rows: Sequence[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -93,7 +93,7 @@ def evaluate(
         )
     if samples < 0:
         raise ConfigError(f"samples counts answers per question, and is {samples}. Use 0 for greedy answers only.")
-    rows, judge = list(rows), Grader.of(grader)
+    rows, judge = list(rows), Grader.parse(grader)
     budget: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
     done = (lambda offset: lambda n: progress(offset + n)) if progress else (lambda offset: None)
     again = [row for row in rows for _ in range(samples)]

@@ -32,7 +32,7 @@ SURE = 0.05  # level of the tests
 MARGIN = 0.03
 
 
-def figures(result: EvaluationResult) -> dict[str, Any]:
+def metrics_with_intervals(result: EvaluationResult) -> dict[str, Any]:
     """Return a result's usual metrics with their intervals, in plain values."""
     return {
         "n": result.n,
@@ -123,7 +123,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
-def come_to(folder: Path, retention: Sequence[str]) -> dict[str, Any]:
+def summarise(folder: Path, retention: Sequence[str]) -> dict[str, Any]:
     """Return figures, gain, gap and what was kept, in plain values, of the results in a folder.
 
     Args:
@@ -132,7 +132,7 @@ def come_to(folder: Path, retention: Sequence[str]) -> dict[str, Any]:
     """
     known = results_of(folder)
     before, after, teacher = known.get(BEFORE), known.get(AFTER), known.get(TEACHER)
-    summary: dict[str, Any] = {"figures": {when: figures(each) for when, each in known.items()}}
+    summary: dict[str, Any] = {"figures": {when: metrics_with_intervals(each) for when, each in known.items()}}
     if before is not None and after is not None:
         found = difference(before, after)
         summary["gain"] = asdict(found) | {"words": gain_words(found)}
@@ -147,7 +147,7 @@ def _kept(folder: Path, name: str) -> dict[str, Any] | None:
     if not {BEFORE, AFTER} <= set(known):
         return None
     found = difference(known[BEFORE], known[AFTER])
-    figs = {when: figures(known[when]) for when in (BEFORE, AFTER)}
+    figs = {when: metrics_with_intervals(known[when]) for when in (BEFORE, AFTER)}
     return {**figs, "difference": asdict(found), "words": kept_words(name, found)}
 
 

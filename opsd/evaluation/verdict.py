@@ -14,7 +14,7 @@ from opsd.evaluation.summary import SURE
 
 
 @dataclass(frozen=True)
-class Versus:
+class Pairwise:
     """The first arm against another.
 
     Args:
@@ -32,13 +32,13 @@ class Versus:
     words: str
 
 
-def beats(found: Versus) -> bool:
+def beats(found: Pairwise) -> bool:
     """Tell whether the first arm is better than the other: for other questions and for other seeds."""
     by_seed = found.spread.low
     return found.p_value < SURE and found.difference.low > 0 and by_seed is not None and by_seed > 0
 
 
-def loses(found: Versus) -> bool:
+def loses(found: Pairwise) -> bool:
     """Tell whether the first arm is worse than the other: for other questions and for other seeds."""
     by_seed = found.spread.high
     return found.p_value < SURE and found.difference.high < 0 and by_seed is not None and by_seed < 0
@@ -58,7 +58,7 @@ class Verdict:
     kind: Metric
     trained: bool
 
-    def judged(self, found: Versus) -> Versus:
+    def with_verdict(self, found: Pairwise) -> Pairwise:
         """Return a difference with its words."""
         diff, seeds = found.difference, found.spread
         over = f"{self._number(diff.difference)} ({self._number(diff.low)} to {self._number(diff.high)} over {diff.n} "
@@ -67,7 +67,7 @@ class Verdict:
             over += f"; {self._number(seeds.low)} to {self._number(seeds.high)} over {seeds.seeds} seeds"
         return replace(found, words=f"{self._sentence(found, over)})")
 
-    def _sentence(self, found: Versus, over: str) -> str:
+    def _sentence(self, found: Pairwise, over: str) -> str:
         diff, other, wins = found.difference, found.other, self.kind.more_is_better
         if beats(found):
             return f"{self.first} {'beat' if wins else 'has more than'} {other}: {over}"

@@ -17,7 +17,7 @@ Pure functions: no logging, no device moves, no knowledge of which teacher made 
 from __future__ import annotations
 
 from opsd.losses.divergence import Divergence
-from opsd.losses.objective import LossRecord, Objective
+from opsd.losses.objective import LossOutput, Objective
 from opsd.losses.rule import Tokens
 
-__all__ = ["Divergence", "LossRecord", "Objective", "Tokens"]
+__all__ = ["Divergence", "LossOutput", "Objective", "Tokens"]

@@ -17,12 +17,12 @@ from torch import Tensor
 from opsd.errors import ConfigError, not_one_of
 from opsd.losses import pointwise as table
 from opsd.losses import supports
-from opsd.losses.estimators import least_variance_baseline, log_ratio
+from opsd.losses.estimators import log_ratio, optimal_baseline
 from opsd.losses.pointwise import Entries, entries
 from opsd.signals import TeacherSignal, TopKSignal
 
 NEAR_AN_END = 0.05  # between 0 and this (or its mirror) the generalised JSD is close to 0 whatever the two models say
-BASELINES = ("least_variance", "none")
+BASELINES = ("optimal", "none")
 
 
 class Compared(NamedTuple):
@@ -75,8 +75,8 @@ class Divergence:
         token_clip: nats; each token adds at most this, and has no gradient above it. None does not clip.
         entropy_gate: nats of the teacher's entropy above which the forward KL is added to the reverse KL (EOPD, arXiv
             2603.07079). None does not gate.
-        baseline: what a sampled token's log-ratio is compared with in the policy gradient: "least_variance", the
-            number that makes the gradient vary least (`estimators.least_variance_baseline`), or "none".
+        baseline: what a sampled token's log-ratio is compared with in the policy gradient: "optimal", the
+            number that makes the gradient vary least (`estimators.optimal_baseline`), or "none".
 
     Raises:
         ConfigError: a setting outside its range, or a combination that cannot work.
@@ -91,7 +91,7 @@ class Divergence:
     entry_clip: float | None = None
     token_clip: float | None = None
     entropy_gate: float | None = None
-    baseline: str = "least_variance"
+    baseline: str = "optimal"
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -131,7 +131,7 @@ class Divergence:
             self._check_sampled()
         elif self._is_top_k and self.tail == "none" and self.beta > 0.0 and not self.force_tail:
             raise ConfigError(
-                f"support {self.support!r} with tail 'none' and {table.words(self.beta)} is refused: the loss falls "
+                f"support {self.support!r} with tail 'none' and {table.describe(self.beta)} is refused: the loss falls "
                 "when the student moves its mass outside the support, where nothing is compared, and training finds "
                 "that out (verl PR 5041). Use tail 'bucket' or 'renormalise', or set force_tail to train it anyway."
             )
@@ -175,10 +175,9 @@ class Divergence:
     def _is_top_k(self) -> bool:
         return self.support not in ("full", "sampled")
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """The divergence in words, as logs and reports name it."""
-        said = [table.words(self.beta)]
+        said = [table.describe(self.beta)]
         if self.temperature != 1.0:
             said[0] += f" at temperature {self.temperature:g}"
         if self.support != "full":
@@ -295,7 +294,7 @@ class Divergence:
         if self.baseline == "none":
             return 0.0
         view = _View(log_s, s, teacher) if isinstance(teacher, Tensor) else _COARSE._view(log_s, s, teacher, {})
-        return least_variance_baseline(view.s, log_ratio(view.log_s, view.log_t))
+        return optimal_baseline(view.s, log_ratio(view.log_s, view.log_t))
 
 
 _COARSE = Divergence(support="teacher_top_k")

@@ -15,7 +15,7 @@ from opsd.losses.pointwise import FLOOR
 FUTURES = {
     "none": "each token pays for itself",
     "discounted": "each token also pays for the later ones, discounted by {discount:g} a token",
-    "length_normalised": "each token also pays the mean of the later ones",
+    "mean": "each token also pays the mean of the later ones",
 }
 
 
@@ -42,7 +42,7 @@ def k3(ratio_N: Tensor) -> Tensor:
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
-def least_variance_baseline(s: Tensor, ratio: Tensor) -> Tensor:
+def optimal_baseline(s: Tensor, ratio: Tensor) -> Tensor:
     """Return the b for which (r(y) - b)·∇log s(y) varies least, y drawn from s; unbiased, as any b that knows no y.
 
     b = E[r·g] / E[g] with g(y) = |∇log s(y)|² = 1 - 2·s(y) + Σ s², the gradient taken with respect to the logits
@@ -60,7 +60,7 @@ def least_variance_baseline(s: Tensor, ratio: Tensor) -> Tensor:
     return (share * ratio).sum(-1) / share.sum(-1).clamp(min=torch.finfo(s.dtype).tiny)
 
 
-def discounted_future(ratio_N: Tensor, row_N: Tensor, discount: float) -> Tensor:
+def discounted_reward_to_go(ratio_N: Tensor, row_N: Tensor, discount: float) -> Tensor:
     """Return Σ_{m>n} discount^(m-n)·r_m over the rest of the same rollout.
 
     With the token's own r it is the cost to go whose negative Thinking Machines' on-policy distillation uses as the
@@ -83,7 +83,7 @@ def discounted_future(ratio_N: Tensor, row_N: Tensor, discount: float) -> Tensor
     return future_N
 
 
-def mean_future(ratio_N: Tensor, row_N: Tensor) -> Tensor:
+def mean_reward_to_go(ratio_N: Tensor, row_N: Tensor) -> Tensor:
     """Return the mean of r over the later tokens of the same rollout, 0 at the last.
 
     MiniLLM's length-normalised return (arXiv 2306.08543, section 2.2); with the exact divergence of the token itself,
@@ -102,7 +102,7 @@ def _rows(row_N: Tensor) -> list[Tensor]:
     return [(row_N == row).nonzero()[:, 0] for row in row_N.unique()]
 
 
-def importance_weight(student_N: Tensor, sampler_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def importance_weight(student_N: Tensor, rollout_logprobs_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Correct for rollouts from an engine whose probabilities differ from the trainer's, by the truncated ratio.
 
     Args:
@@ -113,5 +113,5 @@ def importance_weight(student_N: Tensor, sampler_N: Tensor, clip: float) -> tupl
     Returns:
         min(s / sampler, clip), 1 where unknown, without gradient; and 1 where it was truncated, else 0.
     """
-    ratio_N = (student_N - sampler_N).exp().nan_to_num(nan=1.0, posinf=torch.inf)
+    ratio_N = (student_N - rollout_logprobs_N).exp().nan_to_num(nan=1.0, posinf=torch.inf)
     return ratio_N.clamp(max=clip), (ratio_N > clip).to(ratio_N.dtype)

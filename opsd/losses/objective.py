@@ -21,7 +21,7 @@ from torch.utils._triton import has_triton
 from opsd.errors import ConfigError, not_one_of
 from opsd.losses import token_weights
 from opsd.losses.divergence import Divergence
-from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_future, log_ratio, mean_future
+from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_reward_to_go, log_ratio, mean_reward_to_go
 from opsd.losses.kernel import Kernel
 from opsd.losses.rule import Tokens, TrainingRule, compiled
 from opsd.models.head import Head
@@ -31,7 +31,7 @@ KEEP_BY = ("entropy", "disagreement")
 
 
 @dataclass(frozen=True)
-class LossRecord:
+class LossOutput:
     """What the objective returns.
 
     Args:
@@ -57,11 +57,11 @@ class Objective:
         divergence: what is compared at each token.
         keep_fraction: share of each rollout's tokens to train on, in (0, 1] (TIP, arXiv 2604.14084).
         keep_by: which to keep: the highest student "entropy", or "disagreement", the divergence.
-        future_cost: what a token pays for those after it, a key of `estimators.FUTURES`: with support "sampled" and
-            "discounted" Thinking Machines' on-policy distillation, with full support and "length_normalised" MiniLLM's.
+        reward_to_go: what a token pays for those after it, a key of `estimators.FUTURES`: with support "sampled" and
+            "discounted" Thinking Machines' on-policy distillation, with full support and "mean" MiniLLM's.
         discount: of "discounted", per token, in (0, 1].
         importance_clip: largest ratio of trainer's to sampler's probability, where rollouts carry the sampler's.
-        anchor_coef: weight of KL(student ‖ anchor); the anchor is the student at step 0, without context.
+        ref_kl_coef: weight of KL(student ‖ anchor); the anchor is the student at step 0, without context.
         loss_budget_mb: memory for a chunk's logits; None chooses by device.
         recompute_loss: keep no gradient of the head between forward and backward, at half as many products again.
         compile_loss: fuse what lies between the products with torch.compile; None does so on a GPU that has Triton.
@@ -73,23 +73,23 @@ class Objective:
     divergence: Divergence = field(default_factory=Divergence)
     keep_fraction: float = 1.0
     keep_by: str = "entropy"
-    future_cost: str = "none"
+    reward_to_go: str = "none"
     discount: float = 1.0
     importance_clip: float | None = None
-    anchor_coef: float = 0.0
+    ref_kl_coef: float = 0.0
     loss_budget_mb: float | None = None
     recompute_loss: bool = False
     compile_loss: bool | None = None
 
     @classmethod
-    def of(cls, settings: Any) -> Objective:
+    def from_config(cls, settings: Any) -> Objective:
         """Read the settings of a run: attributes named like the fields of Divergence and of this class."""
         divergence = Divergence(**{f.name: getattr(settings, f.name) for f in fields(Divergence)})
         own = {f.name: getattr(settings, f.name) for f in fields(cls) if f.name != "divergence"}
         return cls(divergence, **own)
 
     def __post_init__(self) -> None:
-        for name, known in (("keep_by", KEEP_BY), ("future_cost", tuple(FUTURES))):
+        for name, known in (("keep_by", KEEP_BY), ("reward_to_go", tuple(FUTURES))):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(not_one_of(name, value, known))
@@ -101,49 +101,48 @@ class Objective:
                 f"importance_clip must be at least 1, and is {self.importance_clip}. Below 1 it would also cut tokens "
                 "on which trainer and sampler agree. 2 is usual; leave it out for no correction."
             )
-        if not self.anchor_coef >= 0.0:
+        if not self.ref_kl_coef >= 0.0:
             raise ConfigError(
-                f"anchor_coef must not be negative, and is {self.anchor_coef}: it would push the student away from "
+                f"ref_kl_coef must not be negative, and is {self.ref_kl_coef}: it would push the student away from "
                 "where it began. Use 0 for no anchor."
             )
         if self.loss_budget_mb is not None and not self.loss_budget_mb > 0.0:
             raise ConfigError(
                 f"loss_budget_mb must be above 0, and is {self.loss_budget_mb}. Leave it out to let it be chosen."
             )
-        self._check_future()
+        self._check_reward_to_go()
 
-    def _check_future(self) -> None:
-        if self.future_cost != "none" and self.divergence.beta != 1.0:
+    def _check_reward_to_go(self) -> None:
+        if self.reward_to_go != "none" and self.divergence.beta != 1.0:
             raise ConfigError(
-                f"future_cost {self.future_cost!r} belongs to the reverse KL of whole rollouts, and beta is "
-                f"{self.divergence.beta:g}. Set beta to 1, or future_cost to 'none'."
+                f"reward_to_go {self.reward_to_go!r} belongs to the reverse KL of whole rollouts, and beta is "
+                f"{self.divergence.beta:g}. Set beta to 1, or reward_to_go to 'none'."
             )
-        if self.future_cost == "none" and self.discount != 1.0:
-            raise ConfigError("discount has no effect while future_cost is 'none'. Set future_cost to 'discounted'.")
+        if self.reward_to_go == "none" and self.discount != 1.0:
+            raise ConfigError("discount has no effect while reward_to_go is 'none'. Set reward_to_go to 'discounted'.")
 
     # ---- in words ----------------------------------------------------------------------------------------------
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """The objective in words, as the log names it."""
-        said = [self.divergence.words]
-        if self.future_cost != "none":
-            said.append(FUTURES[self.future_cost].format(discount=self.discount))
+        said = [self.divergence.describe()]
+        if self.reward_to_go != "none":
+            said.append(FUTURES[self.reward_to_go].format(discount=self.discount))
         if self.keep_fraction < 1.0:
             said.append(f"on the {self.keep_fraction:.0%} of each rollout's tokens with the highest {self.keep_by}")
         if self.importance_clip is not None:
             said.append(f"importance ratio at most {self.importance_clip:g}")
-        if self.anchor_coef:
-            said.append(f"+ {self.anchor_coef:g}·KL(student ‖ student at step 0)")
+        if self.ref_kl_coef:
+            said.append(f"+ {self.ref_kl_coef:g}·KL(student ‖ student at step 0)")
         return "; ".join(said)
 
     @property
     def formula(self) -> str:
         """The loss of one token as a formula."""
         text = self.divergence.formula
-        if self.future_cost != "none":
+        if self.reward_to_go != "none":
             text += ",  gradient + (what later tokens cost)·∇log s(y)"
-        return text if not self.anchor_coef else f"{text}  + {self.anchor_coef:g}·Σ_v s(v)·[log s(v) − log s₀(v)]"
+        return text if not self.ref_kl_coef else f"{text}  + {self.ref_kl_coef:g}·Σ_v s(v)·[log s(v) − log s₀(v)]"
 
     # ---- the computation ---------------------------------------------------------------------------------------
 
@@ -154,9 +153,9 @@ class Objective:
         signal: TeacherSignal,
         tokens: Tokens,
         *,
-        anchor: HiddenSignal | None = None,
-        wrong: TeacherSignal | None = None,
-    ) -> LossRecord:
+        reference: HiddenSignal | None = None,
+        contrast_signal: TeacherSignal | None = None,
+    ) -> LossOutput:
         """Compute the loss of a micro-batch.
 
         Args:
@@ -165,7 +164,7 @@ class Objective:
             signal: the teacher's answer for the same N tokens.
             tokens: weights and what else is known of the tokens. A token of weight 0 is left out altogether: even a
                 NaN there changes nothing.
-            anchor: the anchor's answer, where `anchor_coef` is not 0.
+            anchor: the anchor's answer, where `ref_kl_coef` is not 0.
             wrong: the teacher's answer under a wrong context; tokens are then weighed by `token_weights.contrastive`.
 
         Returns:
@@ -179,16 +178,16 @@ class Objective:
         found = []
         for where, part in signal.groups():
             self.divergence.check_signal(part)
-            batch = _Batch(hidden_ND, head, signal, tokens, anchor if self.anchor_coef else None, wrong)
+            batch = _Batch(hidden_ND, head, signal, tokens, reference if self.ref_kl_coef else None, contrast_signal)
             found.append((where, self._of_one_teacher(replace(batch.select(where), signal=part).narrow())))
         return found[0][1] if len(found) == 1 else _merged(found, len(signal))
 
-    def _of_one_teacher(self, batch: _Batch) -> LossRecord:
+    def _of_one_teacher(self, batch: _Batch) -> LossOutput:
         """Compute the loss of the tokens that one teacher answered for."""
         counted_N = batch.tokens.weight_N != 0
         used = batch.select(counted_N) if not bool(counted_N.all()) else batch
         seconds, seen_N, seen = 0.0, counted_N, dict[str, Tensor]()
-        if self._needs_statistics or batch.wrong is not None:
+        if self._needs_statistics or batch.contrast_signal is not None:
             start = time.perf_counter()
             used, kept, seen = self._after_statistics(used)
             seconds = time.perf_counter() - start
@@ -197,14 +196,14 @@ class Objective:
         found = {name: _scatter(values, counted_N) for name, values in found.items()}
         # Tokens that were looked at and left out are in the log all the same.
         found |= {name: _scatter(values, seen_N) for name, values in seen.items()}
-        if self.divergence.support == "sampled" or self.future_cost != "none":
+        if self.divergence.support == "sampled" or self.reward_to_go != "none":
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             found |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}
-        return LossRecord(loss, found.pop("divergence"), found.pop("entropy"), found, seconds)
+        return LossOutput(loss, found.pop("divergence"), found.pop("entropy"), found, seconds)
 
     @property
     def _needs_statistics(self) -> bool:
-        return self.keep_fraction < 1.0 or self.future_cost != "none"
+        return self.keep_fraction < 1.0 or self.reward_to_go != "none"
 
     def _after_statistics(self, batch: _Batch) -> tuple[_Batch, Tensor, dict[str, Tensor]]:
         """Look at all tokens without gradient.
@@ -217,20 +216,20 @@ class Objective:
         weight_N, cost_N, found = tokens.weight_N, tokens.cost_N, dict[str, Tensor]()
         if self._needs_statistics:
             with torch.no_grad():
-                _, found = self._kernel(replace(batch, anchor=None)).loss(batch.hidden_ND, batch.head)
+                _, found = self._kernel(replace(batch, reference=None)).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
                 score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
                 kept_N = token_weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
                 weight_N = weight_N * tokens.where_distilled(kept_N)
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
-            if self.future_cost == "discounted":
-                cost_N = tokens.with_cost(discounted_future(ratio_N, tokens.row_N, self.discount))
-            elif self.future_cost == "length_normalised":
-                cost_N = tokens.with_cost(mean_future(ratio_N, tokens.row_N))
-        if batch.wrong is not None:
+            if self.reward_to_go == "discounted":
+                cost_N = tokens.with_cost(discounted_reward_to_go(ratio_N, tokens.row_N, self.discount))
+            elif self.reward_to_go == "mean":
+                cost_N = tokens.with_cost(mean_reward_to_go(ratio_N, tokens.row_N))
+        if batch.contrast_signal is not None:
             ids_N = tokens.ids_N
-            right_N, wrong_N = batch.signal.logprobs(ids_N), batch.wrong.logprobs(ids_N)
-            weight_N = weight_N * tokens.where_distilled(token_weights.contrastive(right_N, wrong_N, tokens.row_N))
+            right_N, contrast_N = batch.signal.logprobs(ids_N), batch.contrast_signal.logprobs(ids_N)
+            weight_N = weight_N * tokens.where_distilled(token_weights.contrastive(right_N, contrast_N, tokens.row_N))
         kept = weight_N != 0
         return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept, found
 
@@ -240,8 +239,8 @@ class Objective:
             batch.signal,
             batch.tokens,
             self.importance_clip,
-            batch.anchor,
-            self.anchor_coef,
+            batch.reference,
+            self.ref_kl_coef,
         )
         fuse = batch.hidden_ND.is_cuda and has_triton() if self.compile_loss is None else self.compile_loss
         return Kernel(rule.parts, partial(compiled(), rule) if fuse else rule, self.loss_budget_mb, self.recompute_loss)
@@ -255,8 +254,8 @@ class _Batch:
     head: Head
     signal: TeacherSignal
     tokens: Tokens
-    anchor: HiddenSignal | None = None
-    wrong: TeacherSignal | None = None
+    reference: HiddenSignal | None = None
+    contrast_signal: TeacherSignal | None = None
 
     def select(self, index: Tensor | slice) -> _Batch:
         """Return some of the tokens."""
@@ -265,13 +264,13 @@ class _Batch:
             hidden_ND=self.hidden_ND[index],
             signal=self.signal.select(index),
             tokens=self.tokens.select(index),
-            anchor=None if self.anchor is None else self.anchor.select(index),
-            wrong=None if self.wrong is None else self.wrong.select(index),
+            reference=None if self.reference is None else self.reference.select(index),
+            contrast_signal=None if self.contrast_signal is None else self.contrast_signal.select(index),
         )
 
     def narrow(self) -> _Batch:
         """Return it with all heads over the ids that they share: they may be padded to different sizes."""
-        others = {"signal": self.signal, "anchor": self.anchor, "wrong": self.wrong}
+        others = {"signal": self.signal, "reference": self.reference, "contrast_signal": self.contrast_signal}
         wide = {name: signal for name, signal in others.items() if isinstance(signal, DenseSignal | RoutedSignal)}
         sizes = [signal.vocab_size for signal in wide.values() if isinstance(signal, DenseSignal)]
         vocab_size = min([self.head.vocab_size, *sizes])
@@ -286,14 +285,14 @@ def _scatter(values: Tensor, used_N: Tensor, count: int | None = None) -> Tensor
     return out_N
 
 
-def _merged(found: Sequence[tuple[Any, LossRecord]], count: int) -> LossRecord:
+def _merged(found: Sequence[tuple[Any, LossOutput]], count: int) -> LossOutput:
     """Return one record of several teachers' tokens."""
 
     def together(values: Sequence[tuple[Any, Tensor]]) -> Tensor:
         return torch.stack([_scatter(each, where, count) for where, each in values]).sum(0)
 
     names = sorted({name for _, record in found for name in record.records})
-    return LossRecord(
+    return LossOutput(
         torch.stack([record.loss for _, record in found]).sum(),
         together([(where, record.divergence_N) for where, record in found]),
         together([(where, record.entropy_N) for where, record in found]),

@@ -82,7 +82,7 @@ def clip_entries(found: Entries, s: Tensor, clip: float) -> tuple[Entries, Tenso
     return capped, (~kept).any(-1).float()
 
 
-def words(beta: float) -> str:
+def describe(beta: float) -> str:
     """Name the divergence and its direction."""
     if beta in (0.0, 1.0):
         return "reverse KL(student ‖ teacher)" if beta else "forward KL(teacher ‖ student)"

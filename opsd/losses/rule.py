@@ -45,18 +45,18 @@ class Tokens:
     weight_N: Tensor
     ids_N: Tensor | None = None
     row_N: Tensor | None = None
-    sampler_N: Tensor | None = None
+    rollout_logprobs_N: Tensor | None = None
     cost_N: Tensor | None = None
-    share_N: Tensor | None = None
+    distill_weight_N: Tensor | None = None
 
     def with_cost(self, cost_N: Tensor) -> Tensor:
         """Return what tokens are charged with another cost of the divergence on top, where that counts."""
-        cost_N = cost_N if self.share_N is None else self.share_N * cost_N
+        cost_N = cost_N if self.distill_weight_N is None else self.distill_weight_N * cost_N
         return cost_N if self.cost_N is None else self.cost_N + cost_N
 
     def where_distilled(self, weight_N: Tensor) -> Tensor:
         """Return a weight that comes from comparing with the teacher, 1 where tokens only carry a reward."""
-        return weight_N if self.share_N is None else torch.where(self.share_N == 0, 1.0, weight_N)
+        return weight_N if self.distill_weight_N is None else torch.where(self.distill_weight_N == 0, 1.0, weight_N)
 
     def select(self, index: Tensor | slice) -> Tokens:
         """Return some of the tokens."""
@@ -73,21 +73,21 @@ class TrainingRule:
         tokens: what is known of them.
         importance_clip: largest importance ratio, or None for no correction.
         anchor: the anchor's answer, or None.
-        anchor_coef: weight of KL(student ‖ anchor).
+        ref_kl_coef: weight of KL(student ‖ anchor).
     """
 
     divergence: Divergence
     signal: TeacherSignal
     tokens: Tokens
     importance_clip: float | None = None
-    anchor: HiddenSignal | None = None
-    anchor_coef: float = 0.0
+    reference: HiddenSignal | None = None
+    ref_kl_coef: float = 0.0
 
     @property
     def parts(self) -> list[HiddenSignal]:
         """Whose logits the rule needs beside the student's, in the order in which it gets them."""
         parts = list(self.signal.parts) if isinstance(self.signal, DenseSignal) else []
-        return parts + ([] if self.anchor is None else [self.anchor])
+        return parts + ([] if self.reference is None else [self.reference])
 
     def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> Outcome:
         """Return losses, gradient with respect to the student's logits, and records."""
@@ -102,20 +102,20 @@ class TrainingRule:
         if tokens.ids_N is not None:
             records["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
             records["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
-        if tokens.share_N is not None:
-            share_R = tokens.share_N.to(log_s.dtype)
+        if tokens.distill_weight_N is not None:
+            share_R = tokens.distill_weight_N.to(log_s.dtype)
             value_R = records["divergence"] = share_R * value_R
             slope_RV = share_R[:, None] * slope_RV
         weight_R = tokens.weight_N.to(log_s.dtype)
         slope_RV = self._with_cost(slope_RV, tokens)
         weight_R = self._corrected(weight_R, tokens, records)
         loss_R, slope_RV = weight_R * value_R, weight_R[:, None] * slope_RV
-        if self.anchor is not None:
-            log_anchor = self.anchor.combine(others[-1:], temperature)
+        if self.reference is not None:
+            log_anchor = self.reference.combine(others[-1:], temperature)
             held = entries(log_s, s, log_anchor, beta=1.0)
-            records["anchor"] = held.value.sum(-1)
-            weight_R = self.anchor_coef * weight_R
-            loss_R = loss_R + weight_R * records["anchor"]
+            records["ref_kl"] = held.value.sum(-1)
+            weight_R = self.ref_kl_coef * weight_R
+            loss_R = loss_R + weight_R * records["ref_kl"]
             slope_RV = slope_RV + weight_R[:, None] * held.slope
         grad_RV = torch.addcmul(slope_RV, s, slope_RV.sum(-1, keepdim=True), value=-1.0)
         return Outcome(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, records)
@@ -136,10 +136,10 @@ class TrainingRule:
 
     def _corrected(self, weight_R: Tensor, tokens: Tokens, records: dict[str, Tensor]) -> Tensor:
         """Return the weights, corrected for how the tokens were sampled."""
-        if self.importance_clip is None or tokens.sampler_N is None:
+        if self.importance_clip is None or tokens.rollout_logprobs_N is None:
             return weight_R
         ratio_R, records["importance/truncated"] = importance_weight(
-            records["logprob"], tokens.sampler_N.to(weight_R.dtype), self.importance_clip
+            records["logprob"], tokens.rollout_logprobs_N.to(weight_R.dtype), self.importance_clip
         )
         records["importance/ratio"] = ratio_R
         return weight_R * ratio_R

@@ -83,7 +83,7 @@ def keep_top_fraction(score_N: Tensor, row_N: Tensor, fraction: float) -> Tensor
     return weight_N
 
 
-def contrastive(right_N: Tensor, wrong_N: Tensor, row_N: Tensor) -> Tensor:
+def contrastive(right_N: Tensor, contrast_N: Tensor, row_N: Tensor) -> Tensor:
     """Weigh tokens by how much the right context says beyond a wrong one (RLCSD, arXiv 2606.11709).
 
     Tokens that any context moves, of style mostly, get little. The student's log-probability drops out of the
@@ -97,7 +97,7 @@ def contrastive(right_N: Tensor, wrong_N: Tensor, row_N: Tensor) -> Tensor:
     Returns:
         weight_N, float32: |right - wrong|, divided by its mean over the rollout; 0 where no token tells them apart.
     """
-    size_N = (right_N - wrong_N).abs()
+    size_N = (right_N - contrast_N).abs()
     row_of_N = row_N.unique(return_inverse=True)[1]
     rows = int(row_of_N.max()) + 1 if len(row_of_N) else 0
     total = size_N.new_zeros(rows).index_add_(0, row_of_N, size_N)

@@ -37,7 +37,7 @@ def embedded_tokens(model: nn.Module) -> int:
     return model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
 
 
-def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep_BL: Tensor) -> Tensor:
+def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, predicts_scored_BL: Tensor) -> Tensor:
     """Return the last hidden states (before the head) at the kept positions, packed row by row.
 
     Position ids are given, so that a row's states do not depend on the side or the amount of its padding: models with
@@ -57,7 +57,7 @@ def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, keep_BL: Tens
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
         inputs["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-    return backbone(**inputs).last_hidden_state[keep_BL]
+    return backbone(**inputs).last_hidden_state[predicts_scored_BL]
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def check_model(model: nn.Module, vocab_size: int) -> None:
     ids_BL, mask_BL = probe(model, vocab_size)
     with evaluating(model):
         hidden_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
-        logits_NV = Head.of(model).logits(hidden_ND)
+        logits_NV = Head.from_model(model).logits(hidden_ND)
         expected_NV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.float().flatten(0, 1)
     gap = ((logits_NV - expected_NV).abs().max() / expected_NV.abs().max().clamp(min=1e-6)).item()
     if not gap <= PROBE_TOLERANCE.get(hidden_ND.dtype, PROBE_TOLERANCE[torch.bfloat16]):

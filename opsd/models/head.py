@@ -88,7 +88,7 @@ class Head:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: nn.Module) -> Head:
+    def from_model(cls, model: nn.Module) -> Head:
         """Read the head of a transformers model (or of a PEFT model around one).
 
         Raises:

@@ -36,7 +36,7 @@ def plain_name(name: str) -> str:
     return name
 
 
-def inside(model: nn.Module, function: Callable[[], T]) -> T:
+def run_in_forward(model: nn.Module, function: Callable[[], T]) -> T:
     """Call a function inside a sharded model's forward pass, where the model's own parameters are whole.
 
     Its result must be one opaque object: FSDP2 casts tensors that it finds on the way out.
@@ -51,7 +51,7 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
+def shard_like_param(value: Tensor, parameter: Tensor) -> Tensor:
     """Return a whole value cut as a parameter is cut; each process takes its part of what it has already."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
@@ -59,13 +59,13 @@ def laid_out_like(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value.to(mesh.device_type), mesh, placements, src_data_rank=None)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor, sharing its memory."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor put together; a collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -83,23 +83,23 @@ def shard_like(model: nn.Module, student: nn.Module) -> None:
 
 
 @contextmanager
-def exchanged(pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[None]:
+def swapped_shards(pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[None]:
     """Let sharded parameters hold other values for the length of the block: (parameter, value) pairs.
 
     The values are copied in and out, shard by shard: FSDP2 gathers from memory of its own, which a swapped pointer
     would not reach.
     """
-    own = [local(parameter).clone() for parameter, _ in pairs]
+    own = [local_shard(parameter).clone() for parameter, _ in pairs]
     with torch.no_grad():
         for parameter, value in pairs:
-            local(parameter).copy_(local(value))
+            local_shard(parameter).copy_(local_shard(value))
     try:
         yield
     finally:
         reshard(model)
         with torch.no_grad():
             for (parameter, _), before in zip(pairs, own, strict=True):
-                local(parameter).copy_(before)
+                local_shard(parameter).copy_(before)
 
 
 def agreed(value: Any) -> Any:

@@ -103,9 +103,8 @@ class Teacher(ABC):
             rollouts: a micro-batch that went through `show`.
         """
 
-    @property
     @abstractmethod
-    def words(self) -> str:
+    def describe(self) -> str:
         """Whose weights these are and how they move, in one sentence; printed before the first step."""
 
     @property
@@ -210,7 +209,7 @@ class Teacher(ABC):
         """Return those of its views that score this row."""
         return self.views
 
-    def check_rows(self, dataset: Any, columns: Sequence[str], produced: Sequence[str] = ()) -> None:
+    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
         """Check that rows have what contexts read, before a model loads; of a stream only the columns.
 
         Args:
@@ -223,14 +222,14 @@ class Teacher(ABC):
             DataError: a row that no teacher can score.
         """
         if self.context is not None:
-            self.context.check_columns(columns, produced)
+            self.context.check_columns(columns, rollout_fields)
             if isinstance(dataset, Dataset):
-                self.context.check_rows(dataset, produced)
+                self.context.check_rows(dataset, rollout_fields)
 
-    def can_show(self, row: Row, produced: Mapping[str, Any]) -> bool:
+    def has_fields(self, row: Row, rollout_fields: Mapping[str, Any]) -> bool:
         """Tell whether there is anything to show beside the prompt, where that is made during training."""
         contexts = [view.context for view in self.views_of(row)]
-        return all(context is None or context.can_show({**row, **produced}) for context in contexts)
+        return all(context is None or context.has_fields({**row, **rollout_fields}) for context in contexts)
 
     # ---- what every strategy can do ---------------------------------------------------------------------------
 
@@ -251,7 +250,7 @@ class Teacher(ABC):
         """Its own prompts' name among a rollout's: two teachers of one strategy are shown different things."""
         return f"{self.strategy} {id(self):x}"
 
-    def showing(self, context: Context | str | Mapping[str, Any] | None) -> Self:
+    def with_context(self, context: Context | str | Mapping[str, Any] | None) -> Self:
         """Return the same teacher, weights and all, shown something else; it follows this one, not the student."""
         other = copy.copy(self)
         other.context = Context.of(context)
@@ -259,11 +258,11 @@ class Teacher(ABC):
 
     def with_contexts(self, change: Callable[[Context | None], Context | None]) -> Teacher:
         """Return the same teacher, each of its contexts changed; call it before `prepare`."""
-        return self.showing(change(self.context))
+        return self.with_context(change(self.context))
 
     def with_default_context(self, context: Context) -> Teacher:
         """Return the teacher with a context for those of its views that were given none."""
-        return self if self.context is not None else self.showing(context)
+        return self if self.context is not None else self.with_context(context)
 
     @property
     def renderer(self) -> PromptRenderer:
@@ -271,25 +270,25 @@ class Teacher(ABC):
         assert self._renderer is not None, "call prepare(student) first"
         return self._renderer
 
-    def prompt_ids(self, row: Row, produced: Mapping[str, Any] | None = None) -> Ids:
+    def prompt_ids(self, row: Row, rollout_fields: Mapping[str, Any] | None = None) -> Ids:
         """Return the ids of the prompt this teacher sees for a row."""
         if self.context is None:
             return self.renderer.ids(row["prompt"])
-        return self.context.render(row, produced, side=self.renderer)
+        return self.context.render(row, rollout_fields, side=self.renderer)
 
-    def show(self, rollouts: Rollouts) -> Rollouts:
+    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
         """Render this teacher's prompt for every rollout, before any sort or split."""
         if self.context is None and self.renderer == self._student.renderer:
             # The very ids the student saw, tools and all; nothing to render again.
-            return rollouts.show(self.key, rollouts.prompt_ids)
+            return rollouts.with_teacher_prompts(self.key, rollouts.prompt_ids)
         prompts = [
-            self.prompt_ids(row, made) if taught else rollouts.prompt_ids[number]
-            for number, (row, made, taught) in enumerate(
-                zip(rollouts.rows, rollouts.produced, rollouts.taught, strict=True)
+            self.prompt_ids(row, made) if is_distilled else rollouts.prompt_ids[number]
+            for number, (row, made, is_distilled) in enumerate(
+                zip(rollouts.rows, rollouts.rollout_fields, rollouts.is_distilled, strict=True)
             )
         ]
         check_lengths(self.max_length, prompts, [len(ids) for ids in rollouts.needed_ids], "teacher")
-        return rollouts.show(self.key, prompts)
+        return rollouts.with_teacher_prompts(self.key, prompts)
 
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return this teacher's own completions for rows, seen through its context.
@@ -315,7 +314,7 @@ class Teacher(ABC):
             completions: their completions as token ids, in the same order.
         """
         prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
-        rollouts = self.show(Rollouts(rows, prompts, completions))
+        rollouts = self.render_prompts(Rollouts(rows, prompts, completions))
         signal = self.score(rollouts)
         device = next(self._student.model.parameters()).device
         values = iter(signal.logprobs(torch.tensor(rollouts.scored_ids, device=device)).tolist())

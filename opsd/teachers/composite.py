@@ -107,11 +107,11 @@ class CompositeTeacher(Teacher):
             start = f"{number}{SEPARATOR}"
             leaf.load_state_dict({name[len(start) :]: v for name, v in state.items() if name.startswith(start)})
 
-    def showing(self, context: Context | str | Mapping[str, Any] | None) -> Self:
+    def with_context(self, context: Context | str | Mapping[str, Any] | None) -> Self:
         """Return the same teachers, weights and all, all shown something else."""
         other = copy.copy(self)
         other.context = Context.of(context)
-        other.parts = {name: part.showing(context) for name, part in self.parts.items()}
+        other.parts = {name: part.with_context(context) for name, part in self.parts.items()}
         return other
 
     @property
@@ -123,10 +123,10 @@ class CompositeTeacher(Teacher):
         """Return those who score this row."""
         return [view for part in self.parts.values() for view in part.views_of(row)]
 
-    def check_rows(self, dataset: Any, columns: Sequence[str], produced: Sequence[str] = ()) -> None:
+    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
         """Check every part's context."""
         for part in self.parts.values():
-            part.check_rows(dataset, columns, produced)
+            part.check_rows(dataset, columns, rollout_fields)
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -16,13 +16,13 @@ from opsd.errors import ConfigError, as_count, not_one_of
 from opsd.models.sharding import is_sharded
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.products import AverageOfProducts
-from opsd.teachers.self_teacher import MovingTeacher
-from opsd.teachers.weight_copy import TrainableWeights
+from opsd.teachers.self_teacher import UpdatedSelfTeacher
+from opsd.teachers.weight_copy import WeightCopy
 
 AVERAGES = ("factors", "product")
 
 
-class EMATeacher(MovingTeacher):
+class EMATeacher(UpdatedSelfTeacher):
     """teacher ← decay · teacher + (1 - decay) · student after every optimizer step (SDFT, arXiv 2601.19897).
 
     Args:
@@ -75,7 +75,7 @@ class EMATeacher(MovingTeacher):
         if self.average == "product":
             self._weights = AverageOfProducts(student.model, self.rank, offload=self.offload)
         else:
-            self._weights = TrainableWeights(student.model, torch.float32, offload=self.offload)
+            self._weights = WeightCopy(student.model, torch.float32, offload=self.offload)
 
     def shard(self) -> None:
         """Cut the average as the student is cut.
@@ -119,8 +119,7 @@ class EMATeacher(MovingTeacher):
         """What re-factorisation left out of an averaged product."""
         return {"teacher/average_lost": self._weights.lost} if isinstance(self._weights, AverageOfProducts) else {}
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Whose weights these are and the formula they follow."""
         after = "after each step" if self.every == 1 else f"after every {self.every} steps"
         early = ", in update n at most (1 + n) / (10 + n) of the old" if self.warmup else ""

@@ -100,8 +100,7 @@ class Gate:
             return f"{self.metric} went from {before:.4g} to {value:.4g} ({self.better} is better)"
         return None
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """The conditions in words."""
         said = [f"{name} stays within {low:g} to {high:g} times its start" for name, (low, high) in self.bounds.items()]
         if self.metric:

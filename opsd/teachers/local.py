@@ -16,7 +16,7 @@ from opsd.errors import AlignmentError
 from opsd.evaluation.sampling import generate
 from opsd.models.forward import check_model, context_length, evaluating, last_hidden
 from opsd.models.head import Head
-from opsd.models.sharding import inside, is_sharded, reshard
+from opsd.models.sharding import is_sharded, reshard, run_in_forward
 from opsd.rollouts import Ids, PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal
 from opsd.teachers.base import Row, StudentHandle, Teacher
@@ -88,15 +88,15 @@ class LocalTeacher(Teacher):
                 "both sides unchanged."
             )
         with self.teaching(), evaluating(self.model):
-            found = inside(self.model, lambda: self._signal(batch))
+            found = run_in_forward(self.model, lambda: self._signal(batch))
             reshard(self.model)
         count = len(found) // len(views)
         return [found.select(slice(number * count, (number + 1) * count)) for number in range(len(views))]
 
     def _signal(self, batch: PaddedBatch) -> HiddenSignal:
         """Run the pass, on the teacher's device, and bring its answer to the student's."""
-        hidden_ND = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.keep_BL)
-        head = Head.of(self.model).detach()
+        hidden_ND = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+        head = Head.from_model(self.model).detach()
         if is_sharded(self.model):
             # What a pass gathered is dropped after it; the loss reads the head later.
             head = head.gathered().copy()

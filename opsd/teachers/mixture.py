@@ -57,7 +57,7 @@ class MixtureTeacher(CompositeTeacher):
                     "contexts= says one by one what the teacher of this mixture is shown, and a context was given "
                     "beside it. Name it among the contexts."
                 )
-            loaded = [self._owner.showing(each) for each in contexts]
+            loaded = [self._owner.with_context(each) for each in contexts]
         for part in loaded:
             if not isinstance(part, LocalTeacher):
                 raise ConfigError(
@@ -83,12 +83,12 @@ class MixtureTeacher(CompositeTeacher):
         """Take hold of the teachers; one that is shown several things gets its weights once."""
         super().compose(student)
         if self._owner is not None:
-            self.parts = {name: self._owner.showing(part.context) for name, part in self.parts.items()}
+            self.parts = {name: self._owner.with_context(part.context) for name, part in self.parts.items()}
 
-    def show(self, rollouts: Rollouts) -> Rollouts:
+    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
         """Render every part's prompt for every rollout."""
         for part in self.parts.values():
-            rollouts = part.show(rollouts)
+            rollouts = part.render_prompts(rollouts)
         return rollouts
 
     def score(self, rollouts: Rollouts) -> MixtureSignal:
@@ -106,14 +106,13 @@ class MixtureTeacher(CompositeTeacher):
         """Kind, weights and parts."""
         return {"kind": self.kind, "weights": self.weights, **super().settings}
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Who is mixed, and how."""
         parts = self.parts.values()
         if self._owner is None:
-            said, end = [f"({part.words})" for part in parts], ""
+            said, end = [f"({part.describe()})" for part in parts], ""
         else:
             said = [f"shown {part.context.name if part.context else 'nothing more'}" for part in parts]
-            end = f"; all are {self._owner.words}"
+            end = f"; all are {self._owner.describe()}"
         shares = [f"{weight:g} × {words}" for weight, words in zip(self.weights, said, strict=True)]
         return f"the {self.kind} mean of {', '.join(shares)}{end}"

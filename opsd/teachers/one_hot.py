@@ -44,10 +44,9 @@ class DemonstrationTeacher(CompositeTeacher):
         certain_N1 = torch.zeros(ids_N1.shape, device=device)
         return TopKSignal(ids_N1, certain_N1, certain_N1[:, 0])
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Who demonstrates."""
-        source = "".join(f", sampled by {part.words}" for part in self.parts.values())
+        source = "".join(f", sampled by {part.describe()}" for part in self.parts.values())
         return f"the completion itself, with certainty{source}"
 
     @property
@@ -82,14 +81,13 @@ class ConstantAdvantageTeacher(DemonstrationTeacher):
         super().__init__()
         self.advantage = advantage
 
-    def show(self, rollouts: Rollouts) -> Rollouts:
+    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
         """Give every row that would be distilled the advantage instead."""
-        pairs = zip(rollouts.advantages, rollouts.distilled, strict=True)
+        pairs = zip(rollouts.advantages, rollouts.distill_weight, strict=True)
         advantages = [own + self.advantage * share for own, share in pairs]
-        return replace(super().show(rollouts), advantages=advantages)
+        return replace(super().render_prompts(rollouts), advantages=advantages)
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """What every token is told."""
         return f"an advantage of {self.advantage:g} for every token, whatever it is"
 

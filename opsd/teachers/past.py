@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from opsd.errors import as_count
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.sibling import SiblingTeacher
-from opsd.teachers.weight_copy import TrainableWeights
+from opsd.teachers.weight_copy import WeightCopy
 
 OF_THIS_RUN = re.compile(r"checkpoint-(\d+)")
 
@@ -37,7 +37,7 @@ class PastCheckpointTeacher(SiblingTeacher):
 
     strategy = "past_checkpoint"
     step: int | None = None  # of this run; None where the checkpoint comes from elsewhere
-    _own: TrainableWeights | None = None
+    _own: WeightCopy | None = None
 
     def _source(self, model: str | PathLike[str] | nn.Module) -> str:
         found = OF_THIS_RUN.fullmatch(model) if isinstance(model, str) and not Path(model).is_dir() else None
@@ -52,7 +52,7 @@ class PastCheckpointTeacher(SiblingTeacher):
             super().place(student)
         else:
             self._model = student.model
-            self._own = TrainableWeights(student.model, offload=self.placement.offload)
+            self._own = WeightCopy(student.model, offload=self.placement.offload)
 
     def teaching(self) -> AbstractContextManager[None]:
         """Swap the values in, where they are the student's."""
@@ -96,8 +96,7 @@ class PastCheckpointTeacher(SiblingTeacher):
         """Which checkpoint; of this run's own the weights come and go."""
         return super().settings if self.step is None else {"step": self.step}
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Whose weights these are."""
         if self.step is not None:
             return f"the student as it will be after step {self.step} of this run; until then as it began"

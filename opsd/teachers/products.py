@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from opsd.errors import ConfigError
 from opsd.models.sharding import is_sharded
-from opsd.teachers.weight_copy import TrainableWeights
+from opsd.teachers.weight_copy import WeightCopy
 
 A, B = ".lora_A.", ".lora_B."
 LOST = "opsd.lost"  # stands in a state beside the values
@@ -43,7 +43,7 @@ def refactored(b_OR: Tensor, a_RI: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     return b.to(b_OR.dtype).contiguous(), a.to(a_RI.dtype).contiguous(), lost
 
 
-class AverageOfProducts(TrainableWeights):
+class AverageOfProducts(WeightCopy):
     """Trainable values of a LoRA model whose factors are replaced by factors of the averaged product.
 
     Other trainable weights (biases, `modules_to_save`) are averaged as they are.

@@ -74,7 +74,7 @@ class RoutedTeacher(CompositeTeacher):
         """Return those who score this row."""
         return self.parts[self.route(row)].views_of(row)
 
-    def check_rows(self, dataset: Any, columns: Sequence[str], produced: Sequence[str] = ()) -> None:
+    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
         """Check that every row has a teacher, and what that teacher's context reads."""
         if self.column not in columns:
             raise DataError(
@@ -82,12 +82,12 @@ class RoutedTeacher(CompositeTeacher):
                 f"{did_you_mean(self.column, columns)}"
             )
         if not isinstance(dataset, Dataset):
-            super().check_rows(dataset, columns, produced)
+            super().check_rows(dataset, columns, rollout_fields)
             return
         routes = [self._route_of(number, value) for number, value in enumerate(dataset[self.column])]
         for name, part in self.parts.items():
             mine = [number for number, route in enumerate(routes) if route == name]
-            part.check_rows(dataset.select(mine), columns, produced)
+            part.check_rows(dataset.select(mine), columns, rollout_fields)
 
     def _route_of(self, number: int, value: Any) -> str:
         try:
@@ -95,15 +95,15 @@ class RoutedTeacher(CompositeTeacher):
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
 
-    def show(self, rollouts: Rollouts) -> Rollouts:
+    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
         """Render for each row its own teacher's prompt."""
         routes = self._routes(rollouts.rows)
         for part in self.owners:
             # For other teachers' rows it renders nothing: they get one token, which fits any model and nobody scores.
             others = [route is not part for route in routes]
             prompts = [ids[-1:] if other else ids for ids, other in zip(rollouts.prompt_ids, others, strict=True)]
-            mine = part.show(replace(rollouts.without(others), prompt_ids=prompts))
-            rollouts = replace(rollouts, shown=mine.shown)
+            mine = part.render_prompts(replace(rollouts.without(others), prompt_ids=prompts))
+            rollouts = replace(rollouts, teacher_prompt_ids=mine.teacher_prompt_ids)
         return rollouts
 
     def _routes(self, rows: Sequence[Row]) -> list[Teacher]:
@@ -152,7 +152,8 @@ class RoutedTeacher(CompositeTeacher):
         """Column and parts."""
         return {"column": self.column, **super().settings}
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Who scores what."""
-        return f"by column {self.column!r}: " + "; ".join(f"{name}: {part.words}" for name, part in self.parts.items())
+        return f"by column {self.column!r}: " + "; ".join(
+            f"{name}: {part.describe()}" for name, part in self.parts.items()
+        )

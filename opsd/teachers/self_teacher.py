@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from opsd.contexts.base import Context
 from opsd.teachers.base import StudentHandle
 from opsd.teachers.local import LocalTeacher
-from opsd.teachers.weight_copy import TrainableWeights, adapter_adds_nothing, adapter_off
+from opsd.teachers.weight_copy import WeightCopy, adapter_adds_nothing, adapter_off
 
 MOVED = "opsd.moved"  # stands in a state beside the values; no parameter has such a name
 
 
-class OwnTeacher(LocalTeacher):
+class SelfTeacher(LocalTeacher):
     """The student's module with values of its own.
 
     Args:
@@ -33,11 +33,11 @@ class OwnTeacher(LocalTeacher):
     def __init__(self, *, offload: bool = False, context: Context | str | Mapping[str, Any] | None = None) -> None:
         super().__init__(context=context)
         self.offload = offload
-        self._weights: TrainableWeights | None = None  # None: the student's own, or its base model's
+        self._weights: WeightCopy | None = None  # None: the student's own, or its base model's
 
     def place(self, student: StudentHandle) -> None:
         """Copy what training will move, as it is now."""
-        self._weights = TrainableWeights(student.model, offload=self.offload)
+        self._weights = WeightCopy(student.model, offload=self.offload)
 
     @property
     def model(self) -> nn.Module:
@@ -45,7 +45,7 @@ class OwnTeacher(LocalTeacher):
         return self._student.model
 
     @property
-    def weights(self) -> TrainableWeights:
+    def weights(self) -> WeightCopy:
         """The values it holds."""
         assert self._weights is not None, "call prepare(student) first"
         return self._weights
@@ -70,7 +70,7 @@ class OwnTeacher(LocalTeacher):
         return [] if self._weights is None else self._weights.tensors
 
 
-class LiveTeacher(OwnTeacher):
+class LiveTeacher(SelfTeacher):
     """The student's weights now, stop-gradient.
 
     Free, and unstable without care: what the student drifts into, its teacher drifts into as well (OPSD's authors call
@@ -100,13 +100,12 @@ class LiveTeacher(OwnTeacher):
             "unstable): watch length and entropy, or take a frozen one."
         ]
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Whose weights these are."""
         return "the student as it is now, without gradient (unstable without care: watch length and entropy)"
 
 
-class SameCheckpointTeacher(OwnTeacher):
+class SameCheckpointTeacher(SelfTeacher):
     """The student's weights at step 0, frozen (OPSD, arXiv 2601.18734).
 
     With LoRA it is the base model (adapter off) where the adapter adds exactly nothing at step 0; a student that
@@ -130,14 +129,13 @@ class SameCheckpointTeacher(OwnTeacher):
         """Switch the adapter off, or swap the step-0 weights in."""
         return adapter_off(self.model) if self._weights is None else super().teaching()
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Whose weights these are."""
         how = "adapter off" if self._weights is None else "a frozen copy of what training moves"
         return f"the student at step 0, frozen ({how})"
 
 
-class MovingTeacher(OwnTeacher):
+class UpdatedSelfTeacher(SelfTeacher):
     """A teacher whose values change during training: they, and how far it has come, belong into a checkpoint."""
 
     moved = 0  # updates made, or the step that was copied: whatever the strategy counts

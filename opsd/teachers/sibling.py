@@ -136,8 +136,7 @@ class SiblingTeacher(LocalTeacher):
         placed = {"dtype": str(self.placement.dtype), "quantize": self.placement.quantize}
         return {"model": self.source, "revision": self.revision, **placed, "weights": weights}
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Whose weights these are."""
         return f"another model, frozen: {self.source or type(self._model).__name__}"
 

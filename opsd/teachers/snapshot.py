@@ -10,10 +10,10 @@ from opsd.errors import ConfigError, as_count, did_you_mean
 from opsd.models.sharding import agreed
 from opsd.teachers.base import History
 from opsd.teachers.gate import Gate
-from opsd.teachers.self_teacher import MovingTeacher
+from opsd.teachers.self_teacher import UpdatedSelfTeacher
 
 
-class SnapshotTeacher(MovingTeacher):
+class SnapshotTeacher(UpdatedSelfTeacher):
     """The student as it was at its last renewal: between renewals as still as a frozen teacher.
 
     CRISP (arXiv 2603.05433) renews every 50 steps, without a gate; CGTR (arXiv 2606.03532) with one.
@@ -73,12 +73,11 @@ class SnapshotTeacher(MovingTeacher):
     @property
     def settings(self) -> dict[str, Any]:
         """Steps and gate."""
-        return {"every": self.every, "gate": None if self.gate is None else self.gate.words}
+        return {"every": self.every, "gate": None if self.gate is None else self.gate.describe()}
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Whose weights these are and when they change."""
-        condition = f" if {self.gate.words}" if self.gate else ""
+        condition = f" if {self.gate.describe()}" if self.gate else ""
         return f"a copy of the student, renewed every {self.every} steps{condition}; step 0 to begin with"
 
 

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from opsd.models.forward import evaluating, last_hidden, probe
-from opsd.models.sharding import exchanged, is_sharded, laid_out_like, local, plain_name, reshard, whole
+from opsd.models.sharding import (
+    full_tensor,
+    is_sharded,
+    local_shard,
+    plain_name,
+    reshard,
+    shard_like_param,
+    swapped_shards,
+)
 
 MEGABYTE = 2**20
 DIGESTED_VALUES = 64
@@ -25,7 +33,8 @@ DIGESTED_VALUES = 64
 def megabytes(tensors: Sequence[Tensor]) -> float:
     """Return the memory of tensors in MB, each storage counted once; of sharded ones this process's part."""
     storages = {
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (local(tensor) for tensor in tensors)
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in (local_shard(tensor) for tensor in tensors)
     }
     return sum(storages.values()) / MEGABYTE
 
@@ -39,7 +48,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()[:16]
 
 
-class TrainableWeights:
+class WeightCopy:
     """Values for a model's trainable parameters, kept beside the model's own.
 
     Args:
@@ -72,7 +81,7 @@ class TrainableWeights:
         parameters = {plain_name(name): p for name, p in self.model.named_parameters()}
         found: list[tuple[str, Tensor, Tensor]] = []
         for name in self.values:
-            self.values[name] = laid_out_like(self.values[name], parameters[name])
+            self.values[name] = shard_like_param(self.values[name], parameters[name])
             found.append((name, parameters[name], self.values[name]))
         return found
 
@@ -82,29 +91,29 @@ class TrainableWeights:
         No graph may be alive across the block: a backward pass would find other values.
         """
         pairs = [(p, value) for _, p, value in self.pairs()]
-        return exchanged(pairs, self.model) if is_sharded(self.model) else _pointed_at(pairs)
+        return swapped_shards(pairs, self.model) if is_sharded(self.model) else _pointed_at(pairs)
 
     @torch.no_grad()
     def move_towards_model(self, share: float) -> None:
         """Set each value to (1 - share)·value + share·parameter; sharded values shard by shard, sending nothing."""
         for _, p, value in self.pairs():
-            mine = local(value)
-            mine.lerp_(local(p).to(mine), share)
+            mine = local_shard(value)
+            mine.lerp_(local_shard(p).to(mine), share)
 
     def copy_model(self) -> None:
         """Take the model's values as they are now."""
         for _, p, value in self.pairs():
-            local(value).copy_(local(p))
+            local_shard(value).copy_(local_shard(p))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the values by name, whole; a collective where they are sharded."""
-        return {name: whole(value) for name, value in self.values.items()}
+        return {name: full_tensor(value) for name, value in self.values.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take values by name, in place."""
         assert state.keys() == self.values.keys(), "these are another model's weights"
         for name, value in self.values.items():
-            local(value).copy_(local(laid_out_like(state[name], value)))
+            local_shard(value).copy_(local_shard(shard_like_param(state[name], value)))
 
 
 @contextmanager

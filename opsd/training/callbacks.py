@@ -48,7 +48,7 @@ class GracefulStop(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def words(self, step: int, output_dir: str) -> str:
+    def describe(self, step: int, output_dir: str) -> str:
         """Say what stopped the run, and how it goes on."""
         assert self.stopped_by is not None
         return (

@@ -31,7 +31,7 @@ from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weight_copy import adapter_adds_nothing, digest
 from opsd.training.controls import control_of
 from opsd.training.groups import Groups, placeholders
-from opsd.training.loss import TrainingLoss
+from opsd.training.loss import Scorer
 
 # Rows whose prompts are rendered for both sides before step 1: about ten seconds of one core.
 CHECKED_ROWS = 20_000
@@ -165,7 +165,7 @@ def check_settings(
     check_sharding(args, evaluates=evaluation is not None)
     if peft_config is not None:
         check_adapter(peft_config)
-    check_watched(teacher, args, eval_dataset, groups, EvaluationPlan.of(evaluation))
+    check_gate_metrics(teacher, args, eval_dataset, groups, EvaluationPlan.parse(evaluation))
     if args.seq_kd and not teacher.can_sample:
         raise ConfigError(
             f"seq_kd takes the teacher's own samples, and teacher {teacher.strategy!r} is no single model that could "
@@ -199,7 +199,7 @@ def fingerprint(student: nn.Module, vocab_size: int) -> str:
 
 
 def check_rows_fit(
-    dataset: Any, student: StudentHandle, teacher: Teacher, max_new_tokens: int, produced: Sequence[str] = ()
+    dataset: Any, student: StudentHandle, teacher: Teacher, max_new_tokens: int, rollout_fields: Sequence[str] = ()
 ) -> None:
     """Render the first rows' prompts for both sides: templates that fail and prompts that are too long show here.
 
@@ -230,14 +230,14 @@ def check_rows_fit(
         for view in teacher.views_of(row):
             if view.context is None:
                 continue
-            made = placeholders(produced, row)
-            for context in view.context.may_show(row, made):
+            made = placeholders(rollout_fields, row)
+            for context in view.context.possible_contexts(row, made):
                 try:
                     prompt = context.render(row, made, side=view.renderer)
                 except DataError as error:
                     raise DataError(f"row {number}: {error}") from error
                 # What training makes may be as long as a completion.
-                to_come = max_new_tokens * (1 + _whole_rollouts_shown(context, produced))
+                to_come = max_new_tokens * (1 + _whole_rollouts_shown(context, rollout_fields))
                 check_lengths(view.max_length, [prompt], [to_come], "teacher", first_row=number)
     teacher.forget_counts()
 
@@ -257,12 +257,12 @@ def _check_siblings(teacher: Teacher) -> None:
             )
 
 
-def _whole_rollouts_shown(context: Context, produced: Sequence[str]) -> int:
+def _whole_rollouts_shown(context: Context, rollout_fields: Sequence[str]) -> int:
     """Return how many rollouts a context shows at full length."""
-    return len(context.shown_whole({"sibling", "attempt"} & set(produced)))
+    return len(context.untruncated_fields({"sibling", "attempt"} & set(rollout_fields)))
 
 
-def accepted(dataset: Any, name: str, args: Any, scorer: TrainingLoss, groups: Groups) -> Any:
+def prepare_dataset(dataset: Any, name: str, args: Any, scorer: Scorer, groups: Groups) -> Any:
     """Return rows as the run uses them, once they were checked against contexts and settings.
 
     Args:
@@ -273,7 +273,7 @@ def accepted(dataset: Any, name: str, args: Any, scorer: TrainingLoss, groups: G
         groups: how rollouts are graded.
     """
     if isinstance(dataset, dict) and name != "train":
-        return {each: accepted(rows, each, args, scorer, groups) for each, rows in dataset.items()}
+        return {each: prepare_dataset(rows, each, args, scorer, groups) for each, rows in dataset.items()}
     if dataset is None:
         return None
     dataset = ready_rows(dataset, name=name, system_prompt=args.student_system_prompt, needed=scorer.columns)
@@ -281,7 +281,7 @@ def accepted(dataset: Any, name: str, args: Any, scorer: TrainingLoss, groups: G
     if control is not None and name == "train":
         dataset = control.rows(dataset)
     # A teacher that samples does so before there is a rollout that anything could be made of.
-    scorer.check_rows(dataset, () if args.seq_kd else groups.produced)
+    scorer.check_rows(dataset, () if args.seq_kd else groups.rollout_fields)
     check_groups(dataset, scorer.teacher, groups, trains=name == "train")
     if name == "train" and not args.seq_kd:
         check_completions(dataset, off_policy=1.0 - args.lmbda)
@@ -317,7 +317,7 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
             "Load them as a Dataset, or set num_generations to 1."
         )
     for context in [] if trains else teacher.contexts:
-        if (context.fields | context.optional_fields) & set(groups.produced):
+        if (context.fields | context.optional_fields) & set(groups.rollout_fields):
             warnings.warn(
                 f"template {context.name!r} shows what a group of rollouts made, and evaluation samples each row once: "
                 "there are no siblings, and rows with nothing to show count nowhere, so eval_loss may be 0. Read "
@@ -327,7 +327,9 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
             )
 
 
-def check_watched(teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups, plan: EvaluationPlan | None) -> None:
+def check_gate_metrics(
+    teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups, plan: EvaluationPlan | None
+) -> None:
     """Refuse a gate on a metric that this run will not log, or not often enough.
 
     Raises:
@@ -358,7 +360,7 @@ def check_watched(teacher: Teacher, args: Any, eval_dataset: Any, groups: Groups
 
 
 def measured_cost(
-    scorer: TrainingLoss, dataset: Any, student: StudentHandle, produced: Sequence[str] = (), micro_batches: int = 1
+    scorer: Scorer, dataset: Any, student: StudentHandle, rollout_fields: Sequence[str] = (), micro_batches: int = 1
 ) -> Cost:
     """Let everyone who scores do so for a token of some rows, and return what they cost together, passes counted.
 
@@ -379,20 +381,20 @@ def measured_cost(
         rows = [dataset[number] for number in drawn]
     else:
         rows = list(islice(iter(dataset), PROBED_ROWS))
-    made: list[dict[str, Any]] = [placeholders(produced, row) for row in rows]
+    made: list[dict[str, Any]] = [placeholders(rollout_fields, row) for row in rows]
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
-    probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], produced=made)
+    probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], rollout_fields=made)
     with counting_passes() as sequences:
         for teacher in scorer.teachers:
-            teacher.score(teacher.show(probe))
+            teacher.score(teacher.render_prompts(probe))
     scorer.forget_counts()
     return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)
 
 
-def summary(scorer: TrainingLoss, groups: Groups, cost: Cost) -> str:
+def summary(scorer: Scorer, groups: Groups, cost: Cost) -> str:
     """Return what a user is told of a run before its first step."""
     names = [view.shown for view in scorer.teacher.views]
     return (
-        f"teacher     {scorer.teacher.words}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}\n"
-        f"learns      {groups.words}\nminimises   {scorer.words}\n            {scorer.objective.formula}"
+        f"teacher     {scorer.teacher.describe()}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}\n"
+        f"learns      {groups.describe()}\nminimises   {scorer.describe()}\n            {scorer.objective.formula}"
     )

@@ -90,7 +90,7 @@ class OPSDConfig(DistillationConfig):
     )
     baseline: str = field(
         default=Divergence.baseline,
-        metadata={"help": "With support sampled, what a log-ratio is compared with: least_variance, or none."},
+        metadata={"help": "With support sampled, what a log-ratio is compared with: optimal, or none."},
     )
     keep_fraction: float = field(
         default=Objective.keep_fraction,
@@ -102,15 +102,15 @@ class OPSDConfig(DistillationConfig):
         default=Objective.keep_by,
         metadata={"help": "Which to keep: the highest student entropy, or disagreement (the divergence)."},
     )
-    future_cost: str = field(
-        default=Objective.future_cost,
+    reward_to_go: str = field(
+        default=Objective.reward_to_go,
         metadata={
             "help": "What a token pays for later ones, as a policy gradient: none, discounted (with support sampled: "
-            "Thinking Machines), length_normalised (with full support: MiniLLM)."
+            "Thinking Machines), mean (with full support: MiniLLM)."
         },
     )
     discount: float = field(
-        default=Objective.discount, metadata={"help": "Of future_cost discounted, per token, in (0, 1]."}
+        default=Objective.discount, metadata={"help": "Of reward_to_go discounted, per token, in (0, 1]."}
     )
     importance_clip: float | None = field(
         default=Objective.importance_clip,
@@ -119,8 +119,8 @@ class OPSDConfig(DistillationConfig):
             "most this. Unset: no correction. SDPO takes 2."
         },
     )
-    anchor_coef: float = field(
-        default=Objective.anchor_coef,
+    ref_kl_coef: float = field(
+        default=Objective.ref_kl_coef,
         metadata={"help": "Weight of KL(student ‖ student at step 0, plain prompt). Costs one forward pass."},
     )
     contrast_context: str | None = field(
@@ -167,8 +167,8 @@ class OPSDConfig(DistillationConfig):
         default=Groups.success_reward,
         metadata={"help": "From this reward on a rollout is right: it may be shown to its group's teacher (SDPO)."},
     )
-    route: str = field(
-        default=Groups.route,
+    distill_on: str = field(
+        default=Groups.distill_on,
         metadata={"help": "Which rollouts are distilled: all, wrong (SRPO), or right."},
     )
     grpo_coef: float = field(
@@ -228,7 +228,7 @@ class OPSDConfig(DistillationConfig):
     @property
     def objective(self) -> Objective:
         """What training minimises."""
-        return Objective.of(self)
+        return Objective.from_config(self)
 
     def _check(self) -> None:
         self._check_on_policy(self.objective)
@@ -269,13 +269,13 @@ class OPSDConfig(DistillationConfig):
             )
 
     def _check_on_policy(self, objective: Objective) -> None:
-        sampled = objective.divergence.support == "sampled" or objective.future_cost != "none"
+        sampled = objective.divergence.support == "sampled" or objective.reward_to_go != "none"
         if sampled and self.lmbda < 1.0:
             raise ConfigError(
-                f"support 'sampled' and future_cost {self.future_cost!r} learn from tokens that the student sampled, "
+                f"support 'sampled' and reward_to_go {self.reward_to_go!r} learn from tokens that the student sampled, "
                 f"and lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the rows would bring tokens of others, on which "
-                "a policy gradient is biased. Set lmbda to 1, or compare distributions: support 'full' and future_cost "
-                "'none'."
+                "a policy gradient is biased. Set lmbda to 1, or compare distributions: support 'full' and "
+                "reward_to_go 'none'."
             )
 
     def _warn(self) -> None:

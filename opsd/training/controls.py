@@ -30,13 +30,13 @@ _ONE_TOKEN: dict[str, Any] = {
     "token_clip": None,
     "entropy_gate": None,
     "keep_fraction": 1.0,
-    "future_cost": "none",
+    "reward_to_go": "none",
     "importance_clip": None,
     "contrast_context": None,
 }
-_LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "anchor_coef": 0.0}
+_LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "ref_kl_coef": 0.0}
 # Nothing is earned by tokens of others; a group is as many completions of one prompt, so that questions stay the run's.
-_NOT_SAMPLED: dict[str, Any] = {"lmbda": 0.0, "route": "all", "grpo_coef": 0.0}
+_NOT_SAMPLED: dict[str, Any] = {"lmbda": 0.0, "distill_on": "all", "grpo_coef": 0.0}
 CONSTANT_ADVANTAGE = -1.0  # its size is lost in Adam; the sign is the paper's
 
 

@@ -24,7 +24,7 @@ from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
-from opsd.evaluation.sampling import Sampler, evaluate, sampler_of, stop_ids_of
+from opsd.evaluation.sampling import Generate, evaluate, sampler_of, stop_ids_of
 from opsd.evaluation.statistics import paired_difference
 from opsd.evaluation.summary import (
     AFTER,
@@ -34,11 +34,11 @@ from opsd.evaluation.summary import (
     PLAIN_TEACHER,
     SUMMARY,
     TEACHER,
-    come_to,
-    figures,
     file_of,
     lines,
+    metrics_with_intervals,
     read_summary,
+    summarise,
 )
 from opsd.models.forward import evaluating
 from opsd.rollouts import Ids
@@ -47,13 +47,13 @@ from opsd.training.off_policy import completion_ids
 from opsd.training.run_card import data_digest
 
 if TYPE_CHECKING:
-    from opsd.training.loss import TrainingLoss
+    from opsd.training.loss import Scorer
     from opsd.training.trainer import OPSDTrainer
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
 
 
-def planned(evaluation: Any, args: Any, scorer: TrainingLoss, train: Any) -> EvaluationPlan | None:
+def planned(evaluation: Any, args: Any, scorer: Scorer, train: Any) -> EvaluationPlan | None:
     """Return an evaluation plan with its rows loaded and checked, and let the run follow it.
 
     Args:
@@ -65,7 +65,7 @@ def planned(evaluation: Any, args: Any, scorer: TrainingLoss, train: Any) -> Eva
     Raises:
         OPSDError: the plan cannot work; training rows are among its questions.
     """
-    plan = EvaluationPlan.of(evaluation)
+    plan = EvaluationPlan.parse(evaluation)
     if plan is None:
         return None
     # A control's teacher is not asked about these rows, so what only it is shown need not be made for them.
@@ -109,7 +109,7 @@ class Evaluator(TrainerCallback):
     @property
     def facts(self) -> dict[str, str]:
         """What was declared, which a resumed run must not change."""
-        return {"plan": self.plan.words, "test": data_digest(self.plan.test, "prompt")}
+        return {"plan": self.plan.describe(), "test": data_digest(self.plan.test, "prompt")}
 
     # ---- when --------------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Evaluator(TrainerCallback):
             stored = read_summary(self.folder)
             self._looks, self._skipped = stored.get("selection", []), stored.get("skipped", [])
             return
-        self._say(f"evaluation  {self.plan.words}")
+        self._say(f"evaluation  {self.plan.describe()}")
         if args.should_save:  # what an earlier run left here would be read as this one's
             for path in self.folder.glob("*.json"):
                 path.unlink()
@@ -158,7 +158,7 @@ class Evaluator(TrainerCallback):
         self._measure(AFTER)
         found = self._summary(state)
         if args.should_save:
-            self._store(SUMMARY, found | come_to(self.folder, list(self.plan.retention)))
+            self._store(SUMMARY, found | summarise(self.folder, list(self.plan.retention)))
         self._trainer.accelerator.wait_for_everyone()
         self._say("\n".join(lines(read_summary(self.folder))))
 
@@ -195,7 +195,7 @@ class Evaluator(TrainerCallback):
     def _look(self, step: int) -> EvaluationResult:
         found = self._student(self.plan.splits["selection"], f"selection at step {step}")
         self._looks = [look for look in self._looks if look["step"] < step]
-        self._looks.append({"step": step, **figures(found)})
+        self._looks.append({"step": step, **metrics_with_intervals(found)})
         known = self._stored(SUMMARY) or {}
         self._store(SUMMARY, {**known, "selection": self._looks, "skipped": self._skipped})
         return found
@@ -204,7 +204,7 @@ class Evaluator(TrainerCallback):
         return self._ask(self._sampler, questions, what, model="student")
 
     @property
-    def _sampler(self) -> Sampler:
+    def _sampler(self) -> Generate:
         student = self._trainer.student
         return sampler_of(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
 
@@ -227,15 +227,15 @@ class Evaluator(TrainerCallback):
             self._skipped.append(f"{what}: {why}")
             self._say(f"evaluation  not measured: {what}: {why}")
             return
-        told = {"model": teacher.words, "shown": teacher.shown}
+        told = {"model": teacher.describe(), "shown": teacher.shown}
         self._keep(file_of("test", TEACHER), self._ask(teacher.sample, test, "test: teacher with its context", **told))
         if not teacher.starts_as_student:
-            plain = teacher.showing(None)
-            result = self._ask(plain.sample, test, "test: teacher without context", model=teacher.words)
+            plain = teacher.with_context(None)
+            result = self._ask(plain.sample, test, "test: teacher without context", model=teacher.describe())
             self._keep(file_of("test", PLAIN_TEACHER), result)
         teacher.forget_counts()
 
-    def _ask(self, sample: Sampler, questions: Questions, what: str, **told: Any) -> EvaluationResult:
+    def _ask(self, sample: Generate, questions: Questions, what: str, **told: Any) -> EvaluationResult:
         """Let somebody answer, each process a share of the questions."""
         trainer, plan, rows = self._trainer, self.plan, list(questions.rows)
         rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
@@ -314,7 +314,7 @@ class Evaluator(TrainerCallback):
         """Return what models have to be asked for; the rest is read from the results."""
         traces = None if self._trainer.args.control else self._traces()
         return {
-            "plan": self.plan.words,
+            "plan": self.plan.describe(),
             "rule": self.plan.rule,
             "chosen": _chosen(state, self.plan.rule),
             "selection": self._looks,

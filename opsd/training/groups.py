@@ -18,7 +18,7 @@ from opsd.errors import ConfigError, not_one_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.training.rewards import Rewards, Verdicts
 
-ROUTES = {
+DISTILL_ON = {
     "all": "every rollout is distilled",
     "wrong": "rollouts below success_reward are distilled",
     "right": "rollouts at or above success_reward are distilled",
@@ -30,7 +30,7 @@ STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage an
 
 
 Decode = Callable[[Sequence[Ids]], Sequence[str]]
-CanShow = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
+HasFields = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 
 def placeholders(names: Iterable[str], row: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Groups:
         rewards: the reward functions; none leaves rollouts as they are.
         size: rollouts per prompt.
         success_reward: from this reward on a rollout is right.
-        route: which rollouts are distilled, a key of ROUTES.
+        distill_on: which rollouts are distilled, a key of DISTILL_ON.
         grpo_coef: weight of the GRPO term, 0 for none.
         grpo_on: which rollouts it reinforces, a key of GRPO_ON.
 
@@ -57,36 +57,36 @@ class Groups:
     rewards: Rewards
     size: int = 1
     success_reward: float = 1.0
-    route: str = "all"
+    distill_on: str = "all"
     grpo_coef: float = 0.0
     grpo_on: str = "all"
 
     @classmethod
-    def of(cls, args: Any, reward_funcs: Any) -> Groups:
+    def from_config(cls, args: Any, reward_funcs: Any) -> Groups:
         """Read the settings of an OPSDConfig."""
         return cls(
-            Rewards.of(reward_funcs, args.reward_weights),
+            Rewards.parse(reward_funcs, args.reward_weights),
             args.num_generations,
             args.success_reward,
-            args.route,
+            args.distill_on,
             args.grpo_coef,
             args.grpo_on,
         )
 
     def __post_init__(self) -> None:
-        for name, known in (("route", ROUTES), ("grpo_on", GRPO_ON)):
+        for name, known in (("distill_on", DISTILL_ON), ("grpo_on", GRPO_ON)):
             if getattr(self, name) not in known:
                 raise ConfigError(not_one_of(name, getattr(self, name), known))
         if self.grpo_coef < 0:
             raise ConfigError(
                 f"grpo_coef must not be negative, and is {self.grpo_coef}: it would punish what is right."
             )
-        needs_rewards = self.route != "all" or self.grpo_coef > 0
+        needs_rewards = self.distill_on != "all" or self.grpo_coef > 0
         if needs_rewards and not self.rewards.functions:
             raise ConfigError(
-                f"route {self.route!r} and grpo_coef {self.grpo_coef:g} need to know which rollouts are right, and "
-                "there is no reward function. Pass reward_funcs=, such as 'last_number' or a function with TRL's "
-                "signature."
+                f"distill_on {self.distill_on!r} and grpo_coef {self.grpo_coef:g} need to know which rollouts are "
+                "right, and there is no reward function. Pass reward_funcs=, such as 'last_number' or a function with "
+                "TRL's signature."
             )
         if self.grpo_coef > 0 and self.size < 2:
             raise ConfigError(
@@ -95,21 +95,22 @@ class Groups:
             )
 
     @property
-    def produced(self) -> tuple[str, ...]:
+    def rollout_fields(self) -> tuple[str, ...]:
         """The names that contexts may use beside the columns."""
         return PRODUCED if self.rewards.functions else ()
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Who learns how, in words; a resumed run must do the same."""
         if not self.rewards.functions:
             return f"{self.size} rollouts per prompt" if self.size > 1 else "one rollout per prompt"
-        said = f"{self.size} rollout(s) per prompt, rewarded by {self.rewards.words}; {ROUTES[self.route]}"
+        said = (
+            f"{self.size} rollout(s) per prompt, rewarded by {self.rewards.describe()}; {DISTILL_ON[self.distill_on]}"
+        )
         said += f" (success from {self.success_reward:g})"
         return said + (f"; + {self.grpo_coef:g}·GRPO on {GRPO_ON[self.grpo_on]}" if self.grpo_coef else "")
 
     def grade(
-        self, rollouts: Rollouts, decode: Decode, can_show: CanShow, state: Any
+        self, rollouts: Rollouts, decode: Decode, has_fields: HasFields, state: Any
     ) -> tuple[Rollouts, dict[str, float]]:
         """Return the rollouts with what they produced and how they learn, and what is logged.
 
@@ -128,7 +129,7 @@ class Groups:
         right = [reward >= self.success_reward for reward in verdicts.rewards]
         wrong = [reward < self.success_reward for reward in verdicts.rewards]  # NaN is neither
         groups = self._groups(rollouts.rows)
-        produced = [
+        rollout_fields = [
             {
                 **self._produced(number, group, texts, right, verdicts.feedback[number]),
                 # a rate that was measured before training is the better one
@@ -136,20 +137,23 @@ class Groups:
             }
             for number, (group, row) in enumerate(zip(groups, rollouts.rows, strict=True))
         ]
-        routed = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.route]
-        shown = [can_show(row, made) for row, made in zip(rollouts.rows, produced, strict=True)]
-        distilled = [chosen and can for chosen, can in zip(routed, shown, strict=True)]
-        advantages = self._advantages(verdicts.rewards, groups, distilled)
-        idle = [not d and not a for d, a in zip(distilled, advantages, strict=True)]
+        routed = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.distill_on]
+        shown = [has_fields(row, made) for row, made in zip(rollouts.rows, rollout_fields, strict=True)]
+        distill_weight = [chosen and can for chosen, can in zip(routed, shown, strict=True)]
+        advantages = self._advantages(verdicts.rewards, groups, distill_weight)
+        idle = [not d and not a for d, a in zip(distill_weight, advantages, strict=True)]
         known = [reward for reward in verdicts.rewards if not math.isnan(reward)]
         graded = replace(
-            rollouts.without(idle), produced=produced, distilled=[float(d) for d in distilled], advantages=advantages
+            rollouts.without(idle),
+            rollout_fields=rollout_fields,
+            distill_weight=[float(d) for d in distill_weight],
+            advantages=advantages,
         )
         return graded, {
             **verdicts.means,
             "reward": fmean(known) if known else math.nan,
             "group/right": fmean(right),
-            "group/distilled": fmean(distilled),
+            "group/distilled": fmean(distill_weight),
             "group/without_context": fmean(c and not s for c, s in zip(routed, shown, strict=True)),
             "group/unused": fmean(idle),
             "group/flat": fmean(len(set(_known(verdicts.rewards, group))) <= 1 for group in groups),
@@ -189,12 +193,12 @@ class Groups:
         return {name: value for name, value in made.items() if value}
 
     def _advantages(
-        self, rewards: Sequence[float], groups: Sequence[Sequence[int]], distilled: Sequence[bool]
+        self, rewards: Sequence[float], groups: Sequence[Sequence[int]], distill_weight: Sequence[bool]
     ) -> list[float]:
         """Return coef · (reward - the group's mean) / its deviation where the term applies, 0 elsewhere."""
         found = []
         for number, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
-            applies = self.grpo_coef > 0 and not (self.grpo_on == "undistilled" and distilled[number])
+            applies = self.grpo_coef > 0 and not (self.grpo_on == "undistilled" and distill_weight[number])
             known = _known(rewards, group)
             # The mean of equal rewards may miss them by a rounding, and their rows would not count as unused.
             if not applies or math.isnan(reward) or len(set(known)) <= 1:

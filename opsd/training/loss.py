@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from opsd.contexts.base import Context, ContextCounts
 from opsd.data.rows import row_columns
-from opsd.losses import LossRecord, Tokens
+from opsd.losses import LossOutput, Tokens
 from opsd.models.forward import last_hidden
 from opsd.models.head import Head
 from opsd.rollouts import PaddedBatch, Rollouts
@@ -41,11 +41,11 @@ class Scored:
 
     rollouts: Rollouts
     signal: TeacherSignal
-    anchor: HiddenSignal | None = None
-    wrong: TeacherSignal | None = None
+    reference: HiddenSignal | None = None
+    contrast_signal: TeacherSignal | None = None
 
 
-class TrainingLoss:
+class Scorer:
     """The loss of a run.
 
     Args:
@@ -57,15 +57,15 @@ class TrainingLoss:
         self._args = args
         self.teacher = teacher
         self.objective = args.objective
-        self.anchor: Teacher | None = SameCheckpointTeacher() if args.anchor_coef else None
-        self.contrast = None if args.contrast_context is None else teacher.showing(args.contrast_context)
+        self.reference: Teacher | None = SameCheckpointTeacher() if args.ref_kl_coef else None
+        self.contrast = None if args.contrast_context is None else teacher.with_context(args.contrast_context)
         self.selection = TokenSelection()
         self._counted = ContextCounts()  # what contexts had counted when it was last logged
 
     @property
     def teachers(self) -> list[Teacher]:
         """Everyone who scores."""
-        return [t for t in (self.teacher, self.anchor, self.contrast) if t is not None]
+        return [t for t in (self.teacher, self.reference, self.contrast) if t is not None]
 
     @property
     def contexts(self) -> list[Context]:
@@ -83,7 +83,7 @@ class TrainingLoss:
         fields = (context.fields | context.optional_fields for context in self.contexts)
         return set().union(*fields, (self._args.pass_rate_column and {self._args.pass_rate_column}) or ())
 
-    def check_rows(self, dataset: Dataset | IterableDataset, produced: Sequence[str] = ()) -> None:
+    def check_rows(self, dataset: Dataset | IterableDataset, rollout_fields: Sequence[str] = ()) -> None:
         """Check that rows have what contexts and weights read, before a model loads; streams: when they are used.
 
         Args:
@@ -96,36 +96,35 @@ class TrainingLoss:
         """
         columns = row_columns(dataset)
         for teacher in self.teachers:
-            teacher.check_rows(dataset, columns, produced)
+            teacher.check_rows(dataset, columns, rollout_fields)
         column = self._args.pass_rate_column
         if column is not None and isinstance(dataset, Dataset):
             rates = dataset[column] if column in columns else [None]
             for number, rate in enumerate(rates):
                 row_weight(rate, column, number)
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """What training minimises, on which tokens; a resumed run must minimise the same."""
-        text = f"{self.objective.words}; tokens: {self.selection.words}"
+        text = f"{self.objective.describe()}; tokens: {self.selection.describe()}"
         contrast = self.contrast and self.contrast.context
         return f"{text}; each weighed by what {contrast.name} does not say" if contrast else text
 
     def prepare(self, student: StudentHandle, end_ids: Sequence[int]) -> None:
         """Get ready, once, after the student is in place."""
-        self.selection = TokenSelection.of(self._args, student.tokenizer, end_ids)
+        self.selection = TokenSelection.from_config(self._args, student.tokenizer, end_ids)
         self.teacher.prepare(student)
         if self.contrast is not None:
-            self.contrast = self.teacher.showing(self.contrast.context)
-        if self.anchor is not None and isinstance(self.teacher, SameCheckpointTeacher):
-            self.anchor = self.teacher.showing(None)  # the same weights: one copy serves both
-        elif self.anchor is not None:
-            self.anchor.prepare(student)
+            self.contrast = self.teacher.with_context(self.contrast.context)
+        if self.reference is not None and isinstance(self.teacher, SameCheckpointTeacher):
+            self.reference = self.teacher.with_context(None)  # the same weights: one copy serves both
+        elif self.reference is not None:
+            self.reference.prepare(student)
 
-    def show(self, rollouts: Rollouts) -> Rollouts:
+    def prepare_rollouts(self, rollouts: Rollouts) -> Rollouts:
         """Select the tokens to train on, and render everyone's prompts; before any sort or split."""
         rollouts = self.selection.apply(rollouts)
         for teacher in self.teachers:
-            rollouts = teacher.show(rollouts)
+            rollouts = teacher.render_prompts(rollouts)
         return rollouts
 
     def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
@@ -140,11 +139,11 @@ class TrainingLoss:
     def score(self, rollouts: Rollouts) -> Scored:
         """Ask everyone for their answer on a micro-batch that went through `show`."""
         signal = self.teacher.score(rollouts)
-        anchor: Any = None if self.anchor is None else self.anchor.score(rollouts)
-        wrong = None if self.contrast is None else self.contrast.score(rollouts)
-        return Scored(rollouts, signal, anchor, wrong)
+        reference: Any = None if self.reference is None else self.reference.score(rollouts)
+        contrast_signal = None if self.contrast is None else self.contrast.score(rollouts)
+        return Scored(rollouts, signal, reference, contrast_signal)
 
-    def __call__(self, student: nn.Module, scored: Scored, device: torch.device, processes: int) -> LossRecord:
+    def __call__(self, student: nn.Module, scored: Scored, device: torch.device, processes: int) -> LossOutput:
         """Compute the loss, in one forward pass of the student.
 
         Args:
@@ -155,14 +154,18 @@ class TrainingLoss:
                 all of them.
         """
         batch = scored.rollouts.pad(device)
-        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.keep_BL)
+        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
         tokens = self._tokens(scored.rollouts, batch, processes)
-        head = Head.of(student)
-        return self.objective(hidden_ND, head, scored.signal, tokens, anchor=scored.anchor, wrong=scored.wrong)
+        head = Head.from_model(student)
+        return self.objective(
+            hidden_ND, head, scored.signal, tokens, reference=scored.reference, contrast_signal=scored.contrast_signal
+        )
 
     @staticmethod
     def _tokens(rollouts: Rollouts, batch: PaddedBatch, processes: int) -> Tokens:
-        share = processes / rollouts.normaliser if rollouts.normaliser else 1.0 / max(rollouts.num_scorable, 1)
+        share = (
+            processes / rollouts.num_loss_tokens if rollouts.num_loss_tokens else 1.0 / max(rollouts.num_scorable, 1)
+        )
         device = batch.ids_BL.device
         sampler = rollouts.sampled_logprobs
 
@@ -173,7 +176,7 @@ class TrainingLoss:
             weight_N=share * of_row(rollouts.row_weights),
             ids_N=batch.scored_ids_N,
             row_N=batch.row_N,
-            sampler_N=None if sampler is None else torch.tensor(sampler, dtype=torch.float32, device=device),
+            rollout_logprobs_N=None if sampler is None else torch.tensor(sampler, dtype=torch.float32, device=device),
             cost_N=-of_row(rollouts.advantages) if any(rollouts.advantages) else None,
-            share_N=None if all(rollouts.distilled) else of_row(rollouts.distilled),
+            distill_weight_N=None if all(rollouts.distill_weight) else of_row(rollouts.distill_weight),
         )

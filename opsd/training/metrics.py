@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from opsd.errors import NonFiniteLossError
-from opsd.losses import LossRecord
+from opsd.losses import LossOutput
 from opsd.rollouts import Rollouts
 
 NOT_LOGGED = frozenset({"logprob", "teacher_logprob"})  # the estimators are made of them
@@ -26,7 +26,7 @@ WAY_OUT = (
 
 
 def divergence_metrics(
-    record: LossRecord, rollouts: Rollouts, accelerator: Accelerator, micro_batches: int, step: int
+    record: LossOutput, rollouts: Rollouts, accelerator: Accelerator, micro_batches: int, step: int
 ) -> dict[str, float]:
     """Return the mean and the largest divergence per token, the entropy, and the means of what else was recorded.
 
@@ -50,7 +50,7 @@ def divergence_metrics(
     count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(seen)[None]).T
     if bool(bad_somewhere.any()):
         _stop_at_rows(record, rollouts, step)
-    tokens = rollouts.normaliser / micro_batches if rollouts.normaliser else float(count.sum().clamp(min=1))
+    tokens = rollouts.num_loss_tokens / micro_batches if rollouts.num_loss_tokens else float(count.sum().clamp(min=1))
     means = {
         name: float(total.sum()) / tokens
         for name, total in zip(["divergence", "entropy", *others], totals, strict=True)
@@ -67,7 +67,7 @@ def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
     return {name: sum(found) / len(found) for name, found in known.items() if found}
 
 
-def _stop_at_rows(record: LossRecord, rollouts: Rollouts, step: int) -> None:
+def _stop_at_rows(record: LossOutput, rollouts: Rollouts, step: int) -> None:
     bad = (~torch.isfinite(record.divergence_N)).nonzero().flatten().tolist()
     where = sorted({rollouts.row_of_token(n) for n in bad})
     told = gather_object([f"  {str(rollouts.rows[row]['prompt'])[:200]}" for row in where])

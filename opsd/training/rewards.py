@@ -118,7 +118,7 @@ class Rewards:
     weights: Sequence[float]
 
     @classmethod
-    def of(cls, functions: Any, weights: Sequence[float] | None) -> Rewards:
+    def parse(cls, functions: Any, weights: Sequence[float] | None) -> Rewards:
         """Read what a user gave: one function, a name, a list of either, or None."""
         given = [] if functions is None else functions if isinstance(functions, list | tuple) else [functions]
         loaded = [load_reward(each) for each in given]
@@ -135,8 +135,7 @@ class Rewards:
         given = [getattr(each, "__name__", type(each).__name__) for each in self.functions]
         return [name if given.count(name) == 1 else f"{name}/{number}" for number, name in enumerate(given)]
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """The functions, each with its weight where that is not 1."""
         weighed = zip(self.names, self.weights, strict=True)
         return ", ".join(name if weight == 1.0 else f"{weight:g} × {name}" for name, weight in weighed)

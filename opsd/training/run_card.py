@@ -50,15 +50,15 @@ def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
     """Return what a run is, in plain values."""
     student = trainer.student
     examination = trainer.examination
-    contexts = {context.name: context.digest for context in trainer.training_loss.contexts}
+    contexts = {context.name: context.digest for context in trainer.scorer.contexts}
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
-        "teacher": {"words": trainer.teacher.words, **trainer.teacher.description},
+        "teacher": {"words": trainer.teacher.describe(), **trainer.teacher.description},
         "contexts": list(contexts),
-        "learns": trainer.groups.words,
-        "evaluation": trainer.evaluator.plan.words if trainer.evaluator else "none was declared",
-        "divergence": {"words": trainer.training_loss.words, "formula": trainer.args.objective.formula},
+        "learns": trainer.groups.describe(),
+        "evaluation": trainer.evaluator.plan.describe() if trainer.evaluator else "none was declared",
+        "divergence": {"words": trainer.scorer.describe(), "formula": trainer.args.objective.formula},
         "settings": _settings(trainer),
         "hashes": {
             "tokenizer": tokenizer_digest(student.tokenizer),
@@ -125,11 +125,11 @@ def _without_secrets(value: Any) -> Any:
 def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
     decode = trainer.student.tokenizer.decode
     for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
-        made, shown = placeholders(trainer.groups.produced, row), []
+        made, shown = placeholders(trainer.groups.rollout_fields, row), []
         for view in trainer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
             shown.append({"shown": view.shown, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
         yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
-    trainer.training_loss.forget_counts()
+    trainer.scorer.forget_counts()
 
 
 def _digest(texts: Iterable[str]) -> str:

@@ -38,7 +38,7 @@ class TokenSelection:
     pass_rate_column: str | None = None
 
     @classmethod
-    def of(cls, args: Any, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> TokenSelection:
+    def from_config(cls, args: Any, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> TokenSelection:
         """Read the settings of an OPSDConfig.
 
         Args:
@@ -62,10 +62,9 @@ class TokenSelection:
     @property
     def selects(self) -> bool:
         """Whether anything can be left out."""
-        return self.words != "all"
+        return self.describe() != "all"
 
-    @property
-    def words(self) -> str:
+    def describe(self) -> str:
         """Which tokens are trained on, in words."""
         said = []
         if self.skip_first_tokens:

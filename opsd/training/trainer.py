@@ -34,8 +34,8 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.data.order import EpochSampler
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.questions import check_held_out
-from opsd.following import FollowStudent
-from opsd.losses import LossRecord
+from opsd.following import TeacherCallback
+from opsd.losses import LossOutput
 from opsd.models.forward import check_model, context_length
 from opsd.models.loading import ready_model, without_dropout
 from opsd.rollouts import Ids, Rollouts, check_lengths
@@ -46,7 +46,7 @@ from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.evaluator import Evaluator, planned
 from opsd.training.groups import Groups
-from opsd.training.loss import Scored, TrainingLoss
+from opsd.training.loss import Scored, Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
@@ -88,7 +88,7 @@ class OPSDTrainer(DistillationTrainer):
     args: OPSDConfig
     _signature_columns: list[str] | None
     _buffered_inputs: list[Rollouts] | None
-    _record: LossRecord | None = None
+    _record: LossOutput | None = None
     evaluator: Evaluator | None = None
     examination: Examination | None = None  # what the doctor found, if it was asked; stands in the run card
 
@@ -113,15 +113,15 @@ class OPSDTrainer(DistillationTrainer):
         control = control_of(args.control)
         self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
         checkpoints.check_writable(args.output_dir)
-        self.groups = Groups.of(args, reward_funcs)
+        self.groups = Groups.from_config(args, reward_funcs)
         checks.check_settings(
             args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, has_tools=bool(tools)
         )
-        self.training_loss = TrainingLoss(args, self.teacher)
+        self.scorer = Scorer(args, self.teacher)
         train_dataset = self._accept(train_dataset, "train", args)
         eval_dataset = self._accept(eval_dataset, "eval", args)
         check_held_out(train_dataset, eval_dataset)
-        plan = planned(evaluation, args, self.training_loss, train_dataset)
+        plan = planned(evaluation, args, self.scorer, train_dataset)
         if plan is not None and eval_dataset is None:
             eval_dataset = plan.selection  # transformers looks at nothing where there is no dataset
         model, processing_class = ready_model(model, processing_class, args)
@@ -144,7 +144,7 @@ class OPSDTrainer(DistillationTrainer):
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
-        follow = FollowStudent(self.teacher, self.training_loss.contexts, self._metrics["train"], self._say)
+        follow = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
         self.callback_handler.callbacks[:0] = [follow, self._stop]
         if plan is not None:
             self.evaluator = Evaluator(self, plan)
@@ -155,7 +155,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def _accept(self, dataset: Any, name: str, args: OPSDConfig) -> Any:
         """Check a dataset against the teacher's context and the settings; rows come back with a `prompt` each."""
-        return checks.accepted(dataset, name, args, self.training_loss, self.groups)
+        return checks.prepare_dataset(dataset, name, args, self.scorer, self.groups)
 
     def _prepare_teacher(self) -> None:
         checks.check_text_only(self._is_vlm)
@@ -170,21 +170,21 @@ class OPSDTrainer(DistillationTrainer):
         check_model(student, len(self._tokenizer))
         renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
-        self.training_loss.prepare(self.student, self.eos_token_ids)
+        self.scorer.prepare(self.student, self.eos_token_ids)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
-        produced, longest = self.groups.produced, self.args.max_completion_length or 0
-        checks.check_rows_fit(self.train_dataset, self.student, self.teacher, longest, produced)
+        rollout_fields, longest = self.groups.rollout_fields, self.args.max_completion_length or 0
+        checks.check_rows_fit(self.train_dataset, self.student, self.teacher, longest, rollout_fields)
         self._facts = {
             "student": checks.fingerprint(student, len(self._tokenizer)),
             "teacher": self.teacher.description,
-            "objective": self.training_loss.words,
-            "groups": self.groups.words,
+            "objective": self.scorer.describe(),
+            "groups": self.groups.describe(),
             "lmbda": self.args.lmbda,
             "seq_kd": self.args.seq_kd,
         }
         steps = self.args.gradient_accumulation_steps
-        cost = checks.measured_cost(self.training_loss, self.train_dataset, self.student, produced, steps)
-        self._say(checks.summary(self.training_loss, self.groups, cost))
+        cost = checks.measured_cost(self.scorer, self.train_dataset, self.student, rollout_fields, steps)
+        self._say(checks.summary(self.scorer, self.groups, cost))
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -198,7 +198,7 @@ class OPSDTrainer(DistillationTrainer):
         if self._signature_columns is None:
             # Reward functions and routes read columns whose names only they know.
             own = getattr(self.train_dataset, "column_names", None) or []
-            self._signature_columns = ["prompt", "completion", "completion_ids", *self.training_loss.columns, *own]
+            self._signature_columns = ["prompt", "completion", "completion_ids", *self.scorer.columns, *own]
 
     # ---- sample ------------------------------------------------------------------------------------------------
 
@@ -249,11 +249,11 @@ class OPSDTrainer(DistillationTrainer):
         sampled = None
         if self._engine is not None:
             sampled = self._engine.take(completion_ids) + [[UNKNOWN] * len(ids) for ids in others]
-        rollouts = Rollouts(inputs, prompt_ids, completion_ids + others, loss_mask, sampler_logprobs=sampled)
+        rollouts = Rollouts(inputs, prompt_ids, completion_ids + others, loss_mask, rollout_logprobs=sampled)
         self._log_texts(rollouts)
         rollouts = self._graded(rollouts)
-        shown = self.training_loss.show(rollouts)
-        for name, value in self.training_loss.shares(rollouts, shown).items():
+        shown = self.scorer.prepare_rollouts(rollouts)
+        for name, value in self.scorer.shares(rollouts, shown).items():
             metrics[name].append(value)
         return shown
 
@@ -265,7 +265,7 @@ class OPSDTrainer(DistillationTrainer):
     def _graded(self, rollouts: Rollouts) -> Rollouts:
         """Ask the reward functions, if there are any, and log what they said over all processes."""
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
-        rollouts, found = self.groups.grade(rollouts, decode, self.teacher.can_show, self.state)
+        rollouts, found = self.groups.grade(rollouts, decode, self.teacher.has_fields, self.state)
         for name, value in (mean_over_processes(found) if found else {}).items():
             self._mode_metrics[name].append(value)
         return rollouts
@@ -289,7 +289,7 @@ class OPSDTrainer(DistillationTrainer):
             count = torch.tensor(rollouts.num_scorable, device=self.accelerator.device)
             total = int(self.accelerator.gather(count).sum())
             self._metrics["train"]["scored_tokens"].append(total)
-            self._buffered_inputs = list(rollouts.normalised_by(max(total, 1)).split(steps))
+            self._buffered_inputs = list(rollouts.with_num_loss_tokens(max(total, 1)).split(steps))
         return self._scored(self._buffered_inputs[self._step % steps])
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
@@ -302,7 +302,7 @@ class OPSDTrainer(DistillationTrainer):
     def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
         # Entered and left around the teacher's own weights: autocast caches what it casts.
         with self.accelerator.autocast():
-            return {"scored": self.training_loss.score(rollouts)}
+            return {"scored": self.scorer.score(rollouts)}
 
     # ---- lose --------------------------------------------------------------------------------------------------
 
@@ -311,7 +311,7 @@ class OPSDTrainer(DistillationTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, summed student entropy and number of scored tokens; runs inside the wrapped forward pass."""
         device = self.accelerator.device
-        record = self.training_loss(unwrapped_student, inputs["scored"], device, self.accelerator.num_processes)
+        record = self.scorer(unwrapped_student, inputs["scored"], device, self.accelerator.num_processes)
         self._record = record  # leaves by attribute: a wrapper may cast or copy what is returned
         return record.loss, record.entropy_N.sum(), torch.tensor(len(record.entropy_N), device=device)
 
@@ -391,7 +391,7 @@ class OPSDTrainer(DistillationTrainer):
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
         checks.check_trained(self.state.global_step, self._rows_per_step)
         if self.stopped_by is not None:
-            self._say(self._stop.words(self.state.global_step, self.args.output_dir))
+            self._say(self._stop.describe(self.state.global_step, self.args.output_dir))
         return output
 
     @property
