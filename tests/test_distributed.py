@@ -37,12 +37,12 @@ world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_ind
 
 # Gradients of replayed rollouts: each process takes its share of the same eight rows.
 rows = list(range(8))[rank::world]
-rollouts = trainer.training_loss.show(make_rollouts(8))
+rollouts = trainer.scorer.prepare_rollouts(make_rollouts(8))
 if kind == "uneven":  # nothing of the second process's rows is scored
     masks = [m if b % 2 == 0 else [0] * len(m) for b, m in enumerate(rollouts.loss_mask)]
     rollouts = replace(rollouts, loss_mask=masks)
 trainer.model.train(); trainer.model.zero_grad()
-share = rollouts.normalised_by(rollouts.num_scorable).select(rows)
+share = rollouts.with_num_loss_tokens(rollouts.num_scorable).select(rows)
 loss = trainer.compute_loss(trainer.model_wrapped, trainer._scored(share))
 trainer.accelerator.backward(loss)
 total = sum(float(p.grad.double().pow(2).sum()) for p in trainer.model.parameters() if p.grad is not None)
@@ -72,8 +72,8 @@ for number, (teacher, student) in enumerate(RUNS):
         trainer.teacher.after_step(step)
         history = [{"step": n + 1, "entropy": 5.0, "completions/mean_length": 6.0} for n in range(step)]
         trainer.teacher.before_step(step, history)
-    rollouts = trainer.training_loss.show(make_rollouts(8).without([n in (1, 3, 5, 7) for n in range(8)]))
-    share = rollouts.normalised_by(rollouts.num_scorable).select(list(range(8))[rank::world])
+    rollouts = trainer.scorer.prepare_rollouts(make_rollouts(8).without([n in (1, 3, 5, 7) for n in range(8)]))
+    share = rollouts.with_num_loss_tokens(rollouts.num_scorable).select(list(range(8))[rank::world])
     trainer.model.train(); trainer.model.zero_grad()
     trainer.accelerator.backward(trainer.compute_loss(model, trainer._scored(share)))
     found[f"{teacher} {student}"] = [

@@ -242,7 +242,7 @@ def test_every_grader_is_a_reward_by_its_name(name: str, text: str, columns: dic
 
 
 @pytest.mark.parametrize("bad", [0.5, None, "True"])
-@pytest.mark.parametrize("make", [Grader.of, lambda function: function])
+@pytest.mark.parametrize("make", [Grader.parse, lambda function: function])
 def test_grader_that_returns_no_verdict_leaves_the_row_ungraded(make: Callable, bad: object) -> None:
     def run(how: Callable) -> object:
         answers = iter([True, bad, np.bool_(True), 0.0])

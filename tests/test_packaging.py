@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -95,6 +96,14 @@ def test_the_wheel_holds_the_package_its_files_and_nothing_else(wheel: Path) -> 
         for name in sources.names(kind):
             assert f"opsd/_shipped/{kind}/{name}{suffix}" in names
     assert "opsd/py.typed" in names
+
+
+def test_the_distribution_is_not_called_like_a_strangers_project(wheel: Path) -> None:
+    """`pip install opsd` would bring another project; every text names ours, or installs a checkout."""
+    assert wheel.name.startswith("opsd_toolkit-")
+    pattern = re.compile(r"pip install [^\n`]*?(?<![\w.-])opsd(?![\w-])")
+    texts = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("opsd/**/*.py")]
+    assert not [(path.name, match[0]) for path in texts for match in pattern.finditer(path.read_text())]
 
 
 @pytest.mark.parametrize("line", (ROOT / "constraints.txt").read_text().splitlines())

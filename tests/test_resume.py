@@ -21,7 +21,7 @@ from opsd import (
     EMATeacher,
     LiveTeacher,
     SameCheckpointTeacher,
-    shipped,
+    sources,
 )
 from opsd.data.order import EpochSampler
 from opsd.errors import CheckpointError
@@ -144,7 +144,7 @@ def _raise(error: BaseException) -> None:
 def test_another_base_model_or_template_text_is_refused_on_resume(tmp_path: Path) -> None:
     settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
     template = tmp_path / "mine.jinja"
-    source = (shipped.folder("templates") / "answer_only.jinja").read_text()
+    source = (sources.folder("templates") / "answer_only.jinja").read_text()
     template.write_text(source)
     teacher = lambda: SameCheckpointTeacher(context=str(template))  # noqa: E731
     make_trainer(tmp_path / "run", teacher(), **settings).train()
