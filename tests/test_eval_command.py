@@ -72,7 +72,7 @@ def test_only_the_metrics_that_were_asked_for_are_shown(llama_folder: str, rows:
     [
         (["--metrics", "pass@4", "--samples", "2"], "needs 4 sampled answers per question; --samples is 2"),
         (["--metrics", "acuracy"], "Did you mean 'accuracy'"),
-        (["--samples", "-1"], "samples counts answers"),
+        (["--samples", "-1"], "samples is the number of sampled answers"),
         (["--limit", "-1"], "limit must be a whole number"),
         (["--context", '{"template": "answer_only", "revel": 0.5}'], "Did you mean 'reveal'"),
     ],

@@ -88,10 +88,10 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     from opsd.contexts.renderer import PromptRenderer
     from opsd.data.rows import load_rows, prepare_rows, row_columns, with_system_prompt
     from opsd.evaluation import evaluate, generate_with, load_grader, stop_ids_of
+    from opsd.evaluation.run_folder import settings_of
     from opsd.evaluation.sample_metrics import parse_metric
     from opsd.models.loading import load_model
     from opsd.training.checkpoints import model_folder
-    from opsd.training.run_card import settings_of
 
     grader = load_grader(options.grader, options.answer_column)
     for name in _metrics(options):
