@@ -91,6 +91,12 @@ def test_questions_and_grader_are_needed(llama_folder: str, rows: str, capsys) -
     assert "needs --dataset_name" in capsys.readouterr().err
 
 
+def test_the_harness_is_run_by_its_own_command(llama_folder: str, capsys) -> None:
+    assert main(["eval", llama_folder, "--harness", "gsm8k"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "lm_eval --model hf --model_args pretrained=RUN" in said and "pretrained=BASE,peft=RUN" in said
+
+
 def test_a_context_may_be_a_mapping(llama_folder: str, rows: str) -> None:
     whole = graded(llama_folder, rows, "--context", "worked_solution")
     part = graded(llama_folder, rows, "--context", '{"template": "worked_solution", "reveal": 0.3}')
