@@ -35,10 +35,10 @@ from opsd import (
     SameCheckpointTeacher,
 )
 from opsd.errors import ConfigError, DataError, TemplateError
+from opsd.evaluation.run_folder import read_card
 from opsd.rollouts import Rollouts
 from opsd.teachers.one_hot import ConstantAdvantageTeacher
 from opsd.training.controls import CONTROLS, with_completions
-from opsd.training.run_card import read_card
 
 ROWS = 4
 LR = 0.5

@@ -72,7 +72,7 @@ def test_only_the_metrics_that_were_asked_for_are_shown(llama_folder: str, rows:
     [
         (["--metrics", "pass@4", "--samples", "2"], "needs 4 sampled answers per question; --samples is 2"),
         (["--metrics", "acuracy"], "Did you mean 'accuracy'"),
-        (["--samples", "-1"], "samples counts answers"),
+        (["--samples", "-1"], "samples is the number of sampled answers"),
         (["--limit", "-1"], "limit must be a whole number"),
         (["--context", '{"template": "answer_only", "revel": 0.5}'], "Did you mean 'reveal'"),
     ],
@@ -89,6 +89,12 @@ def test_questions_and_grader_are_needed(llama_folder: str, rows: str, capsys) -
     assert "needs --grader" in capsys.readouterr().err
     assert main(["eval", llama_folder, "--grader", "exact"]) == 2
     assert "needs --dataset_name" in capsys.readouterr().err
+
+
+def test_the_harness_is_run_by_its_own_command(llama_folder: str, capsys) -> None:
+    assert main(["eval", llama_folder, "--harness", "gsm8k"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "lm_eval --model hf --model_args pretrained=RUN" in said and "pretrained=BASE,peft=RUN" in said
 
 
 def test_a_context_may_be_a_mapping(llama_folder: str, rows: str) -> None:

@@ -21,8 +21,8 @@ from opsd import EMATeacher, OPSDTrainer, SameCheckpointTeacher, SiblingTeacher
 from opsd.errors import CheckpointError, ConfigError, DataError, OPSDWarning
 from opsd.evaluation import EvaluationResult
 from opsd.evaluation.plan import EvaluationPlan
+from opsd.evaluation.run_folder import read_card
 from opsd.evaluation.summary import read_summary, results_of
-from opsd.training.run_card import read_card
 
 ROWS = make_rows(40)
 for _number, _row in enumerate(ROWS):

@@ -78,10 +78,10 @@ def test_grader_refuses_a_row_without_an_answer(name: str, row: Row) -> None:
         ("choice", 1, None, "1 is no choice of a row without a list"),
         ("choice", 3, CITIES, "3 is no choice of the row's 3 choices"),
         ("choice", -1, CITIES, "-1 is no choice"),
-        ("choice", "1", CITIES, "an int that counts from 0"),
+        ("choice", "1", CITIES, "an index from 0"),
         ("choice", "D", CITIES, "'D' is no choice"),
-        ("choice", "B", ["B", "A"], "'B' could be several choices"),
-        ("choice", "Paris", ["Paris", "paris"], "'Paris' could be several choices"),
+        ("choice", "B", ["B", "A"], "'B' fits several choices"),
+        ("choice", "Paris", ["Paris", "paris"], "'Paris' fits several choices"),
         ("choice", 26, list(range(30)), "26 is no choice"),
     ],
 )
@@ -110,8 +110,7 @@ PUNCTUATION = st.sampled_from([" ", ", ", ". ", "\n", ": ", "; ", " (", ") ", "*
 
 @given(WORDS, PUNCTUATION)
 def test_no_choice_is_read_where_no_letter_stands_alone(words: list[str], between: str) -> None:
-    taken = {"because", "since", "was", "with", "from", "which", "must", "would", "should", "could", "might", "seems"}
-    words = [word for word in words if word.split()[-1] not in {*taken, "looks"}]
+    words = [word for word in words if word != "A because"]
     assert load_grader("choice").read(between.join(words)) is None
 
 
@@ -158,7 +157,7 @@ def test_mathematics_works_outside_of_the_main_thread(caplog: pytest.LogCaptureF
 
 def test_mathematics_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(ConfigError, match=r"pip install 'opsd\[math\]'"):
+    with pytest.raises(ConfigError, match=r"pip install 'opsd-toolkit\[math\]'"):
         load_grader("math")
 
 
@@ -182,7 +181,7 @@ def test_grader_is_made_of_a_function_a_name_or_a_grader() -> None:
     assert Grader.parse("exact").name == "exact"
     assert Grader.parse(always) == Grader(f"{__name__}:always", always)
     assert Grader.parse(lambda text, row: False).name.endswith("<lambda>")
-    with pytest.raises(ConfigError, match="this is a int"):
+    with pytest.raises(ConfigError, match="got a int"):
         Grader.parse(5)
 
 

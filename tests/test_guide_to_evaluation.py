@@ -72,8 +72,8 @@ def test_the_commands_of_the_guide_run_in_their_order(tmp_path: Path, llama_fold
     Path("run.yaml").write_text(yaml.safe_dump({**run, "output_dir": "runs/first", **plan}))
     (block,) = re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.S)
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
-    assert [command[1] for command in commands] == ["train", "train", "train", "compare", "eval", "eval"]
-    for command in commands[:-1]:  # the tasks of the last are downloaded; tests/test_harness.py runs it on its own
+    assert [command[1] for command in commands] == ["train", "train", "train", "compare", "eval"]
+    for command in commands:
         extra = {"train": SMALL.split(), "eval": ["--max_new_tokens", "4"]}.get(command[1], [])
         assert main([*command[1:], *extra]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out

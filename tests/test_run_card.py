@@ -13,7 +13,8 @@ from helpers import MAKE_TEACHER, make_trainer
 
 from opsd import MixtureTeacher, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.training.run_card import JSON, MARKDOWN, differences, read_card, run_card, tokenizer_digest, write_run_card
+from opsd.evaluation.run_folder import CARD, CARD_PAGE, differences, read_card
+from opsd.training.run_card import run_card, tokenizer_digest, write_run_card
 
 
 def card_of(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def test_every_run_writes_its_card_when_it_begins(name: str, tmp_path: Path) -> 
         assert prompt["student"] == decode(trainer.student.renderer.ids(row["prompt"]))
         told = {decode(view.prompt_ids(row)) for view in trainer.teacher.views_of(row)}
         assert {each["prompt"] for each in prompt["teacher"]} == told
-    page = (tmp_path / MARKDOWN).read_text()
+    page = (tmp_path / CARD_PAGE).read_text()
     assert card["divergence"]["formula"] in page and card["prompts"][0]["student"] in page and "## Versions" in page
     assert read_card(str(tmp_path / "checkpoint-1")) == card  # also from a folder within
     assert "token_clip" in card["settings"]
@@ -47,7 +48,7 @@ def test_secrets_stay_out_at_every_depth(tmp_path: Path) -> None:
     trainer.args.model_init_kwargs = kwargs
     trainer.args.vllm_server_base_url = "http://me:SECRET@host:8000/v1"
     write_run_card(trainer)
-    for name in (JSON, MARKDOWN):
+    for name in (CARD, CARD_PAGE):
         text = (tmp_path / name).read_text()
         assert "SECRET" not in text and "//host:8000/v1" in text and "main" in text
 
@@ -111,7 +112,7 @@ def test_diff_prints_what_differs_line_by_line(tmp_path: Path, capsys: pytest.Ca
             tmp_path / name, SameCheckpointTeacher(context=context), rows=rows, learning_rate=rate, max_steps=1
         ).train()
     capsys.readouterr()
-    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "a" / JSON)]) == 0
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "a" / CARD)]) == 0
     assert "the two runs are the same" in capsys.readouterr().out
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
     out = capsys.readouterr().out
@@ -126,6 +127,6 @@ def test_a_folder_without_a_card_and_a_damaged_one_are_named(
 ) -> None:
     assert main(["diff", str(tmp_path), str(tmp_path)]) == 2
     assert "holds no run_card.json" in capsys.readouterr().err
-    (tmp_path / JSON).write_text("{")
+    (tmp_path / CARD).write_text("{")
     assert main(["diff", str(tmp_path), str(tmp_path)]) == 2
-    assert "is no JSON" in capsys.readouterr().err
+    assert "is not JSON" in capsys.readouterr().err

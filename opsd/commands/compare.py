@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print a table, and what it comes to."""
     options = make_parser().parse_args(arguments)
     from opsd.evaluation.compare import as_json, compare, read_runs
+    from opsd.evaluation.run_folder import write_json, write_whole
 
     found = compare(read_runs(options.runs), options.metric)
     console = Console()
@@ -53,16 +53,10 @@ def main(arguments: Sequence[str]) -> int:
     console.print(f"[bold]{found.words}.[/]", highlight=False)
     console.print(f"[dim]{footer(found)}[/]", highlight=False)
     if options.json:
-        _write(options.json, json.dumps(as_json(found), indent=1, ensure_ascii=False) + "\n")
+        write_json(Path(options.json), as_json(found))
     if options.markdown:
-        _write(options.markdown, markdown(found))
+        write_whole(Path(options.markdown), markdown(found))
     return 0
-
-
-def _write(name: str, text: str) -> None:
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
 
 
 def head(found: Comparison) -> list[str]:

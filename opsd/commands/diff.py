@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opsd.training.run_card import differences, read_card
+from opsd.evaluation.run_folder import differences, read_card
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     options, settings = make_parser().parse_known_args(list(arguments)[1 if has_file else 0 :])
     from opsd.commands.run_file import read_run
     from opsd.doctor import refused
+    from opsd.evaluation.run_folder import write_json
 
     run = read_run(Path(arguments[0]) if has_file else None, settings)
     to_pipe = options.json == "-"
@@ -67,9 +68,10 @@ def main(arguments: Sequence[str]) -> int:
         except OPSDError as error:
             examination = refused(error)
     examination = with_warnings(examination, caught)
-    if options.json:
-        text = json.dumps(examination.as_dict(), indent=2, ensure_ascii=False, default=str) + "\n"
-        print(text, end="") if to_pipe else Path(options.json).write_text(text, "utf-8")
+    if to_pipe:
+        print(json.dumps(examination.as_dict(), indent=1, ensure_ascii=False, default=str))
+    elif options.json:
+        write_json(Path(options.json), examination.as_dict(), default=str)
     if not to_pipe:
         show(examination, Console())
     return int(examination.failed)

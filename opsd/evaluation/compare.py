@@ -17,6 +17,7 @@ import numpy as np
 
 from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.evaluation.result import EvaluationResult
+from opsd.evaluation.run_folder import differences, read_card
 from opsd.evaluation.sample_metrics import Metric, meaning_of
 from opsd.evaluation.statistics import (
     Estimate,
@@ -29,7 +30,6 @@ from opsd.evaluation.statistics import (
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
 from opsd.evaluation.verdict import Pairwise, Verdict, beats
-from opsd.training.run_card import differences, read_card
 
 METHOD = "method"
 # What may differ between runs of one arm: the seed and what follows from it, the place, and the machine.

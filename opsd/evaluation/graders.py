@@ -1,8 +1,7 @@
-"""Graders: is this text a right answer to this row, and what does it answer at all?
+"""Graders: whether a text is a right answer to a row, and what it answers.
 
-One visible table, `load_grader` by name. Knows strings and rows only; where the text came from, and what a share of
-right answers is worth, is decided elsewhere. A grader that fails on a row says so by raising: `grade` tells such rows
-apart, they are never silently wrong.
+One table, `GRADERS`; `load_grader` finds one by name. Knows texts and rows only. A grader that cannot grade a row
+raises: `grade` reports such rows, which are never silently wrong.
 """
 
 from __future__ import annotations
@@ -28,13 +27,20 @@ NUMBER = re.compile(r"(?:(?<![\w)])[-+−])?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\
 
 @dataclass(frozen=True)
 class Grader:
-    """What tells right answers from wrong ones; called with a text and its row, it returns the verdict.
+    """Tells right answers from wrong ones: called with a text and its row, it returns True or False.
 
     Args:
-        name: as the user wrote it; it stands beside every figure, which means nothing without it.
-        is_right: returns True or False. Whatever else it returns, and any exception, is a failure and no verdict.
-        read: returns what a text answers, the same for texts that answer the same, or None where a text has no answer
-            in the form asked for. Votes and format checks need it; None where the grader cannot tell.
+        name: as the user wrote it; printed beside every figure.
+        is_right: returns True or False for a text and its row. Any other value, and any exception, is a failure of the
+            grader, not a grade.
+        read: returns the answer that a text gives, equal for texts that give the same answer; None where a text has no
+            answer in the form asked for. `maj@k` and `format` need it. None if the grader cannot read answers.
+
+    Example:
+        >>> load_grader("last_number")("12 + 7 is 19.", {"answer": "19"})
+        True
+        >>> Grader("short", lambda text, row: len(text) < 20)("A short text", {})
+        True
     """
 
     name: str
@@ -48,25 +54,25 @@ class Grader:
             DataError: `is_right` returned something else than True or False.
         """
         verdict = self.is_right(text, row)
-        # A reward of 0.3 is truthy; taken as a bool it would pass for a right answer.
+        # A reward of 0.3 is truthy: as a bool it would count as a right answer.
         if verdict not in (True, False):
-            raise DataError(f"a grader returns True or False, and {self.name!r} returned {verdict!r}")
+            raise DataError(f"a grader must return True or False, and {self.name!r} returned {verdict!r}")
         return bool(verdict)
 
     def answer(self, text: str) -> str | None:
-        """Return what a text answers, the same word for equal answers; None where it has or shows none."""
+        """Return the answer that a text gives, as text, equal for equal answers; None where it has none."""
         try:
-            found = None if self.read is None else self.read(text)
-        except Exception:  # a text that cannot even be read has no answer in the form asked for
+            answer = None if self.read is None else self.read(text)
+        except Exception:  # a text that cannot be read has no answer in the form asked for
             return None
-        return _as_word(found) if isinstance(found, Decimal) else None if found is None else str(found)
+        return _as_text(answer) if isinstance(answer, Decimal) else None if answer is None else str(answer)
 
     @classmethod
     def parse(cls, value: Grader | Callable[[str, Row], bool] | str) -> Grader:
-        """Return the grader that `value` means: one, a name for `load_grader`, or a function of (text, row).
+        """Return a grader from a grader, a name for `load_grader`, or a function of (text, row).
 
         Raises:
-            ConfigError: it is none of these.
+            ConfigError: `value` is none of these.
         """
         if isinstance(value, Grader):
             return value
@@ -74,30 +80,30 @@ class Grader:
             return load_grader(value)
         if not callable(value):
             raise ConfigError(
-                f"a grader is a name or a function of (text, row), and this is a {type(value).__name__}.\n"
-                "It is called once per row and returns True or False. Names are: " + ", ".join(_names()) + "."
+                f"a grader is a name or a function of (text, row), and got a {type(value).__name__}.\n"
+                "It is called once per row and returns True or False. Names: " + ", ".join(_names()) + "."
             )
         name = f"{value.__module__}:{value.__qualname__}" if hasattr(value, "__qualname__") else type(value).__name__
         return cls(name, value)
 
 
 def exact(name: str, column: str) -> Grader:
-    """Make a grader: a text is right if it is the answer, apart from case and the space around it."""
+    """Make a grader: a text is right if it equals the answer, ignoring case and surrounding space."""
     return Grader(name, lambda text, row: _folded(text) == _folded(_answer(row, column)), _folded)
 
 
 def last_number(name: str, column: str) -> Grader:
     """Make a grader: the last number in a text must equal the last number in the answer ("1,250.0" equals "1250").
 
-    Decimal notation only: of "1/2" and "1e5" it reads 2 and 5. An answer without a number is a DataError.
+    Decimal notation only: it reads 2 in "1/2" and 5 in "1e5". A right answer without a number is a DataError.
     """
 
     def is_right(text: str, row: Row) -> bool:
         expected = _last_number(_answer(row, column))
         if expected is None:
             raise DataError(
-                f"grader {name!r} needs a number in the column {column!r}, and found {row[column]!r}.\n"
-                "Without one no text could ever be right. Use 'exact' or 'contains' for answers in words."
+                f"grader {name!r} needs a number in the column {column!r}, and got {row[column]!r}.\n"
+                "Without one every text would be graded wrong. Use 'exact' or 'contains' for answers in words."
             )
         return _last_number(text) == expected
 
@@ -105,10 +111,10 @@ def last_number(name: str, column: str) -> Grader:
 
 
 def contains(name: str, column: str) -> Grader:
-    """Make a grader: the answer must stand in the text as a whole word, whatever its case.
+    """Make a grader: the answer must stand in the text as a whole word, ignoring case.
 
-    "Paris" is in "It's Paris." but not in "Parisian", "5" neither in "1.5" nor in "-5". A text that names several
-    answers is right if one of them is: the mildest of the graders, which cannot say what a text answers.
+    "Paris" is in "It's Paris." but not in "Parisian"; "5" is neither in "1.5" nor in "-5". A text that names several
+    answers is right if one of them is. This grader is the most lenient, and cannot read what a text answers.
     """
 
     def is_right(text: str, row: Row) -> bool:
@@ -119,21 +125,21 @@ def contains(name: str, column: str) -> Grader:
 
 
 def regex(name: str, column: str) -> Grader:
-    """Make a grader: of the pattern's last match the first group, or all of it, is compared as `exact` does.
+    """Make a grader: the first group of the pattern's last match, or the whole match, is compared as `exact` does.
 
     Args:
-        name: "regex:PATTERN" in Python's syntax, `(?i)` and the like in front; colons belong to the pattern.
+        name: "regex:PATTERN" in Python's syntax, with flags such as `(?i)` in front; colons belong to the pattern.
         column: holds the right answer.
 
     Raises:
-        ConfigError: the pattern is not valid.
+        ConfigError: the pattern is invalid.
     """
     try:
         pattern = re.compile(name.partition(":")[2])
     except re.error as error:
         raise ConfigError(
-            f"grader {name!r} has a pattern that Python's `re` does not read: {error}.\n"
-            "A text's answer is the first group of its last match. Mend the pattern; a literal ( or [ is \\( or \\[."
+            f"grader {name!r} has a pattern that Python's `re` cannot read: {error}.\n"
+            "A text's answer is the first group of its last match. Fix the pattern; a literal ( or [ is \\( or \\[."
         ) from error
 
     def read(text: str) -> str | None:
@@ -144,9 +150,9 @@ def regex(name: str, column: str) -> Grader:
 
 
 def choice(name: str, column: str) -> Grader:
-    """Make a grader: the letter that a text chooses, see `read_choice`, must be that of the answer.
+    """Make a grader: the letter that a text chooses (see `read_choice`) must be the right one.
 
-    The answer is a letter; where the row has a list `choices` also an index from 0, or the text of one.
+    The right answer is a letter; in a row with a list `choices` also an index from 0, or the text of a choice.
     """
 
     def is_right(text: str, row: Row) -> bool:
@@ -157,7 +163,7 @@ def choice(name: str, column: str) -> Grader:
 
 
 def math(name: str, column: str) -> Grader:
-    """Make a grader: the text's formula must equal the answer as mathematics, see `Mathematics`.
+    """Make a grader: the text's formula must be mathematically equal to the answer, see `Mathematics`.
 
     Raises:
         ConfigError: math-verify is not installed.
@@ -167,7 +173,7 @@ def math(name: str, column: str) -> Grader:
 
 
 def reasoning_gym(name: str, column: str) -> Grader:
-    """Make a grader: a reasoning-gym dataset's own scorer, full marks only; a partial score is wrong.
+    """Make a grader from a reasoning-gym dataset's scorer: a full score is right, a partial score is wrong.
 
     Raises:
         ConfigError: reasoning-gym is not installed, or has no such dataset.
@@ -176,7 +182,7 @@ def reasoning_gym(name: str, column: str) -> Grader:
     return Grader(name, lambda text, row: score(text, row) > 0.999)
 
 
-# What makes a grader of its name, as the user wrote it, and the column of the right answer.
+# Name -> function that makes a grader from the name as the user wrote it and the column of the right answer.
 GRADERS: dict[str, Callable[[str, str], Grader]] = {
     "exact": exact,
     "last_number": last_number,
@@ -187,7 +193,7 @@ GRADERS: dict[str, Callable[[str, str], Grader]] = {
     "reasoning_gym": reasoning_gym,
 }
 REASONING_GYM = "reasoning_gym:"
-COMPLETED = {  # the names that go on behind a colon, each with an example
+COMPLETED = {  # names that are followed by a colon and an argument, each with an example
     "regex": r"regex:Answer: (\w+)",
     "reasoning_gym": "reasoning_gym:gcd",
 }
@@ -197,12 +203,12 @@ def load_grader(name: str, column: str = "answer") -> Grader:
     """Return the grader called `name`.
 
     Args:
-        name: a name from GRADERS, two of which go on behind a colon: "regex:PATTERN" and "reasoning_gym:DATASET"; or
+        name: a name of GRADERS, two of which take an argument: "regex:PATTERN" and "reasoning_gym:DATASET"; or
             "module:function" for a function of (text, row) that returns True or False, or for a `Grader`.
         column: the row's column that holds the right answer. A "module:function" reads the row itself.
 
     Raises:
-        ConfigError: nothing has that name, it cannot be imported, or what it needs is missing.
+        ConfigError: the name is unknown, it cannot be imported, or a package it needs is missing.
     """
     if is_function_name(name):
         return _load_function(name)
@@ -210,19 +216,18 @@ def load_grader(name: str, column: str = "answer") -> Grader:
     if head not in GRADERS:
         raise ConfigError(
             f"no grader is called {name!r}.{did_you_mean(name, GRADERS)}\n"
-            f"A figure means nothing without its grader. Known: {', '.join(_names())}; "
-            "and 'module:function' for one of your own."
+            f"Known: {', '.join(_names())}; and 'module:function' for a function of your own."
         )
     if head in COMPLETED and not rest:
         raise ConfigError(
-            f"grader {head!r} is not complete without what stands behind its colon.\n"
-            f"Write it as in {COMPLETED[head]!r}: a pattern, or the name of a dataset."
+            f"grader {head!r} is not complete: it needs an argument after a colon, a pattern or the name of a "
+            f"dataset.\nWrite it as in {COMPLETED[head]!r}."
         )
     return GRADERS[head](name, column)
 
 
 def is_function_name(name: str) -> bool:
-    """Return whether a name is a "module:function", and none of GRADERS that goes on behind a colon."""
+    """Return whether a name is a "module:function", and not one of GRADERS with its argument."""
     head, colon, _ = name.partition(":")
     return bool(colon) and head not in COMPLETED
 
@@ -237,12 +242,12 @@ def grade(
     """Grade each text against its row.
 
     Args:
-        grader: see `Grader.of`.
+        grader: see `Grader.parse`.
         texts: one answer per row.
         rows: the rows, in the same order.
 
     Returns:
-        Whether each text is right, or None where the grader failed. A warning counts these and names the first.
+        Whether each text is right, or None where the grader failed. A warning counts the failures and names the first.
     """
     grader = Grader.parse(grader)
     verdicts: list[bool | None] = []
@@ -258,7 +263,7 @@ def grade(
         warnings.warn(
             f"the grader {grader.name!r} failed on {len(failures)} of {len(verdicts)} rows, first on row {first} "
             f"({failures[first]}).\n"
-            "They count as wrong, so the accuracy is a lower bound. Repair these rows or pick another grader.",
+            "These answers count as wrong, so the accuracy is a lower bound. Fix these rows or choose another grader.",
             OPSDWarning,
             stacklevel=2,
         )
@@ -278,7 +283,7 @@ def _answer(row: Row, column: str) -> str:
     if answer is None or not str(answer).strip():
         raise DataError(
             f"the grader needs an answer in the column {column!r}, which is missing or empty; the row has: "
-            f"{', '.join(row)}.\nWithout it nothing can be graded. Fill it, or name the column that holds the answer."
+            f"{', '.join(row)}.\nFill it, or set answer_column to the column that holds the answer."
         )
     return str(answer).strip()
 
@@ -289,12 +294,12 @@ def _folded(text: str) -> str | None:
 
 def _last_number(text: str) -> Decimal | None:
     numbers = NUMBER.findall(text)
-    # Decimal and not float: 0.1 is 0.10 exactly, and integers of any length stay apart.
+    # Decimal, not float: 0.1 equals 0.10 exactly, and integers of any length stay distinct.
     return Decimal(numbers[-1].replace(",", "").replace("−", "-")) if numbers else None
 
 
 def reasoning_gym_scorer(dataset: str, column: str = "answer") -> Callable[[str, Row], float]:
-    """Return a reasoning-gym dataset's own scorer: (text, row) -> a score between 0 and 1.
+    """Return the scorer of a reasoning-gym dataset: (text, row) -> a score between 0 and 1.
 
     Raises:
         ConfigError: reasoning-gym is not installed, or has no scorer of that name.
@@ -303,30 +308,30 @@ def reasoning_gym_scorer(dataset: str, column: str = "answer") -> Callable[[str,
         import reasoning_gym as library
     except ImportError as error:
         raise ConfigError(
-            f"grader '{REASONING_GYM}{dataset}' is that dataset's own scorer, and reasoning-gym is not installed.\n"
-            "Install it with `pip install reasoning-gym`, or pick one of: " + ", ".join(_names()) + "."
+            f"grader '{REASONING_GYM}{dataset}' needs reasoning-gym, which is not installed.\n"
+            "Install it with `pip install reasoning-gym`, or choose one of: " + ", ".join(_names()) + "."
         ) from error
     try:
         score = library.get_score_answer_fn(dataset)
     except (ValueError, AssertionError) as error:
         raise ConfigError(
-            f"reasoning-gym gives no scorer for {dataset!r} ({error})."
+            f"reasoning-gym has no scorer for {dataset!r} ({error})."
             f"{did_you_mean(dataset, library.factory.DATASETS)}\n"
-            "The grader must be the one the questions were made for. The datasets are in reasoning-gym's GALLERY.md."
+            "Name the dataset that the questions come from; reasoning-gym's GALLERY.md lists all."
         ) from error
 
     return lambda text, row: float(score(text.strip(), {**row, "answer": row[column]}))
 
 
 def imported(name: str, what: str) -> Any:
-    """Return what "module:attribute" names.
+    """Return the attribute that "module:attribute" names.
 
     Args:
-        name: the two names.
-        what: what it is to be, for the message.
+        name: "module:attribute".
+        what: what the attribute is used as, for the message: "grader" or "reward function".
 
     Raises:
-        ConfigError: it cannot be imported.
+        ConfigError: the import fails.
     """
     module, _, attribute = name.partition(":")
     try:
@@ -334,22 +339,22 @@ def imported(name: str, what: str) -> Any:
     except (ImportError, AttributeError, ValueError) as error:
         near = did_you_mean(module, COMPLETED)
         raise ConfigError(
-            f"{what} {name!r} means the function {attribute!r} of the module {module!r}, which fails: {error}.{near}\n"
-            "Check both names; a module in the current folder is found with `PYTHONPATH=. opsd …`."
+            f"{what} {name!r} cannot be imported: the function {attribute!r} of the module {module!r} fails: {error}."
+            f"{near}\nCheck both names; a module in the current folder is found with `PYTHONPATH=. opsd …`."
         ) from error
 
 
 def _load_function(name: str) -> Grader:
-    found = imported(name, "grader")
-    if not callable(found):
+    function = imported(name, "grader")
+    if not callable(function):
         raise ConfigError(
-            f"grader {name!r} is a {type(found).__name__}, not a function of (text, row).\n"
+            f"grader {name!r} is a {type(function).__name__}, not a function of (text, row).\n"
             "It is called once per row and returns True or False. Name a function of that module."
         )
-    return dataclasses.replace(Grader.parse(found), name=name)
+    return dataclasses.replace(Grader.parse(function), name=name)
 
 
-def _as_word(number: Decimal) -> str:
+def _as_text(number: Decimal) -> str:
     """Write equal numbers alike: 5, 5.0 and 5.00 are one answer."""
     text = format(number, "f")
     text = text.rstrip("0").rstrip(".") if "." in text else text

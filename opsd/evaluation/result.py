@@ -16,6 +16,7 @@ import numpy as np
 
 from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.evaluation.questions import name_few
+from opsd.evaluation.run_folder import write_json
 from opsd.evaluation.sample_metrics import meaning_of, metric_of, parse_metric
 from opsd.evaluation.statistics import Estimate, estimate, proportion_interval
 
@@ -156,10 +157,7 @@ class EvaluationResult:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=1) + "\n", "utf-8")
-        temporary.replace(path)
+        write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> EvaluationResult:

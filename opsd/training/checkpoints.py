@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opsd.errors import CheckpointError
-from opsd.training.run_card import JSON as RUN_CARD
+from opsd.evaluation.run_folder import CARD
 
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
 TRAINER_STATE = "trainer_state.json"
@@ -194,7 +194,7 @@ def model_folder(model: str) -> str:
         CheckpointError: a run's folder with neither a model nor a checkpoint that could be loaded.
     """
     folder = Path(model)
-    if any((folder / name).is_file() for name in WEIGHTS) or not (folder / RUN_CARD).is_file():
+    if any((folder / name).is_file() for name in WEIGHTS) or not (folder / CARD).is_file():
         return model
     whole = next((checkpoint for checkpoint in saved(folder) if problem(checkpoint) is None), None)
     if whole is None:

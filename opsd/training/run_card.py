@@ -1,7 +1,7 @@
-"""The run card: what a run was, in `run_card.json` and `.md` of its output folder, and what differs between two.
+"""Writes the run card: what a run is, in `run_card.json` and `run_card.md` of its output folder.
 
-Everything that another person needs to say "this is the same run": resolved settings, the prompts that were rendered,
-hashes of what made them, the divergence as a formula, versions, hardware, seeds, the doctor's findings.
+It holds what another person needs to repeat the run: resolved settings, rendered prompts, hashes of data and templates,
+the divergence as a formula, versions, hardware, seeds, the doctor's findings. `opsd.evaluation.run_folder` reads it.
 """
 
 from __future__ import annotations
@@ -22,28 +22,24 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__
-from opsd.errors import CheckpointError
+from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, write_json, write_whole
 from opsd.training.groups import placeholders
 
 if TYPE_CHECKING:
     from opsd.training.trainer import OPSDTrainer
 
-JSON, MARKDOWN = "run_card.json", "run_card.md"
 SHOWN_ROWS = 3
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "jinja2", "numpy", "tokenizers")
 _SECRET = re.compile(r"(?:.*_)?(?:token|auth_token|api_key|key|password|secret)", re.IGNORECASE)
 _USER = re.compile(r"(?<=:)//[^/@\s]+@")
-# Where two runs always differ, and what says nothing of the training.
-_OF_THE_PLACE = ("settings.output_dir", "settings.logging_dir", "settings.run_name", "settings.resume_from_checkpoint")
 
 
 def write_run_card(trainer: OPSDTrainer) -> None:
     """Write a trainer's card into its output folder."""
     card = run_card(trainer)
     folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / JSON).write_text(json.dumps(card, indent=2, ensure_ascii=False, default=str) + "\n", "utf-8")
-    (folder / MARKDOWN).write_text(as_markdown(card), "utf-8")
+    write_json(folder / CARD, card, default=str)
+    write_whole(folder / CARD_PAGE, as_markdown(card))
 
 
 def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
@@ -54,11 +50,11 @@ def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
-        "teacher": {"words": trainer.teacher.describe(), **trainer.teacher.description},
+        "teacher": {"description": trainer.teacher.describe(), **trainer.teacher.description},
         "contexts": list(contexts),
-        "learns": trainer.groups.describe(),
+        "groups": trainer.groups.describe(),
         "evaluation": trainer.evaluator.plan.describe() if trainer.evaluator else "none was declared",
-        "divergence": {"words": trainer.scorer.describe(), "formula": trainer.args.objective.formula},
+        "divergence": {"description": trainer.scorer.describe(), "formula": trainer.args.objective.formula},
         "settings": _settings(trainer),
         "hashes": {
             "tokenizer": tokenizer_digest(student.tokenizer),
@@ -127,7 +123,7 @@ def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
         made, shown = placeholders(trainer.groups.rollout_fields, row), []
         for view in trainer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
-            shown.append({"shown": view.shown, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
+            shown.append({"context": view.shown, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
         yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
     trainer.scorer.forget_counts()
 
@@ -137,97 +133,3 @@ def _digest(texts: Iterable[str]) -> str:
     for text in texts:
         found.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return found.hexdigest()[:16]
-
-
-def as_markdown(card: Mapping[str, Any]) -> str:
-    """Return a card as a page to read."""
-    lines = [f"# {card['model']}", "", f"opsd {card['opsd']}, {card['rows']} rows", ""]
-    lines += [
-        f"- **teacher**: {card['teacher']['words']}",
-        f"- **is shown**: {', '.join(card['contexts']) or 'no more'}",
-    ]
-    lines += [f"- **learns**: {card['learns']}", f"- **minimises**: {card['divergence']['words']}"]
-    lines += [f"- **is measured by**: {card['evaluation']}", ""]
-    lines += ["```text", card["divergence"]["formula"], "```", "", "## The doctor", ""]
-    doctor = card["doctor"]
-    if isinstance(doctor, str):
-        lines.append(doctor)
-    else:
-        lines += [doctor["verdict"], ""]
-        lines += [f"- {f['status']}: {f['check']}: {f['saw']}" for f in doctor["findings"]]
-    lines += ["", "## Prompts", ""]
-    for prompt in card["prompts"]:
-        lines += [f"Row {prompt['row']}, the student:", "", _fenced(prompt["student"]), ""]
-        for told in prompt["teacher"]:
-            lines += [f"Row {prompt['row']}, the teacher, shown {told['shown']}:", "", _fenced(told["prompt"]), ""]
-    for title in ("hashes", "versions", "hardware", "seeds", "settings"):
-        rows = [f"| {name} | `{_cell(value)}` |" for name, value in _leaves(card[title])]
-        lines += [f"## {title.capitalize()}", "", "| | |", "|---|---|", *rows, ""]
-    return "\n".join(lines)
-
-
-def _fenced(text: str) -> str:
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ").replace("`", "'")
-
-
-def read_card(run: str) -> dict[str, Any]:
-    """Return the card of a run.
-
-    Args:
-        run: its output folder, a checkpoint in it, or the card itself.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    found = _card_of(Path(run))
-    if found is None:
-        raise CheckpointError(
-            f"{run!r} holds no {JSON}. Every run writes one into its output folder when it begins; name that folder."
-        )
-    try:
-        return json.loads(found.read_text("utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{found} is no JSON: {error}. It was damaged; take it from a backup.") from error
-
-
-def settings_of(model: str) -> dict[str, Any]:
-    """Return the settings of the run that a model's folder, or a checkpoint, belongs to; nothing for other models."""
-    found = _card_of(Path(model)) if Path(model).is_dir() else None
-    return {} if found is None else read_card(str(found))["settings"]
-
-
-def _card_of(path: Path) -> Path | None:
-    """Return the card that is at a path, in it, or beside it."""
-    tried = (path, path / JSON, path.parent / JSON)
-    return next((each for each in tried if each.is_file() and each.suffix == ".json"), None)
-
-
-def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return what differs between two cards: the name, and the value in each (None where it is not there)."""
-    first, second = dict(_leaves(a)), dict(_leaves(b))
-    names = [name for name in dict.fromkeys([*first, *second]) if name not in _OF_THE_PLACE]
-    skipped = ("doctor.seconds", "doctor.verdict", "doctor.findings")
-    return [
-        (name, first.get(name), second.get(name))
-        for name in names
-        if first.get(name) != second.get(name) and not name.startswith(skipped)
-    ]
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every plain value in nested mappings, by dotted name; a list is one value unless it holds mappings."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
-    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{name}.{number}")
-    else:
-        yield name, value
