@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.losses import token_weights
 from opsd.losses.divergence import Divergence
 from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_reward_to_go, log_ratio, mean_reward_to_go
 from opsd.losses.kernel import Kernel
 from opsd.losses.rule import Tokens, TrainingRule, compiled
+from opsd.losses.token_weights import contrastive, keep_top_fraction
 from opsd.models.head import Head
 from opsd.signals import DenseSignal, HiddenSignal, RoutedSignal, TeacherSignal
 
@@ -219,7 +219,7 @@ class Objective:
                 _, found = self._kernel(replace(batch, reference=None)).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
                 score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
-                kept_N = token_weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
+                kept_N = keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
                 weight_N = weight_N * tokens.where_distilled(kept_N)
             ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
             if self.reward_to_go == "discounted":
@@ -229,7 +229,7 @@ class Objective:
         if batch.contrast_signal is not None:
             ids_N = tokens.ids_N
             right_N, contrast_N = batch.signal.logprobs(ids_N), batch.contrast_signal.logprobs(ids_N)
-            weight_N = weight_N * tokens.where_distilled(token_weights.contrastive(right_N, contrast_N, tokens.row_N))
+            weight_N = weight_N * tokens.where_distilled(contrastive(right_N, contrast_N, tokens.row_N))
         kept = weight_N != 0
         return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept, found
 
