@@ -375,7 +375,7 @@ def measured(objective: Objective, problem: Problem, factor: float = 1.0) -> Fou
     )
     (record.loss * factor).backward()
     values = {"loss": record.loss.detach(), "divergence": record.divergence_N, "entropy": record.entropy_N}
-    return Found(values | dict(record.records), {name: leaf.grad for name, leaf in leaves.items()})
+    return Found(values | dict(record.metrics), {name: leaf.grad for name, leaf in leaves.items()})
 
 
 def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:

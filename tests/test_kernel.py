@@ -16,7 +16,7 @@ from losses_twin import agrees, measured, reference
 
 from opsd.losses import Divergence, Objective, divergence, kernel, pointwise, rule, supports
 from opsd.losses import objective as objective_module
-from opsd.losses.pointwise import Entries
+from opsd.losses.pointwise import PointwiseTerms
 from opsd.losses.supports import SUPPORTS
 from opsd.models.head import Head
 
@@ -162,28 +162,28 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompu
 
 # ---- sabotage ------------------------------------------------------------------------------------------------------
 
-real_entries, real_spread, real_through = pointwise.entries, supports.spread, Head.through
-real_choose, real_clip = supports.choose, pointwise.clip_entries
+real_terms, real_scatter, real_through = pointwise.pointwise_terms, supports.scatter_to_vocab, Head.through
+real_choose, real_clip = supports.choose, pointwise.clip_terms
 real_cost, real_importance = objective_module.discounted_reward_to_go, rule.importance_weight
 real_call, real_corrected = rule.TrainingRule.__call__, rule.TrainingRule._corrected
 
 
-def flipped(of_beta: float) -> Callable[..., Entries]:
-    def entries_of(log_s: Any, s: Any, log_t: Any, beta: float) -> Entries:
-        found = real_entries(log_s, s, log_t, beta)
-        return Entries(-found.value, -found.slope, found.shift) if beta == of_beta else found
+def flipped(of_beta: float) -> Callable[..., PointwiseTerms]:
+    def entries_of(log_s: Any, s: Any, log_t: Any, beta: float) -> PointwiseTerms:
+        found = real_terms(log_s, s, log_t, beta)
+        return PointwiseTerms(-found.value, -found.grad_log_s, found.shift) if beta == of_beta else found
 
     return entries_of
 
 
-def swapped(log_s: Any, s: Any, log_t: Any, beta: float) -> Entries:
-    return real_entries(log_t, log_t.exp(), log_s, beta)
+def swapped(log_s: Any, s: Any, log_t: Any, beta: float) -> PointwiseTerms:
+    return real_terms(log_t, log_t.exp(), log_s, beta)
 
 
-def without_tail_slope(found: Entries, *rest: Any) -> Any:
-    slope = found.slope.clone()
-    slope[:, -1] = 0.0
-    return real_spread(found._replace(slope=slope), *rest)
+def without_tail_slope(found: PointwiseTerms, *rest: Any) -> Any:
+    grad_log_s = found.grad_log_s.clone()
+    grad_log_s[:, -1] = 0.0
+    return real_scatter(found._replace(grad_log_s=grad_log_s), *rest)
 
 
 def all_used(*args: Any) -> tuple:
@@ -212,28 +212,28 @@ def of(**settings: Any) -> Objective:
 UNION = {"support": "union", "support_k": 4}
 FUTURE = {"reward_to_go": "discounted", "discount": 0.8}
 SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
-    "reverse KL's sign": (divergence, "entries", flipped(1.0), of()),
-    "forward KL's sign": (divergence, "entries", flipped(0.0), of(beta=0.0)),
-    "JSD's sign": (divergence, "entries", flipped(0.5), of(beta=0.5)),
-    "reverse KL of the other side": (divergence, "entries", swapped, of()),
-    "forward KL of the other side": (divergence, "entries", swapped, of(beta=0.0)),
-    "JSD of the other side": (divergence, "entries", swapped, of(beta=0.3)),
-    "forward KL in a gate": (divergence, "entries", flipped(0.0), of(entropy_gate=2.0)),
+    "reverse KL's sign": (divergence, "pointwise_terms", flipped(1.0), of()),
+    "forward KL's sign": (divergence, "pointwise_terms", flipped(0.0), of(beta=0.0)),
+    "JSD's sign": (divergence, "pointwise_terms", flipped(0.5), of(beta=0.5)),
+    "reverse KL of the other side": (divergence, "pointwise_terms", swapped, of()),
+    "forward KL of the other side": (divergence, "pointwise_terms", swapped, of(beta=0.0)),
+    "JSD of the other side": (divergence, "pointwise_terms", swapped, of(beta=0.3)),
+    "forward KL in a gate": (divergence, "pointwise_terms", flipped(0.0), of(entropy_gate=2.0)),
     "JSD's mixture the other way round": (pointwise, "_log_mixture", lambda gap, b: (gap * 0, gap * 0), of(beta=0.3)),
     "weights dropped": (rule.TrainingRule, "_corrected", lambda s, w, *a: w * 0 + 1, of()),
-    "costs dropped": (rule.TrainingRule, "_with_cost", lambda self, slope, tokens: slope, of(**FUTURE)),
-    "the bucket's slope": (supports, "spread", without_tail_slope, of(**UNION)),
-    "the bucket's slope, forward": (supports, "spread", without_tail_slope, of(beta=0.0, **UNION)),
-    "ids counted twice": (supports, "choose", all_used, of(**UNION, tail="renormalise")),
-    "ids counted twice, bucket": (supports, "choose", all_used, of(beta=0.3, **UNION)),
+    "costs dropped": (rule.TrainingRule, "_with_policy_gradient", lambda self, slope, tokens: slope, of(**FUTURE)),
+    "the bucket's slope": (divergence, "scatter_to_vocab", without_tail_slope, of(**UNION)),
+    "the bucket's slope, forward": (divergence, "scatter_to_vocab", without_tail_slope, of(beta=0.0, **UNION)),
+    "ids counted twice": (divergence, "choose", all_used, of(**UNION, tail="renormalise")),
+    "ids counted twice, bucket": (divergence, "choose", all_used, of(beta=0.3, **UNION)),
     "the wrong side's ids": (
-        supports,
+        divergence,
         "choose",
         lambda n, k, s, t: real_choose(n, k, t, s),
         of(support="student_top_k", support_k=4),
     ),
     "a bucket too many": (
-        supports,
+        divergence,
         "with_tail",
         lambda p, rest, tail: torch.cat([p, rest], -1),
         of(**UNION, tail="renormalise"),
@@ -288,34 +288,39 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         of(importance_clip=1.2),
     ),
     "no ratios": (rule.TrainingRule, "_corrected", lambda self, w, *a: w, of(importance_clip=1.2)),
-    "anchor the other way round": (rule, "entries", lambda a, s, b, beta: swapped(a, s, b, beta), of(ref_kl_coef=0.5)),
-    "anchor's sign": (rule, "entries", flipped(1.0), of(ref_kl_coef=0.5)),
-    "no entry clip": (pointwise, "clip_entries", lambda f, s, c: real_clip(f, s, 1e9), of(entry_clip=0.02)),
+    "anchor the other way round": (
+        rule,
+        "pointwise_terms",
+        lambda a, s, b, beta: swapped(a, s, b, beta),
+        of(ref_kl_coef=0.5),
+    ),
+    "anchor's sign": (rule, "pointwise_terms", flipped(1.0), of(ref_kl_coef=0.5)),
+    "no entry clip": (divergence, "clip_terms", lambda f, s, c: real_clip(f, s, 1e9), of(entry_clip=0.02)),
     "an entry clip with a gradient": (
-        pointwise,
-        "clip_entries",
-        lambda f, s, c: (real_clip(f, s, c)[0]._replace(slope=f.slope), real_clip(f, s, c)[1]),
+        divergence,
+        "clip_terms",
+        lambda f, s, c: (real_clip(f, s, c)[0]._replace(grad_log_s=f.grad_log_s), real_clip(f, s, c)[1]),
         of(entry_clip=0.02),
     ),
     "another baseline": (Divergence, "_baseline", lambda self, *a: 0.3, of(support="sampled")),
     "a sampled ratio's sign": (divergence, "log_ratio", lambda s, t: t - s, of(support="sampled")),
     "all tokens kept": (
-        objective_module.token_weights,
+        objective_module,
         "keep_top_fraction",
         lambda s, *a: torch.ones_like(s),
         of(keep_fraction=0.5),
     ),
     "the worst kept": (
-        objective_module.token_weights,
+        objective_module,
         "keep_top_fraction",
-        lambda s, row, f, real=objective_module.token_weights.keep_top_fraction: real(-s, row, f),
+        lambda s, row, f, real=objective_module.keep_top_fraction: real(-s, row, f),
         of(keep_fraction=0.5),
     ),
-    "contrast without a mean": (objective_module.token_weights, "contrastive", lambda r, w, row: (r - w).abs(), of()),
+    "contrast without a mean": (objective_module, "contrastive", lambda r, w, row: (r - w).abs(), of()),
     "a mean over the batch": (
-        objective_module.token_weights,
+        objective_module,
         "contrastive",
-        lambda r, w, row, real=objective_module.token_weights.contrastive: real(r, w, row * 0),
+        lambda r, w, row, real=objective_module.contrastive: real(r, w, row * 0),
         of(),
     ),
 }

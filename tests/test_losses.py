@@ -295,4 +295,4 @@ def test_without_gradients_the_values_are_the_same(divergence: Divergence) -> No
 
 def test_tokens_are_selected_together() -> None:
     tokens = problem(4).tokens.select(torch.tensor([2, 0]))
-    assert isinstance(tokens, Tokens) and tokens.row_N.tolist() == [0, 0] and tokens.cost_N is None
+    assert isinstance(tokens, Tokens) and tokens.row_N.tolist() == [0, 0] and tokens.advantage_N is None

@@ -336,4 +336,4 @@ def test_formulas_name_the_direction() -> None:
 
 
 def test_a_token_knows_no_more_than_it_was_told() -> None:
-    assert vars(Tokens(torch.ones(1))).keys() >= {"weight_N", "ids_N", "row_N", "rollout_logprobs_N", "cost_N"}
+    assert vars(Tokens(torch.ones(1))).keys() >= {"weight_N", "ids_N", "row_N", "rollout_logprobs_N", "advantage_N"}

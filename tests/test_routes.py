@@ -198,12 +198,12 @@ def test_loss_and_gradient_of_a_route_are_the_sums_over_its_rows_with_their_own_
     row_N = losses.rollouts.pad("cpu").row_N
     for number, (record, _) in enumerate(apart):
         mine = row_N == number
-        assert together.records.keys() == record.records.keys()
+        assert together.metrics.keys() == record.metrics.keys()
         pairs = {
             "divergence": (together.divergence_N, record.divergence_N),
             "entropy": (together.entropy_N, record.entropy_N),
         }
-        pairs |= {key: (together.records[key], values) for key, values in record.records.items()}
+        pairs |= {key: (together.metrics[key], values) for key, values in record.metrics.items()}
         for key, (of_all, of_one) in pairs.items():
             assert torch.allclose(of_all[mine], of_one, atol=1e-6), key
 

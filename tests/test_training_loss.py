@@ -151,13 +151,13 @@ def test_the_loss_is_weighted_by_the_truncated_ratio(
     rollouts = loss.prepare_rollouts(make_rollouts(4))
     cpu = torch.device("cpu")
     plain = loss(trainer.model, loss.score(rollouts), cpu, 1)
-    own = iter(plain.records["logprob"].tolist())
+    own = iter(plain.metrics["logprob"].tolist())
     sampled = [[next(own) + shift if kept else 0.0 for kept in mask] for mask in rollouts.loss_mask]
     object.__setattr__(rollouts, "rollout_logprobs", sampled)
     corrected = loss(trainer.model, loss.score(rollouts), cpu, 1)
     assert corrected.loss.item() == pytest.approx(ratio * plain.loss.item(), rel=1e-4)
-    assert corrected.records["importance/ratio"].mean().item() == pytest.approx(ratio, rel=1e-4)
-    assert corrected.records["importance/truncated"].mean().item() == truncated
+    assert corrected.metrics["importance/ratio"].mean().item() == pytest.approx(ratio, rel=1e-4)
+    assert corrected.metrics["importance/truncated"].mean().item() == truncated
 
 
 # ---- refused, or said to do nothing ---------------------------------------------------------------------------------

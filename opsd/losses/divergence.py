@@ -15,28 +15,37 @@ import torch
 from torch import Tensor
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.losses import pointwise as table
-from opsd.losses import supports
 from opsd.losses.estimators import log_ratio, optimal_baseline
-from opsd.losses.pointwise import Entries, entries
+from opsd.losses.pointwise import FLOOR, PointwiseTerms, clip_terms, describe, entry_formula, pointwise_terms
+from opsd.losses.supports import (
+    SUPPORTS,
+    TAILS,
+    choose,
+    gather,
+    log_rest,
+    log_rest_of_listed,
+    scatter_to_vocab,
+    with_tail,
+)
 from opsd.signals import TeacherSignal, TopKSignal
 
 NEAR_AN_END = 0.05  # between 0 and this (or its mirror) the generalised JSD is close to 0 whatever the two models say
 BASELINES = ("optimal", "none")
 
 
-class Compared(NamedTuple):
+class DivergenceOutput(NamedTuple):
     """What a divergence finds at a block of tokens.
 
     Args:
         value_R: nats per token.
-        slope_RV: s(v)·∂value/∂s(v), up to multiples of s(v); the gradient with respect to logits is slope - s·Σ slope.
-        records: (R,) tensors by name.
+        grad_log_s_RV: ∂value/∂log s(v), up to a multiple of s(v); the gradient with respect to the logits is
+            grad_log_s - s·Σ grad_log_s.
+        metrics: (R,) tensors by name.
     """
 
     value_R: Tensor
-    slope_RV: Tensor
-    records: dict[str, Tensor]
+    grad_log_s_RV: Tensor
+    metrics: dict[str, Tensor]
 
 
 class _View(NamedTuple):
@@ -110,7 +119,7 @@ class Divergence:
                 f"temperature must be above 0, and is {self.temperature}. Logits are divided by it. Use 1 to train "
                 "on the distributions as they are."
             )
-        for name, known in (("support", supports.SUPPORTS), ("tail", supports.TAILS), ("baseline", BASELINES)):
+        for name, known in (("support", SUPPORTS), ("tail", TAILS), ("baseline", BASELINES)):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(not_one_of(name, value, known))
@@ -131,7 +140,7 @@ class Divergence:
             self._check_sampled()
         elif self._is_top_k and self.tail == "none" and self.beta > 0.0 and not self.force_tail:
             raise ConfigError(
-                f"support {self.support!r} with tail 'none' and {table.describe(self.beta)} is refused: the loss falls "
+                f"support {self.support!r} with tail 'none' and {describe(self.beta)} is refused: the loss falls "
                 "when the student moves its mass outside the support, where nothing is compared, and training finds "
                 "that out (verl PR 5041). Use tail 'bucket' or 'renormalise', or set force_tail to train it anyway."
             )
@@ -177,13 +186,13 @@ class Divergence:
 
     def describe(self) -> str:
         """The divergence in words, as logs and reports name it."""
-        said = [table.describe(self.beta)]
+        said = [describe(self.beta)]
         if self.temperature != 1.0:
             said[0] += f" at temperature {self.temperature:g}"
         if self.support != "full":
-            said.append("over " + supports.SUPPORTS[self.support].format(k=self.support_k))
+            said.append("over " + SUPPORTS[self.support].format(k=self.support_k))
         if self._is_top_k:
-            said.append(supports.TAILS[self.tail])
+            said.append(TAILS[self.tail])
         if self.support == "sampled" and self.baseline == "none":
             said.append("no baseline")
         if self.entropy_gate is not None:
@@ -200,9 +209,9 @@ class Divergence:
         if self.support == "sampled":
             less = "" if self.baseline == "none" else " − b"
             return f"log s(y) − log t(y),  gradient (log s(y) − log t(y){less})·∇log s(y)"
-        entry = table.entry_formula(self.beta)
+        entry = entry_formula(self.beta)
         if self.entropy_gate is not None:
-            entry += f" + [H(t) > {self.entropy_gate:g}]·{table.entry_formula(0.0)}"
+            entry += f" + [H(t) > {self.entropy_gate:g}]·{entry_formula(0.0)}"
         if self.entry_clip is not None:
             entry = f"min({self.entry_clip:g}, {entry})"
         text = f"{'Σ_v∈S' if self._is_top_k else 'Σ_v'} {entry}"
@@ -213,7 +222,9 @@ class Divergence:
 
     # ---- the computation ---------------------------------------------------------------------------------------
 
-    def compare(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, token_ids_R: Tensor | None) -> Compared:
+    def compare(
+        self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, token_ids_R: Tensor | None
+    ) -> DivergenceOutput:
         """Compare student and teacher at a block of tokens.
 
         Args:
@@ -222,38 +233,38 @@ class Divergence:
             teacher: (R, V) the teacher's log-probabilities, or its likeliest ones.
             token_ids_R: the scored tokens; needed for support "sampled".
         """
-        records: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         if self.support == "sampled":
             assert token_ids_R is not None, "support 'sampled' needs the sampled tokens"
-            value_R, slope_RV = self._policy_gradient(log_s, s, teacher, token_ids_R)
+            value_R, grad_log_s_RV = self._policy_gradient(log_s, s, teacher, token_ids_R)
         else:
-            view = self._view(log_s, s, teacher, records)
-            found = self._entries(view, records)
+            view = self._view(log_s, s, teacher, metrics)
+            found = self._pointwise_terms(view, metrics)
             if self.entry_clip is not None:
-                found, records["clipped/entries"] = table.clip_entries(found, view.s, self.entry_clip)
-            value_R, slope_RV = found.value.sum(-1), self._spread(found, view, s)
+                found, metrics["clipped/entries"] = clip_terms(found, view.s, self.entry_clip)
+            value_R, grad_log_s_RV = found.value.sum(-1), self._scatter_to_vocab(found, view, s)
         if self.token_clip is not None:
             clipped_R = value_R > self.token_clip
-            records["clipped/tokens"] = clipped_R.float()
+            metrics["clipped/tokens"] = clipped_R.float()
             value_R = value_R.clamp(max=self.token_clip)
-            slope_RV = slope_RV.masked_fill(clipped_R[:, None], 0.0)
-        return Compared(value_R, slope_RV, records)
+            grad_log_s_RV = grad_log_s_RV.masked_fill(clipped_R[:, None], 0.0)
+        return DivergenceOutput(value_R, grad_log_s_RV, metrics)
 
-    def _entries(self, view: _View, records: dict[str, Tensor]) -> Entries:
-        found = entries(view.log_s, view.s, view.log_t, self.beta)
+    def _pointwise_terms(self, view: _View, metrics: dict[str, Tensor]) -> PointwiseTerms:
+        found = pointwise_terms(view.log_s, view.s, view.log_t, self.beta)
         if self.entropy_gate is None:
             return found
-        entropy_R = -(view.log_t.exp() * view.log_t.clamp(min=table.FLOOR)).sum(-1)
+        entropy_R = -(view.log_t.exp() * view.log_t.clamp(min=FLOOR)).sum(-1)
         gate_R1 = (entropy_R > self.entropy_gate).to(view.s.dtype)[:, None]
-        records["gated"] = gate_R1[:, 0]
-        forward = entries(view.log_s, view.s, view.log_t, 0.0)
-        return Entries(
+        metrics["gated"] = gate_R1[:, 0]
+        forward = pointwise_terms(view.log_s, view.s, view.log_t, 0.0)
+        return PointwiseTerms(
             found.value + gate_R1 * forward.value,
-            found.slope + gate_R1 * forward.slope,
+            found.grad_log_s + gate_R1 * forward.grad_log_s,
             found.shift + gate_R1 * forward.shift,
         )
 
-    def _view(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, records: dict[str, Tensor]) -> _View:
+    def _view(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, metrics: dict[str, Tensor]) -> _View:
         """Return the entries to compare, and record how much mass a support holds."""
         if not self._is_top_k:
             assert isinstance(teacher, Tensor)
@@ -262,22 +273,22 @@ class Divergence:
             used_RK = teacher.logprobs_NK > -torch.inf
             ids_RK = torch.where(used_RK, teacher.ids_NK, teacher.ids_NK[:, :1])
             log_t = teacher.logprobs_NK.to(log_s.dtype)
-            log_rest_t = supports.log_rest_of_listed(log_t)
+            log_rest_t = log_rest_of_listed(log_t)
             log_t = log_t / self.temperature
         else:
-            ids_RK, used_RK = supports.choose(self.support, self.support_k, log_s, teacher)
-            log_t = supports.gather(teacher, ids_RK, used_RK)
-            log_rest_t = supports.log_rest(teacher.exp(), ids_RK)
-        log_rest_s = supports.log_rest(s, ids_RK)
-        records["support/student"], records["support/teacher"] = (1 - x.exp()[:, 0] for x in (log_rest_s, log_rest_t))
-        compared_s = supports.with_tail(supports.gather(log_s, ids_RK, used_RK), log_rest_s, self.tail)
-        compared_t = supports.with_tail(log_t, log_rest_t, self.tail)
+            ids_RK, used_RK = choose(self.support, self.support_k, log_s, teacher)
+            log_t = gather(teacher, ids_RK, used_RK)
+            log_rest_t = log_rest(teacher.exp(), ids_RK)
+        log_rest_s = log_rest(s, ids_RK)
+        metrics["support/student"], metrics["support/teacher"] = (1 - x.exp()[:, 0] for x in (log_rest_s, log_rest_t))
+        compared_s = with_tail(gather(log_s, ids_RK, used_RK), log_rest_s, self.tail)
+        compared_t = with_tail(log_t, log_rest_t, self.tail)
         return _View(compared_s, compared_s.exp(), compared_t, ids_RK, log_rest_s)
 
-    def _spread(self, found: Entries, view: _View, s: Tensor) -> Tensor:
+    def _scatter_to_vocab(self, found: PointwiseTerms, view: _View, s: Tensor) -> Tensor:
         if view.ids_RK is None or view.log_rest_s is None:
-            return found.slope
-        return supports.spread(found, view.s, s, view.ids_RK, view.log_rest_s, self.tail)
+            return found.grad_log_s
+        return scatter_to_vocab(found, view.s, s, view.ids_RK, view.log_rest_s, self.tail)
 
     def _policy_gradient(
         self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal, token_ids_R: Tensor
@@ -286,8 +297,8 @@ class Divergence:
         ids_R1 = token_ids_R[:, None]
         ratio_R = log_ratio(log_s.gather(-1, ids_R1)[:, 0], sampled_logprobs(teacher, token_ids_R))
         coefficient_R = ratio_R - self._baseline(log_s, s, teacher)
-        slope_RV = torch.zeros_like(log_s).scatter_(-1, ids_R1, coefficient_R[:, None].to(log_s.dtype))
-        return ratio_R, slope_RV
+        grad_log_s_RV = torch.zeros_like(log_s).scatter_(-1, ids_R1, coefficient_R[:, None].to(log_s.dtype))
+        return ratio_R, grad_log_s_RV
 
     def _baseline(self, log_s: Tensor, s: Tensor, teacher: Tensor | TopKSignal) -> Tensor | float:
         """Return the baseline; where the teacher lists its likeliest tokens, that of its coarsening."""

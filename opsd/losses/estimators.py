@@ -60,42 +60,41 @@ def optimal_baseline(s: Tensor, ratio: Tensor) -> Tensor:
     return (share * ratio).sum(-1) / share.sum(-1).clamp(min=torch.finfo(s.dtype).tiny)
 
 
-def discounted_reward_to_go(ratio_N: Tensor, row_N: Tensor, discount: float) -> Tensor:
-    """Return Σ_{m>n} discount^(m-n)·r_m over the rest of the same rollout.
+def discounted_reward_to_go(reward_N: Tensor, row_N: Tensor, discount: float) -> Tensor:
+    """Return Σ_{m>n} discount^(m-n)·reward_m over the later tokens of the same rollout.
 
-    With the token's own r it is the cost to go whose negative Thinking Machines' on-policy distillation uses as the
-    advantage; their discount is 0.
+    With the token's own reward it is the return that Thinking Machines' on-policy distillation uses as the advantage;
+    their discount is 0.
 
     Args:
-        ratio_N: float32, r.
-        row_N: int64; tokens of a rollout stand together, in order.
-        discount: in [0, 1].
+        reward_N: float32, nats: log t(y) - log s(y).
+        row_N: int64, the rollout of each token; tokens of a rollout stand together, in order.
+        discount: per token, in [0, 1].
     """
-    future_N = torch.zeros_like(ratio_N)
+    to_go_N = torch.zeros_like(reward_N)
     for places in _rows(row_N):
-        rest = 0.0
-        values = ratio_N[places].tolist()
-        found = []
-        for value in reversed(values):
-            found.append(rest)
-            rest = discount * (value + rest)
-        future_N[places] = torch.tensor(found[::-1], dtype=ratio_N.dtype, device=ratio_N.device)
-    return future_N
+        total = 0.0
+        totals = []
+        for reward in reversed(reward_N[places].tolist()):
+            totals.append(total)
+            total = discount * (reward + total)
+        to_go_N[places] = torch.tensor(totals[::-1], dtype=reward_N.dtype, device=reward_N.device)
+    return to_go_N
 
 
-def mean_reward_to_go(ratio_N: Tensor, row_N: Tensor) -> Tensor:
-    """Return the mean of r over the later tokens of the same rollout, 0 at the last.
+def mean_reward_to_go(reward_N: Tensor, row_N: Tensor) -> Tensor:
+    """Return the mean reward of the later tokens of the same rollout, 0 at the last.
 
     MiniLLM's length-normalised return (arXiv 2306.08543, section 2.2); with the exact divergence of the token itself,
     its single-step decomposition.
     """
-    future_N = torch.zeros_like(ratio_N)
+    to_go_N = torch.zeros_like(reward_N)
     for places in _rows(row_N):
-        values = ratio_N[places]
-        after = values.flip(0).cumsum(0).flip(0) - values
-        count = torch.arange(len(values) - 1, -1, -1, device=values.device)
-        future_N[places] = after / count.clamp(min=1)
-    return future_N
+        rewards = reward_N[places]
+        later = rewards.flip(0).cumsum(0).flip(0) - rewards
+        count = torch.arange(len(rewards) - 1, -1, -1, device=rewards.device)
+        to_go_N[places] = later / count.clamp(min=1)
+    return to_go_N
 
 
 def _rows(row_N: Tensor) -> list[Tensor]:

@@ -38,24 +38,24 @@ BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**25}
 _KEPT = threading.local()
 
 
-class Outcome(NamedTuple):
+class BlockLoss(NamedTuple):
     """What a rule makes of a block of tokens.
 
     Args:
         loss_R: float32, each token's part of the loss, weighted.
         grad_RV: float32, its gradient with respect to the student's logits.
-        records: detached float32 (R,) tensors by name, for the log and for token weights.
+        metrics: detached float32 (R,) tensors by name, for the log and for token weights.
     """
 
     loss_R: Tensor
     grad_RV: Tensor
-    records: dict[str, Tensor]
+    metrics: dict[str, Tensor]
 
 
 class Rule(Protocol):
     """Turns the logits of a block of tokens into their loss."""
 
-    def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> Outcome:
+    def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> BlockLoss:
         """Return the outcome.
 
         Args:
@@ -89,16 +89,16 @@ class Kernel:
     rule: Rule
     budget_mb: float | None = None
     recompute: bool = False
-    records: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def loss(self, hidden_ND: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the summed loss, with gradient to states and head, and the records of all tokens."""
+        """Return the summed loss, with gradient to states and head, and the metrics of all tokens."""
         head = head.gathered()
         if torch.is_grad_enabled():
             loss = _Fused.apply(hidden_ND, head.weight_VD, head.bias_V, head, self)
         else:
             loss, _ = self.run(hidden_ND, head, (False, False, False), product_dtype(hidden_ND))
-        return loss, self.records
+        return loss, self.metrics
 
     def run(
         self, hidden_ND: Tensor, head: Head, needed: Sequence[bool], dtype: torch.dtype
@@ -125,7 +125,7 @@ class Kernel:
         # Filled in place: small tensors kept from every block would stand between the large ones that a block frees,
         # and a CPU's heap would grow like all logits together.
         columns: dict[str, Tensor] = {}
-        # Once for no tokens at all, too: every process must end up with the same records and with gradients.
+        # Once for no tokens at all, too: every process must end up with the same metrics and with gradients.
         for start in range(0, max(count, 1), chunk):
             rows = slice(start, min(start + chunk, count))
             logits = buffers[:, : rows.stop - start]
@@ -140,13 +140,13 @@ class Kernel:
             if any(needed):
                 _backward(logits[0].to(dtype), states_ND[rows], head, gradients, rows, add=start > 0)
         loss = columns.pop("loss").sum()
-        self.records = columns
+        self.metrics = columns
         return loss, gradients
 
     def _apply_rule(
         self, logits: Tensor, rows: slice, head: Head, needs_gradient: bool
     ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Yield losses and records block by block, and leave the gradient where the student's logits were."""
+        """Yield losses and metrics block by block, and leave the gradient where the student's logits were."""
         length, vocab_size = logits.shape[1:]
         step = max(1, BLOCK_VALUES.get(logits.device.type, BLOCK_VALUES["cuda"]) // vocab_size)
         for start in range(0, max(length, 1), step):
@@ -155,7 +155,7 @@ class Kernel:
             outcome = self.rule(block[0], list(block[1:]), where)
             if needs_gradient:
                 block[0].copy_(head.through(outcome.grad_RV, block[0]))
-            yield where, outcome.records | {"loss": outcome.loss_R}
+            yield where, outcome.metrics | {"loss": outcome.loss_R}
 
     def _rows_per_chunk(self, count: int, vocab_size: int, itemsize: int, device: str) -> int:
         """Return the tokens per chunk that fit the budget, in chunks of nearly equal size."""

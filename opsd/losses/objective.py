@@ -19,11 +19,11 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.losses import token_weights
 from opsd.losses.divergence import Divergence
 from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_reward_to_go, log_ratio, mean_reward_to_go
 from opsd.losses.kernel import Kernel
 from opsd.losses.rule import Tokens, TrainingRule, compiled
+from opsd.losses.token_weights import contrastive, keep_top_fraction
 from opsd.models.head import Head
 from opsd.signals import DenseSignal, HiddenSignal, RoutedSignal, TeacherSignal
 
@@ -38,14 +38,14 @@ class LossOutput:
         loss: scalar with gradient to the student, Σ weight_N · divergence_N and what else the objective adds.
         divergence_N: float32, nats per token, detached; 0 where a token has no weight.
         entropy_N: float32, the student's entropy in nats, detached.
-        records: what else is logged, float32 (N,) by name, detached.
+        metrics: what else is logged, float32 (N,) by name, detached.
         statistics_seconds: what the pass without gradient took, that weights which rank tokens need first.
     """
 
     loss: Tensor
     divergence_N: Tensor
     entropy_N: Tensor
-    records: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
     statistics_seconds: float = 0.0
 
 
@@ -209,29 +209,33 @@ class Objective:
         """Look at all tokens without gradient.
 
         Returns:
-            Those to train on, with their weights and costs; which they are; the records of all.
+            Those to train on, with their weights and costs; which they are; the metrics of all.
         """
         tokens = batch.tokens
         assert tokens.row_N is not None and tokens.ids_N is not None, "tokens are compared within their rollout"
-        weight_N, cost_N, found = tokens.weight_N, tokens.cost_N, dict[str, Tensor]()
+        weight_N, advantage_N, found = tokens.weight_N, tokens.advantage_N, dict[str, Tensor]()
         if self._needs_statistics:
             with torch.no_grad():
                 _, found = self._kernel(replace(batch, reference=None)).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
                 score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
-                kept_N = token_weights.keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
+                kept_N = keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
                 weight_N = weight_N * tokens.where_distilled(kept_N)
-            ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
+            reward_N = -log_ratio(found["logprob"], found["teacher_logprob"])
             if self.reward_to_go == "discounted":
-                cost_N = tokens.with_cost(discounted_reward_to_go(ratio_N, tokens.row_N, self.discount))
+                advantage_N = tokens.plus_advantage(discounted_reward_to_go(reward_N, tokens.row_N, self.discount))
             elif self.reward_to_go == "mean":
-                cost_N = tokens.with_cost(mean_reward_to_go(ratio_N, tokens.row_N))
+                advantage_N = tokens.plus_advantage(mean_reward_to_go(reward_N, tokens.row_N))
         if batch.contrast_signal is not None:
             ids_N = tokens.ids_N
             right_N, contrast_N = batch.signal.logprobs(ids_N), batch.contrast_signal.logprobs(ids_N)
-            weight_N = weight_N * tokens.where_distilled(token_weights.contrastive(right_N, contrast_N, tokens.row_N))
+            weight_N = weight_N * tokens.where_distilled(contrastive(right_N, contrast_N, tokens.row_N))
         kept = weight_N != 0
-        return replace(batch, tokens=replace(tokens, weight_N=weight_N, cost_N=cost_N)).select(kept), kept, found
+        return (
+            replace(batch, tokens=replace(tokens, weight_N=weight_N, advantage_N=advantage_N)).select(kept),
+            kept,
+            found,
+        )
 
     def _kernel(self, batch: _Batch) -> Kernel:
         rule = TrainingRule(
@@ -291,11 +295,11 @@ def _merged(found: Sequence[tuple[Any, LossOutput]], count: int) -> LossOutput:
     def together(values: Sequence[tuple[Any, Tensor]]) -> Tensor:
         return torch.stack([_scatter(each, where, count) for where, each in values]).sum(0)
 
-    names = sorted({name for _, record in found for name in record.records})
+    names = sorted({name for _, record in found for name in record.metrics})
     return LossOutput(
         torch.stack([record.loss for _, record in found]).sum(),
         together([(where, record.divergence_N) for where, record in found]),
         together([(where, record.entropy_N) for where, record in found]),
-        {name: together([(w, r.records[name]) for w, r in found if name in r.records]) for name in names},
+        {name: together([(w, r.metrics[name]) for w, r in found if name in r.metrics]) for name in names},
         sum(record.statistics_seconds for _, record in found),
     )

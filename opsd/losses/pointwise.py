@@ -18,7 +18,7 @@ from torch import Tensor
 FLOOR = -100.0
 
 
-class Entries(NamedTuple):
+class PointwiseTerms(NamedTuple):
     """What a divergence is made of.
 
     Args:
@@ -30,11 +30,11 @@ class Entries(NamedTuple):
     """
 
     value: Tensor
-    slope: Tensor
+    grad_log_s: Tensor
     shift: float | Tensor
 
 
-def entries(log_s: Tensor, s: Tensor, log_t: Tensor, beta: float) -> Entries:
+def pointwise_terms(log_s: Tensor, s: Tensor, log_t: Tensor, beta: float) -> PointwiseTerms:
     """Return the entries of the generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, eq. 1), ends exact.
 
     Args:
@@ -46,14 +46,14 @@ def entries(log_s: Tensor, s: Tensor, log_t: Tensor, beta: float) -> Entries:
     gap = log_s.clamp(min=FLOOR) - log_t.clamp(min=FLOOR)
     if beta == 1.0:
         value = s * gap
-        return Entries(value, value, 1.0)
+        return PointwiseTerms(value, value, 1.0)
     t = log_t.exp()
     if beta == 0.0:
         # The slope is that of the unfloored divergence: it is bounded by itself.
-        return Entries(t * -gap, s - t, -1.0)
+        return PointwiseTerms(t * -gap, s - t, -1.0)
     log_m_over_s, log_m_over_t = _log_mixture(gap, beta)
     of_student = (1.0 - beta) * s * -log_m_over_s
-    return Entries(of_student - beta * t * log_m_over_t, of_student, 0.0)
+    return PointwiseTerms(of_student - beta * t * log_m_over_t, of_student, 0.0)
 
 
 def _log_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -67,18 +67,18 @@ def _log_mixture(gap: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def clip_entries(found: Entries, s: Tensor, clip: float) -> tuple[Entries, Tensor]:
+def clip_terms(found: PointwiseTerms, s: Tensor, clip: float) -> tuple[PointwiseTerms, Tensor]:
     """Cap every entry's value (OPSD, arXiv 2601.18734: 0.05); a capped entry has no gradient.
 
-    Entries t·log(t/s) of a forward KL are negative where t < s, and a cap takes from the positive ones only: the sum
+    Terms t·log(t/s) of a forward KL are negative where t < s, and a cap takes from the positive ones only: the sum
     can then be negative, and that is no error.
 
     Returns:
         The capped entries, and (R,) float32: 1 for tokens with at least one capped entry.
     """
     kept = found.value <= clip
-    slope = kept * (found.slope + found.shift * s) - found.shift * s
-    capped = Entries(found.value.clamp(max=clip), slope, found.shift)
+    grad_log_s = kept * (found.grad_log_s + found.shift * s) - found.shift * s
+    capped = PointwiseTerms(found.value.clamp(max=clip), grad_log_s, found.shift)
     return capped, (~kept).any(-1).float()
 
 

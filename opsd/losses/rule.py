@@ -17,13 +17,13 @@ from torch import Tensor
 
 from opsd.losses.divergence import Divergence, sampled_logprobs
 from opsd.losses.estimators import importance_weight
-from opsd.losses.kernel import Outcome
-from opsd.losses.pointwise import FLOOR, entries
+from opsd.losses.kernel import BlockLoss
+from opsd.losses.pointwise import FLOOR, pointwise_terms
 from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal, TopKSignal
 
 
 @cache
-def compiled() -> Callable[..., Outcome]:
+def compiled() -> Callable[..., BlockLoss]:
     """Return the rule's call, fused by torch.compile: one graph for all sizes, built on first use (seconds)."""
     return torch.compile(TrainingRule.__call__, dynamic=True)
 
@@ -37,8 +37,8 @@ class Tokens:
         ids_N: int64, the tokens themselves; None where nothing asks for them.
         row_N: int64, the rollout of each, where tokens of a rollout are compared.
         sampler_N: float32, their log-probabilities where they were sampled, for importance correction; NaN if unknown.
-        cost_N: float32, what the policy gradient charges each sampled token beside the divergence: what later tokens
-            cost, less what a reward is worth (GRPO).
+        advantage_N: float32, advantage of each sampled token, in a policy gradient beside the divergence: the reward to
+            go of later tokens and the reward of the rollout (GRPO).
         share_N: float32, the share of the divergence that counts: 0 where a token only carries a reward; None for 1.
     """
 
@@ -46,13 +46,13 @@ class Tokens:
     ids_N: Tensor | None = None
     row_N: Tensor | None = None
     rollout_logprobs_N: Tensor | None = None
-    cost_N: Tensor | None = None
+    advantage_N: Tensor | None = None
     distill_weight_N: Tensor | None = None
 
-    def with_cost(self, cost_N: Tensor) -> Tensor:
-        """Return what tokens are charged with another cost of the divergence on top, where that counts."""
-        cost_N = cost_N if self.distill_weight_N is None else self.distill_weight_N * cost_N
-        return cost_N if self.cost_N is None else self.cost_N + cost_N
+    def plus_advantage(self, advantage_N: Tensor) -> Tensor:
+        """Return the advantages with those of the divergence added, scaled by each token's distillation weight."""
+        advantage_N = advantage_N if self.distill_weight_N is None else self.distill_weight_N * advantage_N
+        return advantage_N if self.advantage_N is None else self.advantage_N + advantage_N
 
     def where_distilled(self, weight_N: Tensor) -> Tensor:
         """Return a weight that comes from comparing with the teacher, 1 where tokens only carry a reward."""
@@ -65,7 +65,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TrainingRule:
-    """Σ_n weight · (divergence + anchor) with the gradient of Σ_n weight · cost · log s(y) beside it.
+    """Σ_n weight · (divergence + anchor) with the gradient of −Σ_n weight · advantage · log s(y) beside it.
 
     Args:
         divergence: what is compared.
@@ -89,36 +89,36 @@ class TrainingRule:
         parts = list(self.signal.parts) if isinstance(self.signal, DenseSignal) else []
         return parts + ([] if self.reference is None else [self.reference])
 
-    def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> Outcome:
-        """Return losses, gradient with respect to the student's logits, and records."""
+    def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> BlockLoss:
+        """Return losses, gradient with respect to the student's logits, and metrics."""
         temperature = self.divergence.temperature
         log_s = torch.log_softmax(student_RV if temperature == 1.0 else student_RV / temperature, dim=-1)
         s = log_s.exp()
         tokens = self.tokens.select(rows)
         teacher = self._teacher(others, rows)
-        value_R, slope_RV, records = self.divergence.compare(log_s, s, teacher, tokens.ids_N)
-        records["divergence"] = value_R
-        records["entropy"] = -torch.linalg.vecdot(s, log_s.clamp(min=FLOOR))
+        value_R, grad_log_s_RV, metrics = self.divergence.compare(log_s, s, teacher, tokens.ids_N)
+        metrics["divergence"] = value_R
+        metrics["entropy"] = -torch.linalg.vecdot(s, log_s.clamp(min=FLOOR))
         if tokens.ids_N is not None:
-            records["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
-            records["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
+            metrics["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
+            metrics["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
         if tokens.distill_weight_N is not None:
             share_R = tokens.distill_weight_N.to(log_s.dtype)
-            value_R = records["divergence"] = share_R * value_R
-            slope_RV = share_R[:, None] * slope_RV
+            value_R = metrics["divergence"] = share_R * value_R
+            grad_log_s_RV = share_R[:, None] * grad_log_s_RV
         weight_R = tokens.weight_N.to(log_s.dtype)
-        slope_RV = self._with_cost(slope_RV, tokens)
-        weight_R = self._corrected(weight_R, tokens, records)
-        loss_R, slope_RV = weight_R * value_R, weight_R[:, None] * slope_RV
+        grad_log_s_RV = self._with_policy_gradient(grad_log_s_RV, tokens)
+        weight_R = self._corrected(weight_R, tokens, metrics)
+        loss_R, grad_log_s_RV = weight_R * value_R, weight_R[:, None] * grad_log_s_RV
         if self.reference is not None:
             log_anchor = self.reference.combine(others[-1:], temperature)
-            held = entries(log_s, s, log_anchor, beta=1.0)
-            records["ref_kl"] = held.value.sum(-1)
+            held = pointwise_terms(log_s, s, log_anchor, beta=1.0)
+            metrics["ref_kl"] = held.value.sum(-1)
             weight_R = self.ref_kl_coef * weight_R
-            loss_R = loss_R + weight_R * records["ref_kl"]
-            slope_RV = slope_RV + weight_R[:, None] * held.slope
-        grad_RV = torch.addcmul(slope_RV, s, slope_RV.sum(-1, keepdim=True), value=-1.0)
-        return Outcome(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, records)
+            loss_R = loss_R + weight_R * metrics["ref_kl"]
+            grad_log_s_RV = grad_log_s_RV + weight_R[:, None] * held.grad_log_s
+        grad_RV = torch.addcmul(grad_log_s_RV, s, grad_log_s_RV.sum(-1, keepdim=True), value=-1.0)
+        return BlockLoss(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, metrics)
 
     def _teacher(self, others: Sequence[Tensor], rows: slice) -> Tensor | TopKSignal:
         if isinstance(self.signal, DenseSignal):
@@ -127,19 +127,21 @@ class TrainingRule:
         assert isinstance(self.signal, TopKSignal)
         return self.signal.select(rows)
 
-    def _with_cost(self, slope_RV: Tensor, tokens: Tokens) -> Tensor:
-        """Add what the sampled tokens are charged."""
-        if tokens.cost_N is None:
-            return slope_RV
+    def _with_policy_gradient(self, grad_log_s_RV: Tensor, tokens: Tokens) -> Tensor:
+        """Add the gradient of −advantage · log s(y) of the sampled tokens."""
+        if tokens.advantage_N is None:
+            return grad_log_s_RV
         assert tokens.ids_N is not None
-        return slope_RV.scatter_add(-1, tokens.ids_N[:, None], tokens.cost_N[:, None].to(slope_RV.dtype))
+        return grad_log_s_RV.scatter_add(
+            -1, tokens.ids_N[:, None], -tokens.advantage_N[:, None].to(grad_log_s_RV.dtype)
+        )
 
-    def _corrected(self, weight_R: Tensor, tokens: Tokens, records: dict[str, Tensor]) -> Tensor:
+    def _corrected(self, weight_R: Tensor, tokens: Tokens, metrics: dict[str, Tensor]) -> Tensor:
         """Return the weights, corrected for how the tokens were sampled."""
         if self.importance_clip is None or tokens.rollout_logprobs_N is None:
             return weight_R
-        ratio_R, records["importance/truncated"] = importance_weight(
-            records["logprob"], tokens.rollout_logprobs_N.to(weight_R.dtype), self.importance_clip
+        ratio_R, metrics["importance/truncated"] = importance_weight(
+            metrics["logprob"], tokens.rollout_logprobs_N.to(weight_R.dtype), self.importance_clip
         )
-        records["importance/ratio"] = ratio_R
+        metrics["importance/ratio"] = ratio_R
         return weight_R * ratio_R

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd.losses.pointwise import Entries
+from opsd.losses.pointwise import PointwiseTerms
 
 SUPPORTS = {
     "full": "the whole vocabulary",
@@ -78,7 +78,9 @@ def with_tail(log_p_RK: Tensor, log_rest_R1: Tensor, tail: str) -> Tensor:
     return torch.log_softmax(log_p_RK, dim=-1) if tail == "renormalise" else log_p_RK
 
 
-def spread(found: Entries, compared_s: Tensor, s_RV: Tensor, ids_RK: Tensor, log_rest_s: Tensor, tail: str) -> Tensor:
+def scatter_to_vocab(
+    found: PointwiseTerms, compared_s: Tensor, s_RV: Tensor, ids_RK: Tensor, log_rest_s: Tensor, tail: str
+) -> Tensor:
     """Return a support's slopes as slopes over the whole vocabulary, (R, V).
 
     Args:
@@ -92,9 +94,11 @@ def spread(found: Entries, compared_s: Tensor, s_RV: Tensor, ids_RK: Tensor, log
     k = ids_RK.shape[-1]
     if tail == "bucket":
         # An entry inside the bucket moves it in proportion to its own share of it.
-        slope_RV = s_RV * (found.slope[:, k:] / log_rest_s.exp().clamp(min=torch.finfo(s_RV.dtype).tiny))
-        return slope_RV.scatter(-1, ids_RK, 0.0).scatter_add(-1, ids_RK, found.slope[:, :k])
-    slope_RK = found.slope + found.shift * compared_s  # the shift adds nothing over all of V, and here it would
+        grad_log_s_RV = s_RV * (found.grad_log_s[:, k:] / log_rest_s.exp().clamp(min=torch.finfo(s_RV.dtype).tiny))
+        return grad_log_s_RV.scatter(-1, ids_RK, 0.0).scatter_add(-1, ids_RK, found.grad_log_s[:, :k])
+    grad_log_s_RK = (
+        found.grad_log_s + found.shift * compared_s
+    )  # the shift adds nothing over all of V, and here it would
     if tail == "renormalise":
-        slope_RK = slope_RK - compared_s * slope_RK.sum(-1, keepdim=True)
-    return torch.zeros_like(s_RV).scatter_add(-1, ids_RK, slope_RK)
+        grad_log_s_RK = grad_log_s_RK - compared_s * grad_log_s_RK.sum(-1, keepdim=True)
+    return torch.zeros_like(s_RV).scatter_add(-1, ids_RK, grad_log_s_RK)

@@ -177,6 +177,6 @@ class Scorer:
             ids_N=batch.scored_ids_N,
             row_N=batch.row_N,
             rollout_logprobs_N=None if sampler is None else torch.tensor(sampler, dtype=torch.float32, device=device),
-            cost_N=-of_row(rollouts.advantages) if any(rollouts.advantages) else None,
+            advantage_N=of_row(rollouts.advantages) if any(rollouts.advantages) else None,
             distill_weight_N=None if all(rollouts.distill_weight) else of_row(rollouts.distill_weight),
         )

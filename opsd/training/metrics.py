@@ -43,10 +43,10 @@ def divergence_metrics(
     values_N = record.divergence_N
     bad = not bool(torch.isfinite(values_N).all() & torch.isfinite(record.loss))
     worst = values_N.max() if len(values_N) else values_N.new_zeros(())
-    others = sorted(set(record.records) - NOT_LOGGED)
+    others = sorted(set(record.metrics) - NOT_LOGGED)
     seen = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), values_N.sum()]
     seen.append(record.entropy_N.sum())
-    seen += [record.records[name].sum() for name in others]
+    seen += [record.metrics[name].sum() for name in others]
     count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(seen)[None]).T
     if bool(bad_somewhere.any()):
         _stop_at_rows(record, rollouts, step)
