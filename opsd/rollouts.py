@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd.errors import DataError
-
 Ids = list[int]
 PAD = 0  # any id will do: padded positions are masked, to the right of all tokens, and never kept
 
@@ -203,28 +201,3 @@ class Rollouts:
                 return row
             n -= sum(scored)
         raise IndexError("there are fewer scored tokens")
-
-
-def check_lengths(
-    limit: int | None, prompts: Sequence[Ids], completion_lengths: Sequence[int], who: str, first_row: int = 0
-) -> None:
-    """Refuse a prompt that leaves no room for its completion.
-
-    Args:
-        limit: tokens that the model's positions reach; None means no limit.
-        prompts: prompt ids.
-        completion_lengths: tokens of each completion, or the most it may get.
-        who: whose prompts, for the message: "student" or "teacher".
-        first_row: number of the first row, for the message.
-
-    Raises:
-        DataError: prompt + completion are longer than the model's context.
-    """
-    for row, (prompt, length) in enumerate(zip(prompts, completion_lengths, strict=True), first_row):
-        if limit is not None and len(prompt) + length > limit:
-            raise DataError(
-                f"row {row}: the {who}'s prompt has {len(prompt)} tokens and its completion up to "
-                f"{length}, together more than the {limit} tokens of the model's context. Tokens past it have no "
-                "position. Drop or shorten such rows, lower max_completion_length, or let the teacher's context "
-                "shorten one field: PrivilegedContext(truncate=…, max_prompt_tokens=…)."
-            )

@@ -20,8 +20,8 @@ from opsd.evaluation import (
     EvaluationResult,
     evaluate,
     generate,
+    generate_with,
     proportion_interval,
-    sampler_of,
     stop_ids_of,
 )
 
@@ -212,7 +212,7 @@ def run_evaluation(
 
     settings = {"grader": "exact", "max_new_tokens": BUDGET, "batch_size": 5, **changes}
     return evaluate(
-        sampler_of(model, tokenizer, prompt_ids), rows, tokenizer, stop_ids=stop_ids_of(model, tokenizer), **settings
+        generate_with(model, tokenizer, prompt_ids), rows, tokenizer, stop_ids=stop_ids_of(model, tokenizer), **settings
     )
 
 

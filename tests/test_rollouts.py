@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opsd.errors import DataError
-from opsd.rollouts import Rollouts, check_lengths
+from opsd.models.forward import check_lengths
+from opsd.rollouts import Rollouts
 
 PER_ROW = ("prompt_ids", "completion_ids", "loss_mask", "row_weights", "rollout_logprobs")
 ids = st.lists(st.integers(1, 99), min_size=1, max_size=6)

@@ -242,7 +242,7 @@ def _load(folder: str) -> tuple[Any, Any]:
 def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progress: Callable[[int], None]) -> Score:
     from opsd.contexts.privileged import PrivilegedContext
     from opsd.contexts.renderer import PromptRenderer
-    from opsd.evaluation import evaluate, sampler_of
+    from opsd.evaluation import evaluate, generate_with
 
     renderer, context = PromptRenderer(tokenizer), PrivilegedContext.of(shown)
 
@@ -250,7 +250,7 @@ def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progr
         return context.render(row, side=renderer) if context else renderer.ids(row["prompt"])
 
     result = evaluate(
-        sampler_of(model, tokenizer, prompt_ids),
+        generate_with(model, tokenizer, prompt_ids),
         rows,
         tokenizer,
         grader=GRADER,

@@ -87,7 +87,7 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     from opsd.contexts.privileged import PrivilegedContext
     from opsd.contexts.renderer import PromptRenderer
     from opsd.data.rows import load_rows, prepare_rows, row_columns, with_system_prompt
-    from opsd.evaluation import evaluate, load_grader, sampler_of, stop_ids_of
+    from opsd.evaluation import evaluate, generate_with, load_grader, stop_ids_of
     from opsd.evaluation.sample_metrics import parse_metric
     from opsd.models.loading import load_model
     from opsd.training.checkpoints import model_folder
@@ -117,7 +117,7 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("answering", total=len(rows) * (1 + max(options.samples, 0)))
         return evaluate(
-            sampler_of(model, tokenizer, prompt_ids),
+            generate_with(model, tokenizer, prompt_ids),
             rows,
             tokenizer,
             grader=grader,

@@ -23,9 +23,9 @@ from opsd.contexts.renderer import Prompt, PromptRenderer
 from opsd.contexts.schedule import ContextSchedule
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
-from opsd.evaluation.sampling import generate
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.models.forward import context_length, keeping_modes, last_hidden
+from opsd.models.generation import generate
 from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal

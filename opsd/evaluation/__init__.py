@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from opsd.evaluation.graders import GRADERS, Grader, grade_rows, load_grader
 from opsd.evaluation.result import Answer, EvaluationResult
-from opsd.evaluation.sampling import evaluate, generate, sampler_of, stop_ids_of
+from opsd.evaluation.sampling import evaluate, generate_with
 from opsd.evaluation.statistics import PairedDifference, paired_difference, proportion_interval, share_of_gap
+from opsd.models.generation import generate, stop_ids_of
 
 __all__ = [
     "GRADERS",
@@ -18,11 +19,11 @@ __all__ = [
     "PairedDifference",
     "evaluate",
     "generate",
+    "generate_with",
     "grade_rows",
     "load_grader",
     "paired_difference",
     "proportion_interval",
-    "sampler_of",
     "share_of_gap",
     "stop_ids_of",
 ]

@@ -8,13 +8,13 @@ Shapes: B rows · L tokens of a padded sequence · N kept positions (packed) · 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from opsd.errors import UnsupportedModelError
+from opsd.errors import DataError, UnsupportedModelError
 from opsd.models.head import Head
 
 # Largest |logits - reference| / max|reference| accepted by check_model, per dtype: rounding of one matrix product.
@@ -35,6 +35,31 @@ def context_length(model: nn.Module) -> int | None:
 def embedded_tokens(model: nn.Module) -> int:
     """Return how many ids a model can read."""
     return model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+
+
+def check_lengths(
+    limit: int | None, prompts: Sequence[list[int]], completion_lengths: Sequence[int], who: str, first_row: int = 0
+) -> None:
+    """Refuse a prompt that leaves no room for its completion.
+
+    Args:
+        limit: tokens that the model's positions reach; None means no limit.
+        prompts: prompt ids.
+        completion_lengths: tokens of each completion, or the most it may get.
+        who: whose prompts, for the message: "student" or "teacher".
+        first_row: number of the first row, for the message.
+
+    Raises:
+        DataError: prompt + completion are longer than the model's context.
+    """
+    for row, (prompt, length) in enumerate(zip(prompts, completion_lengths, strict=True), first_row):
+        if limit is not None and len(prompt) + length > limit:
+            raise DataError(
+                f"row {row}: the {who}'s prompt has {len(prompt)} tokens and its completion up to "
+                f"{length}, together more than the {limit} tokens of the model's context. Tokens past it have no "
+                "position. Drop or shorten such rows, lower max_completion_length, or let the teacher's context "
+                "shorten one field: PrivilegedContext(truncate=…, max_prompt_tokens=…)."
+            )
 
 
 def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, predicts_scored_BL: Tensor) -> Tensor:

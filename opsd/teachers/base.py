@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from opsd.contexts.base import Context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
-from opsd.rollouts import Ids, Rollouts, check_lengths
+from opsd.models.forward import check_lengths
+from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal
 from opsd.teachers.weight_copy import megabytes
 
@@ -296,7 +297,7 @@ class Teacher(ABC):
         Args:
             rows: dataset rows.
             max_new_tokens: tokens per completion at most.
-            sampling: `do_sample`, `temperature`, `batch_size`, … of `opsd.evaluation.sampling.generate`.
+            sampling: `do_sample`, `temperature`, `batch_size`, … of `opsd.models.generation.generate`.
 
         Raises:
             ConfigError: this strategy scores and cannot sample.

@@ -13,8 +13,8 @@ from typing import Any
 from torch import nn
 
 from opsd.errors import AlignmentError
-from opsd.evaluation.sampling import generate
 from opsd.models.forward import check_model, context_length, evaluating, last_hidden
+from opsd.models.generation import generate
 from opsd.models.head import Head
 from opsd.models.sharding import is_sharded, reshard, run_in_forward
 from opsd.rollouts import Ids, PaddedBatch, Rollouts

@@ -25,8 +25,8 @@ from opsd.data.prepare import ready_rows
 from opsd.data.rows import check_completions, row_columns
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.plan import METRIC, EvaluationPlan
-from opsd.models.forward import context_length, counting_passes, embedded_tokens
-from opsd.rollouts import Rollouts, check_lengths
+from opsd.models.forward import check_lengths, context_length, counting_passes, embedded_tokens
+from opsd.rollouts import Rollouts
 from opsd.teachers import Cost, StudentHandle, Teacher
 from opsd.teachers.weight_copy import adapter_adds_nothing, digest
 from opsd.training.controls import control_of

@@ -24,7 +24,7 @@ from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
-from opsd.evaluation.sampling import Generate, evaluate, sampler_of, stop_ids_of
+from opsd.evaluation.sampling import Generate, evaluate, generate_with
 from opsd.evaluation.statistics import paired_difference
 from opsd.evaluation.summary import (
     AFTER,
@@ -41,6 +41,7 @@ from opsd.evaluation.summary import (
     summarise,
 )
 from opsd.models.forward import evaluating
+from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids
 from opsd.teachers import LiveTeacher, Teacher
 from opsd.training.off_policy import completion_ids
@@ -206,7 +207,7 @@ class Evaluator(TrainerCallback):
     @property
     def _sampler(self) -> Generate:
         student = self._trainer.student
-        return sampler_of(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
+        return generate_with(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
 
     @cached_property
     def _blind(self) -> str | None:

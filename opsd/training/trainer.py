@@ -36,9 +36,9 @@ from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.questions import check_held_out
 from opsd.following import TeacherCallback
 from opsd.losses import LossOutput
-from opsd.models.forward import check_model, context_length
+from opsd.models.forward import check_lengths, check_model, context_length
 from opsd.models.loading import ready_model, without_dropout
-from opsd.rollouts import Ids, Rollouts, check_lengths
+from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher
 from opsd.training import checkpoints, checks, machine
 from opsd.training.callbacks import GracefulStop
