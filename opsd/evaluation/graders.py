@@ -8,7 +8,6 @@ apart, they are never silently wrong.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.answers import Mathematics, read_choice, right_choice
+from opsd.sources import import_object
 
 Row = Mapping[str, Any]
 
@@ -318,29 +318,8 @@ def reasoning_gym_scorer(dataset: str, column: str = "answer") -> Callable[[str,
     return lambda text, row: float(score(text.strip(), {**row, "answer": row[column]}))
 
 
-def imported(name: str, what: str) -> Any:
-    """Return what "module:attribute" names.
-
-    Args:
-        name: the two names.
-        what: what it is to be, for the message.
-
-    Raises:
-        ConfigError: it cannot be imported.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        near = did_you_mean(module, COMPLETED)
-        raise ConfigError(
-            f"{what} {name!r} means the function {attribute!r} of the module {module!r}, which fails: {error}.{near}\n"
-            "Check both names; a module in the current folder is found with `PYTHONPATH=. opsd …`."
-        ) from error
-
-
 def _load_function(name: str) -> Grader:
-    found = imported(name, "grader")
+    found = import_object(name, "grader", COMPLETED)
     if not callable(found):
         raise ConfigError(
             f"grader {name!r} is a {type(found).__name__}, not a function of (text, row).\n"
