@@ -36,7 +36,6 @@ evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/demo.py
 	$(RUN)/python benchmarks/losses.py
 	$(RUN)/python benchmarks/crashes.py
-	$(RUN)/python benchmarks/ema_average.py
 	$(RUN)/python benchmarks/doctor.py
 	$(RUN)/python benchmarks/controls.py
 

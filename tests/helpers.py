@@ -35,7 +35,6 @@ MAKE_TEACHER = {
     "same_checkpoint": lambda: SameCheckpointTeacher(context="answer_only"),
     "live": lambda: LiveTeacher(context="worked_solution"),
     "ema": lambda: EMATeacher(0.8, context="answer_only"),
-    "ema_product": lambda: EMATeacher(0.8, average="product", warmup=True, every=2, context="answer_only"),
     "sibling": lambda: SiblingTeacher(make_llama(5), tokenizer=make_tokenizer(), context="answer_only"),
     "past_checkpoint": lambda: PastCheckpointTeacher("checkpoint-3", context="answer_only"),
     "snapshot": lambda: SnapshotTeacher(
@@ -49,9 +48,7 @@ MAKE_TEACHER = {
     ),
 }
 
-
-# An averaged product is one of LoRA factors.
-RUNS = [(t, s) for t in MAKE_TEACHER for s in STUDENTS if (t, s) != ("ema_product", "full")]
+RUNS = [(t, s) for t in MAKE_TEACHER for s in STUDENTS]
 
 
 def make_student(kind: str, seed: int = 0) -> torch.nn.Module:

@@ -27,7 +27,8 @@ ORDER = (
     ("signals", "rollouts"),
     ("contexts", "models"),
     ("data",),
-    ("errors", "findings", "sources"),
+    ("findings", "sources"),
+    ("errors",),
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

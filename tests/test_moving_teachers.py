@@ -8,23 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_rows
+from conftest import make_rows
 from datasets import Dataset
-from helpers import LORA, logged, make_args, make_rollouts, make_student, make_trainer, move, prepared, snapshot
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from helpers import logged, make_rollouts, make_student, make_trainer, move, prepared, snapshot
 
-from opsd import EMATeacher, OPSDTrainer, PastCheckpointTeacher, SnapshotTeacher
+from opsd import EMATeacher, OPSDTrainer, PastCheckpointTeacher, SnapshotTeacher, load_teacher
 from opsd.errors import ConfigError
 from opsd.teachers import Gate
 from opsd.teachers.gate import mean
-from opsd.teachers.products import A, B, refactored
 
 # ---- averages -----------------------------------------------------------------------------------------------------
-
-
-def products(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """B·A of each layer in float64."""
-    return {n: values[n.replace(A, B)].double() @ values[n].double() for n in values if A in n}
 
 
 def averaged(
@@ -74,72 +67,46 @@ def test_updates_come_every_n_steps_and_warm_up_forgets_the_start_sooner(every: 
     assert teacher.moved == len(decays)
 
 
-def test_an_averaged_product_is_the_average_of_products_and_not_of_factors() -> None:
-    student = make_student("arriving adapter")
-    product, factors = (
-        prepared(EMATeacher(0.7, average="product", rank=100), student),
-        prepared(EMATeacher(0.7), student),
-    )
-    history = [products(snapshot(student))]
-    for step in range(1, 6):
+def test_a_warm_up_goes_on_after_a_resume_where_it_was() -> None:
+    """Counted anew, it would forget the average at the first step after a stop."""
+    student = make_student("lora")
+    whole, first, rest = (prepared(EMATeacher(0.99, warmup=True, every=2), student) for _ in range(3))
+    for step in range(1, 9):
         move(student)
-        product.after_step(step)
-        factors.after_step(step)
-        history.append(products(snapshot(student)))
-    for name, value in products(product.weights.values).items():
-        expected = closed_form([h[name] for h in history], [0.7] * 5)
-        assert (value - expected).abs().max() <= 1e-6, name
-        assert (products(factors.weights.values)[name] - expected).abs().max() > 1e-4
-    with product.teaching():  # the stacked factors must reach the forward pass
-        got = student(torch.arange(3, 20)[None]).logits
-    merged = make_llama()
-    for name, value in products(product.weights.values).items():
-        layer = merged.get_submodule(name.removeprefix("base_model.model.").split(A)[0])
-        layer.weight.data += (LORA["lora_alpha"] / LORA["r"] * value).float()
-    assert torch.allclose(got, merged(torch.arange(3, 20)[None]).logits, atol=1e-4)
+        if step == 5:
+            rest.load_state_dict(first.state_dict())
+        for teacher in (whole, first if step < 5 else rest):
+            teacher.after_step(step)
+    assert all(torch.equal(v, rest.weights.values[n]) for n, v in whole.weights.values.items())
+    assert [round(whole.decay_of(n), 4) for n in (1, 2, 8, 1000)] == [0.1818, 0.25, 0.5, 0.99]
+    assert rest.moved == 4
 
 
-def test_re_factorisation_keeps_the_largest_part_and_says_what_it_left_out() -> None:
-    generator = torch.Generator().manual_seed(0)
-    b, a = torch.randn(17, 12, generator=generator), torch.randn(12, 23, generator=generator)
-    small_b, small_a, lost = refactored(b, a, rank=5)
-    u, s, vh = torch.linalg.svd(b.double() @ a.double())
-    best = (u[:, :5] * s[:5]) @ vh[:5]
-    assert small_b.shape == (17, 5) and small_a.shape == (5, 23)
-    assert torch.allclose((small_b @ small_a).double(), best, atol=1e-5)
-    assert lost == pytest.approx(float(s[5:].norm() / s.norm()))
-    assert refactored(b, a, rank=12)[2] < 1e-12
-
-    student = make_student("arriving adapter")
-    teacher = prepared(EMATeacher(0.5, average="product", rank=4), student)
-    averaged(teacher, student, steps=6)
-    assert all(len(value) <= 8 for name, value in teacher.weights.values.items() if A in name)
-    assert 0 < teacher.metrics["teacher/average_lost"] < 1
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading is from a GPU to CPU memory")
+def test_an_offloaded_average_stays_in_cpu_memory() -> None:
+    student = make_student("lora").cuda()
+    teacher = prepared(EMATeacher(0.7, offload=True), student)
+    averaged(teacher, student, steps=4)
+    scores(teacher)
+    assert {v.device.type for v in teacher.tensors} == {"cpu"} and teacher.cost.offloaded == teacher.cost.megabytes
 
 
-def lora(**settings: Any) -> torch.nn.Module:
-    return get_peft_model(make_llama(), LoraConfig(**{**LORA, **settings}))
+SETTINGS: list[tuple[dict[str, Any], str]] = [
+    ({"decay": 1}, "at least 0 and below 1"),
+    ({"decay": 0.9, "every": 0}, "every must be a whole number"),
+    ({"decay": 0.9, "every": 2.0}, "every must be a whole number"),
+    ({"decay": 0.9, "warmup": "yes"}, "warmup is true or false"),
+    ({"decay": 0.9, "warmup": 10}, "warmup is true or false"),
+    ({"decay": 0.9, "evry": 2}, "Did you mean 'every'"),
+    ({}, "needs decay"),
+]
 
 
-@pytest.mark.parametrize(
-    ("make", "why"),
-    [
-        (make_llama, "has no LoRA factors"),
-        (lambda: lora(use_dora=True), "magnitude"),
-        (lambda: lora(target_modules=["embed_tokens", "q_proj"]), "lora_embedding"),
-    ],
-)
-def test_a_student_whose_average_is_no_product_is_refused(make: Any, why: str) -> None:
-    with pytest.raises(ConfigError, match=f'{why}.*Use average="factors"'):
-        prepared(EMATeacher(0.9, average="product"), make())
-
-
-@pytest.mark.parametrize(
-    "settings", [{"average": "products"}, {"every": 0}, {"average": "product", "rank": 0}, {"rank": 8}]
-)
-def test_settings_of_an_average_outside_their_range_are_refused(settings: dict) -> None:
-    with pytest.raises(ConfigError):
-        EMATeacher(0.9, **settings)
+@pytest.mark.parametrize(("settings", "message"), SETTINGS)
+def test_settings_of_an_average_outside_their_range_are_refused_as_they_are_read(settings: dict, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_teacher({"strategy": "ema", **settings})
+    assert message in str(error.value)
 
 
 # ---- snapshots ----------------------------------------------------------------------------------------------------
@@ -309,18 +276,3 @@ def test_a_checkpoint_of_this_run_becomes_the_teacher_at_its_step(
     again = prepared(PastCheckpointTeacher("checkpoint-2"), make_student("full").eval())
     again.load_state_dict(teacher.state_dict())
     assert torch.equal(scores(again), second)
-
-
-# ---- adapters that the loss would go around -------------------------------------------------------------------------
-
-VIRTUAL_TOKENS = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
-AROUND = [(VIRTUAL_TOKENS, "virtual tokens"), (LoraConfig(target_modules=["lm_head"], r=4), "is on the head")]
-AROUND.append((LoraConfig(target_modules=r".*lm_head", r=4), "is on the head"))
-
-
-@pytest.mark.parametrize(("config", "why"), AROUND)
-def test_an_adapter_that_the_loss_would_go_around_is_refused(tmp_path: Path, config: Any, why: str) -> None:
-    with pytest.raises(ConfigError, match=why):  # before the model is looked for
-        OPSDTrainer("no/such-model", args=make_args(tmp_path), peft_config=config)
-    with pytest.raises(ConfigError, match=why):
-        make_trainer(tmp_path, None, get_peft_model(make_llama(tie=False), config))

@@ -55,7 +55,6 @@ TEACHERS: dict[str, tuple[Make, bool]] = {
 }
 VARIANTS: dict[str, tuple[Make, bool]] = {
     "past_checkpoint of this run": (lambda model, **kw: PastCheckpointTeacher("checkpoint-3", **kw), True),
-    "ema of the product": (lambda model, **kw: EMATeacher(0.9, average="product", **kw), True),
     "ema, offloaded": (lambda model, **kw: EMATeacher(0.9, offload=True, **kw), True),
     "sibling, offloaded": (
         lambda model, **kw: SiblingTeacher(model, tokenizer=make_tokenizer(), offload=True, **kw),
@@ -84,8 +83,7 @@ VARIANTS: dict[str, tuple[Make, bool]] = {
 }
 STRATEGIES = TEACHERS
 TEACHERS = {**STRATEGIES, **VARIANTS}
-OF_FULL_MODELS = [strategy for strategy in TEACHERS if strategy != "ema of the product"]
-CASES = [(t, s) for t in TEACHERS for s in STUDENTS if s != "full" or t in OF_FULL_MODELS]
+CASES = [(t, s) for t in TEACHERS for s in STUDENTS]
 
 
 def make_pair(strategy: str, kind: str, **kwargs: object) -> tuple[torch.nn.Module, Teacher]:
@@ -170,7 +168,7 @@ def _hidden_signals(signal: TeacherSignal) -> list[HiddenSignal]:
 
 
 @pytest.mark.parametrize("make_model", [make_llama, make_gpt2])
-@pytest.mark.parametrize("strategy", OF_FULL_MODELS)
+@pytest.mark.parametrize("strategy", TEACHERS)
 def test_a_rows_scores_do_not_depend_on_its_company(strategy: str, make_model: Callable) -> None:
     """Invariant 3, also on a model with learned positions."""
     teacher = prepared(TEACHERS[strategy][0](make_model(), context="answer_only"), make_model().eval())
@@ -184,7 +182,7 @@ def test_a_rows_scores_do_not_depend_on_its_company(strategy: str, make_model: C
     assert (together - alone).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("strategy", [s for s in OF_FULL_MODELS if "mixture" not in s])
+@pytest.mark.parametrize("strategy", [s for s in TEACHERS if "mixture" not in s])
 def test_logprobs_without_a_trainer_equal_a_plain_forward_pass(strategy: str) -> None:
     """Written from the definition: the model's own logits over prompt ++ completion, one row at a time."""
     student, teacher = make_pair(strategy, "full", context="worked_solution")

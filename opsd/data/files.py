@@ -22,7 +22,7 @@ from datasets import Dataset, Features, IterableDataset, Json, Value, load_datas
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from opsd.errors import DataError, did_you_mean
-from opsd.hub import is_hub_id
+from opsd.sources import is_hub_id
 
 __all__ = ["load_rows"]
 

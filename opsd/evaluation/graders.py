@@ -7,7 +7,6 @@ raises: `grade` reports such rows, which are never silently wrong.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.answers import Mathematics, read_choice, right_choice
+from opsd.sources import import_object
 
 Row = Mapping[str, Any]
 
@@ -323,29 +323,8 @@ def reasoning_gym_scorer(dataset: str, column: str = "answer") -> Callable[[str,
     return lambda text, row: float(score(text.strip(), {**row, "answer": row[column]}))
 
 
-def imported(name: str, what: str) -> Any:
-    """Return the attribute that "module:attribute" names.
-
-    Args:
-        name: "module:attribute".
-        what: what the attribute is used as, for the message: "grader" or "reward function".
-
-    Raises:
-        ConfigError: the import fails.
-    """
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        near = did_you_mean(module, COMPLETED)
-        raise ConfigError(
-            f"{what} {name!r} cannot be imported: the function {attribute!r} of the module {module!r} fails: {error}."
-            f"{near}\nCheck both names; a module in the current folder is found with `PYTHONPATH=. opsd …`."
-        ) from error
-
-
 def _load_function(name: str) -> Grader:
-    function = imported(name, "grader")
+    function = import_object(name, "grader", COMPLETED)
     if not callable(function):
         raise ConfigError(
             f"grader {name!r} is a {type(function).__name__}, not a function of (text, row).\n"

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError
-from opsd.hub import is_hub_id
+from opsd.sources import is_hub_id
 
 ADAPTER_CONFIG = "adapter_config.json"
 

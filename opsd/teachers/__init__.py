@@ -14,7 +14,6 @@ from typing import Any
 from opsd import sources
 from opsd.contexts.base import Context
 from opsd.errors import ConfigError, did_you_mean
-from opsd.hub import is_hub_id
 from opsd.teachers.base import Cost, StudentHandle, Teacher
 from opsd.teachers.composite import CompositeTeacher
 from opsd.teachers.ema import EMATeacher
@@ -119,7 +118,7 @@ def _resolve(value: TeacherLike) -> tuple[Mapping[str, Any], Any]:
             f"{type(value).__name__}. Take one from `opsd teachers`."
         )
     source = fspath(value)
-    if Path(source).is_dir() or is_hub_id(source):
+    if Path(source).is_dir() or sources.is_hub_id(source):
         return {"strategy": SiblingTeacher.strategy, "model": source}, None
     raise ConfigError(_nothing_named(source))
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
-from opsd.evaluation.graders import REASONING_GYM, imported, is_function_name, load_grader, reasoning_gym_scorer
+from opsd.evaluation.graders import REASONING_GYM, is_function_name, load_grader, reasoning_gym_scorer
 from opsd.rollouts import Ids
+from opsd.sources import import_object
 
 Row: TypeAlias = Mapping[str, Any]
 RewardFunc: TypeAlias = Callable[..., Sequence[float | None]]
@@ -37,7 +38,7 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
     """
     if isinstance(value, str):
         if is_function_name(value):
-            return load_reward(imported(value, "reward function"))
+            return load_reward(import_object(value, "reward function"))
         return _GraderReward(value)
     is_plain = callable(value) and not hasattr(value, "parameters")
     if not is_plain or any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
