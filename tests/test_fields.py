@@ -9,7 +9,7 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd.contexts.filters import at_path, last_boxed, number_lines, read_by, strip_thinking, truncate_tokens
+from opsd.contexts.filters import last_boxed, number_lines, read_by, strip_thinking, truncate_tokens
 from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.truncation import ELLIPSIS, count_tokens, first_share, longest_that_fits
@@ -61,13 +61,6 @@ def test_messages_without_a_chat_template_say_how_to_write_them() -> None:
 )
 def test_other_values_read_as_a_person_would_write_them(value: Any, text: str) -> None:
     assert shown("[{{ value }}]", value=value) == f"[{text}]"
-
-
-def test_dotted_paths_reach_into_nested_columns_also_where_they_are_kept_as_json() -> None:
-    row = {"a": {"b": {"c": 1}}, "info": '{"demo": "d"}', "x.y": 2, "broken": "{no"}
-    assert [at_path(row, path) for path in ("a.b.c", "info.demo", "x.y", "a.z", "broken.x", "none")] == [
-        1, "d", 2, None, None, None,
-    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- filters

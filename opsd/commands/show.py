@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from opsd.commands.build import rows_of
 from opsd.commands.run_file import Run, read_run
+from opsd.contexts.base import ROLLOUT_FIELDS
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.schedule import LEVELS
 from opsd.data.prepare import ready_rows
@@ -25,7 +26,7 @@ from opsd.errors import ConfigError
 from opsd.models.loading import check_model_name
 from opsd.teachers import Teacher, load_teacher
 from opsd.training.controls import control_of
-from opsd.training.groups import PRODUCED, placeholders
+from opsd.training.groups import placeholders
 
 BOUNDARY = " ▏"
 SHADES = ("on grey15", "on grey27")  # neighbouring tokens differ, so that their edges show
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> int:
     """Print both sides of every row that was asked for."""
     options = make_parser().parse_args(arguments)
     run, teachers = _settings(options)
-    model, made = run.model.model_name_or_path or "", PRODUCED if run.run.reward_funcs else ()
+    model, made = run.model.model_name_or_path or "", ROLLOUT_FIELDS if run.run.reward_funcs else ()
     needed = {name for teacher in teachers for c in teacher.contexts for name in c.fields | c.optional_fields}
     system = run.args.student_system_prompt
     rows = rows_of(run, run.run.dataset_train_split)

@@ -15,6 +15,9 @@ from typing import Any
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, did_you_mean
 
+# What training adds to a row for its contexts, one value per rollout (training/groups.py).
+ROLLOUT_FIELDS = ("sibling", "feedback", "attempt", "pass_rate")
+
 
 @dataclasses.dataclass
 class ContextCounts:

@@ -7,8 +7,7 @@ tokenizer find it in a context variable, so that no template can reach it. Knows
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,9 +15,6 @@ from typing import Any
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.truncation import Boundary, Side, count_tokens, first_share, longest_that_fits
 
-# What training makes for contexts, beside the columns of a row (groups.py), and what controls ask for (derived.py).
-PRODUCED = ("sibling", "feedback", "attempt", "pass_rate")
-WRONG, OTHER = "wrong_answer", "other_"
 _SIDE: ContextVar[PromptRenderer | None] = ContextVar("side", default=None)
 _BOXED = "\\boxed{"
 
@@ -31,13 +27,6 @@ def read_by(side: PromptRenderer | None) -> Iterator[None]:
         yield
     finally:
         _SIDE.reset(token)
-
-
-def is_empty(value: Any) -> bool:
-    """Tell whether a field holds nothing that could be shown: None, blank text, an empty list."""
-    if isinstance(value, str):
-        return not value.strip()
-    return value is None or (isinstance(value, Sized) and len(value) == 0)
 
 
 def as_text(value: Any) -> str:
@@ -116,20 +105,6 @@ FILTERS: dict[str, Callable[..., str]] = {
     "last_boxed": last_boxed,
     "number_lines": number_lines,
 }
-
-
-def at_path(values: Mapping[str, Any], path: str) -> Any:
-    """Return the value at a dotted path such as "reward_model.ground_truth", or None; a plain name comes first."""
-    if path in values:
-        return values[path]
-    head, dot, rest = path.partition(".")
-    inner = values.get(head) if dot else None
-    if isinstance(inner, str) and re.match(r"\s*\{", inner):  # some files hold nested columns as JSON
-        try:
-            inner = json.loads(inner)
-        except ValueError:
-            return None
-    return at_path(inner, rest) if isinstance(inner, Mapping) else None
 
 
 def _are_messages(value: Any) -> bool:

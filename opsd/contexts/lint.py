@@ -14,14 +14,16 @@ from typing import Any
 
 from jinja2 import meta, nodes
 
-from opsd.contexts.filters import OTHER, PRODUCED, WRONG, is_empty
+from opsd.contexts.base import ROLLOUT_FIELDS
+from opsd.contexts.messages import turns_of
 from opsd.contexts.privileged import PrivilegedContext
-from opsd.contexts.renderer import PromptRenderer, text_of, turns_of
+from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.template import PROMPT_NAMES
+from opsd.data.values import OTHER, WRONG, is_empty, text_of
 from opsd.errors import DataError, OPSDError, TemplateError, UnsafeTemplateError, did_you_mean
 from opsd.findings import Finding, listed
 
-MADE = (*PRODUCED, WRONG)
+MADE = (*ROLLOUT_FIELDS, WRONG)
 _MARKERS = re.compile(
     r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|^#+ ?(?:Assistant|Response):", re.MULTILINE
 )

@@ -15,10 +15,12 @@ from typing import Any
 
 from opsd import sources
 from opsd.contexts.base import Context, ContextCounts
-from opsd.contexts.filters import OTHER, at_path, is_empty, read_by, reveal
-from opsd.contexts.renderer import THINK, Prompt, PromptRenderer, positions_of, retold, text_of, turns_of
+from opsd.contexts.filters import read_by, reveal
+from opsd.contexts.messages import Prompt, turns_of
+from opsd.contexts.renderer import THINK, PromptRenderer
 from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
 from opsd.contexts.truncation import Boundary, Side, check_cut, longest_that_fits
+from opsd.data.values import OTHER, at_path, is_empty, text_of
 from opsd.errors import ConfigError, DataError, TemplateError, did_you_mean
 
 
@@ -404,3 +406,24 @@ def _row_numbers(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:5]))
     more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
     return f"{len(numbers)} row{'s' * (len(numbers) > 1)}: {shown}{more}"
+
+
+def positions_of(turns: list[dict[str, Any]]) -> dict[str, int]:
+    """Return where the last user turn stands and, if there is one, the first system turn.
+
+    Raises:
+        DataError: nobody asks anything.
+    """
+    users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
+    systems = [index for index, turn in enumerate(turns) if turn["role"] == "system"]
+    if not users:
+        raise DataError(
+            f"a prompt needs a user turn; this row has: {', '.join(turn['role'] for turn in turns) or 'no turns'}.\n"
+            "A template speaks in the last user turn. Add one, or drop the row."
+        )
+    return {"user": users[-1], "system": systems[0]} if systems else {"user": users[-1]}
+
+
+def retold(content: Any, own: str, told: str) -> Any:
+    """Return what a block says in place of a turn's content, untouched where it says nothing new."""
+    return content if told.strip() in ("", own.strip()) else told.strip()

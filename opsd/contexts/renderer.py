@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from opsd.errors import DataError
+from opsd.contexts.messages import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = list[dict[str, Any]] | str
 THINK = "<think>"  # as Qwen, DeepSeek and most others open what is thought before the answer
 
 
@@ -84,62 +83,3 @@ class PromptRenderer:
             **form,
             **self.chat_template_kwargs,
         )
-
-
-def turns_of(prompt: Any) -> list[dict[str, Any]]:
-    """Return a row's prompt as turns of text; the turns are copies, which the caller may change.
-
-    Raises:
-        DataError: it is no prompt.
-    """
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(turn, Mapping) and "role" in turn for turn in prompt):
-        raise DataError(
-            f"a prompt is text, or a list of messages with role and content; this row's is {prompt!r:.80}.\n"
-            "Without it there is nothing to answer. Fill the column 'prompt', or drop the row."
-        )
-    turns = [dict(turn) for turn in prompt]
-    for turn in turns:
-        text_of(turn)
-    return turns
-
-
-def text_of(turn: Mapping[str, Any]) -> str:
-    """Return a turn's text.
-
-    Raises:
-        DataError: it holds something else.
-    """
-    content = turn.get("content")
-    if content is None:  # an assistant turn that only calls a tool
-        return ""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        return "".join(part["text"] for part in content)
-    raise DataError(
-        f"a message's content is text, or a list of text parts; this one is {content!r:.80}.\n"
-        "opsd trains on text only so far. Drop rows with images, audio or video."
-    )
-
-
-def positions_of(turns: list[dict[str, Any]]) -> dict[str, int]:
-    """Return where the last user turn stands and, if there is one, the first system turn.
-
-    Raises:
-        DataError: nobody asks anything.
-    """
-    users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
-    systems = [index for index, turn in enumerate(turns) if turn["role"] == "system"]
-    if not users:
-        raise DataError(
-            f"a prompt needs a user turn; this row has: {', '.join(turn['role'] for turn in turns) or 'no turns'}.\n"
-            "A template speaks in the last user turn. Add one, or drop the row."
-        )
-    return {"user": users[-1], "system": systems[0]} if systems else {"user": users[-1]}
-
-
-def retold(content: Any, own: str, told: str) -> Any:
-    """Return what a block says in place of a turn's content, untouched where it says nothing new."""
-    return content if told.strip() in ("", own.strip()) else told.strip()

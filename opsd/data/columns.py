@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from opsd.contexts.filters import at_path
+from opsd.data.values import at_path
 from opsd.errors import ConfigError, DataError, did_you_mean
 
 # Our column -> theirs, the first of several that a dataset has; a dot reaches into a nested column. What is not named

@@ -14,8 +14,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from opsd.contexts.filters import OTHER, WRONG
 from opsd.data.rows import prepare_rows, row_columns, with_system_prompt
+from opsd.data.values import OTHER, WRONG
 from opsd.errors import DataError
 
 _INTEGER = re.compile(r"[-+]?\d+")

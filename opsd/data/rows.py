@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
 from opsd.data.files import load_rows
+from opsd.data.values import text_of
 from opsd.errors import DataError
 
 __all__ = ["completion_of", "load_rows", "prepare_rows", "row_columns", "with_system_prompt"]
@@ -112,12 +113,12 @@ def completion_of(row: Mapping[str, Any]) -> str | list[int] | None:
     if not isinstance(completion, list):
         raise DataError(f"a `completion` must be text or messages, and this one is a {type(completion).__name__}.")
     turns = [turn for turn in completion if isinstance(turn, dict) and turn.get("role") == "assistant"]
-    if not turns or _check_message(turns[-1]) or not _text(turns[-1].get("content")):
+    if not turns or _check_message(turns[-1]) or not text_of(turns[-1]):
         raise DataError(
             "a `completion` given as messages must hold an assistant turn with text, since that text is trained on. "
             f"This one does not: {completion!r:.200}."
         )
-    return _text(turns[-1].get("content"))
+    return text_of(turns[-1])
 
 
 def check_completions(dataset: Dataset | IterableDataset, off_policy: float) -> None:
@@ -280,14 +281,14 @@ def _check_turns(turns: list[Any], column: str) -> str | None:
         if problem:
             return f"message {position} of `{column}` {problem}"
     if column == "messages" and turns[-1]["role"] == "assistant":
-        if not _text(turns[-1].get("content")):
+        if not text_of(turns[-1]):
             return "`messages` ends with an assistant turn that has no text"
         turns = turns[:-1]
     if not turns:
         return f"`{column}` is an assistant turn only: nothing was asked"
     if turns[-1]["role"] == "assistant":
         return f"`{column}` is already answered by its last assistant turn: nothing is left to answer"
-    if turns[-1]["role"] == "user" and not _text(turns[-1].get("content")).strip():
+    if turns[-1]["role"] == "user" and not text_of(turns[-1]).strip():
         return f"`{column}` ends with an empty user turn"
     return None
 
@@ -310,12 +311,8 @@ def _check_message(message: Any) -> str | None:
     return None
 
 
-def _text(content: str | list[dict[str, Any]] | None) -> str:
-    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
-
-
 def _normalise_message(message: dict[str, Any]) -> dict[str, Any]:
-    return {**_without_none(message), "content": _text(message.get("content"))}
+    return {**_without_none(message), "content": text_of(message)}
 
 
 def _without_none(value: Any) -> Any:

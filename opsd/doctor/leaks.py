@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from opsd.contexts.filters import as_text, at_path, is_empty
-from opsd.contexts.renderer import text_of, turns_of
+from opsd.contexts.filters import as_text
+from opsd.contexts.messages import turns_of
+from opsd.data.values import at_path, is_empty, text_of
 from opsd.doctor.patient import Patient
 from opsd.findings import Finding, listed
 

@@ -18,8 +18,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from opsd.contexts.messages import Prompt
 from opsd.contexts.privileged import PrivilegedContext
-from opsd.contexts.renderer import Prompt, PromptRenderer
+from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.schedule import ContextSchedule
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader

@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Iterator
 
-from opsd.contexts.renderer import text_of, turns_of
+from opsd.contexts.messages import turns_of
+from opsd.data.values import text_of
 from opsd.doctor.patient import Patient, Side
 from opsd.findings import Finding, listed
 from opsd.models.forward import context_length

@@ -13,7 +13,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from opsd.contexts.renderer import text_of, turns_of
+from opsd.contexts.messages import turns_of
+from opsd.data.values import text_of
 from opsd.errors import DataError
 
 SHOWN = 3  # questions that a message quotes

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
-from opsd.contexts.filters import PRODUCED, strip_thinking
+from opsd.contexts.base import ROLLOUT_FIELDS
+from opsd.contexts.filters import strip_thinking
 from opsd.errors import ConfigError, not_one_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.training.rewards import Rewards, Verdicts
@@ -25,7 +26,7 @@ DISTILL_ON = {
 }
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
 # what stands for it in prompts that are rendered before training
-PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in PRODUCED}, "pass_rate": 0.0}
+PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in ROLLOUT_FIELDS}, "pass_rate": 0.0}
 STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
 
 
@@ -97,7 +98,7 @@ class Groups:
     @property
     def rollout_fields(self) -> tuple[str, ...]:
         """The names that contexts may use beside the columns."""
-        return PRODUCED if self.rewards.functions else ()
+        return ROLLOUT_FIELDS if self.rewards.functions else ()
 
     def describe(self) -> str:
         """Who learns how, in words; a resumed run must do the same."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from opsd.data.values import text_of
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.graders import REASONING_GYM, is_function_name, load_grader, reasoning_gym_scorer
 from opsd.rollouts import Ids
@@ -63,7 +64,7 @@ class _GraderReward:
             self._score = load_grader(name)
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        texts = [text_of(completion) for completion in completions]
+        texts = [completion_text(completion) for completion in completions]
         keys = [key for key, values in columns.items() if isinstance(values, list) and len(values) == len(texts)]
         rows = [{key: columns[key][number] for key in keys} for number in range(len(texts))]
         return [self._reward(text, row) for text, row in zip(texts, rows, strict=True)]
@@ -81,11 +82,11 @@ class _GraderReward:
             return None
 
 
-def text_of(completion: Any) -> str:
+def completion_text(completion: Any) -> str:
     """Return the text of a completion as TRL passes it: text, or messages."""
     if isinstance(completion, str):
         return completion
-    return str(completion[-1].get("content") or "") if completion else ""
+    return text_of(completion[-1]) if completion else ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""Single values of a row: nested paths, emptiness, the text of a message; and that nothing heavy is imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from opsd.data.values import at_path, is_empty, text_of
+from opsd.errors import DataError
+
+
+def test_dotted_paths_reach_into_nested_columns_also_where_they_are_kept_as_json() -> None:
+    row = {"a": {"b": {"c": 1}}, "info": '{"demo": "d"}', "x.y": 2, "broken": "{no"}
+    assert [at_path(row, path) for path in ("a.b.c", "info.demo", "x.y", "a.z", "broken.x", "none")] == [
+        1, "d", 2, None, None, None,
+    ]  # fmt: skip
+
+
+def test_empty_is_none_blank_or_without_items() -> None:
+    assert all(map(is_empty, (None, "", " \n", [], {}, ())))
+    assert not any(map(is_empty, (0, False, "x", [None], 0.0)))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("Hi", "Hi"),
+        (None, ""),  # a turn that only calls a tool
+        ([], ""),
+        ([{"type": "text", "text": "1 + "}, {"text": "1"}], "1 + 1"),
+    ],
+)
+def test_a_message_has_one_text(content: Any, text: str) -> None:
+    assert text_of({"role": "user", "content": content}) == text
+
+
+@pytest.mark.parametrize("content", [3, [{"type": "image", "text": "x.png"}], ["Hi"], [{"type": "text", "text": None}]])
+def test_a_message_that_is_not_text_is_refused(content: Any) -> None:
+    with pytest.raises(DataError, match="trains on text only"):
+        text_of({"role": "user", "content": content})
+
+
+def test_what_the_child_imports_to_try_a_template_is_light() -> None:
+    """The child has 512 MB of address space and would die of importing datasets, torch or transformers."""
+    code = (
+        "import sys, opsd.contexts.trial, opsd.contexts.template, opsd.contexts.messages, opsd.data.values\n"
+        "assert not {'datasets', 'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
