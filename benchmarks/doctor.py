@@ -21,7 +21,7 @@ from datasets import Dataset
 from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
 from opsd.commands.demo_run import MAX_NEW_TOKENS, DemoSettings, arithmetic, packaged_model
 from opsd.doctor import ROWS, examine
-from opsd.training.run_card import hardware
+from opsd.training.machine import hardware
 
 RESULTS = Path(__file__).parent / "results" / "doctor.json"
 CONTEXTS = {"answer": "answer_only", "other rows' answers (control)": {"levels": ["other_answer"]}}

@@ -22,13 +22,14 @@ from helpers import MAKE_TEACHER, STUDENTS, make_args, make_trainer, returns, sn
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.commands.demo_run import GRADER, MAX_NEW_TOKENS, arithmetic, packaged_model, peak_megabytes
+from opsd.commands.demo_run import GRADER, MAX_NEW_TOKENS, arithmetic, packaged_model
 from opsd.commands.doctor import TITLES
 from opsd.doctor import CHECKS, examine
 from opsd.doctor.lift import Lift, verdict
 from opsd.errors import ConfigError
 from opsd.findings import Examination, Finding
 from opsd.rollouts import PaddedBatch, Rollouts
+from opsd.training.machine import peak_megabytes
 
 
 def of(examination: Examination, check: str) -> list[Finding]:

@@ -144,14 +144,14 @@ def test_a_question_that_is_asked_twice_is_warned_of(tmp_path: Path) -> None:
 
 def test_the_student_is_measured_before_and_after_and_the_teacher_with_its_context(tmp_path: Path) -> None:
     trainer = make(tmp_path, evaluation={**PLAN, "samples": 2})
-    sampler = trainer.evaluator._student
+    answer = trainer.evaluator._evaluate_student
     test = trainer.evaluator.plan.splits["test"]
-    at_start = sampler(test, "")
+    at_start = answer(test, "")
     trainer.train()
     found = results(tmp_path)
     assert list(found) == ["before", "teacher", "after"]
     assert found["before"].greedy == at_start.greedy and found["before"].samples == 2
-    assert found["after"].greedy == sampler(test, "").greedy != found["before"].greedy
+    assert found["after"].greedy == answer(test, "").greedy != found["before"].greedy
     assert found["teacher"].texts != found["before"].texts and found["teacher"].shown == "worked_solution"
     assert [result.questions for result in found.values()] == [found["before"].questions] * 3
 
@@ -190,7 +190,7 @@ def test_test_rows_without_what_the_teacher_is_shown_have_no_ceiling(tmp_path: P
     bare = [{key: row[key] for key in ("prompt", "answer")} for row in TEST]
     make(tmp_path, evaluation={**PLAN, "test": bare}).train()
     assert list(results(tmp_path)) == ["before", "after"]
-    assert "lack what the teacher is shown" in read_summary(tmp_path / "evaluation")["skipped"][0]
+    assert "lack columns of the teacher's context" in read_summary(tmp_path / "evaluation")["skipped"][0]
 
 
 def test_a_control_asks_no_teacher(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_a_grader_that_breaks_down_after_training_loses_no_weights(tmp_path: Pat
                 monkeypatch.setattr(trainer.evaluator, "plan", None)
 
     trainer.add_callback(Break())
-    with pytest.warns(OPSDWarning, match="could not be measured after training"):
+    with pytest.warns(OPSDWarning, match="could not be evaluated after training"):
         trainer.train()
     assert trainer.state.global_step == 2
     assert "before.json" in {path.name for path in (tmp_path / "evaluation").iterdir()}

@@ -20,7 +20,8 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
-from opsd.training.checks import check_sharding, measured_cost
+from opsd.training.checks import check_sharding
+from opsd.training.cost import measured_cost
 from opsd.training.loss import Scorer
 
 HUGE = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 200, "num_attention_heads": 64}

@@ -170,7 +170,7 @@ def test_published_recipe_has_the_objective_and_batch_of_its_source(
 
 
 def test_sdpo_and_srpo_show_a_success_of_the_group_and_differ_in_who_learns_how(tmp_path: Path) -> None:
-    eight = "8 rollout(s) per prompt, rewarded by last_number; "
+    eight = "8 rollouts per prompt, rewarded by last_number; "
     words = {name: Groups.from_config(settings(name, tmp_path), "last_number").describe() for name in ("sdpo", "srpo")}
     assert words == {
         "sdpo": eight + "every rollout is distilled (success from 1)",

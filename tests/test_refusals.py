@@ -1,20 +1,16 @@
-"""What stops a run, before step 1 or in the middle of it, and the number format it computes in."""
+"""What stops a run, before step 1 or in the middle of it."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import make_llama, make_rows
 from datasets import Dataset, IterableDataset
 from helpers import (
     MAKE_TEACHER,
     changed,
-    logged,
     make_args,
     make_student,
     make_trainer,
@@ -22,12 +18,10 @@ from helpers import (
 )
 
 from opsd import (
-    OPSDConfig,
     PrivilegedContext,
     SameCheckpointTeacher,
 )
 from opsd.errors import ConfigError, DataError, NonFiniteLossError, OPSDWarning
-from opsd.models.loading import without_autocast
 
 
 def test_nan_in_the_loss_stops_before_the_update_and_names_step_and_rows(tmp_path: Path) -> None:
@@ -107,85 +101,6 @@ def test_settings_outside_their_range_are_refused(tmp_path: Path, setting: dict,
 def test_settings_that_are_probably_not_meant_warn(tmp_path: Path, setting: dict, message: str) -> None:
     with pytest.warns(OPSDWarning, match=message):
         make_args(tmp_path, **setting)
-
-
-def test_the_number_format_is_measured_stored_and_reused(tmp_path: Path, monkeypatch) -> None:
-    from opsd.training import machine
-
-    monkeypatch.setattr(machine, "measure_bf16_speedup", lambda: 6.0)
-    assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is True
-    monkeypatch.setattr(machine, "measure_bf16_speedup", lambda: 0.01)
-    assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is False
-    machine.store_choice(tmp_path, True)
-    assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is False, "nothing to resume yet"
-    (tmp_path / "checkpoint-1").mkdir()
-    assert OPSDConfig(str(tmp_path), use_cpu=True).bf16 is True
-    assert json.loads((tmp_path / machine.FILE).read_text()) == {"bf16": True}
-
-
-def test_a_cpu_where_bf16_wins_needs_no_further_word(tmp_path: Path, monkeypatch) -> None:
-    """transformers refuses bf16 without a GPU unless use_cpu is set; a user who set nothing must not meet that."""
-
-    from opsd.training import machine
-
-    monkeypatch.setattr(machine, "measure_bf16_speedup", lambda: 6.0)
-    args = OPSDConfig(str(tmp_path))
-    assert args.bf16 and args.use_cpu == (not torch.accelerator.is_available())
-
-
-@pytest.mark.parametrize("student", ["full", "lora"])
-def test_a_student_from_a_bf16_trainer_is_taken_as_it_is(tmp_path: Path, student: str) -> None:
-    """TRL's SFTTrainer leaves a bf16 wrapper on the model's forward: sharpening after SFT met it on every GPU."""
-    model = make_student(student)
-    AcceleratorState._reset_state()
-    Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
-    AcceleratorState._reset_state()
-    probe = torch.tensor([[5, 6, 7]])
-    assert not torch.equal(model(probe).logits, without_autocast(make_student(student))(probe).logits)
-    trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), model)
-    trainer.train()
-    assert logged(trainer, "divergence")[0] > 0
-
-
-def test_the_measurement_itself_is_quick_and_positive() -> None:
-    import time
-
-    from opsd.training.machine import measure_bf16_speedup
-
-    start = time.perf_counter()
-    assert measure_bf16_speedup() > 0
-    assert time.perf_counter() - start < 5
-
-
-@pytest.mark.parametrize("student", ["full", "lora"])
-def test_bfloat16_reaches_sampling_scoring_and_the_loss(tmp_path: Path, student: str, monkeypatch) -> None:
-    """accelerate wraps `forward`, and the loss goes around it: without our own autocast bf16 would do nothing."""
-    import opsd.teachers.local
-    import opsd.training.loss
-    from opsd.models.forward import last_hidden
-
-    trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), student, bf16=True, max_steps=1)
-    seen: dict[str, torch.dtype] = {}
-
-    def spy(name: str):  # type: ignore[no-untyped-def]
-        def hidden(*args):  # type: ignore[no-untyped-def]
-            seen[name] = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-            return last_hidden(*args)
-
-        return hidden
-
-    monkeypatch.setattr(opsd.training.loss, "last_hidden", spy("student"))
-    monkeypatch.setattr(opsd.teachers.local, "last_hidden", spy("teacher"))
-    original = trainer.model.generate
-    monkeypatch.setattr(
-        trainer.model,
-        "generate",
-        lambda *a, **k: seen.update(sampling=torch.get_autocast_dtype("cpu")) or original(*a, **k),
-    )
-    trainer.train()
-    assert seen == dict.fromkeys(("sampling", "teacher", "student"), torch.bfloat16)
-    assert logged(trainer, "divergence")[0] > 0
-    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ from helpers import MAKE_TEACHER, make_trainer
 from opsd import MixtureTeacher, SameCheckpointTeacher
 from opsd.cli import main
 from opsd.evaluation.run_folder import CARD, CARD_PAGE, differences, read_card
-from opsd.training.run_card import run_card, tokenizer_digest, write_run_card
+from opsd.training.run_card import tokenizer_digest, write_run_card
 
 
 def card_of(folder: Path, **changes: Any) -> dict[str, Any]:
     changes = {"teacher": SameCheckpointTeacher(context="answer_only"), **changes}
-    return json.loads(json.dumps(run_card(make_trainer(folder, **changes)), default=str))
+    return json.loads(json.dumps(make_trainer(folder, **changes).run_card, default=str))
 
 
 @pytest.mark.parametrize("name", MAKE_TEACHER)
@@ -47,7 +47,7 @@ def test_secrets_stay_out_at_every_depth(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=1)
     trainer.args.model_init_kwargs = kwargs
     trainer.args.vllm_server_base_url = "http://me:SECRET@host:8000/v1"
-    write_run_card(trainer)
+    write_run_card(tmp_path, trainer.run_card)
     for name in (CARD, CARD_PAGE):
         text = (tmp_path / name).read_text()
         assert "SECRET" not in text and "//host:8000/v1" in text and "main" in text

@@ -17,7 +17,6 @@ from opsd.contexts.privileged import Context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.schedule import LEVELS
 from opsd.errors import ConfigError, DataError, TemplateError
-from opsd.training.run_card import run_card
 
 SIDE = PromptRenderer(make_tokenizer())
 ROWS = make_rows(40)
@@ -239,6 +238,6 @@ def test_a_rate_that_was_measured_before_training_wins_in_every_preview(tmp_path
     teacher = SameCheckpointTeacher(context=schedule)
     settings = {"reward_funcs": returns([0.0] * 4), "num_generations": 2, "max_steps": 1}
     trainer = make_trainer(tmp_path, teacher, rows=rows, **settings)
-    assert "A correct solution" not in run_card(trainer)["prompts"][0]["teacher"][0]["prompt"]
+    assert "A correct solution" not in trainer.run_card["prompts"][0]["teacher"][0]["prompt"]
     trainer.train()
     assert logged(trainer, "context/level/none") == [1.0]

@@ -35,7 +35,7 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
-from opsd.training.checks import measured_cost
+from opsd.training.cost import measured_cost
 from opsd.training.loss import Scorer
 
 # ---- whether it fits ----------------------------------------------------------------------------------------------

@@ -11,9 +11,7 @@ import importlib.util
 import io
 import json
 import os
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -229,6 +227,8 @@ def run_demo(settings: DemoSettings, watcher: Watcher | None = None, control: bo
             lambda: _train(trainer),
         )
         result.control = timed("control after", "control after: the same questions", len(test), lambda: score(None))
+    from opsd.training.machine import peak_megabytes
+
     result.peak_megabytes = peak_megabytes()
     return result
 
@@ -335,9 +335,3 @@ def _free_folder(wanted: str) -> str:
         if not Path(name).exists():
             return name
     raise OPSDError(f"{wanted} to {names[-1]} all exist. Remove some.")
-
-
-def peak_megabytes() -> float:
-    """Return the largest resident memory this process has had, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

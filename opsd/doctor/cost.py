@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import torch
 from datasets import Dataset
 
-from opsd.commands.demo_run import peak_megabytes
 from opsd.doctor.patient import Patient, as_it_trains
 from opsd.findings import Finding
+from opsd.training.machine import peak_megabytes
 
 PROBED = 4  # rows of a probe's micro-batch at most
 STATES = {"adamw": 8, "adafactor": 1, "sgd": 0, "lion": 4}  # bytes per trained weight, float32 states

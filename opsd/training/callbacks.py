@@ -1,14 +1,13 @@
-"""Ctrl-C and SIGTERM end a run at the end of its step, with a checkpoint.
+"""Callbacks at the start and end of a step: update the teacher, log its metrics, stop on a signal.
 
-transformers' own just-in-time checkpoint may save between a rollout and its optimizer step, when the random state has
-already moved on, and each process decides by itself; here all processes agree, and a resumed run is the same run.
+Knows the teacher's hooks and transformers' callbacks; nothing of losses or rollouts.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -17,16 +16,70 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from opsd.contexts.base import Context
+from opsd.teachers import Teacher
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class GracefulStop(TrainerCallback):
-    """Turns a signal into a checkpoint and an orderly end; a second Ctrl-C ends the process at once.
+class TeacherCallback(TrainerCallback):
+    """Calls the teacher's hooks: `shard` before training, `before_step` and `after_step` around every optimizer step.
 
-    `stopped_by` is the signal that ended the run before its time, or None: one that came after the last step did not.
+    >>> trainer.callback_handler.callbacks.insert(0, TeacherCallback(teacher, scorer.contexts, metrics, print))
 
     Args:
-        accelerator: tells the processes of one run of each other's signals.
+        teacher: the teacher.
+        contexts: the contexts of everyone who scores; each is given the number of the step.
+        metrics: lists of values by name, the trainer's, to which the teacher's metrics are added.
+        notify: called with what the teacher reports, such as a refused snapshot.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        contexts: Sequence[Context],
+        metrics: dict[str, list[float]],
+        notify: Callable[[str], None],
+    ):
+        self._teacher, self._contexts, self._metrics, self._notify = teacher, contexts, metrics, notify
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Shard the teacher's weights as the student's are sharded by now."""
+        self._teacher.shard()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call `before_step` with the log of the steps done, and give contexts the step."""
+        self._set_step(state.global_step)
+        self._report(self._teacher.before_step(state.global_step, state.log_history))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Call `after_step`, and log the teacher's metrics: the latest value of each, not a mean."""
+        self._set_step(state.global_step)  # an evaluation may follow
+        self._report(self._teacher.after_step(state.global_step))
+        for name, value in self._teacher.metrics.items():
+            self._metrics[name] = [value]
+
+    def _set_step(self, step: int) -> None:
+        for context in self._contexts:
+            context.step = step
+
+    def _report(self, message: str | None) -> None:
+        if message:
+            self._notify(message)
+
+
+class GracefulStop(TrainerCallback):
+    """Turns Ctrl-C or SIGTERM into a checkpoint and a clean end after the step; a second Ctrl-C stops at once.
+
+    transformers' own just-in-time checkpoint may save between a rollout and its optimizer step, when the random state
+    has already moved on, and each process decides alone. Here all processes agree, and a resumed run is the same run.
+
+    >>> with stop.listening():
+    ...     trainer.train()
+    >>> stop.stopped_by  # signal.SIGINT, or None after a run that reached its last step
+
+    Args:
+        accelerator: gathers the signals of all processes.
     """
 
     def __init__(self, accelerator: Accelerator):
@@ -49,7 +102,7 @@ class GracefulStop(TrainerCallback):
                 signal.signal(number, handler)
 
     def describe(self, step: int, output_dir: str) -> str:
-        """Say what stopped the run, and how it goes on."""
+        """Which signal stopped the run, where it was saved, and how to resume it."""
         assert self.stopped_by is not None
         return (
             f"stopped by {signal.Signals(self.stopped_by).name} after step {step}; saved checkpoint-{step} in "
@@ -73,9 +126,9 @@ class GracefulStop(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        """Ask for a log entry, a checkpoint and the end, if any process was told to stop."""
-        told = torch.tensor(self._received or 0, device=self._accelerator.device)
-        number = int(self._accelerator.gather(told).max())
+        """Request a log entry, a checkpoint and the end, if any process received a signal."""
+        received = torch.tensor(self._received or 0, device=self._accelerator.device)
+        number = int(self._accelerator.gather(received).max())
         if number:
             self.stopped_by = number
             control.should_save = control.should_log = control.should_training_stop = True

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opsd.errors import CheckpointError
-from opsd.evaluation.run_folder import CARD
+from opsd.errors import CheckpointError, ConfigError
+from opsd.evaluation.run_folder import CARD, write_json
 
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
+NUMBER_FORMAT = "precision.json"
 TRAINER_STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin",
            "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # fmt: skip
@@ -54,11 +55,7 @@ def write(
     temporary = folder / f".{TENSORS}"
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
     temporary.replace(folder / TENSORS)
-    temporary = folder / f".{FACTS}"
-    temporary.write_text(
-        json.dumps({"step": step, "processes": processes, "pending": pending or {}, **facts}, indent=2) + "\n"
-    )
-    temporary.replace(folder / FACTS)
+    write_json(folder / FACTS, {"step": step, "processes": processes, "pending": pending or {}, **facts})
 
 
 def read(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
@@ -207,6 +204,40 @@ def model_folder(model: str) -> str:
 
 def _names(checkpoints: list[Path]) -> str:
     return ", ".join(p.name for p in checkpoints) or "none"
+
+
+def store_number_format(output_dir: str | os.PathLike[str], bf16: bool) -> None:
+    """Write beside a run whether it computes in bfloat16."""
+    write_json(Path(output_dir) / NUMBER_FORMAT, {"bf16": bf16})
+
+
+def restore_number_format(args: Any) -> None:
+    """Let a resumed run compute with the numbers it began with, also on a machine where another format is faster.
+
+    OPSDConfig chooses `bf16` by the machine where the user set none, and reads no folder. The trainer calls this first
+    of all, before a model loads or an Accelerator is made: from then on the format cannot change.
+
+    Args:
+        args: an OPSDConfig; changed where the run in its `output_dir` stored another choice than the one made here.
+
+    Raises:
+        ConfigError: DeepSpeed has read the other choice already.
+    """
+    stored = Path(args.output_dir) / NUMBER_FORMAT
+    # Without a checkpoint there is nothing to resume: the folder may have come from another machine.
+    if not args.bf16_is_default or args.fp16 or not stored.is_file() or not saved(args.output_dir):
+        return
+    bf16 = bool(json.loads(stored.read_text())["bf16"])
+    if bf16 == args.bf16:
+        return
+    if args.deepspeed_plugin is not None:
+        raise ConfigError(
+            f"the run in {args.output_dir} computes in {'bfloat16' if bf16 else 'float32'}, which is not what is "
+            "faster on this machine, and DeepSpeed is configured before the run is known. A resumed run must compute "
+            f"alike: set bf16: {str(bf16).lower()}."
+        )
+    args.bf16 = bf16
+    args.mixed_precision = "bf16" if bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
 def check_writable(output_dir: str | os.PathLike[str]) -> None:

@@ -197,8 +197,8 @@ class OPSDConfig(DistillationConfig):
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "bfloat16 autocast. Unset: on a GPU if it can, on a CPU if a measurement at start finds it at "
-            "least 1.5 times faster than float32; the choice is stored with the run and reused on resume."
+            "help": "bfloat16 autocast. Unset: on a GPU that can, and on a CPU with instructions for it (AMX, "
+            "AVX512-BF16); the choice is stored with the run and reused on resume."
         },
     )
     # A rollout is sampled, and scored by the teacher, without dropout; a student with it would be another model.
@@ -213,13 +213,15 @@ class OPSDConfig(DistillationConfig):
         default=False, metadata={"help": "Whether to leave NaN and infinity out of the log. opsd stops at them."}
     )
 
+    bf16_is_default = False  # no setting: whether `bf16` was chosen here, so that a resumed run may take its own
+
     def __post_init__(self) -> None:
         control = control_of(self.control)
         for name, value in control.settings.items() if control else ():
             setattr(self, name, value)
         self._check()
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and choose_bf16(self.output_dir, self.use_cpu)
+            self.bf16, self.bf16_is_default = not self.fp16 and choose_bf16(self.use_cpu), True
             if self.bf16 and not torch.accelerator.is_available():
                 self.use_cpu = True  # transformers takes bf16 on a CPU only from those who said that they mean the CPU
         super().__post_init__()

@@ -1,7 +1,8 @@
-"""Measures a run as its plan declares: before step 1, while it goes on, and after.
+"""Evaluates a run as its plan declares: before step 1, during training, and after it.
 
-A callback of the trainer's. Every result is a file in `evaluation/` of the output folder, so that a resumed run goes
-on from them and `opsd compare` pairs them with those of other runs; `evaluation.json` there is what they come to.
+A callback of the trainer. Every result is a file in `evaluation/` of the output folder, so that a resumed run goes on
+from it and `opsd compare` pairs it with those of other runs; `evaluation.json` there has the summary. Knows the plan,
+the student and the teacher; the trainer logs.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -24,6 +25,7 @@ from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
+from opsd.evaluation.run_folder import write_json
 from opsd.evaluation.sampling import Generate, evaluate, generate_with
 from opsd.evaluation.statistics import paired_difference
 from opsd.evaluation.summary import (
@@ -40,26 +42,24 @@ from opsd.evaluation.summary import (
     read_summary,
     summarise,
 )
-from opsd.models.forward import evaluating
 from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids
-from opsd.teachers import LiveTeacher, Teacher
+from opsd.teachers import LiveTeacher, StudentHandle, Teacher
+from opsd.training.callbacks import GracefulStop
+from opsd.training.loss import Scorer
 from opsd.training.off_policy import completion_ids
 from opsd.training.run_card import data_digest
 
-if TYPE_CHECKING:
-    from opsd.training.loss import Scorer
-    from opsd.training.trainer import OPSDTrainer
-
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
+UNCHECKED_STREAM = "whether test questions are trained on: the training rows are a stream"
 
 
 def planned(evaluation: Any, args: Any, scorer: Scorer, train: Any) -> EvaluationPlan | None:
-    """Return an evaluation plan with its rows loaded and checked, and let the run follow it.
+    """Return an evaluation plan with its rows loaded and checked, and set how often the run evaluates and saves.
 
     Args:
         evaluation: a plan, a mapping of its arguments, or None.
-        args: training arguments; how often the run looks, saves, and what it ends with become the plan's.
+        args: training arguments; the intervals of evaluation and saving, and the final checkpoint, become the plan's.
         scorer: the loss, whose contexts read columns.
         train: prepared training rows.
 
@@ -69,7 +69,7 @@ def planned(evaluation: Any, args: Any, scorer: Scorer, train: Any) -> Evaluatio
     plan = EvaluationPlan.parse(evaluation)
     if plan is None:
         return None
-    # A control's teacher is not asked about these rows, so what only it is shown need not be made for them.
+    # A control's teacher answers none of these rows, so they need no columns for its context.
     system, needed = args.student_system_prompt, () if args.control else scorer.columns
     plan = plan.loaded(train, lambda rows, name: ready_rows(rows, name=name, system_prompt=system, needed=needed))
     if plan.every:
@@ -87,258 +87,257 @@ def planned(evaluation: Any, args: Any, scorer: Scorer, train: Any) -> Evaluatio
 
 
 class Evaluator(TrainerCallback):
-    """Asks a run what its plan declares.
+    """Evaluates the student before, during and after training, and its teacher before.
+
+    >>> trainer = OPSDTrainer(model, "ema", train_dataset=rows, evaluation={"test": "test.jsonl", "grader": "exact"})
+    >>> trainer.train()  # trainer.evaluator is one; results are in output_dir/evaluation
 
     Args:
-        trainer: the trainer, its student and teacher prepared.
         plan: loaded.
+        student: prepared.
+        teacher: prepared.
+        args: training arguments.
+        accelerator: of the run; each process answers a share of the questions.
+        stop: tells whether a signal ended the run.
+        unchecked: what could not be checked, one sentence each.
     """
 
-    def __init__(self, trainer: OPSDTrainer, plan: EvaluationPlan):
-        self._trainer, self.plan = trainer, plan
-        self._now = LiveTeacher()  # the student's likelihoods; prepared before mixed precision wraps the model
-        self._now.prepare(trainer.student)
-        self._looks: list[dict[str, Any]] = []
-        streams = not isinstance(trainer.train_dataset, Dataset)
-        self._skipped = ["whether test questions are trained on: the training rows are a stream"] if streams else []
+    def __init__(
+        self,
+        plan: EvaluationPlan,
+        student: StudentHandle,
+        teacher: Teacher,
+        args: Any,
+        accelerator: Accelerator,
+        stop: GracefulStop,
+        unchecked: Sequence[str] = (),
+    ):
+        self.plan = plan
+        self._student, self._teacher, self._args = student, teacher, args
+        self._accelerator, self._stop = accelerator, stop
+        self._live = LiveTeacher()  # the student's likelihoods; prepared before mixed precision wraps the model
+        self._live.prepare(student)
+        self._selection: list[dict[str, Any]] = []  # metrics of the selection split, one entry per look
+        self._skipped = list(unchecked)
 
     @property
     def folder(self) -> Path:
-        """Where results lie."""
-        return Path(self._trainer.args.output_dir) / FOLDER
+        """The folder of the results."""
+        return Path(self._args.output_dir) / FOLDER
 
     @property
     def facts(self) -> dict[str, str]:
-        """What was declared, which a resumed run must not change."""
+        """What the plan declares, which a resumed run must not change."""
         return {"plan": self.plan.describe(), "test": data_digest(self.plan.test, "prompt")}
 
     # ---- when --------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure the student before step 1, and its teacher; a resumed run has done so."""
+        """Evaluate the student and its teacher before step 1; a resumed run has done so."""
         self._check_processes()
         if state.global_step:
-            stored = read_summary(self.folder)
-            self._looks, self._skipped = stored.get("selection", []), stored.get("skipped", [])
+            summary = read_summary(self.folder)
+            self._selection, self._skipped = summary.get("selection", []), summary.get("skipped", [])
             return
-        self._say(f"evaluation  {self.plan.describe()}")
-        if args.should_save:  # what an earlier run left here would be read as this one's
+        self._accelerator.print(f"evaluation  {self.plan.describe()}")
+        if args.should_save:  # results of an earlier run would be read as this one's
             for path in self.folder.glob("*.json"):
                 path.unlink()
-        for what in self._skipped:
-            self._say(f"evaluation  not checked: {what}")
-        self._measure(BEFORE)
-        if self._trainer.args.control is None:  # a control's own teacher is nobody's ceiling
-            self._ask_teacher()
-            self._store(TRACE_LIKELIHOOD, self._traces())
+        for reason in self._skipped:
+            self._accelerator.print(f"evaluation  not checked: {reason}")
+        self._evaluate_splits(BEFORE)
+        if self._args.control is None:  # the teacher of a control is no ceiling
+            self._evaluate_teacher()
+            self._write(TRACE_LIKELIHOOD, self._traces())
         if self.plan.neutral is not None:
-            self._store(NEUTRAL, self._neutral())
-        if self.plan.selection is not None:
-            self._look(0)
+            self._write(NEUTRAL, self._neutral())
+        self.evaluate_selection(0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure the last step's student, where the run will end with another."""
+        """Evaluate the last step's student, where the run will end with another checkpoint."""
         if self.plan.rule != "last" and state.global_step >= state.max_steps:
-            self._keep(file_of("test", LAST), self._student(self.plan.splits["test"], "test: student at the last step"))
+            self._save(
+                file_of("test", LAST),
+                self._evaluate_student(self.plan.splits["test"], "test: student at the last step"),
+            )
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure the checkpoint that the rule picked, and say what all of it comes to."""
-        if self._trainer.stopped_by is not None:
+        """Evaluate the checkpoint that the rule picked, and summarise the run."""
+        if self._stop.stopped_by is not None:
             return
         try:
-            self._measure_after(args, state)
+            self._evaluate_splits(AFTER)
+            summary = self._summary(state)
+            if args.should_save:
+                self._write(SUMMARY, summary | summarise(self.folder, list(self.plan.retention)))
+            self._accelerator.wait_for_everyone()
+            self._accelerator.print("\n".join(lines(read_summary(self.folder))))
         except Exception as error:
             warnings.warn(
-                f"the student could not be measured after training: {type(error).__name__}: {error}\nIts weights are "
-                "not lost for that. Save them, and measure them with `opsd eval`.",
+                f"the student could not be evaluated after training: {type(error).__name__}: {error}\nIts weights are "
+                "unharmed: save them, and evaluate them with `opsd eval`.",
                 OPSDWarning,
                 stacklevel=2,
             )
 
-    def _measure_after(self, args: Any, state: TrainerState) -> None:
-        self._measure(AFTER)
-        found = self._summary(state)
-        if args.should_save:
-            self._store(SUMMARY, found | summarise(self.folder, list(self.plan.retention)))
-        self._trainer.accelerator.wait_for_everyone()
-        self._say("\n".join(lines(read_summary(self.folder))))
-
-    def during(self) -> dict[str, float]:
-        """Look at the selection split, log how it is answered now, and return that; called every `every` steps."""
-        trainer = self._trainer
+    def evaluate_selection(self, step: int) -> dict[str, float]:
+        """Evaluate the selection split, add it to the summary, and return what is logged; {} without such a split."""
         if self.plan.selection is None:
             return {}
-        found = self._look(trainer.state.global_step)
-        graded = {METRIC: found.accuracy, "eval_length": found.estimate("length").value}
-        with evaluating(trainer.model):  # TRL logs by the model's mode, and would empty the training's metrics
-            trainer.log(dict(graded))
-        callbacks = trainer.callback_handler
-        trainer.control = callbacks.on_evaluate(trainer.args, trainer.state, trainer.control, graded)
-        return graded
+        result = self._evaluate_student(self.plan.splits["selection"], f"selection at step {step}")
+        self._selection = [entry for entry in self._selection if entry["step"] < step]
+        self._selection.append({"step": step, **metrics_with_intervals(result)})
+        summary = self._read(SUMMARY) or {}
+        self._write(SUMMARY, {**summary, "selection": self._selection, "skipped": self._skipped})
+        return {METRIC: result.accuracy, "eval_length": result.estimate("length").value}
 
     def _check_processes(self) -> None:
-        processes = self._trainer.accelerator.num_processes
-        fewest = min(len(each.rows) for each in self.plan.splits.values())
+        processes = self._accelerator.num_processes
+        fewest = min(len(split.rows) for split in self.plan.splits.values())
         if fewest < processes:
             raise DataError(
                 f"an evaluation split has {fewest} question(s) for {processes} processes, each of which answers a "
-                "share. Ask more questions, or use fewer processes."
+                "share. Add questions, or use fewer processes."
             )
 
-    # ---- who is asked ------------------------------------------------------------------------------------------
+    # ---- who answers -------------------------------------------------------------------------------------------
 
-    def _measure(self, when: str) -> None:
-        """Ask the student every split but the one that is looked at on the way."""
+    def _evaluate_splits(self, when: str) -> None:
+        """Evaluate the student on every split but `selection`."""
         for name, questions in self.plan.splits.items():
             if name != "selection":
-                self._keep(file_of(name, when), self._student(questions, f"{name}: student {when}"))
+                self._save(file_of(name, when), self._evaluate_student(questions, f"{name}: student {when}"))
 
-    def _look(self, step: int) -> EvaluationResult:
-        found = self._student(self.plan.splits["selection"], f"selection at step {step}")
-        self._looks = [look for look in self._looks if look["step"] < step]
-        self._looks.append({"step": step, **metrics_with_intervals(found)})
-        known = self._stored(SUMMARY) or {}
-        self._store(SUMMARY, {**known, "selection": self._looks, "skipped": self._skipped})
-        return found
-
-    def _student(self, questions: Questions, what: str) -> EvaluationResult:
-        return self._ask(self._sampler, questions, what, model="student")
+    def _evaluate_student(self, questions: Questions, label: str) -> EvaluationResult:
+        return self._evaluate(self._generate, questions, label, model="student")
 
     @property
-    def _sampler(self) -> Generate:
-        student = self._trainer.student
+    def _generate(self) -> Generate:
+        student = self._student
         return generate_with(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
 
     @cached_property
-    def _blind(self) -> str | None:
-        """Why the teacher cannot be asked about the test rows, or None."""
-        rows = self.plan.test
+    def _missing(self) -> str | None:
+        """Why the teacher cannot answer the test rows, or None."""
         try:
-            self._trainer.teacher.check_rows(rows, rows.column_names)
+            self._teacher.check_rows(self.plan.test, self.plan.test.column_names)
         except OPSDError as error:
-            return f"the test rows lack what the teacher is shown: {error}"
+            return f"the test rows lack columns of the teacher's context: {error}"
         return None
 
-    def _ask_teacher(self) -> None:
+    def _evaluate_teacher(self) -> None:
         """Measure the ceiling: the teacher with its context, and without it where that is not the student."""
-        teacher, test = self._trainer.teacher, self.plan.splits["test"]
-        none = None if teacher.can_sample else f"teacher {teacher.strategy!r} is no single model that could answer"
-        if why := none or self._blind:
-            what = "the ceiling" if none else "the ceiling, and how likely the test rows' traces are"
-            self._skipped.append(f"{what}: {why}")
-            self._say(f"evaluation  not measured: {what}: {why}")
+        teacher, test = self._teacher, self.plan.splits["test"]
+        silent = None if teacher.can_sample else f"teacher {teacher.strategy!r} is no single model that could answer"
+        if reason := silent or self._missing:
+            what = "the ceiling" if silent else "the ceiling, and the likelihood of the test rows' traces"
+            self._skipped.append(f"{what}: {reason}")
+            self._accelerator.print(f"evaluation  not measured: {what}: {reason}")
             return
-        told = {"model": teacher.describe(), "shown": teacher.shown}
-        self._keep(file_of("test", TEACHER), self._ask(teacher.sample, test, "test: teacher with its context", **told))
+        names = {"model": teacher.describe(), "shown": teacher.shown}
+        result = self._evaluate(teacher.sample, test, "test: teacher with its context", **names)
+        self._save(file_of("test", TEACHER), result)
         if not teacher.starts_as_student:
             plain = teacher.with_context(None)
-            result = self._ask(plain.sample, test, "test: teacher without context", model=teacher.describe())
-            self._keep(file_of("test", PLAIN_TEACHER), result)
+            result = self._evaluate(plain.sample, test, "test: teacher without context", model=teacher.describe())
+            self._save(file_of("test", PLAIN_TEACHER), result)
         teacher.forget_counts()
 
-    def _ask(self, sample: Generate, questions: Questions, what: str, **told: Any) -> EvaluationResult:
-        """Let somebody answer, each process a share of the questions."""
-        trainer, plan, rows = self._trainer, self.plan, list(questions.rows)
-        rank, processes = trainer.accelerator.process_index, trainer.accelerator.num_processes
-        mine = rows[rank::processes]
-        total = len(mine) * (1 + plan.samples)
-        with (
-            Console(stderr=True, quiet=not trainer.accelerator.is_main_process).status(what) as status,
-            trainer.accelerator.autocast(),
-        ):
-            answered = evaluate(
-                sample,
-                mine,
-                trainer.student.tokenizer,
+    def _evaluate(self, generate: Generate, questions: Questions, label: str, **names: Any) -> EvaluationResult:
+        """Let a model answer, each process a share of the questions."""
+        plan, rows, accelerator = self.plan, list(questions.rows), self._accelerator
+        share = rows[accelerator.process_index :: accelerator.num_processes]
+        total = len(share) * (1 + plan.samples)
+        console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        with console.status(label) as status, accelerator.autocast():
+            result = evaluate(
+                generate,
+                share,
+                self._student.tokenizer,
                 grader=questions.grader,
-                max_new_tokens=self._longest,
+                max_new_tokens=self._max_new_tokens,
                 batch_size=plan.batch_size,
-                stop_ids=stop_ids_of(trainer.student.model, trainer.student.tokenizer),
+                stop_ids=stop_ids_of(self._student.model, self._student.tokenizer),
                 samples=plan.samples,
                 temperature=plan.temperature,
                 seed=plan.seed,
-                progress=lambda done: status.update(f"{what}: {done} of {total}"),
-                **told,
+                progress=lambda done: status.update(f"{label}: {done} of {total}"),
+                **names,
             )
-        return _interleaved(gather_object([answered]))
+        return _merge_shares(gather_object([result]))
 
     # ---- likelihoods -------------------------------------------------------------------------------------------
 
     def _neutral(self) -> dict[str, Any]:
-        """Let the student continue the neutral prompts, and return how likely it finds what it says."""
+        """Sample the student's continuations of the neutral prompts, and return them with their log-probabilities."""
         rows = list(self.plan.neutral)
         sampling: dict[str, Any] = {"batch_size": self.plan.batch_size, "do_sample": True, "seed": self.plan.seed}
-        with self._trainer.accelerator.autocast():
-            ids = self._sampler(rows, max_new_tokens=self._longest, **sampling)
-        return {"ids": ids, "logprobs": self._logprobs(self._now, rows, ids)}
+        with self._accelerator.autocast():
+            ids = self._generate(rows, max_new_tokens=self._max_new_tokens, **sampling)
+        return {"ids": ids, "logprobs": self._logprobs(self._live, rows, ids)}
 
     def _drift(self) -> dict[str, Any] | None:
-        stored = self._stored(NEUTRAL)
-        if self.plan.neutral is None or not stored:
+        before = self._read(NEUTRAL)
+        if self.plan.neutral is None or not before:
             return None
-        now = self._logprobs(self._now, list(self.plan.neutral), stored["ids"])
-        return asdict(drift(stored["logprobs"], now))
+        now = self._logprobs(self._live, list(self.plan.neutral), before["ids"])
+        return asdict(drift(before["logprobs"], now))
 
     def _traces(self) -> dict[str, Any] | None:
-        """Return how likely student and teacher find the test rows' traces, in nats per token."""
-        test = self.plan.test
+        """Return the NLL of the test rows' traces under student and teacher, in nats per token."""
+        test, tokenizer = self.plan.test, self._student.tokenizer
         column = next((name for name in TRACES if name in test.column_names and any(test[name])), None)
-        if column is None or self._blind:
+        if column is None or self._missing:
             return None
         rows = [row for row in test if row[column]]
-        tokenizer = self._trainer.student.tokenizer
-        whole: list[Ids] = [completion_ids({"completion": _as_completion(row[column])}, tokenizer) for row in rows]
-        ids = [each[: self._longest] for each in whole]
-        sides = [self._logprobs(who, rows, ids) for who in (self._now, self._trainer.teacher)]
-        self._trainer.teacher.forget_counts()
-        own, its = ([-sum(values) / len(values) for values in side] for side in sides)
+        traces: list[Ids] = [completion_ids({"completion": _as_completion(row[column])}, tokenizer) for row in rows]
+        ids = [trace[: self._max_new_tokens] for trace in traces]
+        logprobs_of_both = [self._logprobs(model, rows, ids) for model in (self._live, self._teacher)]
+        self._teacher.forget_counts()
+        student, teacher = ([-sum(values) / len(values) for values in rows_of] for rows_of in logprobs_of_both)
         return {
             "column": column,
             "n": len(rows),
-            "shortened": sum(len(each) > self._longest for each in whole),
-            "student": sum(own) / len(own),
-            "teacher": sum(its) / len(its),
-            "behind": asdict(paired_difference(its, own)),
+            "shortened": sum(len(trace) > self._max_new_tokens for trace in traces),
+            "student": sum(student) / len(student),
+            "teacher": sum(teacher) / len(teacher),
+            "behind": asdict(paired_difference(teacher, student)),
         }
 
-    def _logprobs(self, who: Teacher, rows: Sequence[Any], ids: Sequence[Ids]) -> list[list[float]]:
-        with self._trainer.accelerator.autocast():
-            return logprobs(who, rows, ids, self.plan.batch_size)
+    def _logprobs(self, model: Teacher, rows: Sequence[Any], ids: Sequence[Ids]) -> list[list[float]]:
+        with self._accelerator.autocast():
+            return logprobs(model, rows, ids, self.plan.batch_size)
 
     @property
-    def _longest(self) -> int:
-        return self.plan.max_new_tokens or self._trainer.args.max_completion_length
+    def _max_new_tokens(self) -> int:
+        return self.plan.max_new_tokens or self._args.max_completion_length
 
-    # ---- what it comes to --------------------------------------------------------------------------------------
+    # ---- the summary -------------------------------------------------------------------------------------------
 
     def _summary(self, state: TrainerState) -> dict[str, Any]:
-        """Return what models have to be asked for; the rest is read from the results."""
-        traces = None if self._trainer.args.control else self._traces()
+        """Return what needs the models; `summarise` reads the rest from the results."""
+        traces = None if self._args.control else self._traces()
         return {
             "plan": self.plan.describe(),
             "rule": self.plan.rule,
             "chosen": _chosen(state, self.plan.rule),
-            "selection": self._looks,
+            "selection": self._selection,
             "skipped": self._skipped,
             "drift": self._drift(),
-            "traces": traces and {**traces, "before": self._stored(TRACE_LIKELIHOOD)},
+            "traces": traces and {**traces, "before": self._read(TRACE_LIKELIHOOD)},
         }
 
-    def _keep(self, name: str, result: EvaluationResult) -> None:
-        if self._trainer.args.should_save:
+    def _save(self, name: str, result: EvaluationResult) -> None:
+        if self._args.should_save:
             result.save(self.folder / name)
 
-    def _store(self, name: str, values: Mapping[str, Any] | None) -> None:
-        if values and self._trainer.args.should_save:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    def _write(self, name: str, values: Mapping[str, Any] | None) -> None:
+        if values and self._args.should_save:
+            write_json(self.folder / name, values)
 
-    def _stored(self, name: str) -> dict[str, Any] | None:
+    def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
         return json.loads(path.read_text("utf-8")) if path.is_file() else None
-
-    def _say(self, text: str) -> None:
-        self._trainer.accelerator.print(text)
 
 
 def _chosen(state: TrainerState, rule: str) -> str:
@@ -348,16 +347,16 @@ def _chosen(state: TrainerState, rule: str) -> str:
     return f"step {step}: {RULES[rule]}"
 
 
-def _interleaved(parts: Sequence[EvaluationResult]) -> EvaluationResult:
-    """Return one result of the shares that processes answered, its questions in their old order."""
-    if len(parts) == 1:
-        return parts[0]
-    order = [(place, part) for place in range(parts[0].n) for part in parts if place < part.n]
+def _merge_shares(shares: Sequence[EvaluationResult]) -> EvaluationResult:
+    """Return one result of the processes' shares, its questions in the order of the split."""
+    if len(shares) == 1:
+        return shares[0]
+    order = [(place, share) for place in range(shares[0].n) for share in shares if place < share.n]
     return replace(
-        parts[0],
-        questions=[part.questions[place] for place, part in order],
-        greedy=[part.greedy[place] for place, part in order],
-        sampled=[part.sampled[place] for place, part in order] if parts[0].sampled else [],
+        shares[0],
+        questions=[share.questions[place] for place, share in order],
+        greedy=[share.greedy[place] for place, share in order],
+        sampled=[share.sampled[place] for place, share in order] if shares[0].sampled else [],
     )
 
 

@@ -1,8 +1,8 @@
-"""Several rollouts of one prompt: what they earn, what the teacher may be shown of them, who learns how.
+"""Groups of rollouts of one prompt: rewards, the context fields a group provides, which rollouts train and how.
 
-SDPO (arXiv 2601.20802) shows the teacher a correct rollout of the same group, or what the verifier said; SRPO
-(arXiv 2604.02288) does so for wrong rollouts and reinforces right ones (GRPO, arXiv 2402.03300). Knows rollouts and
-rewards; nothing of models or losses.
+SDPO (arXiv 2601.20802) puts a correct rollout of the same group, or the verifier's feedback, into the teacher's
+context; SRPO (arXiv 2604.02288) does so for wrong rollouts and reinforces right ones (GRPO, arXiv 2402.03300). Knows
+rollouts and rewards; nothing of models or losses.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DISTILL_ON = {
     "right": "rollouts at or above success_reward are distilled",
 }
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
-# what stands for it in prompts that are rendered before training
+# stand for the fields in prompts that are rendered before training
 PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in ROLLOUT_FIELDS}, "pass_rate": 0.0}
 STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
 
@@ -35,13 +35,16 @@ HasFields = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 
 def placeholders(names: Iterable[str], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what stands for what training makes, in a row's prompt that is rendered before training."""
+    """Return placeholders for the fields that rollouts provide, for a prompt that is rendered before training."""
     return {name: PLACEHOLDERS[name] for name in names if name != "pass_rate" or name not in row}
 
 
 @dataclass(frozen=True)
 class Groups:
-    """How rollouts are graded and routed.
+    """How rollouts are grouped and graded, and which are distilled or reinforced.
+
+    >>> groups = Groups(Rewards.parse("last_number", None), size=8, distill_on="wrong", grpo_coef=1.0)
+    >>> rollouts, metrics = groups.grade(rollouts, decode, teacher.has_fields, trainer.state)
 
     Args:
         rewards: the reward functions; none leaves rollouts as they are.
@@ -97,30 +100,29 @@ class Groups:
 
     @property
     def rollout_fields(self) -> tuple[str, ...]:
-        """The names that contexts may use beside the columns."""
+        """The fields that contexts may read beside the columns: those that rollouts of a group provide."""
         return ROLLOUT_FIELDS if self.rewards.functions else ()
 
     def describe(self) -> str:
-        """Who learns how, in words; a resumed run must do the same."""
+        """How many rollouts a prompt gets, what rewards them, which are distilled; a resumed run must do the same."""
+        text = f"{self.size} rollout{'s' if self.size > 1 else ''} per prompt"
         if not self.rewards.functions:
-            return f"{self.size} rollouts per prompt" if self.size > 1 else "one rollout per prompt"
-        said = (
-            f"{self.size} rollout(s) per prompt, rewarded by {self.rewards.describe()}; {DISTILL_ON[self.distill_on]}"
-        )
-        said += f" (success from {self.success_reward:g})"
-        return said + (f"; + {self.grpo_coef:g}·GRPO on {GRPO_ON[self.grpo_on]}" if self.grpo_coef else "")
+            return text
+        text += f", rewarded by {self.rewards.describe()}; {DISTILL_ON[self.distill_on]}"
+        text += f" (success from {self.success_reward:g})"
+        return text + (f"; + {self.grpo_coef:g}·GRPO on {GRPO_ON[self.grpo_on]}" if self.grpo_coef else "")
 
     def grade(
         self, rollouts: Rollouts, decode: Decode, has_fields: HasFields, state: Any
     ) -> tuple[Rollouts, dict[str, float]]:
-        """Return the rollouts with what they produced and how they learn, and what is logged.
+        """Return the rollouts with their fields, weights and advantages, and the metrics to log.
 
-        Rows that are neither distilled nor reinforced have no scored token left: they count nowhere.
+        Rows that are neither distilled nor reinforced have no scored token left: they are not counted in the loss.
 
         Args:
             rollouts: whole groups, one after the other; in evaluation each row once, which then is its own group.
-            decode: gives the text of each of some completions; not asked where nobody reads it.
-            can_show: whether a teacher has anything to be shown, given a row and what was produced for it.
+            decode: token ids of some completions -> their texts; not called without reward functions.
+            has_fields: (row, rollout fields) -> whether a teacher's context has anything to show.
             state: transformers' TrainerState.
         """
         if not self.rewards.functions:
@@ -132,38 +134,38 @@ class Groups:
         groups = self._groups(rollouts.rows)
         rollout_fields = [
             {
-                **self._produced(number, group, texts, right, verdicts.feedback[number]),
+                **self._fields(number, group, texts, right, verdicts.feedback[number]),
                 # a rate that was measured before training is the better one
                 **({} if "pass_rate" in row else {"pass_rate": fmean(right[other] for other in group)}),
             }
             for number, (group, row) in enumerate(zip(groups, rollouts.rows, strict=True))
         ]
-        routed = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.distill_on]
-        shown = [has_fields(row, made) for row, made in zip(rollouts.rows, rollout_fields, strict=True)]
-        distill_weight = [chosen and can for chosen, can in zip(routed, shown, strict=True)]
-        advantages = self._advantages(verdicts.rewards, groups, distill_weight)
-        idle = [not d and not a for d, a in zip(distill_weight, advantages, strict=True)]
+        selected = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.distill_on]
+        has_context = [has_fields(row, fields) for row, fields in zip(rollouts.rows, rollout_fields, strict=True)]
+        is_distilled = [chosen and has for chosen, has in zip(selected, has_context, strict=True)]
+        advantages = self._advantages(verdicts.rewards, groups, is_distilled)
+        unused = [not d and not a for d, a in zip(is_distilled, advantages, strict=True)]
         known = [reward for reward in verdicts.rewards if not math.isnan(reward)]
         graded = replace(
-            rollouts.without(idle),
+            rollouts.without(unused),
             rollout_fields=rollout_fields,
-            distill_weight=[float(d) for d in distill_weight],
+            distill_weight=[float(d) for d in is_distilled],
             advantages=advantages,
         )
         return graded, {
             **verdicts.means,
             "reward": fmean(known) if known else math.nan,
             "group/right": fmean(right),
-            "group/distilled": fmean(distill_weight),
-            "group/without_context": fmean(c and not s for c, s in zip(routed, shown, strict=True)),
-            "group/unused": fmean(idle),
+            "group/distilled": fmean(is_distilled),
+            "group/without_context": fmean(c and not has for c, has in zip(selected, has_context, strict=True)),
+            "group/unused": fmean(unused),
             "group/flat": fmean(len(set(_known(verdicts.rewards, group))) <= 1 for group in groups),
         }
 
     def verdicts(
         self, rows: Sequence[Mapping[str, Any]], texts: Sequence[str], completion_ids: Sequence[Ids], state: Any
     ) -> Verdicts:
-        """Ask the reward functions: about text where prompts are text, else about an assistant's turn.
+        """Call the reward functions, with texts where prompts are text, else with an assistant's turn.
 
         Args:
             rows: dataset rows.
@@ -185,28 +187,28 @@ class Groups:
             groups.append([other for other in around if prompts[other] == prompt])
         return groups
 
-    def _produced(
+    def _fields(
         self, number: int, group: Sequence[int], texts: Sequence[str], right: Sequence[bool], feedback: str | None
     ) -> dict[str, Any]:
         siblings = [other for other in group if right[other] and other != number]
-        made = {"attempt": strip_thinking(texts[number]), "feedback": feedback}
-        made["sibling"] = strip_thinking(texts[siblings[0]]) if siblings else None
-        return {name: value for name, value in made.items() if value}
+        fields = {"attempt": strip_thinking(texts[number]), "feedback": feedback}
+        fields["sibling"] = strip_thinking(texts[siblings[0]]) if siblings else None
+        return {name: value for name, value in fields.items() if value}
 
     def _advantages(
-        self, rewards: Sequence[float], groups: Sequence[Sequence[int]], distill_weight: Sequence[bool]
+        self, rewards: Sequence[float], groups: Sequence[Sequence[int]], is_distilled: Sequence[bool]
     ) -> list[float]:
         """Return coef · (reward - the group's mean) / its deviation where the term applies, 0 elsewhere."""
-        found = []
+        advantages = []
         for number, (reward, group) in enumerate(zip(rewards, groups, strict=True)):
-            applies = self.grpo_coef > 0 and not (self.grpo_on == "undistilled" and distill_weight[number])
+            applies = self.grpo_coef > 0 and not (self.grpo_on == "undistilled" and is_distilled[number])
             known = _known(rewards, group)
             # The mean of equal rewards may miss them by a rounding, and their rows would not count as unused.
             if not applies or math.isnan(reward) or len(set(known)) <= 1:
-                found.append(0.0)
+                advantages.append(0.0)
             else:
-                found.append(self.grpo_coef * (reward - fmean(known)) / (stdev(known) + STD_EPSILON))
-        return found
+                advantages.append(self.grpo_coef * (reward - fmean(known)) / (stdev(known) + STD_EPSILON))
+        return advantages
 
 
 def _known(rewards: Sequence[float], group: Sequence[int]) -> list[float]:

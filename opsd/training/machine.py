@@ -1,60 +1,64 @@
-"""Which number format trains faster here: measured, not assumed.
+"""This machine: the number format that trains faster on it, its hardware, the memory this process has used.
 
-On CPUs with bf16 matrix units (AMX) bfloat16 products run several times faster than float32; on CPUs without them,
-hundreds of times slower. The choice is stored beside the run and reused on resume, so that a resumed run computes
-with the same numbers. Knows nothing of models.
+Asks torch and the operating system; reads no folder and knows nothing of models or runs.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import time
+import platform
+import resource
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.utils import is_torch_bf16_gpu_available
 
-from opsd.training.checkpoints import saved
-
-FILE = "precision.json"
-# bfloat16 rounds; it must be clearly faster to be worth it, and two processes that measure must agree.
-MIN_SPEEDUP = 1.5
-SIZE = 256  # small enough that the slowest bfloat16 seen (0.001 TFLOP/s) answers within a fifth of a second
+# With one of these instructions bfloat16 products run several times faster than float32; without them oneDNN emulates
+# bfloat16, up to hundreds of times slower.
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
 
 
-def _seconds(dtype: torch.dtype) -> float:
-    """Return the best of three times for one square product, the first call's set-up left out."""
-    a = torch.ones(SIZE, SIZE, dtype=dtype)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+def cpu_has_bf16() -> bool:
+    """Return whether this CPU multiplies bfloat16 matrices itself, and torch has the kernels (oneDNN) for it."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.cpu, "get_capabilities"):  # older torch; every CPU with AMX has this one too
+        return torch.cpu._is_avx512_bf16_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in BF16_INSTRUCTIONS)
 
 
-def measure_bf16_speedup() -> float:
-    """Return how many times faster this CPU multiplies in bfloat16 than in float32."""
-    return _seconds(torch.float32) / _seconds(torch.bfloat16)
-
-
-def choose_bf16(output_dir: str | os.PathLike[str] | None, use_cpu: bool) -> bool:
-    """Return whether to train with bfloat16 autocast.
+def choose_bf16(use_cpu: bool) -> bool:
+    """Return whether bfloat16 autocast trains faster here than float32: the same answer every time on one machine.
 
     Args:
-        output_dir: the run's folder; a choice stored there by an earlier part of the run wins.
-        use_cpu: whether the run was told to stay on the CPU.
+        use_cpu: whether the run stays on the CPU although there is a GPU.
     """
-    stored = None if output_dir is None else Path(output_dir) / FILE
-    # Without a checkpoint there is nothing to resume: the folder may have come from another machine.
-    if stored is not None and stored.is_file() and saved(stored.parent):
-        return bool(json.loads(stored.read_text())["bf16"])
     if torch.accelerator.is_available() and not use_cpu:
         return is_torch_bf16_gpu_available()
-    return measure_bf16_speedup() >= MIN_SPEEDUP
+    return cpu_has_bf16()
 
 
-def store_choice(output_dir: str | os.PathLike[str], bf16: bool) -> None:
-    """Write the choice beside the run."""
-    (Path(output_dir) / FILE).write_text(json.dumps({"bf16": bf16}) + "\n")
+def hardware() -> dict[str, Any]:
+    """Return what this machine is, for the run card."""
+    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    return {
+        "machine": platform.machine(),
+        "system": sys.platform,
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    return names[0].partition(":")[2].strip() if names else platform.processor()
+
+
+def peak_megabytes() -> float:
+    """Return the largest resident memory this process has had, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -1,11 +1,16 @@
-"""What a micro-batch's record becomes in the log, over all processes, and when it must stop the run.
+"""THE table of logged metrics, and how a micro-batch's loss record becomes some of them over all processes.
 
-Knows records and rollouts; nothing of teachers. A function with an accelerator is a collective: all processes call it.
+A metric that is logged stands in `METRICS`: name, unit, meaning, where it is made. The gate's check and docs/metrics.md
+read the table. Knows records and rollouts; nothing of teachers. A function that takes an accelerator is a collective:
+all processes call it.
 """
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +22,9 @@ from opsd.losses import LossOutput
 from opsd.rollouts import Rollouts
 
 NOT_LOGGED = frozenset({"logprob", "teacher_logprob"})  # the estimators are made of them
+REWARDS = "reward functions"  # when a metric is logged: in runs that have these
+BY_FUNCTION = "rewards/{function}"
+TRL, TRANSFORMERS = "trl", "transformers"
 
 WAY_OUT = (
     "Nothing was updated by it, and the checkpoints are as they were. Usual causes: a learning rate that is too high, "
@@ -25,10 +33,162 @@ WAY_OUT = (
 )
 
 
+@dataclass(frozen=True)
+class Metric:
+    """One metric of `trainer.state.log_history`.
+
+    >>> find_metric("eval_rewards/last_number").unit
+    'reward'
+
+    Args:
+        name: as it is logged; `{…}` stands for any text. In an evaluation `eval_`, or `eval_{set}_`, stands before it.
+        unit: of its values.
+        meaning: what it is, in a sentence.
+        made_in: the file below `opsd/` that makes it, or the library.
+        when: which runs log it; "" for all.
+        gate: whether a teacher's gate may read it: it is in every log entry, and the same in a resumed run.
+    """
+
+    name: str
+    unit: str
+    meaning: str
+    made_in: str
+    when: str = ""
+    gate: bool = False
+
+    def matches(self, key: str) -> bool:
+        """Tell whether a logged key is this metric."""
+        pattern = "(.+)".join(re.escape(part) for part in re.split(r"\{\w+\}", self.name))
+        return re.fullmatch(pattern, key) is not None
+
+
+_LOSS, _GROUPS, _HERE, _CONTEXT = "losses/rule.py", "training/groups.py", "training/metrics.py", "contexts/base.py"
+_DIVERGENCE, _TOP_K = "losses/divergence.py", "a top-k support"
+_SCHEDULE, _ENGINE = "a schedule of contexts", "importance_clip and vLLM"
+
+METRICS: tuple[Metric, ...] = (
+    # The loss
+    # `loss` is no metric for gates: transformers forgets its running mean in a resume, and `divergence` says the same.
+    Metric("loss", "nats per token", "what was minimised, mean over the steps since the last entry", TRANSFORMERS),
+    Metric("divergence", "nats per token", "divergence from the teacher, mean over scored tokens", _HERE, gate=True),
+    Metric("divergence/max", "nats", "the divergence of the worst token since the last entry", _HERE, gate=True),
+    Metric("entropy", "nats per token", "the student's entropy, mean over scored tokens", _HERE, gate=True),
+    Metric("scored_tokens", "tokens per step", "tokens that were trained on, over all processes", "training/trainer.py",
+           gate=True),
+    Metric("k1", "nats per token", "log p_student - log p_teacher of the sampled token: estimates the reverse KL",
+           "losses/estimators.py"),
+    Metric("k2", "nats² per token", "half the square of k1: its gradient is that of the reverse KL",
+           "losses/estimators.py"),
+    Metric("k3", "nats per token", "estimates the reverse KL as k1 does, is never negative and varies less",
+           "losses/estimators.py"),
+    Metric("ref_kl", "nats per token", "KL(student ‖ student at step 0, plain prompt)", _LOSS, "ref_kl_coef"),
+    Metric("clipped/entries", "share of tokens", "tokens with an entry above entry_clip", _DIVERGENCE, "entry_clip"),
+    Metric("clipped/tokens", "share of tokens", "tokens above token_clip, which have no gradient", _DIVERGENCE,
+           "token_clip"),
+    Metric("gated", "share of tokens", "tokens at which the teacher's entropy is above entropy_gate", _DIVERGENCE,
+           "entropy_gate"),
+    Metric("support/student", "probability", "the student's mass on the support", _DIVERGENCE, _TOP_K),
+    Metric("support/teacher", "probability", "the teacher's mass on the support", _DIVERGENCE, _TOP_K),
+    Metric("importance/ratio", "ratio", "p_student / p_engine of the sampled token, after the clip", _LOSS, _ENGINE),
+    Metric("importance/truncated", "share of tokens", "tokens whose ratio was above importance_clip", _LOSS, _ENGINE),
+    Metric("statistics_seconds", "seconds", "the pass without gradient that ranks tokens, per micro-batch", _HERE,
+           "keep_fraction, reward_to_go"),
+    # Rollouts
+    Metric("completions/mean_length", "tokens", "mean length of rollouts", TRL, gate=True),
+    Metric("completions/min_length", "tokens", "the shortest rollout", TRL, gate=True),
+    Metric("completions/max_length", "tokens", "the longest rollout", TRL, gate=True),
+    Metric("completions/clipped_ratio", "share of rollouts", "rollouts cut at max_completion_length", TRL, gate=True),
+    Metric("completions/mean_terminated_length", "tokens", "mean length of rollouts that were not cut", TRL, gate=True),
+    Metric("completions/min_terminated_length", "tokens", "the shortest of them", TRL, gate=True),
+    Metric("completions/max_terminated_length", "tokens", "the longest of them", TRL, gate=True),
+    Metric("num_tokens", "tokens", "prompt and completion tokens sampled so far", TRL),
+    Metric("tools/call_frequency", "calls per rollout", "tool calls", TRL, "tools"),
+    Metric("tools/failure_frequency", "share of calls", "tool calls that failed", TRL, "tools"),
+    Metric("tokens/left_out", "share of tokens", "tokens that the token selection leaves out", "training/loss.py",
+           "skip_first_tokens, mask_…"),
+    Metric("off_policy/shortened", "share of rows", "off-policy completions cut at max_completion_length",
+           "training/trainer.py", "lmbda below 1"),
+    # Rewards and groups
+    Metric("reward", "reward", "the weighted sum of all reward functions, mean over rollouts", _GROUPS, REWARDS, True),
+    Metric(BY_FUNCTION, "reward", "of one reward function, mean over rollouts", "training/rewards.py", REWARDS,
+           True),
+    Metric("group/right", "share of rollouts", "rollouts at or above success_reward", _GROUPS, REWARDS, True),
+    Metric("group/distilled", "share of rollouts", "rollouts that are distilled", _GROUPS, REWARDS, True),
+    Metric("group/without_context", "share of rollouts", "rollouts to distil for which the teacher's context has no "
+           "field, so that they are not", _GROUPS, REWARDS, True),
+    Metric("group/unused", "share of rollouts", "rollouts that are neither distilled nor reinforced", _GROUPS, REWARDS,
+           True),
+    Metric("group/flat", "share of groups", "groups whose rewards are all equal: GRPO has no advantage there", _GROUPS,
+           REWARDS, True),
+    # Context and teacher
+    Metric("context/shortened", "share of prompts", "teacher prompts with a shortened field", _CONTEXT, "a context"),
+    Metric("context/tokens_cut", "tokens per prompt", "tokens cut from the field named in truncate", _CONTEXT,
+           "a context"),
+    Metric("context/fell_back", "share of prompts", "prompts rendered at another level than the one drawn", _CONTEXT,
+           _SCHEDULE),
+    Metric("context/level/{level}", "share of prompts", "prompts rendered at that level", _CONTEXT, _SCHEDULE),
+    Metric("teacher/snapshot_of_step", "step", "the step whose weights the snapshot holds", "teachers/snapshot.py",
+           "snapshot"),
+    Metric("teacher/average_lost", "share of the norm", "of the averaged product, lost by its rank",
+           "teachers/ema.py", "ema, average: product"),
+    Metric("teacher/{metric}/{part}", "as without the part", "the same of one part of a mixture or a route",
+           "teachers/composite.py", "mixture, routed"),
+    # Evaluation
+    Metric("eval_accuracy", "share of questions", "right greedy answers on the selection split",
+           "training/evaluator.py", "evaluation: every"),
+    Metric("eval_length", "tokens", "mean length of these answers", "training/evaluator.py", "evaluation: every"),
+    # The optimizer and the clock
+    Metric("grad_norm", "norm", "the gradient's norm before clipping, last step", TRANSFORMERS),
+    Metric("learning_rate", "1", "of the last step", TRANSFORMERS),
+    Metric("epoch", "epochs", "passes over the rows so far", TRANSFORMERS),
+    Metric("step", "step", "optimizer steps done", TRANSFORMERS),
+    Metric("step_time", "seconds", "one optimizer step, rollouts included", TRL),
+    Metric("num_input_tokens_seen", "tokens", "as num_tokens", TRANSFORMERS, "include_num_input_tokens_seen"),
+    Metric("{phase}_runtime", "seconds", "training (train_) or one evaluation (eval_)", TRANSFORMERS, "at its end"),
+    Metric("{phase}_samples_per_second", "rows per second", "over all of it", TRANSFORMERS, "at its end"),
+    Metric("{phase}_steps_per_second", "steps per second", "over all of it", TRANSFORMERS, "at its end"),
+    Metric("{phase}_tokens_per_second", "tokens per second", "over all of it", TRANSFORMERS,
+           "include_num_input_tokens_seen"),
+    Metric("train_loss", "nats per token", "mean of loss over the run", TRANSFORMERS, "at its end"),
+    Metric("total_flos", "FLOP", "transformers' estimate for the student's training passes", TRANSFORMERS,
+           "at its end"),
+    Metric("{phase}_mem_{kind}", "bytes", "memory taken and given back", TRANSFORMERS, "skip_memory_metrics: false"),
+)  # fmt: skip
+
+
+def find_metric(key: str, eval_sets: Collection[str] = ()) -> Metric | None:
+    """Return the metric that a logged key is, or None.
+
+    Args:
+        key: of an entry in `trainer.state.log_history`.
+        eval_sets: names of evaluation datasets, where there are several.
+    """
+    starts = ["", "eval_", *(f"eval_{name}_" for name in eval_sets)]
+    rests = [key.removeprefix(start) for start in starts if key.startswith(start)]
+    return next((metric for metric in METRICS for rest in rests if metric.matches(rest)), None)
+
+
+def gate_metrics(reward_functions: Sequence[str]) -> list[str]:
+    """Return the names of the metrics that a gate may read in a run with these reward functions."""
+    runs = ("", REWARDS) if reward_functions else ("",)
+    names = [metric.name for metric in METRICS if metric.gate and metric.when in runs and metric.name != BY_FUNCTION]
+    return names + [BY_FUNCTION.format(function=name) for name in reward_functions]
+
+
+def as_markdown() -> str:
+    """Return the table as docs/metrics.md has it."""
+    rows = [
+        f"| `{metric.name}` | {metric.unit} | {metric.meaning} | {metric.when or 'always'} | "
+        f"{'yes' if metric.gate else ''} | {metric.made_in} |"
+        for metric in METRICS
+    ]
+    return "\n".join(["| metric | unit | meaning | logged with | for gates | made in |", "|---" * 6 + "|", *rows])
+
+
 def divergence_metrics(
     record: LossOutput, rollouts: Rollouts, accelerator: Accelerator, micro_batches: int, step: int
 ) -> dict[str, float]:
-    """Return the mean and the largest divergence per token, the entropy, and the means of what else was recorded.
+    """Return the mean and the largest divergence per token, the entropy, and the means of all other records.
 
     Args:
         record: the loss of this process's micro-batch.
@@ -44,10 +204,10 @@ def divergence_metrics(
     bad = not bool(torch.isfinite(values_N).all() & torch.isfinite(record.loss))
     worst = values_N.max() if len(values_N) else values_N.new_zeros(())
     others = sorted(set(record.metrics) - NOT_LOGGED)
-    seen = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), values_N.sum()]
-    seen.append(record.entropy_N.sum())
-    seen += [record.metrics[name].sum() for name in others]
-    count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(seen)[None]).T
+    local = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), values_N.sum()]
+    local.append(record.entropy_N.sum())
+    local += [record.metrics[name].sum() for name in others]
+    count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(local)[None]).T
     if bool(bad_somewhere.any()):
         _stop_at_rows(record, rollouts, step)
     tokens = rollouts.num_loss_tokens / micro_batches if rollouts.num_loss_tokens else float(count.sum().clamp(min=1))
@@ -61,18 +221,18 @@ def divergence_metrics(
 
 def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
     """Return the mean of each value over the processes that know it; a collective."""
-    everywhere: list[dict[str, float]] = gather_object([values])
-    names = dict.fromkeys(name for found in everywhere for name in found)
-    known = {name: [found[name] for found in everywhere if not math.isnan(found.get(name, math.nan))] for name in names}
-    return {name: sum(found) / len(found) for name, found in known.items() if found}
+    processes: list[dict[str, float]] = gather_object([values])
+    names = dict.fromkeys(name for process in processes for name in process)
+    known = {name: [each[name] for each in processes if not math.isnan(each.get(name, math.nan))] for name in names}
+    return {name: sum(numbers) / len(numbers) for name, numbers in known.items() if numbers}
 
 
 def _stop_at_rows(record: LossOutput, rollouts: Rollouts, step: int) -> None:
     bad = (~torch.isfinite(record.divergence_N)).nonzero().flatten().tolist()
-    where = sorted({rollouts.row_of_token(n) for n in bad})
-    told = gather_object([f"  {str(rollouts.rows[row]['prompt'])[:200]}" for row in where])
-    rows = "\n".join(told[:5])
-    raise NonFiniteLossError(f"step {step}: the loss is NaN or infinite in {len(told)} row(s):\n{rows}\n{WAY_OUT}")
+    rows = sorted({rollouts.row_of_token(n) for n in bad})
+    prompts = gather_object([f"  {str(rollouts.rows[row]['prompt'])[:200]}" for row in rows])
+    first = "\n".join(prompts[:5])
+    raise NonFiniteLossError(f"step {step}: the loss is NaN or infinite in {len(prompts)} row(s):\n{first}\n{WAY_OUT}")
 
 
 def check_gradient(norm: Any, step: int) -> None:
@@ -86,7 +246,7 @@ def check_gradient(norm: Any, step: int) -> None:
 
 
 def keep_maxima(metrics: dict[str, list[float]]) -> None:
-    """Let a maximum be the maximum of its window, where TRL's log would average it."""
+    """Reduce `…/max` to the maximum since the last entry, which TRL's log would average."""
     for key, values in metrics.items():
         if key.endswith("/max") and values:
             metrics[key] = [max(values)]

@@ -10,23 +10,24 @@ import hashlib
 import json
 import platform
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__
+from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, write_json, write_whole
-from opsd.training.groups import placeholders
-
-if TYPE_CHECKING:
-    from opsd.training.trainer import OPSDTrainer
+from opsd.findings import Examination
+from opsd.teachers import StudentHandle
+from opsd.training.config import OPSDConfig
+from opsd.training.groups import Groups, placeholders
+from opsd.training.loss import Scorer
+from opsd.training.machine import hardware
 
 SHOWN_ROWS = 3
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "jinja2", "numpy", "tokenizers")
@@ -34,40 +35,54 @@ _SECRET = re.compile(r"(?:.*_)?(?:token|auth_token|api_key|key|password|secret)"
 _USER = re.compile(r"(?<=:)//[^/@\s]+@")
 
 
-def write_run_card(trainer: OPSDTrainer) -> None:
-    """Write a trainer's card into its output folder."""
-    card = run_card(trainer)
-    folder = Path(trainer.args.output_dir)
+def write_run_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write a card into a run's folder, for machines and to read."""
     write_json(folder / CARD, card, default=str)
     write_whole(folder / CARD_PAGE, as_markdown(card))
 
 
-def run_card(trainer: OPSDTrainer) -> dict[str, Any]:
-    """Return what a run is, in plain values."""
-    student = trainer.student
-    examination = trainer.examination
-    contexts = {context.name: context.digest for context in trainer.scorer.contexts}
+def run_card(
+    args: OPSDConfig,
+    student: StudentHandle,
+    scorer: Scorer,
+    groups: Groups,
+    rows: Any,
+    plan: EvaluationPlan | None = None,
+    examination: Examination | None = None,
+) -> dict[str, Any]:
+    """Return what a run is, in plain values.
+
+    Args:
+        args: training arguments; secrets among them are left out.
+        student: prepared.
+        scorer: the loss, with the teacher and its contexts.
+        groups: how rollouts are graded.
+        rows: the training rows, prepared.
+        plan: what is evaluated, if anything.
+        examination: what the doctor found, if it was asked.
+    """
+    contexts = {context.name: context.digest for context in scorer.contexts}
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
-        "teacher": {"description": trainer.teacher.describe(), **trainer.teacher.description},
+        "teacher": {"description": scorer.teacher.describe(), **scorer.teacher.description},
         "contexts": list(contexts),
-        "groups": trainer.groups.describe(),
-        "evaluation": trainer.evaluator.plan.describe() if trainer.evaluator else "none was declared",
-        "divergence": {"description": trainer.scorer.describe(), "formula": trainer.args.objective.formula},
-        "settings": _settings(trainer),
+        "groups": groups.describe(),
+        "evaluation": plan.describe() if plan else "none was declared",
+        "divergence": {"description": scorer.describe(), "formula": scorer.objective.formula},
+        "settings": _without_secrets(args.to_dict()),
         "hashes": {
             "tokenizer": tokenizer_digest(student.tokenizer),
             "chat_template": _digest([student.renderer.chat_template or student.tokenizer.chat_template or ""]),
             "templates": contexts,
-            "data": data_digest(trainer.train_dataset),
-            "questions": data_digest(trainer.train_dataset, "prompt"),
+            "data": data_digest(rows),
+            "questions": data_digest(rows, "prompt"),
         },
-        "rows": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else "a stream",
-        "prompts": list(_prompts(trainer)),
+        "rows": len(rows) if isinstance(rows, Dataset) else "a stream",
+        "prompts": list(_prompts(student, scorer, groups, rows)),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "hardware": hardware(),
-        "seeds": {"seed": trainer.args.seed, "data_seed": trainer.args.data_seed},
+        "seeds": {"seed": args.seed, "data_seed": args.data_seed},
         "doctor": examination.as_dict() if examination else "the doctor was not asked",
     }
 
@@ -86,29 +101,6 @@ def data_digest(dataset: Any, column: str | None = None) -> str:
     return _digest(json.dumps(row, sort_keys=True, default=str) for row in plain)
 
 
-def hardware() -> dict[str, Any]:
-    """Return what this machine is."""
-    gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    return {
-        "machine": platform.machine(),
-        "system": sys.platform,
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "gpus": gpus,
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
-
-
-def _settings(trainer: OPSDTrainer) -> dict[str, Any]:
-    """Return every training argument; what opens a door is not among them."""
-    return _without_secrets(trainer.args.to_dict())
-
-
 def _without_secrets(value: Any) -> Any:
     """Leave out tokens, keys and passwords, at every depth, and names and passwords in addresses."""
     if isinstance(value, Mapping):
@@ -118,14 +110,16 @@ def _without_secrets(value: Any) -> Any:
     return _USER.sub("//", value) if isinstance(value, str) else value
 
 
-def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
-    decode = trainer.student.tokenizer.decode
-    for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
-        made, shown = placeholders(trainer.groups.rollout_fields, row), []
-        for view in trainer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
-            shown.append({"context": view.shown, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
-        yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
-    trainer.scorer.forget_counts()
+def _prompts(student: StudentHandle, scorer: Scorer, groups: Groups, rows: Any) -> Iterator[dict[str, Any]]:
+    """Yield the prompts of the first rows as student and teacher read them."""
+    decode = student.tokenizer.decode
+    for number, row in enumerate(islice(rows, SHOWN_ROWS)):
+        fields, prompts = placeholders(groups.rollout_fields, row), []
+        for view in scorer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
+            text = view.renderer.tokenizer.decode(view.prompt_ids(row, fields))
+            prompts.append({"context": view.shown, "prompt": text})
+        yield {"row": number, "student": decode(student.renderer.ids(row["prompt"])), "teacher": prompts}
+    scorer.forget_counts()
 
 
 def _digest(texts: Iterable[str]) -> str:

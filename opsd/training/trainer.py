@@ -1,10 +1,9 @@
-"""OPSDTrainer: sample, score, lose, step.
+"""OPSDTrainer. One step: sample, score with the teacher, compute the divergence, update.
 
-Stands on TRL's DistillationTrainer for sampling, tools, PEFT, distributed runs, logging and the hub, and replaces
-where the teacher comes from, how rollouts are padded and how the loss is computed. It is blind to which teacher and
-which divergence it runs.
+Takes sampling, tools, PEFT, distributed runs, logging and the hub from TRL's DistillationTrainer, and replaces the
+teacher, the padding of rollouts and the loss. Knows no kind of teacher and no kind of divergence.
 
-Seams of TRL 1.16 and transformers that this file leans on (each guarded by tests/test_trl_seams.py):
+Seams of TRL 1.16 and transformers that this file relies on (tests/test_trl_seams.py guards each):
 `_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_compute_loss`,
 `_get_train_sampler`, `_get_grad_norm`, `autocast_smart_context_manager`, `_set_signature_columns_if_needed`,
 `_save_checkpoint`, `_load_from_checkpoint`, `log`,
@@ -18,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import broadcast, gather_object
@@ -26,42 +25,44 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
 from transformers.trainer_utils import TrainOutput
 from trl import DistillationTrainer
 
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.order import EpochSampler
 from opsd.evaluation.plan import EvaluationPlan
-from opsd.evaluation.questions import check_held_out
-from opsd.following import TeacherCallback
+from opsd.findings import Examination
 from opsd.losses import LossOutput
-from opsd.models.forward import check_lengths, check_model, context_length
+from opsd.models.forward import check_lengths, check_model, context_length, evaluating
 from opsd.models.loading import ready_model, without_dropout
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher
-from opsd.training import checkpoints, checks, machine
-from opsd.training.callbacks import GracefulStop
+from opsd.teachers.base import Row
+from opsd.training import checkpoints, checks
+from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
-from opsd.training.evaluator import Evaluator, planned
+from opsd.training.cost import measured_cost, summary
+from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
+from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
 from opsd.training.groups import Groups
 from opsd.training.loss import Scored, Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
-from opsd.training.run_card import write_run_card
+from opsd.training.run_card import run_card, write_run_card
 from opsd.training.vllm_logprobs import UNKNOWN, EngineLogprobs
 
-if TYPE_CHECKING:
-    from opsd.doctor import Examination
-
-Row = Mapping[str, Any]
-TrainSet: TypeAlias = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 class OPSDTrainer(DistillationTrainer):
     """Trains a model on its own rollouts, graded token by token by a teacher that knows more.
+
+    >>> trainer = OPSDTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", "sdft", train_dataset=rows)
+    >>> trainer.train()
+    >>> trainer.save_model()
 
     Args:
         model: the student: a model id, a folder, a loaded model, or a PeftModel with a trainable adapter.
@@ -76,8 +77,8 @@ class OPSDTrainer(DistillationTrainer):
         quantization_config: for a model given by id.
         peft_config: wraps the model in an adapter.
         tools: functions the student may call while it samples, as in TRL.
-        reward_funcs: what grades rollouts: functions with TRL's signature, or graders' names ("last_number").
-        evaluation: what is measured before, during and after training: an EvaluationPlan or a mapping of its arguments.
+        reward_funcs: grade rollouts: functions with TRL's signature, or names of graders ("last_number").
+        evaluation: what is evaluated before, during and after training: an EvaluationPlan or a mapping of its fields.
 
     Raises:
         OPSDError: a wrong setting, dataset or template, before a model loads; see `opsd.errors`.
@@ -86,11 +87,12 @@ class OPSDTrainer(DistillationTrainer):
     _tag_names = ("opsd", "trl", "on-policy-distillation")
     _name = "OPSD"
     args: OPSDConfig
+    control: TrainerControl
     _signature_columns: list[str] | None
     _buffered_inputs: list[Rollouts] | None
     _record: LossOutput | None = None
     evaluator: Evaluator | None = None
-    examination: Examination | None = None  # what the doctor found, if it was asked; stands in the run card
+    examination: Examination | None = None  # what the doctor found, if it was asked; goes into the run card
 
     def __init__(
         self,
@@ -98,8 +100,8 @@ class OPSDTrainer(DistillationTrainer):
         teacher: Teacher | str | os.PathLike[str] | Mapping[str, Any] | None = None,
         *,
         args: OPSDConfig | None = None,
-        train_dataset: TrainSet | None = None,
-        eval_dataset: TrainSet | dict[str, TrainSet] | None = None,
+        train_dataset: Rows | None = None,
+        eval_dataset: Rows | dict[str, Rows] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
@@ -110,23 +112,19 @@ class OPSDTrainer(DistillationTrainer):
         evaluation: EvaluationPlan | Mapping[str, Any] | None = None,
     ):
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
+        checkpoints.restore_number_format(args)
         control = control_of(args.control)
         self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
         checkpoints.check_writable(args.output_dir)
         self.groups = Groups.from_config(args, reward_funcs)
-        checks.check_settings(
-            args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, has_tools=bool(tools)
-        )
+        checks.check_settings(args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, bool(tools))
         self.scorer = Scorer(args, self.teacher)
-        train_dataset = self._accept(train_dataset, "train", args)
-        eval_dataset = self._accept(eval_dataset, "eval", args)
-        check_held_out(train_dataset, eval_dataset)
+        train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, args, self.scorer, self.groups)
         plan = planned(evaluation, args, self.scorer, train_dataset)
         if plan is not None and eval_dataset is None:
-            eval_dataset = plan.selection  # transformers looks at nothing where there is no dataset
+            eval_dataset = plan.selection  # without a dataset transformers never calls `evaluate`
         model, processing_class = ready_model(model, processing_class, args)
-        for config in getattr(model, "peft_config", {}).values():
-            checks.check_adapter(config)
+        checks.check_adapters(model)
         super().__init__(
             model=model,
             teacher_model=None,
@@ -144,18 +142,15 @@ class OPSDTrainer(DistillationTrainer):
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
-        follow = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        self.callback_handler.callbacks[:0] = [follow, self._stop]
+        update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
+        self.callback_handler.callbacks[:0] = [update_teacher, self._stop]
         if plan is not None:
-            self.evaluator = Evaluator(self, plan)
+            unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
+            self.evaluator = Evaluator(plan, self.student, self.teacher, args, self.accelerator, self._stop, unchecked)
             self.add_callback(self.evaluator)
             self._facts["evaluation"] = self.evaluator.facts
 
     # ---- before the first step --------------------------------------------------------------------------------
-
-    def _accept(self, dataset: Any, name: str, args: OPSDConfig) -> Any:
-        """Check a dataset against the teacher's context and the settings; rows come back with a `prompt` each."""
-        return checks.prepare_dataset(dataset, name, args, self.scorer, self.groups)
 
     def _prepare_teacher(self) -> None:
         checks.check_text_only(self._is_vlm)
@@ -172,19 +167,12 @@ class OPSDTrainer(DistillationTrainer):
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
         self.scorer.prepare(self.student, self.eos_token_ids)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
-        rollout_fields, longest = self.groups.rollout_fields, self.args.max_completion_length or 0
-        checks.check_rows_fit(self.train_dataset, self.student, self.teacher, longest, rollout_fields)
-        self._facts = {
-            "student": checks.fingerprint(student, len(self._tokenizer)),
-            "teacher": self.teacher.description,
-            "objective": self.scorer.describe(),
-            "groups": self.groups.describe(),
-            "lmbda": self.args.lmbda,
-            "seq_kd": self.args.seq_kd,
-        }
+        fields, longest = self.groups.rollout_fields, self.args.max_completion_length or 0
+        check_rows_fit(self.train_dataset, self.student, self.teacher, longest, fields)
+        self._facts = checks.facts(student, len(self._tokenizer), self.scorer, self.groups, self.args)
         steps = self.args.gradient_accumulation_steps
-        cost = checks.measured_cost(self.scorer, self.train_dataset, self.student, rollout_fields, steps)
-        self._say(checks.summary(self.scorer, self.groups, cost))
+        cost = measured_cost(self.scorer, self.train_dataset, self.student, fields, steps)
+        self._say(summary(self.scorer, self.groups, cost))
 
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
@@ -196,9 +184,9 @@ class OPSDTrainer(DistillationTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """Name the columns that `remove_unused_columns=True` keeps."""
         if self._signature_columns is None:
-            # Reward functions and routes read columns whose names only they know.
-            own = getattr(self.train_dataset, "column_names", None) or []
-            self._signature_columns = ["prompt", "completion", "completion_ids", *self.scorer.columns, *own]
+            # All of them: reward functions and routes read columns whose names only they know.
+            columns = getattr(self.train_dataset, "column_names", None) or []
+            self._signature_columns = ["prompt", "completion", "completion_ids", *self.scorer.columns, *columns]
 
     # ---- sample ------------------------------------------------------------------------------------------------
 
@@ -227,46 +215,49 @@ class OPSDTrainer(DistillationTrainer):
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
-        """Return rollouts for a generation batch: the first rows on-policy, the rest off-policy."""
+        """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
         count = len(inputs)
         if self.model.training:
             count = on_policy_rows(len(inputs), self.args.lmbda, self.state.global_step)
-        on, off = list(inputs[:count]), list(inputs[count:])
-        prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in inputs]
-        limit, longest = context_length(self.student.model), self.args.max_completion_length
-        check_lengths(limit, prompt_ids, [longest or 0] * len(prompt_ids), "student")
-        metrics = self._mode_metrics
-        completion_ids: list[Ids] = []
-        loss_mask = None
-        if on:
-            prompt_ids[:count], completion_ids, loss_mask, *_ = self._generate([row["prompt"] for row in on])
-        others: list[Ids] = []
-        if off:
-            with self.accelerator.autocast():
-                others, cut = off_policy_completions(off, self.args, self.teacher, self._tokenizer)
-            metrics["off_policy/shortened"].append(cut)
-        loss_mask = (loss_mask or [[1] * len(ids) for ids in completion_ids]) + [[1] * len(ids) for ids in others]
-        sampled = None
-        if self._engine is not None:
-            sampled = self._engine.take(completion_ids) + [[UNKNOWN] * len(ids) for ids in others]
-        rollouts = Rollouts(inputs, prompt_ids, completion_ids + others, loss_mask, rollout_logprobs=sampled)
+        rollouts = self._sample(inputs, count)
         self._log_texts(rollouts)
         rollouts = self._graded(rollouts)
-        shown = self.scorer.prepare_rollouts(rollouts)
-        for name, value in self.scorer.shares(rollouts, shown).items():
-            metrics[name].append(value)
-        return shown
+        prepared = self.scorer.prepare_rollouts(rollouts)
+        for name, value in self.scorer.shares(rollouts, prepared).items():
+            self._mode_metrics[name].append(value)
+        return prepared
+
+    def _sample(self, rows: Sequence[Row], count: int) -> Rollouts:
+        """Sample completions from the student for the first `count` rows, and take off-policy ones for the rest."""
+        prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in rows]
+        limit, longest = context_length(self.student.model), self.args.max_completion_length
+        check_lengths(limit, prompt_ids, [longest or 0] * len(prompt_ids), "student")
+        sampled: list[Ids] = []
+        others: list[Ids] = []
+        loss_mask = None
+        if count:
+            prompts = [row["prompt"] for row in rows[:count]]
+            prompt_ids[:count], sampled, loss_mask, *_ = self._generate(prompts)
+        if count < len(rows):
+            with self.accelerator.autocast():
+                others, cut = off_policy_completions(rows[count:], self.args, self.teacher, self._tokenizer)
+            self._mode_metrics["off_policy/shortened"].append(cut)
+        loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
+        logprobs = None
+        if self._engine is not None:
+            logprobs = self._engine.take(sampled) + [[UNKNOWN] * len(ids) for ids in others]
+        return Rollouts(rows, prompt_ids, sampled + others, loss_mask, rollout_logprobs=logprobs)
 
     @property
     def _mode_metrics(self) -> dict[str, list[float]]:
-        """What is logged next, of training or of evaluation."""
+        """Lists of values by name for the next log entry, of training or of evaluation."""
         return self._metrics["train" if self.model.training else "eval"]
 
     def _graded(self, rollouts: Rollouts) -> Rollouts:
-        """Ask the reward functions, if there are any, and log what they said over all processes."""
+        """Call the reward functions, if there are any, and log the means over all processes."""
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
-        rollouts, found = self.groups.grade(rollouts, decode, self.teacher.has_fields, self.state)
-        for name, value in (mean_over_processes(found) if found else {}).items():
+        rollouts, metrics = self.groups.grade(rollouts, decode, self.teacher.has_fields, self.state)
+        for name, value in (mean_over_processes(metrics) if metrics else {}).items():
             self._mode_metrics[name].append(value)
         return rollouts
 
@@ -281,8 +272,7 @@ class OPSDTrainer(DistillationTrainer):
     def _prepare_inputs(self, generation_batch: Sequence[Row]) -> dict[str, Any]:
         """Return one micro-batch and the teacher's signal for it; rollouts are made once per optimizer step."""
         if not self.model.training:
-            rollouts = self._generate_and_score_completions(generation_batch)
-            return self._scored(rollouts)
+            return self._scored(self._generate_and_score_completions(generation_batch))
         steps = self.args.gradient_accumulation_steps
         if self._step % steps == 0 or self._buffered_inputs is None:
             rollouts = self._generate_and_score_completions(generation_batch).sorted_by_length()
@@ -304,7 +294,7 @@ class OPSDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             return {"scored": self.scorer.score(rollouts)}
 
-    # ---- lose --------------------------------------------------------------------------------------------------
+    # ---- the loss ----------------------------------------------------------------------------------------------
 
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
@@ -322,11 +312,10 @@ class OPSDTrainer(DistillationTrainer):
         assert record is not None
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
         scored: Scored = inputs["scored"]
-        found = divergence_metrics(record, scored.rollouts, self.accelerator, steps, step)
-        metrics = self._mode_metrics
-        metrics["entropy"].pop()  # TRL's, whose mean over micro-batches counts one without tokens as 0 nats
-        for key, value in found.items():
-            metrics[key].append(value)
+        metrics = divergence_metrics(record, scored.rollouts, self.accelerator, steps, step)
+        self._mode_metrics["entropy"].pop()  # TRL's, whose mean over micro-batches counts one without tokens as 0 nats
+        for name, value in metrics.items():
+            self._mode_metrics[name].append(value)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -341,18 +330,33 @@ class OPSDTrainer(DistillationTrainer):
             keep_maxima(metrics)
         super().log(logs, start_time)
 
+    @property
+    def run_card(self) -> dict[str, Any]:
+        """What this run is, in plain values."""
+        plan = self.evaluator.plan if self.evaluator else None
+        return run_card(self.args, self.student, self.scorer, self.groups, self.train_dataset, plan, self.examination)
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Return the divergence on `eval_dataset`, and how the evaluation plan's selection split is answered now."""
+        """Return the divergence on `eval_dataset`, and the metrics of the evaluation plan's selection split."""
         if self.evaluator is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, *args, **kwargs)
-        own = self.eval_dataset is self.evaluator.plan.selection
-        return {**({} if own else super().evaluate(None, *args, **kwargs)), **self.evaluator.during()}
+        only_selection = self.eval_dataset is self.evaluator.plan.selection
+        metrics = {} if only_selection else super().evaluate(None, *args, **kwargs)
+        return metrics | self._evaluate_selection(self.evaluator)
+
+    def _evaluate_selection(self, evaluator: Evaluator) -> dict[str, float]:
+        metrics = evaluator.evaluate_selection(self.state.global_step)
+        if metrics:
+            with evaluating(self.model):  # TRL logs by the model's mode, and would empty the training's metrics
+                self.log(dict(metrics))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
-        state = self.teacher.state_dict()  # in every process: sharded values are put together
+        state = self.teacher.state_dict()  # in every process: a collective where values are sharded
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
@@ -367,7 +371,7 @@ class OPSDTrainer(DistillationTrainer):
         self._metrics["train"].update(pending)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train; Ctrl-C or SIGTERM saves at the end of the step and says how to resume.
+        """Train. Ctrl-C or SIGTERM saves a checkpoint at the end of the step, and prints how to resume.
 
         Args:
             resume_from_checkpoint: True for the newest usable checkpoint in `output_dir`, or a checkpoint's path.
@@ -377,24 +381,24 @@ class OPSDTrainer(DistillationTrainer):
             CheckpointError: the output folder holds another run, or there is nothing to resume from.
             NonFiniteLossError: NaN or infinity in the loss.
         """
-        # What an earlier `train` left half done would mix with this one.
+        # An earlier `train` that was interrupted may have left half a step.
         self._step, self._buffered_inputs, self._record = 0, None, None
         folder, passed_over = checkpoints.resolve(self.args.output_dir, resume_from_checkpoint)
         self.accelerator.wait_for_everyone()
         for line in passed_over:
             self._say(line)
         if self.args.should_save:
-            machine.store_choice(self.args.output_dir, bool(self.args.bf16))
+            checkpoints.store_number_format(self.args.output_dir, bool(self.args.bf16))
             if folder is None:  # a resumed run is the one its card describes
-                write_run_card(self)
+                write_run_card(Path(self.args.output_dir), self.run_card)
         with self._stop.listening():
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
-        checks.check_trained(self.state.global_step, self._rows_per_step)
+        check_trained(self.state.global_step, self._rows_per_step)
         if self.stopped_by is not None:
             self._say(self._stop.describe(self.state.global_step, self.args.output_dir))
         return output
 
     @property
     def stopped_by(self) -> int | None:
-        """The number of the signal that ended the last `train` before its time, or None."""
+        """The signal that ended the last `train` before its last step, or None."""
         return self._stop.stopped_by
