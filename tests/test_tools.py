@@ -14,6 +14,7 @@ from trl.chat_template_utils import qwen3_chat_template, qwen3_training_chat_tem
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.rollouts import Rollouts
+from opsd.training.metrics import find_metric
 
 QUESTION = "What is 3 + 4?"
 ROWS = [{"prompt": [{"role": "user", "content": QUESTION}], "answer": "7"}] * 4
@@ -94,6 +95,13 @@ def test_tool_output_is_not_scored_and_all_else_is(rollouts) -> None:
         assert "It is 7." in scored and '"name": "add"' in scored
     signal = trainer.teacher.score(made)
     assert len(signal) == made.num_scorable == sum(map(sum, made.loss_mask))
+
+
+def test_metrics_of_tools_are_in_the_table(rollouts) -> None:
+    trainer, _ = rollouts
+    keys = {key for entry in trainer.state.log_history for key in entry}
+    assert {"tools/call_frequency", "tools/failure_frequency"} <= keys
+    assert [key for key in keys if find_metric(key) is None] == []
 
 
 def test_the_context_stands_in_the_first_turn(rollouts) -> None:

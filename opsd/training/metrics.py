@@ -129,8 +129,6 @@ METRICS: tuple[Metric, ...] = (
     Metric("context/level/{level}", "share of prompts", "prompts rendered at that level", _CONTEXT, _SCHEDULE),
     Metric("teacher/snapshot_of_step", "step", "the step whose weights the snapshot holds", "teachers/snapshot.py",
            "snapshot"),
-    Metric("teacher/average_lost", "share of the norm", "of the averaged product, lost by its rank",
-           "teachers/ema.py", "ema, average: product"),
     Metric("teacher/{metric}/{part}", "as without the part", "the same of one part of a mixture or a route",
            "teachers/composite.py", "mixture, routed"),
     # Evaluation
