@@ -35,7 +35,7 @@ RUNS = [
     ("ema", "full"),
     ("snapshot", "lora"),
     ("routed", "arriving adapter"),
-    ("ema_product", "lora"),
+    ("ema", "lora"),
     ("mixture", "full"),
 ]
 

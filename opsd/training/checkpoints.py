@@ -73,7 +73,7 @@ def read(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
             f"{folder} is not a checkpoint of opsd: it has no {FACTS}. The teacher's state would be missing, and the "
             "run would go on with another teacher. Start a new run from its weights instead: model_name_or_path."
         )
-    stored = json.loads((folder / FACTS).read_text())
+    stored = json.loads((folder / FACTS).read_text("utf-8"))
     step, pending = stored.pop("step", None), stored.pop("pending", {})
     stored.pop("processes", None)  # more or fewer is another random state, and transformers warns of it
     if folder.name != f"checkpoint-{step}" and re.fullmatch(r"checkpoint-\d+", folder.name):
@@ -110,7 +110,7 @@ def problem(folder: Path) -> str | None:
     for path in sorted(folder.iterdir()):
         if not _is_whole(path):
             return f"its {path.name} is cut short"
-    processes = json.loads((folder / FACTS).read_text()).get("processes", 1)
+    processes = json.loads((folder / FACTS).read_text("utf-8")).get("processes", 1)
     for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
         if not (folder / name).is_file():
             return f"it has no {name}"
@@ -123,7 +123,7 @@ def _is_whole(path: Path) -> bool:
         return True
     try:
         if path.suffix == ".json":
-            json.loads(path.read_text())
+            json.loads(path.read_text("utf-8"))
         elif path.suffix == ".safetensors":
             with safe_open(path, framework="pt"):  # compares what the header lists with the file's length
                 pass
@@ -227,7 +227,7 @@ def restore_number_format(args: Any) -> None:
     # Without a checkpoint there is nothing to resume: the folder may have come from another machine.
     if not args.bf16_is_default or args.fp16 or not stored.is_file() or not saved(args.output_dir):
         return
-    bf16 = bool(json.loads(stored.read_text())["bf16"])
+    bf16 = bool(json.loads(stored.read_text("utf-8"))["bf16"])
     if bf16 == args.bf16:
         return
     if args.deepspeed_plugin is not None:
