@@ -1,4 +1,4 @@
-"""The seams of TRL and transformers that the trainer leans on: one clear line when a release moves one."""
+"""The seams of TRL and transformers that the trainer relies on: one clear line when a release moves one."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ SEAMS = {
     "autocast_smart_context_manager": ["self", "cache_enabled"],
     "log": ["self", "logs", "start_time"],
     "compute_loss_context_manager": ["self"],
+    "create_model_card": ["self", "model_name", "dataset_name", "tags"],
+    "save_model": ["self", "output_dir", "_internal_call"],
 }
 
 
@@ -89,6 +91,10 @@ def test_callbacks_at_the_end_of_a_step_run_before_the_save() -> None:
     """The teacher moves in on_step_end; a checkpoint of that step must hold the moved teacher."""
     source = inspect.getsource(transformers.Trainer._run_epoch)
     assert source.index("on_step_end") < source.index("_maybe_log_save_evaluate")
+
+
+def test_a_model_card_is_written_into_the_output_folder_and_then_read_there() -> None:
+    assert 'os.path.join(self.args.output_dir, "README.md")' in inspect.getsource(DistillationTrainer.create_model_card)
 
 
 def test_the_configuration_still_means_what_gkd_means() -> None:

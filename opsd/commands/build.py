@@ -39,7 +39,7 @@ def build_trainer(run: Run) -> OPSDTrainer:
         "attn_implementation": model.attn_implementation,
         **(args.model_init_kwargs or {}),
     }
-    return OPSDTrainer(
+    trainer = OPSDTrainer(
         model.model_name_or_path or "",
         teacher,
         args=args,
@@ -50,3 +50,5 @@ def build_trainer(run: Run) -> OPSDTrainer:
         reward_funcs=run.run.reward_funcs,
         evaluation=run.run.evaluation,  # type: ignore[arg-type]
     )
+    trainer.recipe = run.recipe
+    return trainer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import broadcast, extract_model_from_parallel
 from peft import AutoPeftModelForCausalLM
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -60,6 +60,12 @@ def without_dropout(model: nn.Module) -> nn.Module:
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
     return model
+
+
+def broadcast_parameters(model: nn.Module) -> None:
+    """Give every process the parameters of the first: an adapter drawn without a seed differs between them."""
+    for p in model.parameters():
+        broadcast(p.data, from_process=0)
 
 
 def load_model(

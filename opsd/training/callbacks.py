@@ -101,15 +101,6 @@ class GracefulStop(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def describe(self, step: int, output_dir: str) -> str:
-        """Which signal stopped the run, where it was saved, and how to resume it."""
-        assert self.stopped_by is not None
-        return (
-            f"stopped by {signal.Signals(self.stopped_by).name} after step {step}; saved checkpoint-{step} in "
-            f"{output_dir}. Resume: trainer.train(resume_from_checkpoint=True), or "
-            "`opsd train CONFIG --resume_from_checkpoint true`."
-        )
-
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
             # A cluster signals every process, and a launcher then signals its workers again: only a person's second
@@ -133,3 +124,16 @@ class GracefulStop(TrainerCallback):
             self.stopped_by = number
             control.should_save = control.should_log = control.should_training_stop = True
         return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Print which signal stopped the run, where it was saved, and how to resume it."""
+        if self.stopped_by is not None:
+            step = state.global_step
+            self._accelerator.print(
+                f"stopped by {signal.Signals(self.stopped_by).name} after step {step}; saved checkpoint-{step} in "
+                f"{args.output_dir}. Resume: trainer.train(resume_from_checkpoint=True), or "
+                "`opsd train CONFIG --resume_from_checkpoint true`.",
+                flush=True,
+            )

@@ -16,6 +16,7 @@ from datasets import Dataset
 from opsd.models.forward import counting_passes
 from opsd.rollouts import Rollouts
 from opsd.teachers import Cost, StudentHandle
+from opsd.training.config import OPSDConfig
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
 
@@ -57,8 +58,9 @@ def _probed_rows(dataset: Any) -> list[Any]:
     return [dataset[number] for number in drawn]
 
 
-def summary(scorer: Scorer, groups: Groups, cost: Cost) -> str:
+def summary(scorer: Scorer, groups: Groups, dataset: Any, student: StudentHandle, args: OPSDConfig) -> str:
     """Return what a run prints before its first step: teacher, context, cost, rollouts per prompt, loss."""
+    cost = measured_cost(scorer, dataset, student, groups.rollout_fields, args.gradient_accumulation_steps)
     contexts = ", ".join(dict.fromkeys(view.shown for view in scorer.teacher.views))
     return (
         f"teacher     {scorer.teacher.describe()}\n"

@@ -19,11 +19,11 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from opsd import __version__
+from opsd import __version__, sources
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, write_json, write_whole
 from opsd.findings import Examination
-from opsd.teachers import StudentHandle
+from opsd.teachers import Recipe, StudentHandle, Teacher, read_recipe
 from opsd.training.config import OPSDConfig
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
@@ -49,6 +49,7 @@ def run_card(
     rows: Any,
     plan: EvaluationPlan | None = None,
     examination: Examination | None = None,
+    recipe: Recipe | None = None,
 ) -> dict[str, Any]:
     """Return what a run is, in plain values.
 
@@ -60,12 +61,14 @@ def run_card(
         rows: the training rows, prepared.
         plan: what is evaluated, if anything.
         examination: what the doctor found, if it was asked.
+        recipe: the recipe that the teacher was named by, if any.
     """
     contexts = {context.name: context.digest for context in scorer.contexts}
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
         "teacher": {"description": scorer.teacher.describe(), **scorer.teacher.description},
+        "method": _method(recipe, scorer.teacher),
         "contexts": list(contexts),
         "groups": groups.describe(),
         "evaluation": plan.describe() if plan else "none was declared",
@@ -85,6 +88,16 @@ def run_card(
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
         "doctor": examination.as_dict() if examination else "the doctor was not asked",
     }
+
+
+def _method(recipe: Recipe | None, teacher: Teacher) -> dict[str, Any]:
+    """Return the recipe's source, or without a recipe that of the shipped recipe of the teacher's strategy."""
+    named = recipe is not None
+    if recipe is None and (path := sources.find("teachers", teacher.strategy)):
+        recipe = read_recipe(path)
+    return (
+        {"recipe": named, "source": recipe.source, "differences": recipe.differences if named else ""} if recipe else {}
+    )
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

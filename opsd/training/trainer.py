@@ -6,8 +6,8 @@ teacher, the padding of rollouts and the loss. Knows no kind of teacher and no k
 Seams of TRL 1.16 and transformers that this file relies on (tests/test_trl_seams.py guards each):
 `_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_compute_loss`,
 `_get_train_sampler`, `_get_grad_norm`, `autocast_smart_context_manager`, `_set_signature_columns_if_needed`,
-`_save_checkpoint`, `_load_from_checkpoint`, `log`,
-`_send_telemetry`, `_metrics`, `_logs`, `_step`, `_buffered_inputs`, `teacher_model=None`.
+`_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `log`, `_send_telemetry`, `_metrics`, `_logs`,
+`_step`, `_buffered_inputs`, `teacher_model=None`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import broadcast, gather_object
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -32,23 +32,25 @@ from trl import DistillationTrainer
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.order import EpochSampler
 from opsd.evaluation.plan import EvaluationPlan
+from opsd.evaluation.run_folder import CARD
 from opsd.findings import Examination
 from opsd.losses import LossOutput
 from opsd.models.forward import check_lengths, check_model, context_length, evaluating
-from opsd.models.loading import ready_model, without_dropout
+from opsd.models.loading import broadcast_parameters, ready_model, without_dropout
 from opsd.rollouts import Ids, Rollouts
-from opsd.teachers import StudentHandle, Teacher, load_teacher
+from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
 from opsd.training import checkpoints, checks
 from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
-from opsd.training.cost import measured_cost, summary
+from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
 from opsd.training.groups import Groups
 from opsd.training.loss import Scored, Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
+from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_card import run_card, write_run_card
@@ -72,8 +74,7 @@ class OPSDTrainer(DistillationTrainer):
         train_dataset: rows with `prompt` (text or messages) or chat `messages`; other columns reach the teacher only.
         eval_dataset: like `train_dataset`, or a dict of such.
         processing_class: the tokenizer; None loads the model's.
-        callbacks: more transformers callbacks.
-        optimizers: optimizer and scheduler, as in transformers' Trainer.
+        callbacks, optimizers: as in transformers' Trainer.
         quantization_config: for a model given by id.
         peft_config: wraps the model in an adapter.
         tools: functions the student may call while it samples, as in TRL.
@@ -113,6 +114,7 @@ class OPSDTrainer(DistillationTrainer):
     ):
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
         checkpoints.restore_number_format(args)
+        self.recipe = recipe_of(teacher)
         control = control_of(args.control)
         self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
         checkpoints.check_writable(args.output_dir)
@@ -139,6 +141,7 @@ class OPSDTrainer(DistillationTrainer):
             tools=tools,
         )
         self._engine = EngineLogprobs(self.vllm_generation) if args.use_vllm and args.importance_clip else None
+        self._say = partial(self.accelerator.print, flush=True)
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
@@ -156,10 +159,7 @@ class OPSDTrainer(DistillationTrainer):
         checks.check_text_only(self._is_vlm)
         student = self.accelerator.unwrap_model(self.model)
         trainable = checks.check_student(student)
-        if self.accelerator.num_processes > 1:
-            # DDP would do this only after teachers have copied: an adapter drawn without a seed differs per process.
-            for p in student.parameters():
-                broadcast(p.data, from_process=0)
+        broadcast_parameters(student)  # DDP would do so only after teachers have copied
         if self.args.disable_dropout:
             without_dropout(student)
         check_model(student, len(self._tokenizer))
@@ -170,13 +170,7 @@ class OPSDTrainer(DistillationTrainer):
         fields, longest = self.groups.rollout_fields, self.args.max_completion_length or 0
         check_rows_fit(self.train_dataset, self.student, self.teacher, longest, fields)
         self._facts = checks.facts(student, len(self._tokenizer), self.scorer, self.groups, self.args)
-        steps = self.args.gradient_accumulation_steps
-        cost = measured_cost(self.scorer, self.train_dataset, self.student, fields, steps)
-        self._say(summary(self.scorer, self.groups, cost))
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.is_main_process:
-            print(text, flush=True)
+        self._say(summary(self.scorer, self.groups, self.train_dataset, self.student, self.args))
 
     def _send_telemetry(self) -> None:
         """Send nothing: TRL reports the model's kind and the machine's at construction; opsd makes no call unasked."""
@@ -220,11 +214,14 @@ class OPSDTrainer(DistillationTrainer):
         if self.model.training:
             count = on_policy_rows(len(inputs), self.args.lmbda, self.state.global_step)
         rollouts = self._sample(inputs, count)
-        self._log_texts(rollouts)
-        rollouts = self._graded(rollouts)
+        decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
+        if self.log_completions:
+            self._logs["prompt"].extend(gather_object(decode(rollouts.prompt_ids)))
+            self._logs["completion"].extend(gather_object(decode(rollouts.completion_ids)))
+        rollouts, rewards = self.groups.grade(rollouts, decode, self.teacher.has_fields, self.state)
         prepared = self.scorer.prepare_rollouts(rollouts)
-        for name, value in self.scorer.shares(rollouts, prepared).items():
-            self._mode_metrics[name].append(value)
+        self._add_metrics(mean_over_processes(rewards) if rewards else {})
+        self._add_metrics(self.scorer.shares(rollouts, prepared))
         return prepared
 
     def _sample(self, rows: Sequence[Row], count: int) -> Rollouts:
@@ -232,16 +229,14 @@ class OPSDTrainer(DistillationTrainer):
         prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in rows]
         limit, longest = context_length(self.student.model), self.args.max_completion_length
         check_lengths(limit, prompt_ids, [longest or 0] * len(prompt_ids), "student")
-        sampled: list[Ids] = []
-        others: list[Ids] = []
-        loss_mask = None
+        sampled, others, loss_mask = list[Ids](), list[Ids](), None
         if count:
             prompts = [row["prompt"] for row in rows[:count]]
             prompt_ids[:count], sampled, loss_mask, *_ = self._generate(prompts)
         if count < len(rows):
             with self.accelerator.autocast():
                 others, cut = off_policy_completions(rows[count:], self.args, self.teacher, self._tokenizer)
-            self._mode_metrics["off_policy/shortened"].append(cut)
+            self._add_metrics({"off_policy/shortened": cut})
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
         logprobs = None
         if self._engine is not None:
@@ -249,23 +244,13 @@ class OPSDTrainer(DistillationTrainer):
         return Rollouts(rows, prompt_ids, sampled + others, loss_mask, rollout_logprobs=logprobs)
 
     @property
-    def _mode_metrics(self) -> dict[str, list[float]]:
-        """Lists of values by name for the next log entry, of training or of evaluation."""
-        return self._metrics["train" if self.model.training else "eval"]
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
 
-    def _graded(self, rollouts: Rollouts) -> Rollouts:
-        """Call the reward functions, if there are any, and log the means over all processes."""
-        decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
-        rollouts, metrics = self.groups.grade(rollouts, decode, self.teacher.has_fields, self.state)
-        for name, value in (mean_over_processes(metrics) if metrics else {}).items():
-            self._mode_metrics[name].append(value)
-        return rollouts
-
-    def _log_texts(self, rollouts: Rollouts) -> None:
-        if self.log_completions:
-            decode = self._tokenizer.batch_decode
-            self._logs["prompt"].extend(gather_object(decode(rollouts.prompt_ids, skip_special_tokens=True)))
-            self._logs["completion"].extend(gather_object(decode(rollouts.completion_ids, skip_special_tokens=True)))
+    def _add_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Add values to the next log entry, of training or of evaluation."""
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(value)
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -283,10 +268,7 @@ class OPSDTrainer(DistillationTrainer):
         return self._scored(self._buffered_inputs[self._step % steps])
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        """Compute the loss under autocast.
-
-        transformers leaves it to the wrapper that accelerate puts around `forward`; the loss goes around that wrapper.
-        """
+        """Compute the loss under autocast: it goes around the wrapper that accelerate puts around `forward`."""
         return self.accelerator.autocast()
 
     def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
@@ -312,10 +294,9 @@ class OPSDTrainer(DistillationTrainer):
         assert record is not None
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
         scored: Scored = inputs["scored"]
-        metrics = divergence_metrics(record, scored.rollouts, self.accelerator, steps, step)
-        self._mode_metrics["entropy"].pop()  # TRL's, whose mean over micro-batches counts one without tokens as 0 nats
-        for name, value in metrics.items():
-            self._mode_metrics[name].append(value)
+        # TRL's, whose mean over micro-batches counts one without tokens as 0 nats.
+        self._metrics[self._mode]["entropy"].pop()
+        self._add_metrics(divergence_metrics(record, scored.rollouts, self.accelerator, steps, step))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -330,11 +311,7 @@ class OPSDTrainer(DistillationTrainer):
             keep_maxima(metrics)
         super().log(logs, start_time)
 
-    @property
-    def run_card(self) -> dict[str, Any]:
-        """What this run is, in plain values."""
-        plan = self.evaluator.plan if self.evaluator else None
-        return run_card(self.args, self.student, self.scorer, self.groups, self.train_dataset, plan, self.examination)
+    # ---- evaluation --------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the divergence on `eval_dataset`, and the metrics of the evaluation plan's selection split."""
@@ -342,17 +319,37 @@ class OPSDTrainer(DistillationTrainer):
             return super().evaluate(eval_dataset, *args, **kwargs)
         only_selection = self.eval_dataset is self.evaluator.plan.selection
         metrics = {} if only_selection else super().evaluate(None, *args, **kwargs)
-        return metrics | self._evaluate_selection(self.evaluator)
-
-    def _evaluate_selection(self, evaluator: Evaluator) -> dict[str, float]:
-        metrics = evaluator.evaluate_selection(self.state.global_step)
-        if metrics:
+        selection = self.evaluator.evaluate_selection(self.state.global_step)
+        if selection:
             with evaluating(self.model):  # TRL logs by the model's mode, and would empty the training's metrics
-                self.log(dict(metrics))
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+                self.log(dict(selection))
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, selection)
+        return metrics | selection
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------
+    # ---- files -------------------------------------------------------------------------------------------------
+
+    @property
+    def run_card(self) -> dict[str, Any]:
+        """What this run is, in plain values."""
+        plan = self.evaluator.plan if self.evaluator else None
+        rows, recipe = self.train_dataset, self.recipe
+        return run_card(self.args, self.student, self.scorer, self.groups, rows, plan, self.examination, recipe)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model, with its model card (README.md) and its run card."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call and self.is_world_process_zero():
+            self.create_model_card()
+            copy_cards(Path(self.args.output_dir), Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Write the model card into the output folder; TRL's card, whose tags ours takes, is written first."""
+        super().create_model_card(model_name, *args, **kwargs)
+        if self.is_world_process_zero():
+            folder, is_adapter = Path(self.args.output_dir), hasattr(self.student.model, "peft_config")
+            if not (folder / CARD).is_file():
+                write_run_card(folder, self.run_card)
+            write_model_card(folder, model_name or folder.absolute().name, self.hub_model_id, is_adapter)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
@@ -394,8 +391,6 @@ class OPSDTrainer(DistillationTrainer):
         with self._stop.listening():
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
         check_trained(self.state.global_step, self._rows_per_step)
-        if self.stopped_by is not None:
-            self._say(self._stop.describe(self.state.global_step, self.args.output_dir))
         return output
 
     @property
