@@ -1,6 +1,7 @@
 """The demo's model and task under controls, three seeds each: is it the method, and is it what the teacher is shown?
 
 Run:     python benchmarks/controls.py [--seeds 0 1 2] [--arms method no-context …] [--folder runs/controls]
+         python benchmarks/controls.py --recompute   compares the stored grades again, without training
 Writes:  benchmarks/results/controls.json and controls.md, the table of README.md; runs that are done are not repeated
 Takes:   about 90 minutes on one core for five arms
 """
@@ -27,7 +28,9 @@ from opsd.commands.demo_run import (
     packaged_model,
     question,
 )
-from opsd.evaluation.compare import RunResult, as_json, compare, read_runs
+from opsd.evaluation import Answer, EvaluationResult
+from opsd.evaluation.compare import Comparison, RunResult, as_json, compare, read_runs
+from opsd.evaluation.run_folder import write_json, write_whole
 from opsd.evaluation.summary import AFTER, FOLDER, read_summary
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,29 +105,51 @@ def traces(run: RunResult) -> dict[str, Any]:
     return {"arm": run.arm, "seed": run.seed, "correct": marks, "drift": drift, "hardware": run.card["hardware"]}
 
 
+def stored_runs(record: dict[str, Any]) -> list[RunResult]:
+    """Return the runs of a record: their grades question by question, their drift, and what tells arms apart."""
+    runs = []
+    for run in record["runs"]:
+        results = {when: _result(marks, record["comparison"]["grader"]) for when, marks in run["correct"].items()}
+        card = {"settings": {**record["settings"], "control": run["arm"], "seed": run["seed"]}, "hashes": {}}
+        folder = f"runs/{run['arm']}-{run['seed']}"
+        runs.append(RunResult(folder, run["arm"], run["seed"], card, results, run["drift"]["value"]))
+    return runs
+
+
+def _result(marks: str, grader: str) -> EvaluationResult:
+    answers = [Answer(text="", correct=mark == "1", length=0, ended=True) for mark in marks]
+    return EvaluationResult([f"question {number}" for number in range(len(marks))], grader, answers, [])
+
+
+def write(record: dict[str, Any], comparison: Comparison) -> None:
+    """Write a comparison with everything it follows from, and its table."""
+    record["comparison"] = as_json(comparison)
+    write_json(RESULTS / "controls.json", record)
+    write_whole(RESULTS / "controls.md", markdown(comparison))
+    print(markdown(comparison))
+
+
 def main() -> None:
     """Train all arms, compare them, write what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=Path("runs/controls"))
+    parser.add_argument("--recompute", action="store_true", help="compare the stored grades again")
     options = parser.parse_args()
+    if options.recompute:
+        record = json.loads((RESULTS / "controls.json").read_text())
+        write(record, compare(stored_runs(record)))
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     prepare(options.folder, options.seeds)
     folders = [str(train(options.folder, arm, seed)) for seed in options.seeds for arm in options.arms]
     runs = read_runs(folders)
-    found = compare(runs)
-    record = {
-        "settings": yaml.safe_load((options.folder / "run.yaml").read_text()),
-        "versions": runs[0].card["versions"],
-        "comparison": as_json(found),
-        "runs": [traces(run) for run in runs],
-    }
-    record["settings"]["model_name_or_path"] = "SmolLM2-135M-Instruct"
-    del record["settings"]["evaluation"]
-    (RESULTS / "controls.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    (RESULTS / "controls.md").write_text(markdown(found))
-    print(markdown(found))
+    settings = yaml.safe_load((options.folder / "run.yaml").read_text())
+    settings["model_name_or_path"] = "SmolLM2-135M-Instruct"
+    del settings["evaluation"]
+    record = {"settings": settings, "versions": runs[0].card["versions"], "comparison": {}}
+    write({**record, "runs": [traces(run) for run in runs]}, compare(runs))
 
 
 if __name__ == "__main__":
