@@ -1,4 +1,4 @@
-"""The demo's model and task under controls, three seeds each: is it the method, and is it what the teacher is shown?
+"""The demo's run under controls, three seeds each: does the gain come from the method, and from the context?
 
 Run:     python benchmarks/controls.py [--seeds 0 1 2] [--arms method no-context …] [--folder runs/controls]
          python benchmarks/controls.py --recompute   compares the stored grades again, without training
@@ -19,14 +19,13 @@ import yaml
 
 from opsd.commands.compare import markdown
 from opsd.commands.demo_run import (
-    CONTEXT,
-    GRADER,
-    MAX_NEW_TOKENS,
     TEST_SEED,
     DemoSettings,
     arithmetic,
     packaged_model,
     question,
+    run_settings,
+    write_rows,
 )
 from opsd.evaluation import Answer, EvaluationResult
 from opsd.evaluation.compare import Comparison, RunResult, as_json, compare, read_runs
@@ -47,13 +46,8 @@ NEUTRAL = (
 )  # fmt: skip
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def prepare(folder: Path, seeds: list[int]) -> None:
-    """Write the questions and the run's configuration; training questions differ from seed to seed, as in the demo."""
+    """Write the questions and the run file; training questions differ from seed to seed, as in the demo."""
     demo = DemoSettings()
     held_out = arithmetic(demo.questions, TEST_SEED)
     write_rows(folder / "test.jsonl", held_out)
@@ -61,31 +55,15 @@ def prepare(folder: Path, seeds: list[int]) -> None:
     for seed in seeds:
         rows = arithmetic(demo.steps * demo.rollouts, seed + 1, without=map(question, held_out))
         write_rows(folder / f"train-{seed}.jsonl", rows)
-    run = {
-        "model_name_or_path": packaged_model(),
-        "context": CONTEXT,
-        "max_steps": demo.steps,
-        "per_device_train_batch_size": demo.rollouts,
-        "learning_rate": demo.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 2,
-        "max_completion_length": MAX_NEW_TOKENS,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "evaluation": {
-            "test": str(folder / "test.jsonl"),
-            "grader": GRADER,
-            "neutral": str(folder / "neutral.jsonl"),
-            "batch_size": 100,
-        },
-    }
+    run = run_settings(demo, packaged_model(), folder)
+    for name in ("dataset_name", "output_dir", "seed"):  # differ from run to run
+        del run[name]
+    run["evaluation"] |= {"test": str(folder / "test.jsonl"), "neutral": str(folder / "neutral.jsonl")}
     (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
 
 
 def train(folder: Path, arm: str, seed: int) -> Path:
-    """Train one arm with one seed in a process of its own, unless that was done."""
+    """Train one arm with one seed in its own process, unless it was trained before; returns its output folder."""
     output = folder / f"{arm}-{seed}"
     if (output / FOLDER / f"{AFTER}.json").is_file():
         return output
@@ -93,14 +71,14 @@ def train(folder: Path, arm: str, seed: int) -> Path:
     command += ["--dataset_name", str(folder / f"train-{seed}.jsonl"), "--output_dir", str(output)]
     command += ["--seed", str(seed), *([] if arm == "method" else ["--control", arm])]
     subprocess.run(command, check=True)
-    for weights in output.glob("*.safetensors"):  # half a gigabyte a run, and everything was measured
+    for weights in output.glob("*.safetensors"):  # half a gigabyte per run, and the results are written
         weights.unlink()
     return output
 
 
 def traces(run: RunResult) -> dict[str, Any]:
-    """Return what a run was asked for: right answers as a digit per question of the test split, and its drift."""
-    marks = {when: "".join(str(int(right)) for right in found.correct) for when, found in run.results.items()}
+    """Return a run's grades as a digit per question of the test split, and its drift."""
+    marks = {when: "".join(str(int(right)) for right in each.correct) for when, each in run.results.items()}
     drift = read_summary(Path(run.folder) / FOLDER)["drift"]["per_token"]
     return {"arm": run.arm, "seed": run.seed, "correct": marks, "drift": drift, "hardware": run.card["hardware"]}
 
@@ -130,7 +108,7 @@ def write(record: dict[str, Any], comparison: Comparison) -> None:
 
 
 def main() -> None:
-    """Train all arms, compare them, write what came out."""
+    """Train all arms, compare them, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
