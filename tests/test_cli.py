@@ -217,7 +217,7 @@ def test_eval_grades_with_an_interval_and_writes_answers(run_yaml: Path, llama_f
     out = capsys.readouterr().out
     assert "95 % interval" in out and "answer_only" in out and "grader: last_number" in out
     result = EvaluationResult.load(answers)
-    assert (result.n, result.grader, result.shown, result.samples) == (5, "last_number", "answer_only", 0)
+    assert (result.n, result.grader, result.context, result.samples) == (5, "last_number", "answer_only", 0)
 
 
 def test_templates_lists_those_that_fit(capsys, monkeypatch) -> None:

@@ -32,7 +32,7 @@ def card(control: str | None, seed: int, **settings: Any) -> dict[str, Any]:
         "settings": {**budget, "control": control, "seed": seed, **settings},
         "hashes": {"questions": f"q{seed}", "data": f"{control}{seed}"},
         "seeds": {"seed": seed},
-        "teacher": {"words": str(control)},
+        "teacher": {"description": str(control)},
         "prompts": [f"{seed}"],
         "hardware": {"cpu": f"cpu {seed}"},
     }
@@ -88,24 +88,24 @@ def test_differences_are_paired_by_question_and_seed() -> None:
     runs = [
         run(c, s, answers(share, 10 * s + len(c or ""))) for c, share in ((None, 0.5), ("sft", 0.4)) for s in (0, 1, 2)
     ]
-    (versus,) = compare(runs).versus
+    (pair,) = compare(runs).pairwise
     sides = [np.array([r.after.values("accuracy") for r in runs if r.arm == arm]) for arm in ("sft", "method")]
     wanted = paired_difference(sides[0].mean(0), sides[1].mean(0))
-    assert (versus.difference, versus.p_value) == (wanted, wanted.p_value)
-    assert versus.spread == over_seeds((sides[1] - sides[0]).mean(1))
+    assert (pair.difference, pair.p_value) == (wanted, wanted.p_value)
+    assert pair.spread == over_seeds((sides[1] - sides[0]).mean(1))
 
 
 def test_only_seeds_that_both_have_are_in_a_difference() -> None:
     runs = arms((None, [0.5, 0.5]), ("sft", [0.4, 0.4, 0.9]))
     found = compare(runs)
-    assert found.versus[0].difference.difference == pytest.approx(0.1)
+    assert found.pairwise[0].difference.difference == pytest.approx(0.1)
     assert found.warnings == ["sft has seed 2, and method has not: it is in no difference"]
 
 
 def test_p_values_are_adjusted_for_the_number_of_arms() -> None:
     runs = [run(c, 0, answers(0.5, i)) for i, c in enumerate((None, "sft", "seq-kd", "off-policy"))]
     raw = [paired_difference(r.after.values("accuracy"), runs[0].after.values("accuracy")).p_value for r in runs[1:]]
-    assert [each.p_value for each in compare(runs).versus] == adjusted(raw) != raw
+    assert [each.p_value for each in compare(runs).pairwise] == adjusted(raw) != raw
 
 
 def test_gain_is_over_before_and_missing_where_nothing_was_measured_before() -> None:
@@ -122,17 +122,17 @@ def test_gain_is_over_before_and_missing_where_nothing_was_measured_before() -> 
     [
         ([0.5, 0.51, 0.49], [0.3, 0.31, 0.3], "method beat sft: +19.7 ("),
         ([0.3, 0.31, 0.3], [0.5, 0.51, 0.49], "method LOST to sft: -19.7 ("),
-        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "method and sft cannot be told apart: +0.0 ("),
-        ([0.5, 0.9, 0.4], [0.3, 0.31, 0.3], "method is ahead of sft on these seeds, and about"),
-        ([0.3, 0.31, 0.3], [0.5, 0.9, 0.4], "method is behind sft on these seeds, and about"),
-        ([0.5], [0.3], "method is ahead of sft with one pair of seeds, which says nothing of another"),
-        ([0.3], [0.5], "method is behind sft with one pair of seeds, which says nothing of another"),
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5], "method and sft cannot be distinguished: +0.0 ("),
+        ([0.5, 0.9, 0.4], [0.3, 0.31, 0.3], "method is ahead of sft on these seeds; about"),
+        ([0.3, 0.31, 0.3], [0.5, 0.9, 0.4], "method is behind sft on these seeds; about"),
+        ([0.5], [0.3], "method is ahead of sft with one pair of seeds; another seed may differ"),
+        ([0.3], [0.5], "method is behind sft with one pair of seeds; another seed may differ"),
     ],
 )
 def test_words_say_what_the_numbers_do(method: list[float], control: list[float], said: str) -> None:
-    (versus,) = compare(arms((None, method), ("sft", control))).versus
-    assert versus.words.startswith(said)
-    assert ("train two more" in versus.words) == (len(method) == 1)
+    (pair,) = compare(arms((None, method), ("sft", control))).pairwise
+    assert pair.verdict.startswith(said)
+    assert ("train two more" in pair.verdict) == (len(method) == 1)
 
 
 def test_what_n_would_settle_it_is_said_of_a_difference_too_small_to_see() -> None:
@@ -140,19 +140,19 @@ def test_what_n_would_settle_it_is_said_of_a_difference_too_small_to_see() -> No
     control = rng.random(N) < 0.5
     method = control.copy()
     method[rng.choice(N, 60, replace=False)] ^= True
-    (versus,) = compare([run(None, 0, method), run("sft", 0, control)]).versus
-    assert versus.difference.low < 0 < versus.difference.high
+    (pair,) = compare([run(None, 0, method), run("sft", 0, control)]).pairwise
+    assert pair.difference.low < 0 < pair.difference.high
     found = paired_difference(control, method)
     from opsd.evaluation.power import questions_needed
 
-    assert f"about {questions_needed(found.difference, found.deviation):,} questions would settle" in versus.words
+    assert f"about {questions_needed(found.difference, found.deviation):,} questions would settle" in pair.verdict
 
 
 def test_the_verdict_names_the_controls_that_were_not_beaten() -> None:
     found = compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]), ("off-policy", [0.5, 0.51])))
-    assert found.words.startswith("method beat 1 of 2; it did not beat off-policy")
-    assert compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]))).words == "method beat its control (sft)"
-    assert "nothing to compare" in compare(arms((None, [0.5]))).words
+    assert found.verdict.startswith("method beat 1 of 2; it did not beat off-policy")
+    assert compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]))).verdict == "method beat its control (sft)"
+    assert "nothing to compare with" in compare(arms((None, [0.5]))).verdict
 
 
 def test_a_length_is_neither_won_nor_lost() -> None:
@@ -169,8 +169,8 @@ def test_a_length_is_neither_won_nor_lost() -> None:
         for each in runs
     ]
     found = compare(longer, "length")
-    assert found.versus[0].words.startswith("method has more than sft: +5.0 (")
-    assert "neither better nor worse" in found.words
+    assert found.pairwise[0].verdict.startswith("method has more than sft: +5.0 (")
+    assert "neither better nor worse" in found.verdict
 
 
 def test_unequal_training_questions_and_ungraded_answers_are_warned_of() -> None:
@@ -180,7 +180,7 @@ def test_unequal_training_questions_and_ungraded_answers_are_warned_of() -> None
     found = compare([runs[0], replace(runs[1], results={"after": broken})])
     assert "seed 0: sft and method were not trained on the same questions" in found.warnings[0]
     assert "1 of 400 questions have answers that the grader failed on; they are left out" in found.warnings[1]
-    assert found.versus[0].difference.n == 399
+    assert found.pairwise[0].difference.n == 399
 
 
 def test_runs_on_different_questions_are_refused() -> None:
@@ -190,8 +190,8 @@ def test_runs_on_different_questions_are_refused() -> None:
 
 
 def test_models_that_were_shown_different_things_are_refused() -> None:
-    told = replace(run("sft", 0, answers(0.5, 1)), results={"after": result(answers(0.5, 1), shown="answer_only")})
-    with pytest.raises(DataError, match=r"shown the same beside the question.*answer_only"):
+    told = replace(run("sft", 0, answers(0.5, 1)), results={"after": result(answers(0.5, 1), context="answer_only")})
+    with pytest.raises(DataError, match=r"only with the same context in their prompts.*answer_only"):
         compare([run(None, 0, answers(0.5, 0)), told])
 
 
@@ -205,18 +205,18 @@ def test_what_was_measured_before_is_paired_by_question_too() -> None:
 
 
 def test_intervals_without_the_adjusted_test_beat_nobody() -> None:
-    (versus,) = compare(arms((None, [0.5, 0.51, 0.49]), ("sft", [0.3, 0.31, 0.3]))).versus
-    assert beats(versus) and not beats(replace(versus, p_value=0.06))
+    (pair,) = compare(arms((None, [0.5, 0.51, 0.49]), ("sft", [0.3, 0.31, 0.3]))).pairwise
+    assert beats(pair) and not beats(replace(pair, p_value=0.06))
 
 
 def test_one_pair_of_seeds_is_no_victory_and_none_in_common_is_said() -> None:
     one = compare(arms((None, [0.5]), ("sft", [0.3])))
-    assert one.words.startswith("method beat 0 of 1")
+    assert one.verdict.startswith("method beat 0 of 1")
     method = [run(None, seed, answers(0.6, seed)) for seed in (0, 1, 2)]
     others = [run("sft", seed, answers(0.3, seed)) for seed in (3, 4, 5)]
     found = compare([*method, *others])
-    assert found.versus[0].spread.seeds == 1 and found.words.startswith("method beat 0 of 1")
-    assert found.warnings == ["sft and method have no seed in common: their difference is of other seeds too"]
+    assert found.pairwise[0].spread.seeds == 1 and found.verdict.startswith("method beat 0 of 1")
+    assert found.warnings == ["sft and method have no seed in common: their difference includes that of the seeds"]
 
 
 def test_another_number_of_training_rows_within_an_arm_is_warned_of() -> None:
@@ -228,7 +228,7 @@ def test_another_number_of_training_rows_within_an_arm_is_warned_of() -> None:
 def test_an_unknown_metric_is_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean 'accuracy'"):
         compare(arms((None, [0.5])), "acuracy")
-    with pytest.raises(ConfigError, match="cannot tell the form"):
+    with pytest.raises(ConfigError, match="cannot read answers"):
         compare(arms((None, [0.5])), "format")
     with pytest.raises(ConfigError, match="--samples 8"):
         compare(arms((None, [0.5])), "pass@8")
@@ -260,7 +260,7 @@ def test_command_prints_a_table_and_its_words_and_writes_both(folders: list[str]
     assert "method beat sft: +20.5" in out and "grader exact" in out and "before " in out
     assert "51.0 (" in out and "30.5 (" in out
     stored, table = json.loads((tmp_path / "new" / "c.json").read_text()), (tmp_path / "new" / "c.md").read_text()
-    assert stored["versus"][0]["difference"]["difference"] == pytest.approx(0.205)
+    assert stored["pairwise"][0]["difference"]["difference"] == pytest.approx(0.205)
     assert [each["seed"] for each in stored["arms"][0]["runs"]] == [0, 1]
     assert "| method | 0, 1 | 51.0 (" in table and "method beat sft" in table
 
@@ -270,7 +270,7 @@ def test_command_takes_what_opsd_eval_wrote(folders: list[str], tmp_path: Path, 
         result(answers(share, 1)).save(tmp_path / f"{name}.json")
     assert main(["compare", str(tmp_path / "tuned.json"), str(tmp_path / "base.json")]) == 0
     out = capsys.readouterr().out
-    assert "tuned is ahead of base: +" in out and "careful" not in out and "models as they are" in out
+    assert "tuned is ahead of base: +" in out and "careful" not in out and "single models" in out
     (tmp_path / "b").mkdir()
     result(answers(0.4, 1)).save(tmp_path / "b" / "tuned.json")
     assert main(["compare", str(tmp_path / "tuned.json"), str(tmp_path / "b" / "tuned.json"), folders[0]]) == 0

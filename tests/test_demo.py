@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from opsd.cli import main
-from opsd.commands.demo_run import arithmetic, packaged_model, question
+from opsd.commands.demo_run import COMMENTS, DemoSettings, arithmetic, packaged_model, question, write_run
+from opsd.commands.run_file import read_run
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.evaluation import generate, load_grader
+from opsd.evaluation.run_folder import differences, read_card
+from opsd.evaluation.summary import read_summary, results_of
 from opsd.models.loading import load_model
 
 
@@ -42,24 +47,60 @@ def test_without_the_package_the_way_out_is_named(tmp_path: Path, monkeypatch) -
         packaged_model()
 
 
-def test_the_whole_demo_in_small_prints_one_table_and_writes_its_result(
-    tmp_path: Path, llama_folder: str, capsys, monkeypatch
-) -> None:
+@pytest.fixture
+def small_demo(tmp_path: Path, llama_folder: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    options = ["--model", llama_folder, "--steps", "2", "--rollouts", "2", "--questions", "6", "--control"]
-    assert main(["demo", *options, "--json", "demo.json"]) == 0
+    return ["demo", "--model", llama_folder, "--steps", "2", "--rollouts", "2", "--questions", "6"]
+
+
+def test_the_demo_prints_its_results_and_writes_them(small_demo: list[str], capsys) -> None:
+    assert main([*small_demo, "--json", "demo.json"]) == 0
     out = capsys.readouterr().out
-    for line in ("student before", "student after", "ceiling", "control", "share of the gap closed", "peak memory"):
-        assert line in out
-    result = json.loads(Path("demo.json").read_text())["result"]
-    assert all(len(result[part]["correct"]) == 6 for part in ("before", "after", "ceiling", "control"))
-    assert Path("runs/demo/model.safetensors").is_file() and Path("runs/demo-control/model.safetensors").is_file()
+    lines = ("runs/demo/run.yaml: change it and run `opsd train`", "doctor      ", "step  2 of 2", "student before",
+             "teacher with context (ceiling)", "student after", "share of the gap closed", "peak memory")  # fmt: skip
+    positions = [out.index(line) for line in lines]
+    assert positions == sorted(positions)
+    stored = json.loads(Path("demo.json").read_text())
+    assert stored["settings"]["questions"] == 6 and stored["evaluation"] == read_summary(Path("runs/demo/evaluation"))
+    assert set(stored["seconds"]) == {"model", "doctor", "before", "train", "after"}
+    after = results_of(Path("runs/demo/evaluation"))["after"]
     graded = ["--dataset_name", "runs/demo/held_out.jsonl", "--grader", "last_number", "--max_new_tokens", "20"]
     assert main(["eval", "runs/demo", *graded]) == 0
-    assert f"{sum(result['after']['correct']) / 6:.1%}" in capsys.readouterr().out
-    assert main(["demo", *options[:-1]]) == 0
-    assert Path("runs/demo-2").is_dir()
+    assert f"{after.accuracy:.1%}" in capsys.readouterr().out
+    assert main(small_demo) == 0
+    assert Path("runs/demo-2/model.safetensors").is_file(), "a second demo overwrites nothing"
+
+
+def test_opsd_train_on_the_run_file_of_the_demo_is_the_same_run(small_demo: list[str]) -> None:
+    assert main(small_demo) == 0
+    assert main(["train", "runs/demo/run.yaml", "--output_dir", "runs/mine"]) == 0
+    assert main(["diff", "runs/demo", "runs/mine"]) in (0, 1)
+    ignored = ("settings.disable_tqdm",)
+    changed = [name for name, *_ in differences(read_card("runs/demo"), read_card("runs/mine"))]
+    assert [name for name in changed if name not in ignored] == []
+    weights = [load_file(f"runs/{name}/model.safetensors") for name in ("demo", "mine")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert results_of(Path("runs/demo/evaluation")) == results_of(Path("runs/mine/evaluation"))
+
+
+def test_the_run_file_says_what_its_settings_mean(tmp_path: Path) -> None:
+    path = write_run(DemoSettings(steps=1, rollouts=3, questions=5, learning_rate=1e-5), "some/model", tmp_path / "run")
+    run = read_run(path)
+    assert (run.args.max_steps, run.args.per_device_train_batch_size, run.args.learning_rate) == (1, 3, 1e-5)
+    assert run.run.evaluation["grader"] == "last_number" and run.run.context == "answer_only"
+    for name, count in (("train.jsonl", 3), ("held_out.jsonl", 5)):
+        assert len((tmp_path / "run" / name).read_text().splitlines()) == count
+    text = path.read_text()
+    assert f"opsd train {path}" in text and all(f"# {comment}" in text for comment in COMMENTS.values())
+
+
+def test_the_control_of_the_demo_is_compared_with_it(small_demo: list[str], capsys) -> None:
+    assert main([*small_demo, "--control"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "method minus it" in out and "method beat 0 of 1; it did not beat wrong-context" in out
+    assert read_card("runs/demo-control")["settings"]["control"] == "wrong-context"
 
 
 def test_the_grader_of_the_demo_reads_sentences() -> None:

@@ -100,7 +100,7 @@ def test_the_harness_is_run_by_its_own_command(llama_folder: str, capsys) -> Non
 def test_a_context_may_be_a_mapping(llama_folder: str, rows: str) -> None:
     whole = graded(llama_folder, rows, "--context", "worked_solution")
     part = graded(llama_folder, rows, "--context", '{"template": "worked_solution", "reveal": 0.3}')
-    assert whole.shown == part.shown == "worked_solution" and whole.texts != part.texts
+    assert whole.context == part.context == "worked_solution" and whole.texts != part.texts
 
 
 def test_an_answer_that_cannot_be_graded_is_said_to_count_as_wrong(llama_folder: str, tmp_path: Path, capsys) -> None:

@@ -152,7 +152,7 @@ def test_the_student_is_measured_before_and_after_and_the_teacher_with_its_conte
     assert list(found) == ["before", "teacher", "after"]
     assert found["before"].greedy == at_start.greedy and found["before"].samples == 2
     assert found["after"].greedy == answer(test, "").greedy != found["before"].greedy
-    assert found["teacher"].texts != found["before"].texts and found["teacher"].shown == "worked_solution"
+    assert found["teacher"].texts != found["before"].texts and found["teacher"].context == "worked_solution"
     assert [result.questions for result in found.values()] == [found["before"].questions] * 3
 
 
@@ -162,9 +162,9 @@ def test_what_the_run_comes_to_stands_in_its_folder_and_on_the_screen(tmp_path: 
     summary, out = read_summary(tmp_path / "evaluation"), capsys.readouterr().out
     before, after = results(tmp_path)["before"], results(tmp_path)["after"]
     assert summary["gain"]["difference"] == pytest.approx(after.accuracy - before.accuracy)
-    assert summary["figures"]["after"]["accuracy"]["value"] == pytest.approx(after.accuracy)
+    assert summary["metrics"]["after"]["accuracy"]["value"] == pytest.approx(after.accuracy)
     assert summary["retention"]["kept"]["difference"]["n"] == len(KEPT)
-    for said in ("student before", "teacher with its context", "gap closed", "retention", "drift", "checkpoint"):
+    for said in ("student before", "teacher with context", "gap closed", "retention", "drift", "checkpoint"):
         assert said in out
     assert f"grader {__name__}:vowels" in out
 
@@ -415,7 +415,7 @@ def test_a_resumed_run_keeps_what_was_measured_before_it_stopped(tmp_path: Path)
 
 def test_figures_are_finite_and_name_their_grader(tmp_path: Path) -> None:
     make(tmp_path).train()
-    for found in read_summary(tmp_path / "evaluation")["figures"].values():
+    for found in read_summary(tmp_path / "evaluation")["metrics"].values():
         assert found["grader"] == f"{__name__}:vowels"
         assert math.isfinite(found["accuracy"]["value"]) and found["accuracy"]["low"] <= found["accuracy"]["high"]
 

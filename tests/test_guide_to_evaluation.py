@@ -77,11 +77,11 @@ def test_the_commands_of_the_guide_run_in_their_order(tmp_path: Path, llama_fold
         extra = {"train": SMALL.split(), "eval": ["--max_new_tokens", "4"]}.get(command[1], [])
         assert main([*command[1:], *extra]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
-    assert "general" in out and "method and wrong-context cannot be told apart" in out and "pass@8" in out
+    assert "general" in out and "method and wrong-context cannot be distinguished" in out and "pass@8" in out
     assert Path("first.json").is_file() and Path("runs/first/checkpoint-1").is_dir()
 
 
-@pytest.mark.parametrize("words", ["ahead of", "behind", "LOST to", "cannot be told apart", "beat"])
+@pytest.mark.parametrize("words", ["ahead of", "behind", "LOST to", "cannot be distinguished", "beat"])
 def test_the_words_of_a_comparison_are_those_of_the_guide(words: str) -> None:
     source = (ROOT / "opsd" / "evaluation" / "verdict.py").read_text()
     assert words in source and words in GUIDE.split("## Comparing")[1]
@@ -112,7 +112,7 @@ def test_the_figures_of_the_controls_follow_from_every_answers_grade() -> None:
         assert arm["after"]["value"] == pytest.approx(after.mean())
         assert arm["gain"] == pytest.approx(asdict(paired_difference(before.mean(0), after.mean(0))))
         assert arm["spread"] == pytest.approx(asdict(over_seeds(after.mean(1))), nan_ok=True)
-    for versus in record["comparison"]["versus"]:
-        other = right(versus["other"], "after")
-        assert versus["difference"] == pytest.approx(asdict(paired_difference(other.mean(0), method.mean(0))))
-        assert versus["spread"]["mean"] == pytest.approx((method - other).mean())
+    for pair in record["comparison"]["pairwise"]:
+        other = right(pair["other"], "after")
+        assert pair["difference"] == pytest.approx(asdict(paired_difference(other.mean(0), method.mean(0))))
+        assert pair["spread"]["mean"] == pytest.approx((method - other).mean())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from opsd.errors import CheckpointError, ConfigError, DataError, OPSDWarning
 from opsd.evaluation import Answer, EvaluationResult, evaluate, generate
 from opsd.evaluation.graders import Grader
 from opsd.evaluation.questions import check_disjoint, question_of
-from opsd.evaluation.summary import difference, gain_words, gap, kept_words
+from opsd.evaluation.summary import difference, gain_verdict, gap, retention_verdict
 
 
 def made(
@@ -81,7 +82,7 @@ def test_a_length_that_is_always_one_is_no_share() -> None:
 
 
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
-    found = made("+-?", ["++", "+-", "??"], temperature=0.7, model="m", shown="hint", max_new_tokens=9)
+    found = made("+-?", ["++", "+-", "??"], temperature=0.7, model="m", context="hint", max_new_tokens=9)
     found.save(tmp_path / "deep" / "result.json")
     assert EvaluationResult.load(tmp_path / "deep" / "result.json") == found
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
@@ -90,7 +91,7 @@ def test_a_result_survives_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"greedy": []}', '{"greedy": [{"txt": ""}], "sampled": []}'])
 def test_a_file_that_holds_no_result_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.json").write_text(text)
-    with pytest.raises(CheckpointError, match="holds no evaluation"):
+    with pytest.raises(CheckpointError, match="is not an evaluation"):
         EvaluationResult.load(tmp_path / "x.json")
 
 
@@ -141,30 +142,30 @@ def test_a_reader_that_fails_leaves_an_answer_without_form(tokenizer: PreTrained
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "verdict"),
     [
-        ("-" * 396 + "----", "-" * 396 + "++++", "no difference that 400 questions can tell"),
-        ("-", "+", "no difference that 1 questions can tell"),
-        ("-" * 40, "+" * 20 + "-" * 20, "the student got better by +50.0"),
-        ("+" * 20 + "-" * 20, "-" * 40, "the student got worse by -50.0"),
+        ("-" * 396 + "----", "-" * 396 + "++++", "+1.0 points (.*): no significant difference on 400 questions; "),
+        ("-", "+", "+100.0 points (.*): no significant difference on 1 questions$"),
+        ("-" * 40, "+" * 20 + "-" * 20, "+50.0 points (.*): the student improved$"),
+        ("+" * 20 + "-" * 20, "-" * 40, "-50.0 points (.*): the student got WORSE$"),
     ],
 )
-def test_words_of_a_gain_hold_what_its_test_says(before: str, after: str, said: str) -> None:
-    found = difference(made(before), made(after))
-    assert gain_words(found).startswith(said)
-    assert (found.p_value < 0.05) == ("got" in gain_words(found))
-    assert ("WORSE" in kept_words("x", found)) == ("worse" in gain_words(found))
+def test_the_verdict_on_a_gain_agrees_with_its_test(before: str, after: str, verdict: str) -> None:
+    gain = difference(made(before), made(after))
+    assert re.match(verdict.replace("+", r"\+").replace("(", r"\(").replace(")", r"\)"), gain_verdict(gain))
+    assert (gain.p_value < 0.05) == ("no significant" not in gain_verdict(gain))
+    assert ("WORSE" in retention_verdict("x", gain)) == ("WORSE" in gain_verdict(gain))
 
 
 def test_a_student_has_reached_its_teacher_where_the_interval_says_so_and_not_before() -> None:
     few = ("+" * 8 + "-" * 12, "+" * 16 + "-" * 4, "+" * 15 + "-" * 5)
     many = ("+" * 400 + "-" * 600, "+" * 801 + "-" * 199, "+" * 800 + "-" * 200)
-    assert "cannot tell" in gap(*map(made, few))["words"]
-    assert "has reached its teacher" in gap(*map(made, many))["words"]
+    assert "too few questions (20) to say" in gap(*map(made, few))["verdict"]
+    assert "has reached its teacher" in gap(*map(made, many))["verdict"]
     behind = ("+" * 400 + "-" * 600, "+" * 600 + "-" * 400, "+" * 800 + "-" * 200)
-    assert "still ahead by +20.0" in gap(*map(made, behind))["words"]
+    assert "still ahead by +20.0" in gap(*map(made, behind))["verdict"]
     same = "+" * 400 + "-" * 600
-    assert "no gap to speak of" in gap(made(same), made(same), made(same))["words"]
+    assert "no gap to close" in gap(made(same), made(same), made(same))["verdict"]
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""`opsd compare RUNS…`: did the method beat its controls, and how sure is that?"""
+"""`opsd compare RUNS…`: whether the method beat its controls, with intervals."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="opsd compare",
         description="Compare runs on the same held-out questions: the method with its controls, each with its seeds. "
-        "Runs that differ in nothing but seed and training questions are one arm. Intervals over questions (95 %, "
-        "paired) say what other questions might have shown; the spread over seeds what another seed might have.",
+        "Runs that differ only in seed and training questions are one arm. Intervals over questions (95 %, paired) "
+        "cover the choice of questions; the spread over seeds covers the choice of seed.",
         epilog="Example: opsd compare runs/method-* runs/wrong-context-* runs/sft-*",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="output folders of runs that had an `evaluation:`")
@@ -36,46 +36,57 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a table, and what it comes to."""
+    """Print the table and the verdicts."""
     options = make_parser().parse_args(arguments)
     from opsd.evaluation.compare import as_json, compare, read_runs
     from opsd.evaluation.run_folder import write_json, write_whole
 
-    found = compare(read_runs(options.runs), options.metric)
-    console = Console()
-    table = Table(*head(found), box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for cells in rows(found):
-        table.add_row(*cells)
-    console.print(table)
-    console.print()
-    for line in [*(each.words for each in found.versus), *(f"careful: {each}" for each in found.warnings)]:
-        console.print(f"· {line}", highlight=False)
-    console.print(f"[bold]{found.words}.[/]", highlight=False)
-    console.print(f"[dim]{footer(found)}[/]", highlight=False)
+    comparison = compare(read_runs(options.runs), options.metric)
+    show(comparison, Console())
     if options.json:
-        write_json(Path(options.json), as_json(found))
+        write_json(Path(options.json), as_json(comparison))
     if options.markdown:
-        write_whole(Path(options.markdown), markdown(found))
+        write_whole(Path(options.markdown), markdown(comparison))
     return 0
 
 
-def head(found: Comparison) -> list[str]:
-    """Return the table's first line."""
-    unit = ", %" if found.kind.is_share else ""
-    return [each.format(first=found.arms[0].name, unit=unit) for each in HEAD]
+def show(comparison: Comparison, console: Console) -> None:
+    """Print a comparison."""
+    table = Table(*head(comparison), box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for cells in rows(comparison):
+        table.add_row(*cells)
+    console.print(table)
+    console.print()
+    for line in _remarks(comparison):
+        console.print(f"· {line}", highlight=False)
+    console.print(f"[bold]{comparison.verdict}.[/]", highlight=False)
+    console.print(f"[dim]{footer(comparison)}[/]", highlight=False)
 
 
-def rows(found: Comparison) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of the table, a line per arm, with what is not an arm at its ends."""
-    scale = found.kind.scale
+def _remarks(comparison: Comparison) -> list[str]:
+    return [
+        *(pair.verdict for pair in comparison.pairwise),
+        *(f"careful: {warning}" for warning in comparison.warnings),
+    ]
+
+
+def head(comparison: Comparison) -> list[str]:
+    """Return the heads of the columns."""
+    unit = ", %" if comparison.kind.is_share else ""
+    return [each.format(first=comparison.arms[0].name, unit=unit) for each in HEAD]
+
+
+def rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
+    """Yield the cells of the table: before, a line per arm, and the ceiling."""
+    scale = comparison.kind.scale
     empty = ("",) * (len(HEAD) - 3)
-    if found.before is not None:
-        yield ("before", "", _estimate(found.before, scale), *empty)
-    versus = {each.other: each for each in found.versus}
-    for arm in found.arms:
-        yield (*_arm(arm, scale), *_versus(versus.get(arm.name), scale))
-    if found.ceiling is not None:
-        yield ("ceiling", "", _estimate(found.ceiling, scale), *empty)
+    if comparison.before is not None:
+        yield ("before", "", _estimate(comparison.before, scale), *empty)
+    pairs = {pair.other: pair for pair in comparison.pairwise}
+    for arm in comparison.arms:
+        yield (*_arm(arm, scale), *_pair(pairs.get(arm.name), scale))
+    if comparison.ceiling is not None:
+        yield ("ceiling", "", _estimate(comparison.ceiling, scale), *empty)
 
 
 def _arm(arm: Arm, scale: int) -> tuple[str, ...]:
@@ -86,36 +97,36 @@ def _arm(arm: Arm, scale: int) -> tuple[str, ...]:
     return arm.name, seeds, _estimate(arm.after, scale), gain, spread, drift
 
 
-def _versus(found: Pairwise | None, scale: int) -> tuple[str, str]:
-    if found is None:
+def _pair(pair: Pairwise | None, scale: int) -> tuple[str, str]:
+    if pair is None:
         return "", ""
-    return _change(found.difference, scale), f"{found.p_value:.3f}" if found.p_value >= 0.001 else "< 0.001"
+    return _change(pair.difference, scale), f"{pair.p_value:.3f}" if pair.p_value >= 0.001 else "< 0.001"
 
 
-def _estimate(found: Estimate, scale: int) -> str:
-    ends = "" if found.low is None or found.high is None else f" ({scale * found.low:.1f} to {scale * found.high:.1f})"
-    return f"{scale * found.value:.1f}{ends}"
+def _estimate(value: Estimate, scale: int) -> str:
+    ends = "" if value.low is None or value.high is None else f" ({scale * value.low:.1f} to {scale * value.high:.1f})"
+    return f"{scale * value.value:.1f}{ends}"
 
 
-def _change(found: PairedDifference, scale: int) -> str:
-    return f"{scale * found.difference:+.1f} ({scale * found.low:+.1f} to {scale * found.high:+.1f})"
+def _change(change: PairedDifference, scale: int) -> str:
+    return f"{scale * change.difference:+.1f} ({scale * change.low:+.1f} to {scale * change.high:+.1f})"
 
 
-def footer(found: Comparison) -> str:
-    """Return how to read the table."""
-    unit = "points" if found.kind.is_share else "tokens"
-    n = found.arms[0].after.n
+def footer(comparison: Comparison) -> str:
+    """Return what the columns mean."""
+    unit = "points" if comparison.kind.is_share else "tokens"
+    n = comparison.arms[0].after.n
     return (
-        f"{found.metric} on {n} questions, grader {found.grader}, 95 % intervals over questions (differences paired); "
-        f"differences in {unit}. sd: over seeds. drift: KL(before ‖ now), nats per token on neutral prompts. p: of no "
-        "difference between the models of these seeds, adjusted for the number of arms (Holm). ceiling: the teacher "
-        "with its context"
+        f"{comparison.metric} on {n} questions, grader {comparison.grader}, 95 % intervals over questions (differences "
+        f"paired); differences in {unit}. sd: standard deviation over seeds. drift: KL(before ‖ now), nats per token "
+        "on neutral prompts. p: of no difference between the models of these seeds, adjusted for the number of arms "
+        "(Holm). ceiling: the teacher with its context"
     )
 
 
-def markdown(found: Comparison) -> str:
-    """Return the table and its words as Markdown."""
-    lines = [f"| {' | '.join(head(found))} |", f"|{'---|' * len(HEAD)}"]
-    lines += [f"| {' | '.join(cells)} |" for cells in rows(found)]
-    lines += ["", *(f"- {each.words}" for each in found.versus), *(f"- careful: {each}" for each in found.warnings)]
-    return "\n".join([*lines, "", f"{found.words}. {footer(found)}.", ""])
+def markdown(comparison: Comparison) -> str:
+    """Return the table and the verdicts as Markdown."""
+    lines = [f"| {' | '.join(head(comparison))} |", f"|{'---|' * len(HEAD)}"]
+    lines += [f"| {' | '.join(cells)} |" for cells in rows(comparison)]
+    lines += ["", *(f"- {line}" for line in _remarks(comparison))]
+    return "\n".join([*lines, "", f"{comparison.verdict}. {footer(comparison)}.", ""])

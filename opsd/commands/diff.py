@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from opsd.evaluation.run_folder import differences, read_card
+Differences = Iterable[tuple[str, Any, Any]]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print what differs; returns 1 if anything does, like diff."""
+def make_parser() -> argparse.ArgumentParser:
+    """Return the options of `opsd diff`."""
     parser = argparse.ArgumentParser(
         prog="opsd diff",
         description="Compare two runs by their run cards: settings, teacher, contexts, prompts, hashes of data, "
@@ -24,29 +24,41 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("a", metavar="RUN_A", help="an output folder, or a run_card.json")
     parser.add_argument("b", metavar="RUN_B")
-    options = parser.parse_args(arguments)
-    found = differences(read_card(options.a), read_card(options.b))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the differences; returns 1 if there are any, like diff."""
+    options = make_parser().parse_args(arguments)
+    from opsd.evaluation.run_folder import differences, read_card
+
+    changed = differences(read_card(options.a), read_card(options.b))
     console = Console()
-    if not found:
-        console.print("the two runs are the same, but for where they were written")
+    if not changed:
+        console.print("the two runs are the same, apart from paths and names")
         return 0
-    table = Table("", options.a, options.b, box=None, header_style="bold", pad_edge=False)
-    long = [(name, a, b) for name, a, b in found if any("\n" in str(value) for value in (a, b))]
-    for name, a, b in found:
-        if (name, a, b) not in long:
-            table.add_row(name, _shown(a), _shown(b))
-    if table.row_count:
-        console.print(table)
-    for name, a, b in long:
-        console.print(Text(f"\n{name}", "bold"))
-        for line in _changed_lines(str(a or ""), str(b or "")):
-            console.print(Text(line, "red" if line[0] == "-" else "green" if line[0] == "+" else "dim"))
+    long = [each for each in changed if any("\n" in str(value) for value in each[1:])]
+    _print_values(options, [each for each in changed if each not in long], console)
+    _print_texts(long, console)
     return 1
 
 
-def _shown(value: Any) -> Text:
+def _print_values(options: argparse.Namespace, changed: Differences, console: Console) -> None:
+    table = Table("", options.a, options.b, box=None, header_style="bold", pad_edge=False)
+    for name, a, b in changed:
+        table.add_row(name, _cell(a), _cell(b))
+    if table.row_count:
+        console.print(table)
+
+
+def _print_texts(changed: Differences, console: Console) -> None:
+    """Print texts of several lines as a unified diff."""
+    for name, a, b in changed:
+        console.print(Text(f"\n{name}", "bold"))
+        texts = (str(a or "").splitlines(), str(b or "").splitlines())
+        for line in list(difflib.unified_diff(*texts, lineterm="", n=1))[3:]:
+            console.print(Text(line, "red" if line[0] == "-" else "green" if line[0] == "+" else "dim"))
+
+
+def _cell(value: Any) -> Text:
     return Text("—" if value is None else str(value), overflow="fold")
-
-
-def _changed_lines(a: str, b: str) -> Iterable[str]:
-    return list(difflib.unified_diff(a.splitlines(), b.splitlines(), lineterm="", n=1))[3:]

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     console.print(_table(result, options))
     sampled = f"; {result.samples} samples at temperature {result.temperature:g}" if result.samples else ""
     console.print(
-        f"grader: {result.grader}; context: {result.shown}; greedy{sampled}; 95 % intervals over {result.n} questions"
+        f"grader: {result.grader}; context: {result.context}; greedy{sampled}; 95 % intervals over {result.n} questions"
     )
     if result.ungraded:
         console.print(
@@ -121,7 +121,7 @@ def _evaluated(options: argparse.Namespace) -> EvaluationResult:
             seed=options.seed,
             progress=lambda done: progress.update(task, completed=done),
             model=folder,
-            shown=context.name if context else "the prompt",
+            context=context.name if context else "none",
         )
 
 
@@ -155,11 +155,11 @@ def _check_samples(options: argparse.Namespace) -> None:
 
 def _table(result: EvaluationResult, options: argparse.Namespace) -> Table:
     from opsd.evaluation.sample_metrics import meaning_of
-    from opsd.evaluation.summary import as_words
+    from opsd.evaluation.summary import as_text
 
     table = Table(result.model, "", "95 % interval", "", box=None, header_style="bold", pad_edge=False)
     for name in _metrics(options) or result.usual_metrics:
         metric = meaning_of(name)
-        value, interval = as_words(result.estimate(name), metric.is_share)
+        value, interval = as_text(result.estimate(name), metric.is_share)
         table.add_row(name, value, interval, f"[dim]{metric.meaning}[/]")
     return table

@@ -1,14 +1,14 @@
-"""Compares runs: did the method beat its controls, how sure is that, and what would settle it?
+"""Compares runs: whether the method beat its controls, with intervals over questions and over seeds.
 
-Runs that differ in nothing but seeds and training questions are one arm. Two kinds of chance stay apart: which
-questions were asked (intervals over questions), and which seed trained the model (the spread over seeds). Knows run
-folders and results; nothing of models or training.
+Runs that differ only in seeds and training questions are one arm. Two sources of chance stay separate: which questions
+were asked (intervals over questions), and which seed trained the model (spread over seeds). Knows run folders and
+results; nothing of models or training.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,30 +29,37 @@ from opsd.evaluation.statistics import (
     paired_difference,
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
-from opsd.evaluation.verdict import Pairwise, Verdict, beats
+from opsd.evaluation.verdict import Pairwise, beats, with_verdict
 
 METHOD = "method"
-# What may differ between runs of one arm: the seed and what follows from it, the place, and the machine.
+# What may differ between runs of one arm: the seed and what follows from it, paths, and the machine.
 _SAME_ARM = (
     "settings.seed", "settings.data_seed", "seeds.", "hashes.data", "hashes.questions", "rows", "prompts", "doctor",
     "hardware.", "versions.",
 )  # fmt: skip
-# What a control must share with its method: the budget.
+# What a control must share with its method.
 _BUDGET = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
            "learning_rate", "lr_scheduler_type", "max_completion_length")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run, measured.
+    """One run and its results on the test split.
 
     Args:
-        folder: where it lies.
+        folder: its output folder.
         arm: the control's name, or METHOD.
         seed: of training.
-        card: its run card.
-        results: what was measured of its test split, by time.
-        drift: nats per token that the student moved on neutral prompts; None where that was not measured.
+        card: its run card; empty for a file of `opsd eval`.
+        results: results of the test split by time.
+        drift: nats per token that the student moved on neutral prompts; None if not measured.
+
+    Example:
+        >>> from opsd.evaluation import Answer
+        >>> answers = [Answer("19", True, 2, True), Answer("8", False, 2, True)]
+        >>> result = EvaluationResult(["12 + 7", "3 + 4"], "last_number", answers, [])
+        >>> RunResult("runs/first", METHOD, 0, {}, {AFTER: result}).after.accuracy
+        0.5
     """
 
     folder: str
@@ -64,21 +71,26 @@ class RunResult:
 
     @property
     def after(self) -> EvaluationResult:
-        """What the trained student answered."""
+        """The result of the trained student."""
         return self.results[AFTER]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seeds only, and what they come to.
+    """Runs that differ in their seeds only.
 
     Args:
-        name: the control's name, METHOD, or the folders' where there are several methods.
+        name: the control's name, METHOD, or the folders' name where there are several methods.
         runs: in the order of their seeds.
         after: the metric after training, mean over seeds, with its interval over questions.
-        gain: after minus before, likewise; None where nothing was measured before.
-        spread: of the metric after training over seeds.
-        drift: nats per token, mean over seeds; None where it was not measured in all of them.
+        gain: after minus before, likewise; None where nothing was measured before training.
+        spread: of the metric after training, over seeds.
+        drift: nats per token, mean over seeds; None unless measured in all runs.
+
+    Example:
+        >>> comparison = compare(read_runs(["runs/first", "runs/second"]))  # doctest: +SKIP
+        >>> comparison.arms[0].spread.deviation  # doctest: +SKIP
+        0.02
     """
 
     name: str
@@ -91,60 +103,68 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Arms side by side; the first is compared with every other.
+    """Arms side by side; the first is compared with every other one.
 
     Args:
-        metric: what is compared.
-        grader: under which grader.
+        metric: name of the metric.
+        grader: name of the grader.
         arms: in the order given, the method first.
-        versus: one per other arm.
-        before: the student before training; None where nothing was measured.
-        ceiling: the teacher with its context, if it was measured.
-        warnings: what makes the comparison less fair than it looks.
+        pairwise: one comparison per other arm.
+        before: the student before training; None if not measured.
+        ceiling: the teacher with its context; None if not measured.
+        warnings: what makes the comparison unfair.
+
+    Example:
+        >>> comparison = compare(read_runs(["runs/method-0", "runs/sft-0"]))  # doctest: +SKIP
+        >>> comparison.verdict  # doctest: +SKIP
+        'method beat its control (sft)'
     """
 
     metric: str
     grader: str
     arms: Sequence[Arm]
-    versus: Sequence[Pairwise]
+    pairwise: Sequence[Pairwise]
     before: Estimate | None
     ceiling: Estimate | None
     warnings: Sequence[str] = field(default_factory=list)
 
     @property
     def kind(self) -> Metric:
-        """What the metric means."""
+        """The metric's line of the table of metrics."""
         return meaning_of(self.metric)
 
     @property
-    def words(self) -> str:
+    def verdict(self) -> str:
         """Whether the method beat the others, in a sentence."""
-        if not self.versus:
-            return "one arm: there is nothing to compare it with. Train a control: opsd train … --control wrong-context"
+        if not self.pairwise:
+            return "one arm only: nothing to compare with. Train a control: opsd train … --control wrong-context"
         if not self.arms[0].runs[0].card:
-            return "these are models as they are: what another training run would give is not in the comparison"
+            return "these are single models: the spread between training runs is not part of the comparison"
         if not self.kind.more_is_better:
             return f"more {self.metric} is neither better nor worse by itself"
-        beaten = [each.other for each in self.versus if beats(each)]
-        rest = [each.other for each in self.versus if not beats(each)]
+        beaten = [pair.other for pair in self.pairwise if beats(pair)]
+        rest = [pair.other for pair in self.pairwise if not beats(pair)]
         first = self.arms[0].name
         if not rest:
             all_of = "its control" if len(beaten) == 1 else f"all of its {len(beaten)} controls"
             return f"{first} beat {all_of} ({', '.join(beaten)})"
-        said = f"{first} beat {len(beaten)} of {len(self.versus)}"
-        return f"{said}; it did not beat {', '.join(rest)}: what these reproduce is not its merit"
+        score = f"{first} beat {len(beaten)} of {len(self.pairwise)}"
+        return f"{score}; it did not beat {', '.join(rest)}: the gain does not depend on what these leave out"
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------
 
 
 def read_runs(folders: Sequence[str]) -> list[RunResult]:
-    """Return the runs in output folders; a file that `opsd eval --output` wrote stands for a run of its name.
+    """Return the runs in output folders; a file that `opsd eval --output` wrote counts as a run of its name.
 
     Raises:
-        CheckpointError: a folder holds no run, or one that was not measured to its end.
+        CheckpointError: a folder holds no run, or one without a result after training.
     """
-    found: list[RunResult] = []
+    runs: list[RunResult] = []
     for folder in folders:
         if Path(folder).is_file():
-            found.append(_of_a_file(Path(folder), {run.arm for run in found}))
+            runs.append(_from_file(Path(folder), {run.arm for run in runs}))
             continue
         results = results_of(Path(folder) / FOLDER)
         if AFTER not in results:
@@ -155,85 +175,90 @@ def read_runs(folders: Sequence[str]) -> list[RunResult]:
         card = read_card(folder)
         arm, seed = card["settings"].get("control") or METHOD, card["settings"].get("seed", 0)
         drift = read_summary(Path(folder) / FOLDER).get("drift")
-        found.append(RunResult(folder, arm, seed, card, results, drift and drift["per_token"]["value"]))
-    return found
+        runs.append(RunResult(folder, arm, seed, card, results, drift and drift["per_token"]["value"]))
+    return runs
 
 
-def _of_a_file(path: Path, taken: set[str]) -> RunResult:
+def _from_file(path: Path, taken: set[str]) -> RunResult:
     arm = path.stem if path.stem not in taken else str(path.with_suffix(""))
     return RunResult(str(path), arm, 0, {}, {AFTER: EvaluationResult.load(path)})
 
 
+# ---- comparing --------------------------------------------------------------------------------------------------
+
+
 def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
-    """Return a comparison of the runs' arms; the method's, or else the first, against all others.
+    """Return a comparison of the runs' arms: the method's, or else the first, against all others.
 
     Raises:
-        ConfigError: no runs, no such metric, or fewer samples than it needs.
-        DataError: runs on different questions, or under different graders.
+        ConfigError: there are no runs, the metric is unknown, or it needs more samples than there are.
+        DataError: the runs differ in questions, grader, or context of the evaluation.
     """
     if not runs:
         raise ConfigError("there are no runs to compare. Name their output folders.")
     reference = runs[0].after
-    _check_shown(runs)
+    _check_contexts(runs)
     values = {run.folder: run.after.in_order_of(reference).graded_values(metric) for run in runs}
-    arms = [_arm(name, each, metric, values, reference) for name, each in _grouped(runs).items()]
-    versus = [_versus(arms[0], other, values) for other in arms[1:]]
-    p_values = adjusted([each.p_value for each in versus]) if versus else []
-    say = Verdict(arms[0].name, meaning_of(metric), trained=bool(runs[0].card))
-    versus = [say.with_verdict(replace(each, p_value=p)) for each, p in zip(versus, p_values, strict=True)]
+    arms = [_arm(name, each, metric, values, reference) for name, each in _by_arm(runs).items()]
+    pairs = [_pair(arms[0], other, values) for other in arms[1:]]
+    p_values = adjusted([pair.p_value for pair in pairs]) if pairs else []
+    first, kind, trained = arms[0].name, meaning_of(metric), bool(runs[0].card)
     ceiling = next((run.results[TEACHER] for run in runs if TEACHER in run.results), None)
     before = next((run.results[BEFORE] for run in runs if BEFORE in run.results), None)
     return Comparison(
         metric,
         reference.grader,
         arms,
-        versus,
+        [
+            with_verdict(replace(pair, p_value=p), first, kind, trained=trained)
+            for pair, p in zip(pairs, p_values, strict=True)
+        ],
         None if before is None else before.estimate(metric),
         None if ceiling is None else ceiling.estimate(metric),
-        [*_unequal_budgets(arms), *_unequal_seeds(arms), *_ungraded(runs)],
+        [*_unequal_budgets(arms), *_unequal_seeds(arms), *_unequal_rows(arms), *_ungraded(runs)],
     )
 
 
-def _check_shown(runs: Sequence[RunResult]) -> None:
-    shown = {run.after.shown: run.folder for run in runs}
-    if len(shown) > 1:
-        said = "; ".join(f"{folder}: {what}" for what, folder in shown.items())
+def _check_contexts(runs: Sequence[RunResult]) -> None:
+    contexts = {run.after.context: run.folder for run in runs}
+    if len(contexts) > 1:
+        listed = "; ".join(f"{folder}: {context}" for context, folder in contexts.items())
         raise DataError(
-            f"models can be compared only if they were shown the same beside the question ({said}). A model that sees "
-            "the answer has another task. Evaluate all without --context, or all with it."
+            f"models can be compared only with the same context in their prompts ({listed}). A model that sees the "
+            "answer has another task. Evaluate all without --context, or all with it."
         )
 
 
-def _grouped(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
-    """Return runs by arm, the method's first, each in the order of its seeds."""
+def _by_arm(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
+    """Return the runs of each arm in the order of their seeds, the method's arm first."""
     groups: list[list[RunResult]] = []
     for run in runs:
-        same = next((group for group in groups if _is_same_arm(group[0], run)), None)
-        if same is None:
+        group = next((group for group in groups if _is_same_arm(group[0], run)), None)
+        if group is None:
             groups.append([run])
-        elif any(run.seed == other.seed for other in same):
+        elif any(run.seed == other.seed for other in group):
             raise DataError(
-                f"{run.folder} has the seed {run.seed} of another run of its arm: nothing would be learned of chance "
-                "from two runs of one seed. Name one of them."
+                f"{run.folder} has the seed {run.seed} of another run of its arm: two runs of one seed say nothing "
+                "about the spread over seeds. Name one of them."
             )
         else:
-            same.append(run)
+            group.append(run)
     groups.sort(key=lambda group: group[0].arm != METHOD)
     arms = [group[0].arm for group in groups]
-    named = {}
+    named: dict[str, list[RunResult]] = {}
     for group in groups:
-        unique = arms.count(group[0].arm) == 1
-        name = group[0].arm if unique else re.sub(r"[-_.]?(seed)?\d+$", "", Path(group[0].folder).name)
+        is_unique = arms.count(group[0].arm) == 1
+        name = group[0].arm if is_unique else re.sub(r"[-_.]?(seed)?\d+$", "", Path(group[0].folder).name)
         while name in named:
             name += "'"
         named[name] = sorted(group, key=lambda run: run.seed)
     return named
 
 
-def _is_same_arm(one: RunResult, other: RunResult) -> bool:
-    if one.arm != other.arm:
+def _is_same_arm(run: RunResult, other: RunResult) -> bool:
+    if run.arm != other.arm:
         return False
-    return bool(one.card) and all(name.startswith(_SAME_ARM) for name, _, _ in differences(one.card, other.card))
+    return bool(run.card) and all(name.startswith(_SAME_ARM) for name, _, _ in differences(run.card, other.card))
 
 
 def _arm(
@@ -250,7 +275,7 @@ def _arm(
     return Arm(name, runs, estimate(after, is_share=meaning_of(metric).is_share), gain, spread, drift)
 
 
-def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Pairwise:
+def _pair(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Pairwise:
     by_seed = [{run.seed: values[run.folder] for run in arm.runs} for arm in (first, other)]
     both = sorted(by_seed[0].keys() & by_seed[1].keys())
     if both:
@@ -259,63 +284,62 @@ def _versus(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Pairwis
     else:
         sides = [np.mean(list(each.values()), axis=0) for each in by_seed]
         spread = over_seeds([float(np.nanmean(sides[0] - sides[1]))])
-    found = paired_difference(sides[1], sides[0])
-    return Pairwise(other.name, found, found.p_value, spread, "")
+    difference = paired_difference(sides[1], sides[0])
+    return Pairwise(other.name, difference, difference.p_value, spread)
 
 
-def _unequal_budgets(arms: Sequence[Arm]) -> list[str]:
-    first = arms[0].runs[0].card.get("settings")
-    if not first:  # a file says nothing of training
-        return []
-    return [
-        f"not the same budget: {name} is {first.get(name)} in {arms[0].name} and {its.get(name)} in {arm.name}"
-        for arm in arms[1:]
-        for name in _BUDGET
-        if (its := arm.runs[0].card.get("settings")) and its.get(name) != first.get(name)
-    ]
+# ---- warnings ---------------------------------------------------------------------------------------------------
 
 
-def _unequal_seeds(arms: Sequence[Arm]) -> list[str]:
-    first = {run.seed: run for run in arms[0].runs if run.card}
-    found = []
+def _unequal_budgets(arms: Sequence[Arm]) -> Iterator[str]:
+    first = arms[0].runs[0].card.get("settings", {})
     for arm in arms[1:]:
-        own = {run.seed: run for run in arm.runs if run.card}
-        alone = sorted(own.keys() - first.keys()) if first else []
-        if alone and own.keys() & first.keys():
-            found.append(f"{arm.name} has seed {alone[0]}, and {arms[0].name} has not: it is in no difference")
+        settings = arm.runs[0].card.get("settings", {})
+        for name in _BUDGET if first and settings else ():  # a file of `opsd eval` has no settings
+            if settings.get(name) != first.get(name):
+                values = f"{first.get(name)} in {arms[0].name} and {settings.get(name)} in {arm.name}"
+                yield f"not the same budget: {name} is {values}"
+
+
+def _unequal_seeds(arms: Sequence[Arm]) -> Iterator[str]:
+    first = {run.seed: run for run in arms[0].runs if run.card}
+    for arm in arms[1:]:
+        runs = {run.seed: run for run in arm.runs if run.card}
+        both, alone = sorted(runs.keys() & first.keys()), sorted(runs.keys() - first.keys()) if first else []
+        if alone and both:
+            yield f"{arm.name} has seed {alone[0]}, and {arms[0].name} has not: it is in no difference"
         elif alone:
-            found.append(
-                f"{arm.name} and {arms[0].name} have no seed in common: their difference is of other seeds too"
-            )
-        for seed in sorted(own.keys() & first.keys()):
-            if len({run.card["hashes"].get("questions") for run in (own[seed], first[seed])}) > 1:
-                found.append(f"seed {seed}: {arm.name} and {arms[0].name} were not trained on the same questions")
-    return found + [
-        f"{arm.name}: seed {run.seed} was trained on {run.card['rows']} rows, and seed {arm.runs[0].seed} on "
-        f"{arm.runs[0].card['rows']}"
-        for arm in arms
-        for run in arm.runs
-        if run.card.get("rows") != arm.runs[0].card.get("rows")
-    ]
+            yield f"{arm.name} and {arms[0].name} have no seed in common: their difference includes that of the seeds"
+        for seed in both:
+            if len({run.card["hashes"].get("questions") for run in (runs[seed], first[seed])}) > 1:
+                yield f"seed {seed}: {arm.name} and {arms[0].name} were not trained on the same questions"
 
 
-def _ungraded(runs: Sequence[RunResult]) -> list[str]:
-    return [
-        f"{run.folder}: {len(run.after.ungraded)} of {run.after.n} questions have answers that the grader failed on; "
-        "they are left out"
-        for run in runs
-        if run.after.ungraded
-    ]
+def _unequal_rows(arms: Sequence[Arm]) -> Iterator[str]:
+    for arm in arms:
+        first = arm.runs[0]
+        for run in arm.runs:
+            if run.card.get("rows") != first.card.get("rows"):
+                counts = f"{run.card['rows']} rows, and seed {first.seed} on {first.card['rows']}"
+                yield f"{arm.name}: seed {run.seed} was trained on {counts}"
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
+def _ungraded(runs: Sequence[RunResult]) -> Iterator[str]:
+    for run in runs:
+        if count := len(run.after.ungraded):
+            questions = f"{count} of {run.after.n} questions have answers that the grader failed on"
+            yield f"{run.folder}: {questions}; they are left out"
+
+
+def as_json(comparison: Comparison) -> dict[str, Any]:
     """Return a comparison in plain values."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, RunResult):
-            return {"folder": value.folder, "seed": value.seed, "after": value.after.estimate(found.metric).__dict__}
+            after = vars(value.after.estimate(comparison.metric))
+            return {"folder": value.folder, "seed": value.seed, "after": after}
         if isinstance(value, list | tuple):
             return [plain(each) for each in value]
         return {k: plain(v) for k, v in vars(value).items()} if is_dataclass(value) else value
 
-    return {"words": found.words, **plain(found)}
+    return {"verdict": comparison.verdict, **plain(comparison)}

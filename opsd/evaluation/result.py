@@ -1,6 +1,6 @@
-"""What a model answered to a set of questions: every answer with its grade, kept so that runs can be paired later.
+"""The result of an evaluation: every question and answer with its grade, so that two runs can be paired by question.
 
-Figures are computed from it and never stored alone: a share without its questions can be compared with nothing.
+Metrics are computed from it and never stored alone.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from opsd.evaluation.statistics import Estimate, estimate, proportion_interval
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer.
+    """One answer of a model.
 
     Args:
         text: without special tokens.
         correct: whether it is right; None where the grader failed.
-        length: tokens, the end of the turn included.
-        ended: whether it came to its end by itself.
-        answer: what the grader read in it, as text; None where it has no answer in the form asked for.
+        length: in tokens, including the end of the turn.
+        ended: whether it ended before `max_new_tokens`.
+        answer: the answer that the grader read, as text; None where there is none in the form asked for.
+
+    Example:
+        >>> Answer("12 + 7 is 19.", correct=True, length=9, ended=True, answer="19").correct
+        True
     """
 
     text: str
@@ -42,18 +46,24 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What one model did on one set of questions, in their order.
+    """One model's answers to one set of questions, in their order.
 
     Args:
-        questions: the questions, as they are told apart (see `opsd.evaluation.questions`).
-        grader: its name.
-        greedy: one answer per question, the likeliest token at every step.
-        sampled: k more per question, sampled; empty where none were.
-        temperature: of the sampled ones.
-        has_form: whether the grader can tell an answer that has the form asked for from one that has not.
+        questions: the questions, normalised (see `opsd.evaluation.questions`).
+        grader: name of the grader.
+        greedy: one greedy answer per question.
+        sampled: k sampled answers per question; empty if none were sampled.
+        temperature: of the sampled answers.
+        has_form: whether the grader can read answers, so that `format` is defined.
         max_new_tokens: longest answer, in tokens.
-        model: who answered, in words.
-        shown: what it was shown beside the question.
+        model: name of the model.
+        context: name of the context in the prompts, "none" for the plain question.
+
+    Example:
+        >>> answers = [Answer("19", True, 2, True), Answer("8", False, 2, True)]
+        >>> result = EvaluationResult(["12 + 7", "3 + 4"], "last_number", answers, [])
+        >>> result.accuracy, result.estimate("length").value
+        (0.5, 2.0)
     """
 
     questions: list[str]
@@ -64,7 +74,7 @@ class EvaluationResult:
     has_form: bool = False
     max_new_tokens: int = 0
     model: str = ""
-    shown: str = "the prompt"
+    context: str = "none"
 
     # ---- the greedy answers ------------------------------------------------------------------------------------
 
@@ -75,41 +85,41 @@ class EvaluationResult:
 
     @property
     def correct(self) -> list[bool]:
-        """Whether each question was answered right; False where the grader failed."""
+        """Whether each greedy answer is right; False where the grader failed."""
         return [answer.correct is True for answer in self.greedy]
 
     @property
     def texts(self) -> list[str]:
-        """The answers."""
+        """Texts of the greedy answers."""
         return [answer.text for answer in self.greedy]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens per answer."""
+        """Tokens per greedy answer."""
         return [answer.length for answer in self.greedy]
 
     @property
     def truncated(self) -> int:
-        """How many answers ran into `max_new_tokens` before they ended."""
+        """Number of greedy answers that were cut at `max_new_tokens`."""
         return sum(not answer.ended for answer in self.greedy)
 
     @property
     def ungraded(self) -> list[int]:
-        """Questions with an answer, greedy or sampled, on which the grader failed."""
+        """Positions of the questions with an answer, greedy or sampled, on which the grader failed."""
         rows = zip(self.greedy, self.sampled or [[]] * self.n, strict=True)
-        return [n for n, (one, more) in enumerate(rows) if any(a.correct is None for a in (one, *more))]
+        return [n for n, (greedy, sampled) in enumerate(rows) if any(a.correct is None for a in (greedy, *sampled))]
 
     @property
     def accuracy(self) -> float:
-        """Share answered right; a lower bound where answers are ungraded."""
+        """Share of right greedy answers; a lower bound where answers are ungraded."""
         return sum(self.correct) / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the accuracy."""
+        """95 % interval of the accuracy (Wilson)."""
         return proportion_interval(self.correct)
 
-    # ---- all of them -------------------------------------------------------------------------------------------
+    # ---- metrics -----------------------------------------------------------------------------------------------
 
     @property
     def samples(self) -> int:
@@ -118,13 +128,13 @@ class EvaluationResult:
 
     @cached_property
     def usual_metrics(self) -> list[str]:
-        """The metrics worth a line."""
+        """Names of the metrics that tables show."""
         k = self.samples
         of_samples = [f"avg@{k}", *([f"pass@{k}", f"maj@{k}"] if k > 1 else [])] if k else []
         return ["accuracy", *of_samples, *(["format"] if self.has_form else []), "length", "truncated"]
 
     def values(self, metric: str) -> np.ndarray:
-        """Return a metric of every question, in their order.
+        """Return a metric per question.
 
         Args:
             metric: "accuracy", "format", "length" or "truncated", of the greedy answers; "avg@k", "pass@k" or "maj@k",
@@ -137,17 +147,17 @@ class EvaluationResult:
         of_samples = k is not None
         if kind == "format" and not self.has_form:
             raise ConfigError(
-                f"format is the share of answers with the form that a grader asks for, and {self.grader!r} cannot tell "
-                "the form of an answer. Use exact, last_number, choice, math or regex:PATTERN."
+                f"format is the share of answers with an answer in the form asked for, and the grader {self.grader!r} "
+                "cannot read answers. Use exact, last_number, choice, math or regex:PATTERN."
             )
         answers = (self.sampled or [[] for _ in self.greedy]) if of_samples else [[answer] for answer in self.greedy]
         return np.array([metric_of(metric, each, self.has_form) for each in answers], dtype=float)
 
     def graded_values(self, metric: str) -> np.ndarray:
-        """Return `values` with NaN where the grader failed: a lower bound less another one is no bound."""
-        found = self.values(metric)
-        found[self.ungraded] = np.nan
-        return found
+        """Return `values` with NaN where the grader failed: the difference of two lower bounds is not a bound."""
+        values = self.values(metric)
+        values[self.ungraded] = np.nan
+        return values
 
     def estimate(self, metric: str) -> Estimate:
         """Return a metric's mean over questions with its 95 % interval."""
@@ -156,15 +166,15 @@ class EvaluationResult:
     # ---- files and pairs ---------------------------------------------------------------------------------------
 
     def save(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all."""
+        """Write the result as JSON, whole or not at all."""
         write_json(path, asdict(self))
 
     @classmethod
     def load(cls, path: Path) -> EvaluationResult:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            CheckpointError: the file is something else, or damaged.
+            CheckpointError: the file is damaged, or not an evaluation.
         """
         try:
             stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
@@ -173,26 +183,23 @@ class EvaluationResult:
             return cls(greedy=answers, sampled=sampled, **stored)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
-                f"{path} holds no evaluation ({type(error).__name__}: {error}). It was written by something else, or "
-                "damaged. Make it again: `opsd eval MODEL … --output FILE.json`."
+                f"{path} is not an evaluation, or damaged ({type(error).__name__}: {error}). Write it again: "
+                "`opsd eval MODEL … --output FILE.json`."
             ) from error
 
     def in_order_of(self, other: EvaluationResult) -> EvaluationResult:
-        """Return this result with its questions in another's order, so that the two can be paired.
+        """Return this result with its questions in the order of another result's, so that the two can be paired.
 
         Raises:
-            DataError: other questions, another grader, or answers cut at another length.
+            DataError: the two differ in questions, grader, longest answer, or temperature of sampled answers.
         """
-        sampled = bool(self.sampled and other.sampled)
-        for what, mine, its in (
-            ("grader", self.grader, other.grader),
-            ("max_new_tokens", self.max_new_tokens, other.max_new_tokens),
-            ("temperature", self.temperature, other.temperature if sampled else self.temperature),
-        ):
-            if mine != its:
+        conditions = ["grader", "max_new_tokens", *(["temperature"] if self.sampled and other.sampled else [])]
+        for name in conditions:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
                 raise DataError(
-                    f"two results can be compared only under one {what}, and these have {its!r} and {mine!r}. The "
-                    "difference would be the measure's. Evaluate both alike."
+                    f"two results can be compared only under one {name}, and these have {theirs!r} and {mine!r}. "
+                    "Evaluate both alike."
                 )
         order = _matched(other.questions, self.questions)
         pick = [self.sampled[i] for i in order] if self.sampled else []
@@ -200,18 +207,17 @@ class EvaluationResult:
 
 
 def _matched(wanted: Sequence[str], have: Sequence[str]) -> list[int]:
-    """Return for each wanted question where it is among those that there are; one asked twice is matched in order."""
-    places: dict[str, list[int]] = {}
-    for place, question in enumerate(have):
-        places.setdefault(question, []).append(place)
-    left = {question: iter(found) for question, found in places.items()}
-    order = [next(left.get(question, iter(())), None) for question in wanted]
+    """Return the position of each wanted question in `have`; a question that is asked twice is matched in order."""
+    positions: dict[str, list[int]] = {}
+    for position, question in enumerate(have):
+        positions.setdefault(question, []).append(position)
+    unused = {question: iter(each) for question, each in positions.items()}
+    order = [next(unused.get(question, iter(())), None) for question in wanted]
     if None in order or len(wanted) != len(have):
         both = len(set(wanted) & set(have))
-        missing = [question for question, place in zip(wanted, order, strict=True) if place is None]
+        missing = [question for question, position in zip(wanted, order, strict=True) if position is None]
         raise DataError(
             f"a paired comparison needs the same questions on both sides; of {len(wanted)} and {len(have)} only "
-            f"{both} are in both{name_few(missing)}. Between different questions a difference is theirs as much as "
-            "the models'. Evaluate both on one split."
+            f"{both} are in both{name_few(missing)}. Evaluate both on one split."
         )
-    return [place for place in order if place is not None]
+    return [position for position in order if position is not None]

@@ -59,7 +59,7 @@ def evaluate(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     model: str = "",
-    shown: str = "the prompt",
+    context: str = "none",
 ) -> EvaluationResult:
     """Answer every row greedily, and `samples` more times by sampling, and grade the answers.
 
@@ -76,7 +76,7 @@ def evaluate(
         seed: of the sampled answers; the same rows, batch size and seed give the same samples.
         progress: called with the number of finished answers after each batch.
         model: name of the model, for the result.
-        shown: name of the context that the prompts contain, for the result.
+        context: name of the context in the prompts, for the result.
 
     Raises:
         DataError: there are no rows, or a prompt is empty or too long for the model's context.
@@ -108,7 +108,7 @@ def evaluate(
         has_form=parsed.read is not None,
         max_new_tokens=max_new_tokens,
         model=model,
-        shown=shown,
+        context=context,
     )
 
 

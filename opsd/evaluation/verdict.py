@@ -1,4 +1,4 @@
-"""What the difference between two arms comes to, in words: "beat" needs both kinds of chance to say so.
+"""Says whether one arm beat another: both the interval over questions and the interval over seeds must show it.
 
 Knows differences and their intervals; nothing of runs or files.
 """
@@ -10,80 +10,83 @@ from dataclasses import dataclass, replace
 from opsd.evaluation.power import questions_needed, seeds_needed
 from opsd.evaluation.sample_metrics import Metric
 from opsd.evaluation.statistics import PairedDifference, SeedSpread
-from opsd.evaluation.summary import SURE
+from opsd.evaluation.summary import LEVEL
 
 
 @dataclass(frozen=True)
 class Pairwise:
-    """The first arm against another.
+    """The first arm compared with another one.
 
     Args:
-        other: the other's name.
-        difference: first minus other, mean over seeds that both have, with its interval over questions.
+        other: name of the other arm.
+        difference: first minus other, mean over the seeds that both have, with its interval over questions.
         p_value: of no difference, adjusted for the number of arms compared (Holm).
         spread: of the difference over seeds; runs of one seed are paired.
-        words: what it comes to.
+        verdict: the result in a sentence.
+
+    Example:
+        >>> from opsd.evaluation import paired_difference
+        >>> from opsd.evaluation.statistics import over_seeds
+        >>> gain = paired_difference([False] * 40, [True] * 20 + [False] * 20)
+        >>> beats(Pairwise("sft", gain, gain.p_value, over_seeds([0.49, 0.5, 0.51])))
+        True
     """
 
     other: str
     difference: PairedDifference
     p_value: float
     spread: SeedSpread
-    words: str
+    verdict: str = ""
 
 
-def beats(found: Pairwise) -> bool:
-    """Tell whether the first arm is better than the other: for other questions and for other seeds."""
-    by_seed = found.spread.low
-    return found.p_value < SURE and found.difference.low > 0 and by_seed is not None and by_seed > 0
+def beats(pair: Pairwise) -> bool:
+    """Return whether the first arm is better than the other, for other questions and for other seeds."""
+    low = pair.spread.low
+    return pair.p_value < LEVEL and pair.difference.low > 0 and low is not None and low > 0
 
 
-def loses(found: Pairwise) -> bool:
-    """Tell whether the first arm is worse than the other: for other questions and for other seeds."""
-    by_seed = found.spread.high
-    return found.p_value < SURE and found.difference.high < 0 and by_seed is not None and by_seed < 0
+def loses(pair: Pairwise) -> bool:
+    """Return whether the first arm is worse than the other, for other questions and for other seeds."""
+    high = pair.spread.high
+    return pair.p_value < LEVEL and pair.difference.high < 0 and high is not None and high < 0
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Says what a difference comes to.
+def with_verdict(pair: Pairwise, first: str, metric: Metric, *, trained: bool) -> Pairwise:
+    """Return a comparison with its verdict.
 
     Args:
-        first: the name of the arm that is compared.
-        kind: what is compared.
-        trained: whether it is a run, of which another seed would be another model.
+        pair: the comparison.
+        first: name of the first arm.
+        metric: what is compared.
+        trained: whether the first arm is a training run, so that another seed would give another model.
     """
+    difference, spread = pair.difference, pair.spread
 
-    first: str
-    kind: Metric
-    trained: bool
+    def number(value: float | None) -> str:
+        return "?" if value is None else f"{value * metric.scale:+.1f}"
 
-    def with_verdict(self, found: Pairwise) -> Pairwise:
-        """Return a difference with its words."""
-        diff, seeds = found.difference, found.spread
-        over = f"{self._number(diff.difference)} ({self._number(diff.low)} to {self._number(diff.high)} over {diff.n} "
-        over += "questions"
-        if seeds.low is not None:
-            over += f"; {self._number(seeds.low)} to {self._number(seeds.high)} over {seeds.seeds} seeds"
-        return replace(found, words=f"{self._sentence(found, over)})")
+    change = f"{number(difference.difference)} ({number(difference.low)} to {number(difference.high)}"
+    change += f" over {difference.n} questions"
+    if spread.low is not None:
+        change += f"; {number(spread.low)} to {number(spread.high)} over {spread.seeds} seeds"
+    return replace(pair, verdict=_sentence(pair, first, metric, trained).format(change=f"{change})"))
 
-    def _sentence(self, found: Pairwise, over: str) -> str:
-        diff, other, wins = found.difference, found.other, self.kind.more_is_better
-        if beats(found):
-            return f"{self.first} {'beat' if wins else 'has more than'} {other}: {over}"
-        if loses(found):
-            return f"{self.first} {'LOST to' if wins else 'has less than'} {other}: {over}"
-        if found.p_value < SURE and diff.low * diff.high > 0:
-            side = f"{self.first} is {'ahead of' if diff.low > 0 else 'behind'} {other}"
-            if not self.trained:
-                return f"{side}: {over}"
-            if found.spread.deviation is None:
-                return f"{side} with one pair of seeds, which says nothing of another; train two more (--seed): {over}"
-            settle = max(seeds_needed(found.spread.mean, found.spread.deviation), found.spread.seeds + 1)
-            return f"{side} on these seeds, and about {settle} would settle it: {over}"
-        needed = None if diff.deviation is None else questions_needed(diff.difference, diff.deviation)
-        more = f"; about {needed:,} questions would settle a difference of this size" if needed else ""
-        return f"{self.first} and {other} cannot be told apart: {over}{more if (needed or 0) > diff.n else ''}"
 
-    def _number(self, value: float | None) -> str:
-        return "?" if value is None else f"{value * self.kind.scale:+.1f}"
+def _sentence(pair: Pairwise, first: str, metric: Metric, trained: bool) -> str:
+    """Return the verdict with a place for the numbers, `{change}`."""
+    difference, spread, other = pair.difference, pair.spread, pair.other
+    if beats(pair):
+        return f"{first} {'beat' if metric.more_is_better else 'has more than'} {other}: {{change}}"
+    if loses(pair):
+        return f"{first} {'LOST to' if metric.more_is_better else 'has less than'} {other}: {{change}}"
+    if pair.p_value < LEVEL and difference.low * difference.high > 0:
+        lead = f"{first} is {'ahead of' if difference.low > 0 else 'behind'} {other}"
+        if not trained:
+            return f"{lead}: {{change}}"
+        if spread.deviation is None:
+            return f"{lead} with one pair of seeds; another seed may differ, train two more (--seed): {{change}}"
+        needed = max(seeds_needed(spread.mean, spread.deviation), spread.seeds + 1)
+        return f"{lead} on these seeds; about {needed} seeds would settle it: {{change}}"
+    questions = None if difference.deviation is None else questions_needed(difference.difference, difference.deviation)
+    more = f"; about {questions:,} questions would settle a difference of this size" if questions else ""
+    return f"{first} and {other} cannot be distinguished: {{change}}{more if (questions or 0) > difference.n else ''}"

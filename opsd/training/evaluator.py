@@ -234,7 +234,7 @@ class Evaluator(TrainerCallback):
             self._skipped.append(f"{what}: {reason}")
             self._accelerator.print(f"evaluation  not measured: {what}: {reason}")
             return
-        names = {"model": teacher.describe(), "shown": teacher.shown}
+        names = {"model": teacher.describe(), "context": teacher.shown}
         result = self._evaluate(teacher.sample, test, "test: teacher with its context", **names)
         self._save(file_of("test", TEACHER), result)
         if not teacher.starts_as_student:
