@@ -240,14 +240,14 @@ def _load(folder: str) -> tuple[Any, Any]:
 
 
 def _score(model: Any, tokenizer: Any, rows: list[Row], shown: str | None, progress: Callable[[int], None]) -> Score:
-    from opsd.contexts.privileged import PrivilegedContext
+    from opsd.contexts.reading import as_context
     from opsd.contexts.renderer import PromptRenderer
     from opsd.evaluation import evaluate, sampler_of
 
-    renderer, context = PromptRenderer(tokenizer), PrivilegedContext.of(shown)
+    renderer, context = PromptRenderer(tokenizer), as_context(shown)
 
     def prompt_ids(row: Mapping[str, Any]) -> list[int]:
-        return context.render(row, side=renderer) if context else renderer.ids(row["prompt"])
+        return context.render(row, renderer=renderer) if context else renderer.ids(row["prompt"])
 
     result = evaluate(
         sampler_of(model, tokenizer, prompt_ids),

@@ -83,8 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _answered(options: argparse.Namespace) -> EvaluationResult:
-    from opsd.contexts.base import Context
-    from opsd.contexts.privileged import PrivilegedContext
+    from opsd.contexts.reading import parse_context
     from opsd.contexts.renderer import PromptRenderer
     from opsd.data.rows import load_rows, prepare_rows, row_columns, with_system_prompt
     from opsd.evaluation import evaluate, load_grader, sampler_of, stop_ids_of
@@ -99,8 +98,7 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
         if (k or 0) > options.samples:
             raise ConfigError(f"{name} needs {k} sampled answers per question; --samples is {options.samples}.")
     dataset = prepare_rows(load_rows(options.dataset_name, split=options.dataset_split), name=options.dataset_name)
-    given = options.context
-    context = Context.of(json.loads(given) if given and given.lstrip().startswith("{") else given)
+    context = parse_context(options.context)
     if context is not None:
         context.check_columns(row_columns(dataset))
     folder = model_folder(options.model)
@@ -112,7 +110,7 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
     renderer = PromptRenderer(tokenizer, None, kwargs)
 
     def prompt_ids(row: Any) -> list[int]:
-        return context.render(row, side=renderer) if context else renderer.ids(row["prompt"])
+        return context.render(row, renderer=renderer) if context else renderer.ids(row["prompt"])
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("answering", total=len(rows) * (1 + max(options.samples, 0)))
@@ -129,7 +127,7 @@ def _answered(options: argparse.Namespace) -> EvaluationResult:
             seed=options.seed,
             progress=lambda done: progress.update(task, completed=done),
             model=folder,
-            shown=context.name if isinstance(context, PrivilegedContext) else "the prompt",
+            shown=context.name if context else "the prompt",
         )
 
 

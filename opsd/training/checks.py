@@ -233,7 +233,7 @@ def check_rows_fit(
             made = placeholders(rollout_fields, row)
             for context in view.context.possible_contexts(row, made):
                 try:
-                    prompt = context.render(row, made, side=view.renderer)
+                    prompt = context.render(row, made, renderer=view.renderer)
                 except DataError as error:
                     raise DataError(f"row {number}: {error}") from error
                 # What training makes may be as long as a completion.
