@@ -24,7 +24,10 @@ from opsd.doctor import ROWS, examine
 from opsd.training.machine import hardware
 
 RESULTS = Path(__file__).parent / "results" / "doctor.json"
-CONTEXTS = {"answer": "answer_only", "other rows' answers (control)": {"levels": ["other_answer"]}}
+CONTEXTS = {
+    "answer": "answer_only",
+    "other rows' answers (control)": {"template": "answer_only", "fields": {"answer": "other_answer"}},
+}
 
 
 def make_trainer(context: Any, seed: int, steps: int, folder: str) -> OPSDTrainer:

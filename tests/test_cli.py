@@ -280,11 +280,15 @@ def test_show_compares_contexts_and_levels_on_several_rows_also_of_a_stream(
     run_yaml: Path, capsys, monkeypatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    contexts = ["--context", "none", "answer", "worked_solution"]
+    contexts = ["--context", "none", '{"levels": ["answer_only", "none"]}', "worked_solution"]
     run_yaml.write_text(run_yaml.read_text() + "dataset_streaming: true\n")
     assert main(["show", str(run_yaml), *contexts, "--row", "0", "3"]) == 0
     out = capsys.readouterr().out
     assert out.count("row 0, tokens") == out.count("row 3, tokens") == 1
-    assert "schedule of none" in out and "schedule of answer" in out and "teacher (shown worked_solution)" in out
+    assert (
+        "shown the student's own prompt" in out
+        and "schedule of answer_only, none" in out
+        and "teacher (shown worked_solution)" in out
+    )
     assert main(["show", str(run_yaml), "--row", "99"]) == 2
     assert "row 99 was asked for" in capsys.readouterr().err

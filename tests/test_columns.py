@@ -151,7 +151,7 @@ def test_controls_need_rows_that_differ_and_that_can_be_looked_up() -> None:
 
 
 def test_a_run_can_be_told_other_rows_answers(tmp_path: Path) -> None:
-    teacher = SameCheckpointTeacher(context={"levels": ["other_answer"]})
+    teacher = SameCheckpointTeacher(context={"template": "answer_only", "fields": {"answer": "other_answer"}})
     trainer = make_trainer(tmp_path, teacher)
     row = trainer.train_dataset[3]
     assert f"The correct answer is {row['other_answer']}." in trainer.student.tokenizer.decode(teacher.prompt_ids(row))

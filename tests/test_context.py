@@ -1,4 +1,4 @@
-"""PrivilegedContext and PromptRenderer: what the teacher is shown, what is refused, what is cut."""
+"""PrivilegedContext and PromptRenderer: the teacher's prompt, what is refused, what is shortened."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from conftest import make_tokenizer
 from transformers import ByT5Tokenizer
 
 from opsd import sources
-from opsd.contexts.privileged import PrivilegedContext, fitting_templates
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.reading import as_context, parse_context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, DataError, TemplateError
 
@@ -28,12 +29,12 @@ def user_block(body: str, **settings: Any) -> PrivilegedContext:
     return PrivilegedContext.from_string("{% block user %}\n" + body + "\n{% endblock %}", **settings)
 
 
-def said(context: PrivilegedContext, row: dict[str, Any], rollout_fields: dict[str, Any] | None = None) -> str:
+def user_turn(context: PrivilegedContext, row: dict[str, Any], rollout_fields: dict[str, Any] | None = None) -> str:
     return context.messages(row, rollout_fields)[0][-1]["content"]
 
 
 @pytest.fixture(scope="module")
-def side() -> PromptRenderer:
+def renderer() -> PromptRenderer:
     return PromptRenderer(make_tokenizer())
 
 
@@ -57,27 +58,28 @@ def test_shipped_template_renders_as_its_readme_entry_shows(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_template_shows_every_field_and_keeps_the_question(name: str, side: PromptRenderer) -> None:
+def test_shipped_template_shows_every_field_and_keeps_the_question(name: str, renderer: PromptRenderer) -> None:
     context = PrivilegedContext(name)
-    shown = side.tokenizer.decode(context.render(ROW, side=side))
+    text = renderer.tokenizer.decode(context.render(ROW, renderer=renderer))
     for field in context.fields | context.optional_fields:
-        assert ROW[field] in shown
+        assert ROW[field] in text
         assert f"`{field}`" in README.split(f"### {name}\n")[1].split("```")[0]
-    assert QUESTION in shown
+    assert QUESTION in text
     assert context.counts.bare == 0
-    assert context.render(ROW, side=side) != side.ids(ROW["prompt"])
+    assert context.render(ROW, renderer=renderer) != renderer.ids(ROW["prompt"])
 
 
 def test_answer_only_reads_as_the_demo_was_measured_with() -> None:
-    assert said(PrivilegedContext("answer_only"), ROW) == f"{QUESTION}\n\nThe correct answer is 19. Answer with it."
+    text = user_turn(PrivilegedContext("answer_only"), ROW)
+    assert text == f"{QUESTION}\n\nThe correct answer is 19. Answer with it."
 
 
-def test_base_alone_is_refused_unless_the_chat_template_makes_the_difference(side: PromptRenderer) -> None:
-    with pytest.raises(TemplateError, match="shows the teacher nothing"):
+def test_base_alone_is_refused_unless_the_chat_template_makes_the_difference(renderer: PromptRenderer) -> None:
+    with pytest.raises(TemplateError, match="adds nothing to the student's prompt"):
         PrivilegedContext("base")
     thinking = PrivilegedContext("base", chat_template_kwargs={"enable_thinking": True})
-    ids = thinking.render(ROW, side=side)
-    assert side.tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
+    ids = thinking.render(ROW, renderer=renderer)
+    assert renderer.tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
     assert thinking.counts.bare == 1
 
 
@@ -96,16 +98,11 @@ def test_feedback_needs_one_of_its_two_columns() -> None:
         )
 
 
-def test_feedback_without_anything_to_show_leaves_the_prompt_alone_and_counts_it(side: PromptRenderer) -> None:
+def test_feedback_without_anything_to_show_leaves_the_prompt_alone_and_counts_it(renderer: PromptRenderer) -> None:
     context = PrivilegedContext("feedback")
     row = {"prompt": ROW["prompt"], "solution": None}
-    assert context.render(row, {"feedback": " "}, side=side) == side.ids(row["prompt"])
+    assert context.render(row, {"feedback": " "}, renderer=renderer) == renderer.ids(row["prompt"])
     assert (context.counts.rendered, context.counts.bare) == (1, 1)
-
-
-def test_fitting_templates_are_those_whose_fields_are_there() -> None:
-    assert fitting_templates(["prompt", "answer"]) == ["answer_only", "concise"]
-    assert fitting_templates(["prompt", "solution"]) == ["concise", "feedback", "partial_solution", "worked_solution"]
 
 
 # ---------------------------------------------------------------- ids
@@ -114,15 +111,15 @@ def test_fitting_templates_are_those_whose_fields_are_there() -> None:
 @pytest.mark.parametrize("keywords", [{}, {"enable_thinking": True}])
 @pytest.mark.parametrize("own_template", [True, False])
 def test_student_ids_are_those_that_trl_samples_from(
-    side: PromptRenderer, keywords: dict[str, Any], own_template: bool
+    renderer: PromptRenderer, keywords: dict[str, Any], own_template: bool
 ) -> None:
     from trl.trainer.distillation_trainer import DistillationTrainer
 
-    training = None if own_template else side.tokenizer.chat_template.replace("<think>", "<training>")
-    ours = PromptRenderer(side.tokenizer, chat_template=training, chat_template_kwargs=keywords)
+    training = None if own_template else renderer.tokenizer.chat_template.replace("<think>", "<training>")
+    ours = PromptRenderer(renderer.tokenizer, chat_template=training, chat_template_kwargs=keywords)
     trl = SimpleNamespace(
         _is_vlm=False,
-        processing_class=side.tokenizer,
+        processing_class=renderer.tokenizer,
         tools=[],
         chat_template=training,
         chat_template_kwargs=keywords,
@@ -132,45 +129,45 @@ def test_student_ids_are_those_that_trl_samples_from(
         assert [ours.ids(prompt) for prompt in prompts] == DistillationTrainer._tokenize_prompts(trl, prompts)[0]
 
 
-def test_ids_by_way_of_text_are_the_ids_of_the_chat_template(side: PromptRenderer) -> None:
-    plain, prefilled = side.ids(ROW["prompt"]), side.ids(ROW["prompt"], "<think>\n")
+def test_ids_by_way_of_text_are_the_ids_of_the_chat_template(renderer: PromptRenderer) -> None:
+    plain, prefilled = renderer.ids(ROW["prompt"]), renderer.ids(ROW["prompt"], "<think>\n")
     assert prefilled[: len(plain)] == plain
-    assert side.tokenizer.decode(prefilled[len(plain) :]) == "<think>\n"
-    text = side.tokenizer.apply_chat_template(ROW["prompt"], tokenize=False, add_generation_prompt=True)
-    assert side.tokenizer(text, add_special_tokens=False)["input_ids"] == plain
+    assert renderer.tokenizer.decode(prefilled[len(plain) :]) == "<think>\n"
+    text = renderer.tokenizer.apply_chat_template(ROW["prompt"], tokenize=False, add_generation_prompt=True)
+    assert renderer.tokenizer(text, add_special_tokens=False)["input_ids"] == plain
 
 
-def test_tools_reach_the_chat_template_and_an_empty_list_does_not(side: PromptRenderer) -> None:
+def test_tools_reach_the_chat_template_and_an_empty_list_does_not(renderer: PromptRenderer) -> None:
     shows = "{% if tools is not none %}Tools: {{ tools[0].function.name }}{% endif %}"
     tool = {"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {}}}
     for tools, expected in ((None, ""), ([], ""), ([tool], "Tools: clock")):
-        ids = PromptRenderer(side.tokenizer, chat_template=shows, tools=tools).ids(ROW["prompt"])
-        assert side.tokenizer.decode(ids) == expected
+        ids = PromptRenderer(renderer.tokenizer, chat_template=shows, tools=tools).ids(ROW["prompt"])
+        assert renderer.tokenizer.decode(ids) == expected
 
 
-def test_context_keywords_go_over_those_of_the_renderer(side: PromptRenderer) -> None:
-    student = PromptRenderer(side.tokenizer, chat_template_kwargs={"enable_thinking": True})
+def test_context_keywords_go_over_those_of_the_renderer(renderer: PromptRenderer) -> None:
+    student = PromptRenderer(renderer.tokenizer, chat_template_kwargs={"enable_thinking": True})
     quiet = PrivilegedContext("hint", chat_template_kwargs={"enable_thinking": False})
-    assert "<think>" in side.tokenizer.decode(PrivilegedContext("hint").render(ROW, side=student))
-    assert "<think>" not in side.tokenizer.decode(quiet.render(ROW, side=student))
+    assert "<think>" in renderer.tokenizer.decode(PrivilegedContext("hint").render(ROW, renderer=student))
+    assert "<think>" not in renderer.tokenizer.decode(quiet.render(ROW, renderer=student))
     assert student.chat_template_kwargs == {"enable_thinking": True}
 
 
-def test_a_bridge_ends_the_teachers_prompt_in_an_open_thinking_block(side: PromptRenderer) -> None:
+def test_a_bridge_ends_the_teachers_prompt_in_an_open_thinking_block(renderer: PromptRenderer) -> None:
     """OPSD #10: a student that reasons in plain text, under a teacher that thinks."""
     bridged = PrivilegedContext("hint", bridge_thinking=True)
-    ids = bridged.render(ROW, side=side)
-    assert side.tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
-    plain = PrivilegedContext("hint").render(ROW, side=side)
+    ids = bridged.render(ROW, renderer=renderer)
+    assert renderer.tokenizer.decode(ids).endswith("<|im_start|>assistant\n<think>\n")
+    plain = PrivilegedContext("hint").render(ROW, renderer=renderer)
     assert ids[: len(plain)] == plain
     # where the chat template opens the block itself, it is not opened twice
     thinking = PrivilegedContext("hint", bridge_thinking=True, chat_template_kwargs={"enable_thinking": True})
-    assert side.tokenizer.decode(thinking.render(ROW, side=side)).count("<think>") == 1
+    assert renderer.tokenizer.decode(thinking.render(ROW, renderer=renderer)).count("<think>") == 1
     # a prefill of the template's own stands within it
     own = PrivilegedContext.from_string(
         "{% extends 'hint.jinja' %}{% block assistant %}So, {% endblock %}", bridge_thinking=True
     )
-    assert side.tokenizer.decode(own.render(ROW, side=side)).endswith("assistant\n<think>\nSo, ")
+    assert renderer.tokenizer.decode(own.render(ROW, renderer=renderer)).endswith("assistant\n<think>\nSo, ")
 
 
 def test_a_bridge_into_a_block_that_is_closed_already_is_refused() -> None:
@@ -178,7 +175,7 @@ def test_a_bridge_into_a_block_that_is_closed_already_is_refused() -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("<think>\n", "<think>\n\n</think>\n")
     closed = PromptRenderer(tokenizer, chat_template_kwargs={"enable_thinking": True})
     with pytest.raises(ConfigError, match="its chat template has closed one"):
-        PrivilegedContext("hint", bridge_thinking=True).render(ROW, side=closed)
+        PrivilegedContext("hint", bridge_thinking=True).render(ROW, renderer=closed)
 
 
 # ---------------------------------------------------------------- turns and parts
@@ -219,20 +216,21 @@ def test_blank_and_unchanged_blocks_leave_their_turns_to_the_letter() -> None:
     assert context.messages({"prompt": turns, "rule": None}) == (turns, "The answer")
 
 
-def test_prefill_is_kept_to_the_letter_but_for_a_leading_newline(side: PromptRenderer) -> None:
+def test_prefill_is_kept_to_the_letter_but_for_a_leading_newline(renderer: PromptRenderer) -> None:
     context = PrivilegedContext.from_string(
         '{% extends "hint.jinja" %}\n{% block assistant %}\n\n<think>\n {{ answer }} \n{% endblock %}'
     )
     assert context.fields == {"hint", "answer"}
     assert context.messages(ROW)[1] == "<think>\n 19 \n"
-    assert side.tokenizer.decode(context.render(ROW, side=side)).endswith("<|im_start|>assistant\n<think>\n 19 \n")
+    text = renderer.tokenizer.decode(context.render(ROW, renderer=renderer))
+    assert text.endswith("<|im_start|>assistant\n<think>\n 19 \n")
 
 
-def test_text_prompts_stay_text_and_have_only_the_user_block(side: PromptRenderer) -> None:
+def test_text_prompts_stay_text_and_have_only_the_user_block(renderer: PromptRenderer) -> None:
     row = {"prompt": "1 + 1 = ", "answer": 2, "rule": "Be brief."}
     context = user_block("The answer is {{ answer }}. {{ messages[0].content }}")
     assert context.messages(row) == ("The answer is 2. 1 + 1 =", "")
-    assert context.render(row, side=side) == side.tokenizer("The answer is 2. 1 + 1 =")["input_ids"]
+    assert context.render(row, renderer=renderer) == renderer.tokenizer("The answer is 2. 1 + 1 =")["input_ids"]
     for lost in (
         PrivilegedContext("system_rule"),
         PrivilegedContext.from_string("{% block assistant %}a{% endblock %}"),
@@ -243,11 +241,11 @@ def test_text_prompts_stay_text_and_have_only_the_user_block(side: PromptRendere
 
 def test_values_are_inserted_as_they_are() -> None:
     row = {"prompt": ROW["prompt"], "answer": "{{ 7 * 7 }} <b> & {% raw %}", "extra": [1, 2], "zero": 0}
-    assert said(user_block("{{ answer }}|{{ extra }}|{{ zero }}"), row) == row["answer"] + "|1\n2|0"
+    assert user_turn(user_block("{{ answer }}|{{ extra }}|{{ zero }}"), row) == row["answer"] + "|1\n2|0"
 
 
 def test_produced_values_win_over_columns_of_the_same_name() -> None:
-    assert said(user_block("{{ solution }}"), ROW, {"solution": "mine"}) == "mine"
+    assert user_turn(user_block("{{ solution }}"), ROW, {"solution": "mine"}) == "mine"
 
 
 @pytest.mark.parametrize(
@@ -274,7 +272,8 @@ def test_missing_column_is_named_with_the_nearest_and_the_templates_that_fit() -
     message = str(error.value)
     assert "'worked_solution' needs the column 'solution', and the dataset has: prompt, answer, solutions." in message
     assert "Did you mean 'solutions'?" in message
-    assert "(answer_only, concise): `opsd templates --columns prompt,answer,solutions`" in message
+    assert "know no more than the student" in message
+    assert "pick a template for these columns: `opsd templates --columns prompt,answer,solutions`." in message
     PrivilegedContext("worked_solution").check_columns(["prompt"], rollout_fields=["solution"])
 
 
@@ -310,36 +309,36 @@ def limited(limit: int, side: str = "tail", **settings: Any) -> PrivilegedContex
     [("tail", r"w0 w1 .* …"), ("head", r"… .* w58 w59"), ("middle", r"w0 w1 .* … .* w58 w59")],
 )
 def test_only_the_named_field_is_shortened_and_by_as_little_as_possible(
-    side: PromptRenderer, cut: str, shape: str
+    renderer: PromptRenderer, cut: str, shape: str
 ) -> None:
     row = long_row()
-    whole = PrivilegedContext("worked_solution").render(row, side=side)
+    whole = PrivilegedContext("worked_solution").render(row, renderer=renderer)
     context = limited(len(whole) - 40, cut)
-    ids = context.render(row, side=side)
+    ids = context.render(row, renderer=renderer)
     assert len(whole) - 50 < len(ids) <= len(whole) - 40
-    before, after = side.tokenizer.decode(whole).split(row["solution"])
-    text = side.tokenizer.decode(ids)
+    before, after = renderer.tokenizer.decode(whole).split(row["solution"])
+    text = renderer.tokenizer.decode(ids)
     assert text.startswith(before) and text.endswith(after)
     assert re.fullmatch(shape, text[len(before) : -len(after)])
     assert (context.counts.rendered, context.counts.shortened) == (1, 1)
     assert context.counts.tokens_cut == len(whole) - len(ids)
 
 
-def test_prompt_that_just_fits_is_left_alone(side: PromptRenderer) -> None:
+def test_prompt_that_just_fits_is_left_alone(renderer: PromptRenderer) -> None:
     row = long_row()
-    whole = PrivilegedContext("worked_solution").render(row, side=side)
+    whole = PrivilegedContext("worked_solution").render(row, renderer=renderer)
     context = limited(len(whole))
-    assert context.render(row, side=side) == whole
+    assert context.render(row, renderer=renderer) == whole
     assert (context.counts.rendered, context.counts.shortened, context.counts.tokens_cut) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("cut", ["head", "tail", "middle"])
-def test_shortening_never_cuts_through_a_character(side: PromptRenderer, cut: str) -> None:
+def test_shortening_never_cuts_through_a_character(renderer: PromptRenderer, cut: str) -> None:
     row = {"prompt": ROW["prompt"], "solution": "añ€𝄞漢字" * 12}
-    size = len(PrivilegedContext("worked_solution").render(row, side=side))
+    size = len(PrivilegedContext("worked_solution").render(row, renderer=renderer))
     for limit in range(size - 100, size - 60):
-        ids = limited(limit, cut).render(row, side=side)
-        text = side.tokenizer.decode(ids)
+        ids = limited(limit, cut).render(row, renderer=renderer)
+        text = renderer.tokenizer.decode(ids)
         assert len(ids) <= limit
         assert "…" in text and "\N{REPLACEMENT CHARACTER}" not in text
 
@@ -348,45 +347,55 @@ def test_slow_tokenizer_shortens_by_characters() -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     row = {"prompt": "What is 12 + 7?", "solution": "añ€𝄞漢字" * 12}
-    ids = limited(250).render(row, side=PromptRenderer(tokenizer))
+    ids = limited(250).render(row, renderer=PromptRenderer(tokenizer))
     assert 250 - 8 < len(ids) <= 250
     assert "only:\nañ€𝄞" in tokenizer.decode(ids) and "…" in tokenizer.decode(ids)
 
 
-def test_produced_text_is_shortened_like_a_column(side: PromptRenderer) -> None:
+def test_produced_text_is_shortened_like_a_column(renderer: PromptRenderer) -> None:
     context = PrivilegedContext("feedback", truncate="feedback", max_prompt_tokens=100)
-    ids = context.render({"prompt": ROW["prompt"], "feedback": "old"}, {"feedback": "new " * 200}, side=side)
+    ids = context.render({"prompt": ROW["prompt"], "feedback": "old"}, {"feedback": "new " * 200}, renderer=renderer)
     assert len(ids) <= 100
-    assert "new new" in side.tokenizer.decode(ids)
+    assert "new new" in renderer.tokenizer.decode(ids)
 
 
-def test_question_longer_than_the_limit_is_an_error_whatever_is_cut(side: PromptRenderer) -> None:
+def test_question_longer_than_the_limit_is_an_error_whatever_is_cut(renderer: PromptRenderer) -> None:
     with pytest.raises(DataError, match="even with one token of 'solution'"):
-        limited(20).render(long_row(), side=side)
+        limited(20).render(long_row(), renderer=renderer)
 
 
-def test_too_long_without_leave_to_shorten_says_what_could_be(side: PromptRenderer) -> None:
+def test_too_long_without_leave_to_shorten_says_what_could_be(renderer: PromptRenderer) -> None:
     with pytest.raises(DataError, match=r"has \d+ tokens .* is 50\.(?s:.*)truncate= \(solution\)"):
-        limited(50, truncate=None).render(long_row(), side=side)
+        limited(50, truncate=None).render(long_row(), renderer=renderer)
 
 
-def test_only_text_can_be_shortened(side: PromptRenderer) -> None:
+def test_only_text_can_be_shortened(renderer: PromptRenderer) -> None:
     with pytest.raises(DataError, match=r"holds no text here: \{'step': "):
-        limited(50).render({"prompt": ROW["prompt"], "solution": {"step": "one " * 90}}, side=side)
+        limited(50).render({"prompt": ROW["prompt"], "solution": {"step": "one " * 90}}, renderer=renderer)
 
 
 # ---------------------------------------------------------------- how a context is named
 
 
 def test_every_way_to_name_a_context_is_understood(tmp_path: Path) -> None:
-    own = tmp_path / "own.jinja"
-    own.write_text("{% block user %}{{ answer }}{% endblock %}")
-    assert PrivilegedContext.of(None) is None
-    context = PrivilegedContext.of({"template": "worked_solution", "truncate": "solution"})
-    assert PrivilegedContext.of(context) is context
+    path = tmp_path / "own.jinja"
+    path.write_text("{% block user %}{{ answer }}{% endblock %}")
+    assert as_context(None) is None
+    context = as_context({"template": "worked_solution", "truncate": "solution"})
+    assert isinstance(context, PrivilegedContext) and as_context(context) is context
     assert (context.name, context.truncate, context.max_prompt_tokens) == ("worked_solution", "solution", None)
-    assert PrivilegedContext.of("hint").name == "hint"
-    assert PrivilegedContext.of(own).name == PrivilegedContext.of(str(own)).name == "own"
+    assert as_context("hint").name == "hint"
+    assert as_context(path).name == as_context(str(path)).name == "own"
+    assert as_context({"levels": ["hint", path, "none"]}).name == "schedule of hint, own, none"
+
+
+def test_a_context_on_the_command_line_is_a_name_a_path_json_or_none(tmp_path: Path) -> None:
+    assert parse_context(None) is None and parse_context("none") is None
+    assert parse_context("hint").name == "hint"
+    assert parse_context(' {"template": "partial_solution", "reveal": 0.3}').columns == {"solution"}
+    assert parse_context('{"levels": ["hint", "none"]}').name == "schedule of hint, none"
+    with pytest.raises(ConfigError, match="is read as JSON, and this is none"):
+        parse_context("{template: hint}")
 
 
 def test_path_is_never_looked_up_among_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,14 +423,15 @@ def test_path_is_never_looked_up_among_the_shipped(tmp_path: Path, monkeypatch: 
             "is 'left', and must be one of head, tail, middle",
         ),
         ({"template": "hint", "max_prompt_tokens": 0}, ConfigError, "at least 1"),
+        ({"levels": ["hint", "none"], "fallback": {"hint": "none"}}, ConfigError, "the next level in the order"),
     ],
 )
 def test_wrong_setting_is_refused(value: Any, error: type[Exception], problem: str) -> None:
     with pytest.raises(error, match=problem):
-        PrivilegedContext.of(value)
+        as_context(value)
 
 
 def test_the_readmes_own_template_works() -> None:
     context = PrivilegedContext.from_string(re.search(r"```jinja\n(.*?)```", README, re.DOTALL)[1])
     assert (context.fields, context.optional_fields) == ({"answer"}, {"unit"})
-    assert said(context, ROW, {"unit": "apples"}) == f"{QUESTION} The answer is 19 apples."
+    assert user_turn(context, ROW, {"unit": "apples"}) == f"{QUESTION} The answer is 19 apples."

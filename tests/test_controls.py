@@ -137,7 +137,7 @@ def test_a_teacher_that_samples_cannot_be_shown_what_rollouts_make(tmp_path: Pat
 
 
 def test_siblings_of_another_row_are_nobodys_context(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="what training makes"):
+    with pytest.raises(ConfigError, match="inserts a rollout's siblings"):
         PrivilegedContext("own_success").of_other_rows()
 
 
@@ -270,10 +270,11 @@ def test_every_teacher_can_be_shown_what_belongs_to_other_rows(teacher: str) -> 
 
 
 def test_a_schedule_shows_other_rows_at_every_level() -> None:
-    schedule = ContextSchedule(["trace", "answer", "none"], until_step={"trace": 2, "answer": 4})
+    levels = ["worked_solution", "answer_only", "none"]
+    schedule = ContextSchedule(levels, until_step={"worked_solution": 2, "answer_only": 4})
     wrong = schedule.of_other_rows()
     row = {"prompt": "q", "solution": "s", "answer": "a", "other_solution": "o", "other_answer": "p"}
-    assert [wrong.pick(row) for wrong.step in (0, 3, 5)] == ["trace", "answer", "none"]
+    assert [wrong.scheduled_level(row) for wrong.step in (0, 3, 5)] == levels
     assert {f for c in wrong.levels.values() if c for f in c.fields} == {"other_solution", "other_answer"}
 
 
@@ -296,7 +297,7 @@ def test_control_of_a_context_is_refused_where_there_is_none(tmp_path: Path, nam
 
 def test_wrong_context_is_refused_where_all_rows_are_shown_the_same(tmp_path: Path) -> None:
     rule = PrivilegedContext("system_rule", values={"rule": "Be brief."})
-    with pytest.raises(ConfigError, match="shows the same to every row"):
+    with pytest.raises(ConfigError, match="inserts the same text for every row"):
         make_trainer(tmp_path, SameCheckpointTeacher(context=rule), control="wrong-context")
 
 

@@ -148,7 +148,8 @@ def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: st
     assert measured / 4 < cost["seconds_per_step"] < 4 * measured  # the machine may do other things meanwhile
     assert cost["megabytes"] + cost["optimizer_megabytes"] > 0.6 * peak_megabytes()
     # and a teacher shown other rows' answers teaches nothing of this
-    other = demo_trainer(demo_model, tmp_path / "other", {"levels": ["other_answer"]})
+    wrong = {"template": "answer_only", "fields": {"answer": "other_answer"}}
+    other = demo_trainer(demo_model, tmp_path / "other", wrong)
     (found,) = of(examine(other, only=["lift"]), "lift")
     assert found.status == "warn" and ("no lift" in found.saw or "worse than the student" in found.saw)
 

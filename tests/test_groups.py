@@ -23,7 +23,6 @@ from torch.utils.data import BatchSampler
 from opsd import OPSDTrainer, PrivilegedContext, SameCheckpointTeacher
 from opsd.cli import main
 from opsd.commands.run_file import read_run
-from opsd.contexts.privileged import fitting_templates
 from opsd.data.order import EpochSampler
 from opsd.errors import ConfigError, DataError, TemplateError
 from opsd.rollouts import Rollouts
@@ -141,7 +140,7 @@ def test_own_success_needs_a_reward_function_and_no_column(tmp_path: Path) -> No
     told = [context.messages(row, made)[0][0]["content"] for made in ({"sibling": "S."}, {"feedback": "F."}, {})]
     assert "S." in told[0] and "check" not in told[0] and "F." in told[1] and "solved" not in told[1]
     assert told[2] == row["prompt"][0]["content"]
-    assert "own_success" not in fitting_templates(["prompt", "answer", "solution"])
+    assert context.missing(["prompt", "answer", "solution"])
     group = {"num_generations": 4}
     make_trainer(tmp_path, SameCheckpointTeacher(context=context), reward_funcs="last_number", **group)
     with pytest.raises(TemplateError, match="'feedback' or 'sibling'"):

@@ -55,7 +55,7 @@ def plain_logprobs(model: nn.Module, context: str | None, rollouts: Rollouts) ->
         if context is None:
             prompt = renderer.ids(row["prompt"])
         else:
-            prompt = PrivilegedContext(context).render(row, side=renderer)
+            prompt = PrivilegedContext(context).render(row, renderer=renderer)
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         found.append((logits.exp() / logits.exp().sum(-1, keepdim=True)).log())
@@ -181,7 +181,7 @@ def test_an_outer_context_is_shown_to_parts_that_have_none() -> None:
     rollouts = mixture.render_prompts(make_rollouts())
     side = PromptRenderer(make_tokenizer())
     for part, name in zip(mixture.views, ("worked_solution", "answer_only", "answer_only"), strict=True):
-        expected = [PrivilegedContext(name).render(row, side=side) for row in rollouts.rows]
+        expected = [PrivilegedContext(name).render(row, renderer=side) for row in rollouts.rows]
         assert rollouts.teacher_prompt_ids[part.key] == expected
 
 

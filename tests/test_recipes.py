@@ -15,7 +15,7 @@ from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 
 from opsd import OPSDTrainer, sources
-from opsd.contexts.privileged import PrivilegedContext
+from opsd.contexts.reading import as_context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, OPSDWarning
 from opsd.teachers import (
@@ -88,7 +88,7 @@ def test_recipe_says_what_it_is_for_and_where_its_numbers_come_from(name: str) -
 def test_recipe_builds_its_teacher_and_context(name: str) -> None:
     found, teacher = recipe(name), load_teacher(name)
     assert type(teacher) is TEACHERS[found.teacher["strategy"]]
-    shown = PrivilegedContext.of(found.context)
+    shown = as_context(found.context)
     assert (teacher.context and teacher.context.name) == (shown and shown.name)
 
 
@@ -211,7 +211,7 @@ def test_opsd_recipe_lets_only_the_teacher_think(tmp_path: Path) -> None:
     context = load_teacher("opsd").context
     assert context is not None
     assert "<think>" not in tokenizer.decode(student.ids(row["prompt"]))
-    assert tokenizer.decode(context.render(row, side=student)).endswith("<think>\n")
+    assert tokenizer.decode(context.render(row, renderer=student)).endswith("<think>\n")
 
 
 # ---------------------------------------------------------------- the README
@@ -236,7 +236,7 @@ def test_readme_has_an_entry_for_every_recipe() -> None:
     assert re.findall(r"^### (\w+)$", README, re.MULTILINE) == list(table)
     for name, (strategy, shown, _) in table.items():
         assert recipe(name).teacher["strategy"] == strategy
-        context = PrivilegedContext.of(recipe(name).context)
+        context = as_context(recipe(name).context)
         assert context is None or context.name == shown
 
 

@@ -345,11 +345,11 @@ def test_a_lora_run_with_a_route_swaps_adapters_over_one_base(kind: str) -> None
 
 def test_a_context_for_all_is_shown_where_a_teacher_has_none() -> None:
     route = prepared(make_route(context="answer_only"), make_student("full"))
-    names = [PrivilegedContext.of(view.context).name for view in route.views]  # type: ignore[union-attr]
+    names = [view.context.name for view in route.views]  # type: ignore[union-attr]
     assert names == ["worked_solution", "answer_only", "answer_only", "answer_only"]
     rollouts = route.render_prompts(topical())
     side = PromptRenderer(make_tokenizer())
     chat = copy.copy(route.parts["chat"])  # type: ignore[attr-defined]
     for row, ids in zip(rollouts.rows, rollouts.teacher_prompt_ids[route.parts["chat"].key], strict=True):  # type: ignore[attr-defined]
         if row["topic"] == "chat":
-            assert ids == PrivilegedContext("answer_only").render(row, side=side) == chat.prompt_ids(row)
+            assert ids == PrivilegedContext("answer_only").render(row, renderer=side) == chat.prompt_ids(row)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from opsd import contexts
 from opsd.data.values import at_path, is_empty, text_of
 from opsd.errors import DataError
+
+FILES = Path(contexts.__file__).parent.glob("[a-z]*.py")
 
 
 def test_dotted_paths_reach_into_nested_columns_also_where_they_are_kept_as_json() -> None:
@@ -51,3 +57,8 @@ def test_what_the_child_imports_to_try_a_template_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["opsd.data.values", *sorted(f"opsd.contexts.{path.stem}" for path in FILES)])
+def test_the_examples_in_the_docstrings_are_true(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(module)).failed == 0

@@ -104,7 +104,7 @@ def _evaluated(options: argparse.Namespace) -> EvaluationResult:
     renderer = PromptRenderer(tokenizer, None, kwargs)
 
     def prompt_ids(row: Mapping[str, Any]) -> list[int]:
-        return context.render(row, side=renderer) if context else renderer.ids(row["prompt"])
+        return context.render(row, renderer=renderer) if context else renderer.ids(row["prompt"])
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("answering", total=len(rows) * (1 + max(options.samples, 0)))
@@ -128,12 +128,11 @@ def _evaluated(options: argparse.Namespace) -> EvaluationResult:
 def _rows_and_context(
     options: argparse.Namespace, system_prompt: str | None
 ) -> tuple[list[Mapping[str, Any]], Context | None]:
-    from opsd.contexts.base import Context
+    from opsd.contexts.reading import parse_context
     from opsd.data.rows import load_rows, prepare_rows, row_columns, with_system_prompt
 
     dataset = prepare_rows(load_rows(options.dataset_name, split=options.dataset_split), name=options.dataset_name)
-    given = options.context
-    context = Context.of(json.loads(given) if given and given.lstrip().startswith("{") else given)
+    context = parse_context(options.context)
     if context is not None:
         context.check_columns(row_columns(dataset))
     rows = list(with_system_prompt(dataset, system_prompt))

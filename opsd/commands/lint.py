@@ -1,4 +1,4 @@
-"""`opsd lint FILE…`: what is wrong with a template."""
+"""`opsd lint FILE…`: checks templates before they are used."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the options of `opsd lint`."""
     parser = argparse.ArgumentParser(
         prog="opsd lint",
-        description="Check templates: syntax and parents, whether they stay within the sandbox and within limits of "
-        "time and memory, names that no dataset has, fields that are never shown, what would leak into the student's "
-        "side, and where the assistant's turn begins. Exit status 1 if something fails.",
+        description="Check templates: syntax and parents, the sandbox and limits of time and memory, columns that are "
+        "missing, fields that are never printed, privileged text in the student's prompts or the assistant's turn, and "
+        "markers that only the chat template may write. Exit status 1 if something fails.",
         epilog="Examples: opsd lint my.jinja    ·    opsd lint my.jinja --dataset_name rows.jsonl --model ./model",
     )
     parser.add_argument("templates", nargs="+", metavar="FILE", help="a path, or a shipped template's name")
-    parser.add_argument("--columns", metavar="A,B", help="columns of the dataset it is meant for")
-    parser.add_argument("--dataset_name", help="a dataset, whose first rows are rendered")
+    parser.add_argument("--columns", metavar="A,B", help="columns of the dataset")
+    parser.add_argument("--dataset_name", help=f"a dataset; its first {ROWS} rows are rendered")
     parser.add_argument("--dataset_split", default="train", help="its split (default: train)")
-    parser.add_argument("--model", help="whose tokenizer and chat template it is rendered with (no weights are loaded)")
+    parser.add_argument("--model", help="a model; its tokenizer and chat template render the rows, no weights load")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Check every template, and return 1 if one fails."""
+    """Check every template; return 1 if one fails."""
     options = make_parser().parse_args(arguments)
     columns = None if options.columns is None else [c.strip() for c in options.columns.split(",")]
     rows, renderer = [], None

@@ -1,4 +1,4 @@
-"""`opsd show CONFIG.yaml`: what the student sees, what the teacher sees, and which tokens are scored."""
+"""`opsd show CONFIG.yaml`: prints the prompts of student and teacher, and the tokens that are scored."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from opsd.commands.build import rows_of
 from opsd.commands.run_file import Run, read_run
 from opsd.contexts.base import ROLLOUT_FIELDS
+from opsd.contexts.reading import parse_context
 from opsd.contexts.renderer import PromptRenderer
-from opsd.contexts.schedule import LEVELS
 from opsd.data.prepare import ready_rows
 from opsd.data.rows import completion_of, row_columns
 from opsd.errors import ConfigError
@@ -29,63 +29,67 @@ from opsd.training.controls import control_of
 from opsd.training.groups import placeholders
 
 BOUNDARY = " ▏"
-SHADES = ("on grey15", "on grey27")  # neighbouring tokens differ, so that their edges show
+SHADES = ("on grey15", "on grey27")  # of neighbouring tokens, so that their edges are visible
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the options of `opsd show`."""
     parser = argparse.ArgumentParser(
         prog="opsd show",
-        description="Show one row's student and teacher prompt side by side, as text and as tokens. ▏ marks the "
-        "boundary between prompt and completion; underlined tokens are scored, the same ids on both sides.",
+        description="Print the prompts of student and teacher for a row side by side, as text and as tokens. ▏ marks "
+        "the boundary between prompt and completion. Underlined tokens are scored, with the same ids on both sides.",
         epilog="Examples: opsd show run.yaml    ·    opsd show --model_name_or_path M --dataset_name rows.jsonl "
         "--context hint --completion 'It is 19.'    ·    opsd show run.yaml --context answer_only ./my.jinja --row 0 7",
     )
     parser.add_argument("config", nargs="?", help="a run's YAML file; options win over it")
-    parser.add_argument("--model_name_or_path", help="whose tokenizer and chat template (no weights are loaded)")
+    parser.add_argument(
+        "--model_name_or_path", help="a model; its tokenizer and chat template are used, no weights load"
+    )
     parser.add_argument("--dataset_name", help="a file, a folder or a hub id")
-    parser.add_argument("--teacher", help="a recipe's name or path, whose context is shown")
+    parser.add_argument("--teacher", help="a recipe's name or path; its context is used")
     parser.add_argument(
         "--context",
         nargs="+",
         metavar="TEMPLATE",
-        help=f"names, paths, or levels ({', '.join(LEVELS)}); several are compared",
+        help="templates' names, paths, mappings as JSON, or none; several are compared",
     )
-    parser.add_argument("--control", help="show what a control of the run shows, such as wrong-context")
+    parser.add_argument("--control", help="print the prompts under a control of the run, such as wrong-context")
     parser.add_argument("--row", nargs="+", type=int, default=[0], metavar="N", help="row numbers (default: 0)")
-    parser.add_argument("--completion", help="completion to show (default: the row's own, else a placeholder)")
+    parser.add_argument("--completion", help="the completion (default: the row's, else a placeholder)")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print both sides of every row that was asked for."""
+    """Print both prompts of each row."""
     options = make_parser().parse_args(arguments)
     run, teachers = _settings(options)
-    model, made = run.model.model_name_or_path or "", ROLLOUT_FIELDS if run.run.reward_funcs else ()
-    needed = {name for teacher in teachers for c in teacher.contexts for name in c.fields | c.optional_fields}
+    rollout_fields = ROLLOUT_FIELDS if run.run.reward_funcs else ()
+    needed = {name for teacher in teachers for context in teacher.contexts for name in context.columns}
     system = run.args.student_system_prompt
-    rows = rows_of(run, run.run.dataset_train_split)
-    dataset = ready_rows(rows, name=run.run.dataset_name or "", system_prompt=system, needed=needed)
+    loaded = rows_of(run, run.run.dataset_train_split)
+    dataset = ready_rows(loaded, name=run.run.dataset_name or "", system_prompt=system, needed=needed)
     for teacher in teachers:
-        teacher.check_rows(dataset, row_columns(dataset), made)
-    shown = dataset if isinstance(dataset, Dataset) else list(islice(iter(dataset), max(options.row) + 1))
+        teacher.check_rows(dataset, row_columns(dataset), rollout_fields)
+    rows = dataset if isinstance(dataset, Dataset) else list(islice(iter(dataset), max(options.row) + 1))
     for number in options.row:
-        if not 0 <= number < len(shown):
-            raise ConfigError(f"the dataset has rows 0 to {len(shown) - 1}, and row {number} was asked for.")
+        if not 0 <= number < len(rows):
+            raise ConfigError(f"the dataset has rows 0 to {len(rows) - 1}, and row {number} was asked for.")
     tokenizer = AutoTokenizer.from_pretrained(
-        check_model_name(model), revision=run.model.model_revision, trust_remote_code=run.args.trust_remote_code
+        check_model_name(run.model.model_name_or_path or ""),
+        revision=run.model.model_revision,
+        trust_remote_code=run.args.trust_remote_code,
     )
     renderer = PromptRenderer(tokenizer, None, run.args.chat_template_kwargs or {})
     console = Console()
     for number in options.row:
-        row = shown[number]
+        row = rows[number]
         completion, origin = _completion(options.completion, row, tokenizer)
         sides = [("student", renderer.ids(row["prompt"]))]
-        sides += [side for teacher in teachers for side in _teacher_sides(teacher, row, renderer, made)]
+        sides += [side for teacher in teachers for side in _teacher_sides(teacher, row, renderer, rollout_fields)]
         _show_row(console, tokenizer, sides, completion)
         lengths = ", ".join(f"{title} {len(ids)}" for title, ids in sides)
-        told = f"{len(completion)} tokens are scored on both sides ({origin})"
-        console.print(f"row {number}, tokens of the prompt: {lengths}; {told}.")
+        scored = f"{len(completion)} tokens are scored on both sides ({origin})"
+        console.print(f"row {number}, tokens of the prompt: {lengths}; {scored}.")
     return 0
 
 
@@ -101,37 +105,33 @@ def _show_row(
 
 
 def _teacher_sides(
-    teacher: Teacher, row: Mapping[str, Any], renderer: PromptRenderer, made: Sequence[str]
+    teacher: Teacher, row: Mapping[str, Any], renderer: PromptRenderer, names: Sequence[str]
 ) -> list[tuple[str, list[int]]]:
     """Return title and prompt of every teacher that scores this row."""
-    rollout_fields = placeholders(made, row)
+    rollout_fields = placeholders(names, row)
     sides = []
     for view in teacher.views_of(row):
-        ids = view.context.render(row, rollout_fields, side=renderer) if view.context else renderer.ids(row["prompt"])
+        context = view.context
+        ids = context.render(row, rollout_fields, renderer=renderer) if context else renderer.ids(row["prompt"])
         sides.append((f"teacher (shown {view.shown})", ids))
     return sides
 
 
 def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
-    """Return the run as `opsd train` would read it, and its teacher under each context; no weights are loaded."""
+    """Return the run as `opsd train` reads it, and its teacher with each context; no weights load."""
     names = ("model_name_or_path", "dataset_name", "teacher", "control")
     overrides = [part for n in names if (value := getattr(options, n)) for part in (f"--{n}", value)]
     run = read_run(Path(options.config) if options.config else None, overrides)
     if not options.context:
         teacher, control = load_teacher(run.run.teacher, context=run.run.context), control_of(run.args.control)
         return run, [control.teacher(teacher) if control else teacher]
-    return run, [_shown(load_teacher(run.run.teacher), context) for context in options.context]
-
-
-def _shown(teacher: Teacher, name: str) -> Teacher:
-    """Return a teacher that is shown a template, a level of help, or nothing."""
-    return teacher.with_context({"levels": [name]} if name in LEVELS else name)
+    return run, [load_teacher(run.run.teacher).with_context(parse_context(context)) for context in options.context]
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    own = completion_of(row)
-    text = given if given is not None else own if own is not None else "(the rollout)"
-    origin = "given" if given is not None else "the row's completion" if own is not None else "a placeholder"
+    of_row = completion_of(row)
+    text = given if given is not None else of_row if of_row is not None else "(the rollout)"
+    origin = "given" if given is not None else "the row's completion" if of_row is not None else "a placeholder"
     if isinstance(text, list):
         return text, origin
     return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], origin

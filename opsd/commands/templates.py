@@ -1,4 +1,4 @@
-"""`opsd templates [--columns a,b]`."""
+"""`opsd templates [--columns a,b]`: lists the shipped templates and their columns."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def main(arguments: Sequence[str]) -> int:
     """List the shipped templates."""
     parser = argparse.ArgumentParser(
         prog="opsd templates",
-        description="List the shipped templates: what a teacher may be shown.",
+        description="List the shipped templates, which insert columns into the teacher's prompt, and their columns.",
         epilog="Copy one and edit it: opsd cp answer_only .",
     )
-    parser.add_argument("--columns", metavar="A,B", help="only those that a dataset with these columns can fill")
+    parser.add_argument("--columns", metavar="A,B", help="list only templates that these columns fill")
     options = parser.parse_args(arguments)
     columns = None if options.columns is None else [c.strip() for c in options.columns.split(",")]
     table = Table("template", "needs", "may use", box=None, header_style="bold", pad_edge=False)

@@ -1,1 +1,1 @@
-"""What a teacher is shown: templates, schedules, renderers, truncation, lint."""
+"""The teacher's context for a row: templates, schedules, prompts as ids, truncation, lint."""

@@ -1,7 +1,7 @@
-"""What the teacher is shown: one dataset row in, the ids of the teacher's prompt out.
+"""Renders one template for a row: a dataset row in, the ids of the teacher's prompt out.
 
-A template is a set of Jinja blocks (`system`, `user`, `assistant`), each rendered by itself (blocks.py), so that
-a prompt is made of parts and no text is parsed back into turns.
+The template's blocks `system`, `user` and `assistant` are rendered one by one (template.py), so a prompt is built of
+turns and no text is parsed back into turns. A template of unknown origin is tried in a child process first (trial.py).
 Knows nothing of models, teachers, completions or training.
 """
 
@@ -10,42 +10,61 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from opsd import sources
-from opsd.contexts.base import Context, ContextCounts
-from opsd.contexts.filters import read_by, reveal
-from opsd.contexts.messages import Prompt, turns_of
+from opsd.contexts.base import Context, ContextCounts, Need, Row, check_keys
+from opsd.contexts.filters import as_text
+from opsd.contexts.messages import (
+    Prompt,
+    Turns,
+    block_positions,
+    changed_text,
+    plain_text,
+    turns_of,
+    with_blocks,
+    with_conversations,
+)
 from opsd.contexts.renderer import THINK, PromptRenderer
 from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
-from opsd.contexts.truncation import Boundary, Side, check_cut, longest_that_fits
+from opsd.contexts.trial import render_in_subprocess, try_template
+from opsd.contexts.truncation import Boundary, Side, check_cut, first_share, longest_that_fits
 from opsd.data.values import OTHER, at_path, is_empty, text_of
-from opsd.errors import ConfigError, DataError, TemplateError, did_you_mean
+from opsd.errors import ConfigError, DataError, TemplateError, UnsafeTemplateError, did_you_mean
+
+REASON = "Without it the teacher would know no more than the student and grade at random."
+_QUESTION = "What is it?"
+_BARE_ROW = {"prompt": _QUESTION, "messages": [{"role": "user", "content": _QUESTION}], "system": ""}
 
 
 class PrivilegedContext(Context):
-    """A template and its settings: what one teacher is shown of a row.
+    r"""A plain context: one template and its settings.
 
     Args:
         template: a shipped template's name, or a path (anything with a separator, or ending in .jinja).
-        fields: where the template's fields come from when a column has another name: {field: column}. A dotted path
-            reaches into a nested column: {"answer": "reward_model.ground_truth"}.
-        values: fields that are the same for every row: {"rule": "Answer in one word."}.
-        reveal: share of the privileged field to show, in (0, 1], by tokens and from its beginning; a mapping
-            {field: share} where the template has several.
-        system: the teacher's system turn, in place of the row's own and of the template's block.
-        chat_template_kwargs: keywords for the chat template, over those of the renderer.
+        fields: {field of the template: column}, where a column has another name. A dotted path reaches into a nested
+            column: {"answer": "reward_model.ground_truth"}.
+        values: {field: value}, the same for every row: {"rule": "Answer in one word."}.
+        reveal: share of the privileged field to insert, in (0, 1], by tokens and from its beginning; {field: share}
+            where the template has several fields.
+        system: the teacher's system turn; replaces the row's own and the template's block.
+        chat_template_kwargs: keywords for the chat template; they go over the renderer's.
         bridge_thinking: end the teacher's prompt in an open `<think>` block, which the student's rollout then
             continues: for a student that reasons in plain text under a teacher that thinks.
-        truncate: the field to shorten where a prompt is too long. Nothing else is ever shortened.
-        truncate_side: the part of that field that is cut away.
-        truncate_at: where it may be cut, also by `reveal`; a finer boundary where not one piece would be left.
-        max_prompt_tokens: the longest prompt, in tokens; None = no limit here.
+        truncate: the field to shorten where a prompt is too long. No other part of a prompt is ever shortened.
+        truncate_side: which part of that field is cut away: head, tail or middle.
+        truncate_at: where it may be cut, also by `reveal`: line, sentence or token; a finer boundary is used where
+            not one piece would be left.
+        max_prompt_tokens: tokens of the longest prompt; None for no limit.
 
     Raises:
-        TemplateError: no such template, it does not parse, or it shows the teacher nothing.
+        TemplateError: no such template, it does not parse, or it adds nothing to the student's prompt.
         ConfigError: a setting that cannot work.
+
+    Example:
+        >>> context = PrivilegedContext("answer_only", fields={"answer": "reward_model.ground_truth"})
+        >>> context.messages({"prompt": "What is 12 + 7?", "reward_model": {"ground_truth": "19"}})
+        ('What is 12 + 7?\n\nThe correct answer is 19. Answer with it.', '')
     """
 
     def __init__(
@@ -63,10 +82,12 @@ class PrivilegedContext(Context):
         truncate_at: Boundary = "token",
         max_prompt_tokens: int | None = None,
     ) -> None:
-        self.blocks = TemplateBlocks(template if isinstance(template, TemplateText) else find_template(template))
-        self.name = self.blocks.name
-        self.digest = self.blocks.digest
-        self._columns_of = dict(fields or {})
+        super().__init__()
+        self.template = TemplateBlocks(template if isinstance(template, TemplateText) else find_template(template))
+        self.name = self.template.name
+        self.digest = self.template.digest
+        self._template_fields = self.template.fields | self.template.optional_fields
+        self._column_names = dict(fields or {})
         self._constants = dict(values or {})
         self._shares = self._read_shares(reveal)
         self.system = system
@@ -76,354 +97,296 @@ class PrivilegedContext(Context):
         self.truncate_side = truncate_side
         self.truncate_at = truncate_at
         self.max_prompt_tokens = max_prompt_tokens
-        self._counts = ContextCounts()
         self._check_settings()
-        self._read_fields()
-        differs = bool(self._constants or self.chat_template_kwargs or self.bridge_thinking or self.system)
-        if not (self.fields or self._needs or differs or self.blocks.speak_without_fields()):
+        self._adds_text = bool(self.template.fields or self._constants) or self._adds_text_without_fields()
+        self._read_needs()
+        if not (self.needs or self._adds_text or self.chat_template_kwargs or self.bridge_thinking or self.system):
             raise TemplateError(
-                f"template {self.name!r} shows the teacher nothing: it uses no column but the prompt and says "
-                "nothing of its own.\nA teacher that sees what the student sees needs no template.\n"
+                f"template {self.name!r} adds nothing to the student's prompt: it uses no other column and has no text "
+                "of its own.\nA teacher with the student's prompt needs no template.\n"
                 "Use a column in the block user, such as {{ answer }}, or leave the context out."
             )
-
-    def _read_fields(self) -> None:
-        self.fields = frozenset(self._column(name) for name in self.blocks.fields - set(self._constants))
-        self.optional_fields = frozenset(self._column(name) for name in self.blocks.optional_fields)
-        # Of each group, a row must have at least one.
-        self._needs: list[tuple[str, ...]] = [(field,) for field in sorted(self.fields)]
-        if self.optional_fields and not (self.fields or self._constants or self.blocks.speak_without_fields()):
-            self._needs.append(tuple(sorted(self.optional_fields)))
 
     @classmethod
     def from_string(cls, source: str, *, name: str = "<string>", **settings: Any) -> PrivilegedContext:
         """Return the context of a template given as text; the settings are those of the class."""
         return cls(TemplateText(name, source), **settings)
 
-    def of_other_rows(self) -> PrivilegedContext:
-        """Return the same template, shown what belongs to another row; a rollout's own attempt and rate stay."""
-        shown = (self.blocks.fields | self.blocks.optional_fields) - {*self._constants, "attempt", "pass_rate"}
-        if not shown or "sibling" in shown:
-            what = "what training makes of a row's own rollouts" if shown else "the same to every row"
-            raise ConfigError(
-                f"template {self.name!r} shows {what}, so nothing in it could be another row's. The control "
-                "wrong-context has no meaning here: take no-context."
-            )
-        other = copy.copy(self)
-        other._columns_of = self._columns_of | {name: f"{OTHER}{self._column(name)}" for name in shown}
-        other.name, other._counts = f"{self.name} of another row", ContextCounts()
-        other._read_fields()
-        return other
-
-    def side(self, renderer: PromptRenderer) -> PromptRenderer:
-        """Return a renderer with this context's keywords over its own."""
-        keywords = {**renderer.chat_template_kwargs, **self.chat_template_kwargs}
-        return dataclasses.replace(renderer, chat_template_kwargs=keywords)
-
-    def messages(
-        self,
-        row: Mapping[str, Any],
-        rollout_fields: Mapping[str, Any] | None = None,
-        *,
-        side: PromptRenderer | None = None,
-    ) -> tuple[Prompt, str]:
-        """Return the teacher's messages (text, if the row's prompt is text) and what the assistant has begun to say.
-
-        Args:
-            row: a dataset row.
-            produced: what training made for this row; it wins over a column of the same name.
-            side: whose tokenizer filters and messages use; without one, as much as can be known.
-
-        Raises:
-            DataError: the row's prompt cannot be used.
-            TemplateError: a field is missing or empty, or the template fails on this row.
-        """
-        return self._told(row, self._values(row, rollout_fields, side), side)
-
-    def _told(
-        self, row: Mapping[str, Any], values: Mapping[str, Any], side: PromptRenderer | None
-    ) -> tuple[Prompt, str]:
-        turns = turns_of(row.get("prompt"))
-        at = positions_of(turns)
-        own = {role: text_of(turns[index]) for role, index in at.items()}
-        names = {"prompt": own["user"], "messages": turns, "system": own.get("system", "")}
-        with read_by(side):
-            parts = self.blocks.render({**values, **names})
-        if self.system is not None:
-            parts["system"] = self.system
-        prefill = parts["assistant"].removeprefix("\n")
-        if isinstance(row["prompt"], str):
-            return self._as_text(row["prompt"], parts, prefill), ""
-        for role, index in at.items():
-            turns[index]["content"] = retold(turns[index].get("content"), own[role], parts[role])
-        if "system" not in at and parts["system"].strip():
-            turns.insert(0, {"role": "system", "content": parts["system"].strip()})
-        return turns, prefill
-
-    def render(
-        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None, *, side: PromptRenderer
-    ) -> list[int]:
-        """Return the ids of the teacher's prompt, shortened if it must be, and count what happened.
-
-        Args:
-            row: a dataset row.
-            produced: what training made for this row; it wins over a column of the same name.
-            side: the teacher's renderer; this context's keywords go over its own.
-
-        Raises:
-            DataError: as `messages`, or the prompt is too long and may not be shortened, or not by enough.
-            TemplateError: as `messages`.
-        """
-        side = self.side(side)
-        prompt, prefill = self.messages(row, rollout_fields, side=side)
-        prefill = self.bridged(prefill, side)
-        ids = side.ids(prompt, prefill)
-        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
-            short = self._shortened(row, rollout_fields, side, len(ids), self.max_prompt_tokens)
-            self._counts.shortened += 1
-            self._counts.tokens_cut += len(ids) - len(short)
-            ids = short
-        self._counts.rendered += 1
-        self._counts.bare += not prefill and prompt == row["prompt"]
-        return ids
-
-    def check_columns(self, columns: Iterable[str], rollout_fields: Iterable[str] = ()) -> None:
-        """Check that a dataset with these columns, and what training produces, has every field the template needs.
-
-        Raises:
-            TemplateError: it has not; the message names the shipped templates that would do.
-        """
-        columns = list(columns)
-        missing = self.missing([*columns, *rollout_fields])
-        if not missing:
-            return
-        hints = "".join(did_you_mean(name, columns) for group in missing for name in group)
-        raise TemplateError(
-            f"template {self.name!r} needs {_columns(missing)}, and the dataset has: {', '.join(columns)}.{hints}\n"
-            "Without it the teacher would know no more than the student and grade at random.\n"
-            f"Rename a column, or pick a template for what you have ({', '.join(fitting_templates(columns))}): "
-            f"`opsd templates --columns {','.join(columns)}`."
-        )
-
-    def missing(self, available: Iterable[str]) -> list[tuple[str, ...]]:
-        """Return the fields that these names leave open: of each group, one would be enough."""
-        have = set(available)
-        return [group for group in self._needs if not any(name in have or name.split(".")[0] in have for name in group)]
-
-    def has_fields(self, values: Mapping[str, Any]) -> bool:
-        """Tell whether a row has what the template needs."""
-        return all(any(not is_empty(at_path(values, name)) for name in group) for group in self._needs)
-
-    def possible_contexts(
-        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None = None
-    ) -> list[Context]:
-        """Return itself."""
-        return [self]
-
-    def untruncated_fields(self, names: Iterable[str]) -> set[str]:
-        """Return those of these fields that may be shown at any length."""
-        cut = None if self.truncate is None else self._column(self.truncate)
-        return {name for name in names if name in self.fields | self.optional_fields and name != cut}
+    # ---- what it is -------------------------------------------------------------------------------------------
 
     @property
-    def counts(self) -> ContextCounts:
-        """What happened so far."""
-        return self._counts
+    def contexts(self) -> Sequence[PrivilegedContext]:
+        """Itself."""
+        return [self]
 
-    def forget_counts(self) -> None:
-        """Count from here."""
-        self._counts = ContextCounts()
+    def pick(self, row: Row, rollout_fields: Row | None = None) -> PrivilegedContext:
+        """Return itself."""
+        return self
+
+    def possible_contexts(self, row: Row, rollout_fields: Row | None = None) -> Sequence[PrivilegedContext]:
+        """Return itself."""
+        return [self]
 
     @property
     def description(self) -> dict[str, Any]:
         """Template, digest and settings."""
         names = ("name", "digest", "chat_template_kwargs", "truncate", "truncate_side", "max_prompt_tokens")
-        # Later settings stand only where they are set, so that runs from before them resume.
-        later = {
-            "fields": self._columns_of,
+        # The other settings appear only where they are set, which keeps run cards short.
+        others = {
+            "fields": self._column_names,
             "values": self._constants,
             "reveal": self._shares,
             "system": self.system,
             "bridge_thinking": self.bridge_thinking,
             "truncate_at": None if self.truncate_at == "token" else self.truncate_at,
         }
-        return {name: getattr(self, name) for name in names} | {k: v for k, v in later.items() if v}
+        return {name: getattr(self, name) for name in names} | {k: v for k, v in others.items() if v}
 
-    def check_rows(self, rows: Iterable[Mapping[str, Any]], rollout_fields: Iterable[str] = ()) -> None:
-        """Check that no row leaves a needed field empty: None, a blank string or an empty list.
+    def of_other_rows(self) -> PrivilegedContext:
+        """Return the same template filled from another row; a rollout's own attempt and pass rate stay."""
+        names = self._template_fields - {*self._constants, "attempt", "pass_rate"}
+        if not names or "sibling" in names:
+            problem = "inserts a rollout's siblings" if names else "inserts the same text for every row"
+            raise ConfigError(
+                f"template {self.name!r} {problem}, so nothing in it can come from another row.\nThe control "
+                "wrong-context would be the run itself.\nUse the control no-context."
+            )
+        other = copy.copy(self)
+        other._column_names = self._column_names | {name: f"{OTHER}{self._column(name)}" for name in names}
+        other.name, other._own_counts = f"{self.name} of another row", ContextCounts()
+        other._read_needs()
+        return other
+
+    def with_kwargs(self, renderer: PromptRenderer) -> PromptRenderer:
+        """Return a renderer with this context's chat template keywords over its own."""
+        keywords = {**renderer.chat_template_kwargs, **self.chat_template_kwargs}
+        return dataclasses.replace(renderer, chat_template_kwargs=keywords)
+
+    # ---- rendering --------------------------------------------------------------------------------------------
+
+    def messages(
+        self, row: Row, rollout_fields: Row | None = None, *, renderer: PromptRenderer | None = None
+    ) -> tuple[Prompt, str]:
+        """Return the teacher's messages (text, where the row's prompt is text) and the prefill of the assistant's turn.
+
+        Args:
+            row: a dataset row.
+            rollout_fields: what training adds for this rollout; it wins over a column of the same name.
+            renderer: writes conversations in fields, counts tokens, opens a thinking block; without one, conversations
+                are written plainly, four characters count as a token, and no block is opened.
 
         Raises:
-            TemplateError: some do; the message gives their numbers, counted from 0.
+            DataError: the row's prompt cannot be used.
+            TemplateError: a needed field is empty, or the template fails on this row.
+            ConfigError: bridge_thinking, and the chat template has already closed a thinking block.
         """
-        groups = self.missing(rollout_fields)
-        empty: dict[tuple[str, ...], list[int]] = {group: [] for group in groups}
-        for number, row in enumerate(rows):
-            for group in groups:
-                if all(is_empty(at_path(row, field)) for field in group):
-                    empty[group].append(number)
-        found = [f"{_columns([group])}, empty in {_row_numbers(n)}" for group, n in empty.items() if n]
-        if found:
-            raise TemplateError(
-                f"template {self.name!r} needs {'; and '.join(found)}.\n"
-                "There the teacher would know no more than the student and grade at random.\n"
-                "Fill these rows or drop them."
+        renderer = None if renderer is None else self.with_kwargs(renderer)
+        return self._messages(row, self._values(row, rollout_fields, renderer), renderer)
+
+    def render(self, row: Row, rollout_fields: Row | None = None, *, renderer: PromptRenderer) -> list[int]:
+        """Return the ids of the teacher's prompt, shortened to `max_prompt_tokens`, and count it.
+
+        Raises:
+            DataError: the row's prompt cannot be used, or is too long and cannot be shortened enough.
+            TemplateError: a needed field is empty, or the template fails on this row.
+            ConfigError: bridge_thinking, and the chat template has already closed a thinking block.
+        """
+        renderer = self.with_kwargs(renderer)
+        values = self._values(row, rollout_fields, renderer)
+        prompt, prefill = self._messages(row, values, renderer)
+        ids = renderer.ids(prompt, prefill)
+        if self.max_prompt_tokens is not None and len(ids) > self.max_prompt_tokens:
+            shortened = self._shorten(row, values, renderer, len(ids), self.max_prompt_tokens)
+            self._own_counts.shortened += 1
+            self._own_counts.tokens_cut += len(ids) - len(shortened)
+            ids = shortened
+        self._own_counts.rendered += 1
+        self._own_counts.bare += not prefill and prompt == row["prompt"]
+        return ids
+
+    def _values(self, row: Row, rollout_fields: Row | None, renderer: PromptRenderer | None) -> dict[str, Any]:
+        """Return the template's variables for a row, without those that always mean the student's prompt."""
+        columns = {**row, **(rollout_fields or {})}
+        values = {**columns, **{field: at_path(columns, column) for field, column in self._column_names.items()}}
+        values |= self._constants
+        for field in sorted(self.template.fields):
+            if is_empty(values.get(field)):
+                column = self._column(field)
+                columns_of_row = f"no column of this row: {', '.join(row)}.{did_you_mean(column, row)}"
+                raise TemplateError(
+                    f"template {self.name!r} needs {column!r}, which is "
+                    f"{'empty here.' if column in values else columns_of_row}\n{REASON}\n"
+                    f"Fill it, drop the row, or make it optional: {{% if {field} is defined %}}."
+                )
+        for field in self._template_fields & values.keys():
+            values[field] = with_conversations(values[field], _writer(renderer))
+        for field, share in self._shares.items():
+            if not is_empty(values.get(field)):
+                tokenizer = renderer and renderer.tokenizer
+                values[field] = first_share(as_text(values[field]), share, self.truncate_at, tokenizer)
+        # An optional field without a value is undefined, so that a template needs to ask only `is defined`.
+        return {k: v for k, v in values.items() if k not in self.template.optional_fields or not is_empty(v)}
+
+    def _messages(self, row: Row, values: Mapping[str, Any], renderer: PromptRenderer | None) -> tuple[Prompt, str]:
+        turns = turns_of(row.get("prompt"))
+        texts = {block: text_of(turns[position]) for block, position in block_positions(turns).items()}
+        messages: Any = turns
+        if "messages" in self.template.names:  # writing a conversation costs as much as a prompt
+            messages = with_conversations(turns, _writer(renderer))
+        variables = {**values, "prompt": texts["user"], "messages": messages, "system": texts.get("system", "")}
+        try_template(self.template, variables)
+        blocks = self.template.render(variables)
+        if self.system is not None:
+            blocks["system"] = self.system
+        prefill = blocks["assistant"].removeprefix("\n")
+        is_text = isinstance(row["prompt"], str)
+        prompt = self._text_prompt(row["prompt"], blocks, prefill) if is_text else with_blocks(turns, blocks)
+        return prompt, prefill if renderer is None else self._open_thinking(prefill, renderer)
+
+    def _text_prompt(self, prompt: str, blocks: Mapping[str, str], prefill: str) -> str:
+        if blocks["system"].strip() or prefill:
+            raise DataError(
+                f"template {self.name!r} writes a system turn or begins the assistant's, and this row's prompt is "
+                "plain text, which has no turns.\nThe text of these blocks would be lost.\n"
+                "Move it into the block user, or give prompts as messages."
             )
+        return changed_text(prompt, prompt, blocks["user"])
+
+    def _open_thinking(self, prefill: str, renderer: PromptRenderer) -> str:
+        """Return the prefill behind an open thinking block, if bridge_thinking is set and none is open."""
+        if not self.bridge_thinking:
+            return prefill
+        header = renderer.opening + prefill
+        if header.rfind(THINK) > header.rfind("</think>"):
+            return prefill
+        if "</think>" in header:
+            raise ConfigError(
+                f"bridge_thinking opens the teacher's thinking block, and its chat template has closed one: {header!r}."
+                "\nSwitch thinking on for the teacher: chat_template_kwargs={'enable_thinking': True}."
+            )
+        return f"{THINK}\n{prefill}"
+
+    def _shorten(
+        self, row: Row, values: Mapping[str, Any], renderer: PromptRenderer, size: int, limit: int
+    ) -> list[int]:
+        """Return the prompt's ids with as many tokens of the `truncate` field as the limit allows."""
+        problem = f"the teacher's prompt has {size} tokens with template {self.name!r}; max_prompt_tokens is {limit}"
+        if self.truncate is None:
+            fields = ", ".join(sorted(self.columns)) or "this template has none"
+            raise DataError(
+                f"{problem}.\nCut off at the limit, it would lose the question or the privileged text.\n"
+                f"Raise max_prompt_tokens, or name a field that may be shortened: truncate= ({fields})."
+            )
+        field, value = self.truncate, values.get(self.truncate)
+
+        def ids(shortened: Any) -> list[int]:
+            return renderer.ids(*self._messages(row, {**values, field: shortened}, renderer))
+
+        shortened = longest_that_fits(
+            value, self.truncate_side, self.truncate_at, renderer.tokenizer, lambda cut: len(ids(cut)) <= limit
+        )
+        if shortened is not None:
+            return ids(shortened)
+        if not isinstance(value, str | list):
+            raise DataError(f"{problem}, and {field!r}, to be shortened, holds no text here: {value!r:.60}.")
+        raise DataError(
+            f"{problem}, and it is longer even with one token of {field!r}.\n"
+            "The question is never shortened.\nRaise max_prompt_tokens, or drop this row."
+        )
+
+    # ---- settings ---------------------------------------------------------------------------------------------
 
     def _column(self, field: str) -> str:
-        return self._columns_of.get(field, field)
+        return self._column_names.get(field, field)
+
+    def _adds_text_without_fields(self) -> bool:
+        """Return whether the template changes a bare question, where none of its fields has a value."""
+        template = self.template
+        try:
+            blocks = (
+                template.render(_BARE_ROW) if template.is_shipped else render_in_subprocess(template.origin, _BARE_ROW)
+            )
+        except UnsafeTemplateError:
+            raise
+        except TemplateError:  # it reads a part of the question, so it does more than repeat it
+            return True
+        texts = {part: text.strip() for part, text in blocks.items()}
+        return texts["user"] not in ("", _QUESTION) or bool(texts["system"] or texts["assistant"])
+
+    def _read_needs(self) -> None:
+        """Set the columns that are read, and what a row must have."""
+        needed_by = f"template {self.name!r}"
+        self.fields = frozenset(self._column(name) for name in self.template.fields - set(self._constants))
+        self.optional_fields = frozenset(self._column(name) for name in self.template.optional_fields)
+        self.truncated_column = None if self.truncate is None else self._column(self.truncate)
+        self.needs = tuple(Need((name,), needed_by, REASON) for name in sorted(self.fields))
+        if self.optional_fields and not self._adds_text:
+            self.needs = (*self.needs, Need(tuple(sorted(self.optional_fields)), needed_by, REASON))
 
     def _read_shares(self, share: float | Mapping[str, float] | None) -> dict[str, float]:
         if share is None or isinstance(share, Mapping):
             return dict(share or {})
-        shown = sorted((self.blocks.fields | self.blocks.optional_fields) - set(self._constants))
-        if len(shown) != 1:
+        names = sorted(self._template_fields - set(self._constants))
+        if len(names) != 1:
             raise ConfigError(
-                f"reveal={share!r} shows a share of the one field of a template, and {self.name!r} has: "
-                f"{', '.join(shown) or 'none'}. Say which: reveal={{field: {share!r}}}."
+                f"reveal={share!r} inserts a share of a template's one field, and {self.name!r} has: "
+                f"{', '.join(names) or 'none'}.\nName the field: reveal={{field: {share!r}}}."
             )
-        return {shown[0]: share}
+        return {names[0]: share}
 
     def _check_settings(self) -> None:
-        usable = sorted(self.blocks.fields | self.blocks.optional_fields)
-        settings = {"fields": self._columns_of, "values": self._constants, "reveal": self._shares}
-        named = [(setting, name) for setting, names in settings.items() for name in names]
-        for setting, name in [*named, *([] if self.truncate is None else [("truncate", self.truncate)])]:
+        usable = sorted(self._template_fields)
+        settings: dict[str, Iterable[str]] = {
+            "fields": self._column_names,
+            "values": self._constants,
+            "reveal": self._shares,
+            "truncate": [] if self.truncate is None else [self.truncate],
+        }
+        for setting, name in [(setting, name) for setting, names in settings.items() for name in names]:
             if name not in usable:
                 raise ConfigError(
-                    f"{setting} names {name!r}, which is not a field of template {self.name!r}, so it would do nothing."
+                    f"{setting} names {name!r}, which is no field of template {self.name!r}, so it would do nothing."
                     f"{did_you_mean(name, usable)} Its fields: {', '.join(usable) or 'none'}."
                 )
         for name, share in self._shares.items():
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
                 raise ConfigError(
-                    f"reveal shows a share of {name!r} above 0 and up to 1, and is {share!r}. To show nothing, use no "
-                    "context, or the level 'none' of a schedule."
+                    f"reveal inserts a share of {name!r} above 0 and up to 1, and is {share!r}.\nFor none of it, leave "
+                    "the context out, or use the level 'none' of a schedule."
                 )
         if self.system is not None and not self.system.strip():
-            raise ConfigError("system is empty: the teacher's system turn would be none of your making. Leave it out.")
+            raise ConfigError(
+                "system is empty, so it would do nothing. Write the teacher's system turn, or leave it out."
+            )
         check_cut(self.truncate_side, self.truncate_at)
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
             raise ConfigError(f"max_prompt_tokens is at least 1 or None (no limit), not {self.max_prompt_tokens!r}.")
 
-    def _values(
-        self, row: Mapping[str, Any], rollout_fields: Mapping[str, Any] | None, side: PromptRenderer | None
-    ) -> dict[str, Any]:
-        given = {**row, **(rollout_fields or {})}
-        values = {**given, **{field: at_path(given, column) for field, column in self._columns_of.items()}}
-        values |= self._constants
-        for field in sorted(self.blocks.fields):
-            if is_empty(values.get(field)):
-                column = self._column(field)
-                has = f"not among this row's: {', '.join(row)}.{did_you_mean(column, row)}"
-                raise TemplateError(
-                    f"template {self.name!r} needs {column!r}, which is {'empty here.' if column in values else has}\n"
-                    "Without it the teacher would know no more than the student and grade at random.\n"
-                    f"Fill it, drop the row, or make it optional: {{% if {field} is defined %}}."
-                )
-        for field, share in self._shares.items():
-            if not is_empty(values.get(field)):
-                with read_by(side):
-                    values[field] = reveal(values[field], share, self.truncate_at)
-        # An optional field without a value is not there: `is defined` is all that a template has to ask.
-        return {k: v for k, v in values.items() if k not in self.blocks.optional_fields or not is_empty(v)}
 
-    def bridged(self, prefill: str, side: PromptRenderer) -> str:
-        """Return the prefill behind an open thinking block, if that is asked for and none is open yet.
-
-        Raises:
-            ConfigError: the chat template has closed a block already.
-        """
-        if not self.bridge_thinking:
-            return prefill
-        begun = side.opening + prefill
-        if begun.rfind(THINK) > begun.rfind("</think>"):
-            return prefill
-        if "</think>" in begun:
-            raise ConfigError(
-                f"bridge_thinking opens the teacher's thinking block, and its chat template has closed one: {begun!r}. "
-                "Switch thinking on for the teacher: chat_template_kwargs={'enable_thinking': True}."
-            )
-        return f"{THINK}\n{prefill}"
-
-    def _as_text(self, prompt: str, parts: Mapping[str, str], prefill: str) -> str:
-        if parts["system"].strip() or prefill:
-            raise DataError(
-                f"template {self.name!r} writes a system turn or begins the assistant's, and this row's prompt is "
-                "plain text, which has neither.\nWhat the template says there would be lost.\n"
-                "Say it in the block user, or give prompts as messages."
-            )
-        return retold(prompt, prompt, parts["user"])
-
-    def _shortened(
-        self,
-        row: Mapping[str, Any],
-        rollout_fields: Mapping[str, Any] | None,
-        side: PromptRenderer,
-        size: int,
-        limit: int,
-    ) -> list[int]:
-        """Return the ids with the most tokens of the `truncate` field that the limit allows."""
-        problem = f"the teacher's prompt has {size} tokens with template {self.name!r}; max_prompt_tokens is {limit}"
-        if self.truncate is None:
-            fields = ", ".join(sorted(self.fields | self.optional_fields)) or "this template has none"
-            raise DataError(
-                f"{problem}.\nCut off at the limit, it would lose the question or what the teacher is to know.\n"
-                f"Raise max_prompt_tokens, or name a field that may be shortened: truncate= ({fields})."
-            )
-        values, field = self._values(row, rollout_fields, side), self.truncate
-
-        def ids(value: Any) -> list[int]:
-            prompt, prefill = self._told(row, {**values, field: value}, side)
-            return side.ids(prompt, self.bridged(prefill, side))
-
-        value = values.get(field)
-        short = longest_that_fits(
-            value, self.truncate_side, self.truncate_at, side.tokenizer, lambda cut: len(ids(cut)) <= limit
-        )
-        if short is None and not isinstance(value, str | list):
-            raise DataError(f"{problem}, and {field!r}, to be shortened, holds no text here: {value!r:.60}.")
-        if short is None:
-            raise DataError(
-                f"{problem}, which it exceeds even with one token of {field!r}.\n"
-                "The question is never shortened. Raise max_prompt_tokens, or drop this row."
-            )
-        return ids(short)
-
-
-def fitting_templates(columns: Iterable[str]) -> list[str]:
-    """Return the names of the shipped templates that a dataset with these columns can fill."""
-    columns = list(columns)
-    # base shows nothing by itself: it is what the others extend.
-    names = [name for name in sources.names("templates") if name != "base"]
-    return [name for name in names if not PrivilegedContext(name).missing(columns)]
-
-
-def _columns(groups: Iterable[tuple[str, ...]]) -> str:
-    return " and ".join("the column " + " or ".join(repr(name) for name in group) for group in groups)
-
-
-def _row_numbers(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:5]))
-    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    return f"{len(numbers)} row{'s' * (len(numbers) > 1)}: {shown}{more}"
-
-
-def positions_of(turns: list[dict[str, Any]]) -> dict[str, int]:
-    """Return where the last user turn stands and, if there is one, the first system turn.
+def as_plain_context(value: Any) -> PrivilegedContext:
+    """Return the plain context of a template's name, a path, a mapping of arguments, or a plain context.
 
     Raises:
-        DataError: nobody asks anything.
+        ConfigError: another type, an unknown key, or a mapping without "template".
     """
-    users = [index for index, turn in enumerate(turns) if turn["role"] == "user"]
-    systems = [index for index, turn in enumerate(turns) if turn["role"] == "system"]
-    if not users:
-        raise DataError(
-            f"a prompt needs a user turn; this row has: {', '.join(turn['role'] for turn in turns) or 'no turns'}.\n"
-            "A template speaks in the last user turn. Add one, or drop the row."
+    if isinstance(value, PrivilegedContext):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return PrivilegedContext(value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            "a context is a template's name, a path, a mapping, a PrivilegedContext or a ContextSchedule, not "
+            f"{type(value).__name__}."
         )
-    return {"user": users[-1], "system": systems[0]} if systems else {"user": users[-1]}
+    check_keys(value, PrivilegedContext)
+    if "template" not in value:
+        raise ConfigError(
+            "a context needs the key 'template', a shipped template's name or a path to a .jinja file; or 'levels', of "
+            "which one is picked per row and step."
+        )
+    return PrivilegedContext(**value)
 
 
-def retold(content: Any, own: str, told: str) -> Any:
-    """Return what a block says in place of a turn's content, untouched where it says nothing new."""
-    return content if told.strip() in ("", own.strip()) else told.strip()
+def _writer(renderer: PromptRenderer | None) -> Callable[[Turns], str]:
+    """Return what writes a conversation as text."""
+    return plain_text if renderer is None else lambda turns: renderer.transcript(turns).strip()

@@ -1,4 +1,4 @@
-"""The one place that turns messages or text into prompt ids, for student and teacher alike.
+"""Turns messages or text into prompt ids, for student and teacher alike.
 
 Knows tokenizers and chat templates; nothing of contexts, rows or models.
 """
@@ -16,63 +16,81 @@ from opsd.contexts.messages import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THINK = "<think>"  # as Qwen, DeepSeek and most others open what is thought before the answer
+THINK = "<think>"  # opens the thinking of Qwen, DeepSeek and most other models
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptRenderer:
-    """Renders one side's prompts with its own keywords.
+    """Renders prompts with one tokenizer, chat template and set of keywords.
 
     Without a prefill the ids are those of TRL's `DistillationTrainer._tokenize_prompts`.
+
+    Args:
+        tokenizer: the tokenizer.
+        chat_template: a Jinja chat template; None takes the tokenizer's.
+        chat_template_kwargs: keywords for the chat template, such as enable_thinking.
+        tools: functions that the chat template describes to the model.
+
+    Example::
+
+        renderer = PromptRenderer(tokenizer, chat_template_kwargs={"enable_thinking": True})
+        prompt_ids = renderer.ids([{"role": "user", "content": "What is 12 + 7?"}])
     """
 
     tokenizer: PreTrainedTokenizerBase
-    # None: the tokenizer's own
     chat_template: str | None = None
-    # what the chat template understands, such as enable_thinking
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tools: list[Any] | None = None
 
     def ids(self, prompt: Prompt, prefill: str = "") -> list[int]:
-        """Return the ids of a prompt, up to where the assistant begins to speak (after the prefill, if any)."""
+        """Return the ids of a prompt up to the assistant's turn, and of the prefill that begins this turn."""
         if isinstance(prompt, str):
             return self.tokenizer(text=prompt + prefill)["input_ids"]
         if not prefill:
             return self._apply(prompt, tokenize=True, return_dict=True)["input_ids"]
         text = self._apply(prompt, tokenize=False) + prefill
-        # The chat template has written the special tokens already.
+        # The chat template has already written the special tokens.
         return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
 
     def transcript(self, messages: list[dict[str, Any]]) -> str:
-        """Return messages as the chat template writes them inside a prompt: no tools, no first token, no opening."""
+        """Return messages as text by the chat template, without tools, first token and the assistant's header.
+
+        Raises:
+            ValueError: there is no chat template, or it refuses these messages.
+        """
+        if self.chat_template is None and self.tokenizer.chat_template is None:
+            raise ValueError("this field holds messages, and the tokenizer has no chat template to write them")
         plain = dataclasses.replace(self, tools=None)
-        text = plain._apply(messages, tokenize=False, add_generation_prompt=False)
+        try:
+            text = plain._apply(messages, tokenize=False, add_generation_prompt=False)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages ({error})") from error
         return text.removeprefix(plain._first_token)
 
     @property
     def _first_token(self) -> str:
-        """The text that a chat begins with before its first turn, if it is one token that turns do not begin with."""
+        """The text of the token that begins a chat, where no turn begins with it; else ""."""
         begin = self.tokenizer.bos_token or ""
-        talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         try:
-            text = self._apply(talk, tokenize=False, add_generation_prompt=False)
+            text = self._apply(turns, tokenize=False, add_generation_prompt=False)
         except jinja2.TemplateError:
             return ""
         return begin if begin and text.startswith(begin) and text.count(begin) == 1 else ""
 
     @property
     def opening(self) -> str:
-        """What the chat template writes where the assistant is to speak, behind a user turn; "" without a template."""
+        """The assistant's header as the chat template writes it behind a user turn; "" without a chat template."""
         turns = [{"role": "user", "content": "?"}]
         try:
-            begun, ended = (
-                self._apply(turns, tokenize=False, add_generation_prompt=begins) for begins in (True, False)
+            open_text, closed_text = (
+                self._apply(turns, tokenize=False, add_generation_prompt=is_open) for is_open in (True, False)
             )
         except (ValueError, jinja2.TemplateError):  # no chat template, or one that wants other turns
             return ""
-        if not begun.startswith(ended):  # some write an end of text where nothing is to be generated (Phi-3)
-            ended = ended.removesuffix(self.tokenizer.eos_token or "")
-        return begun.removeprefix(ended) if begun.startswith(ended) else ""
+        if not open_text.startswith(closed_text):  # some write an end of text where nothing follows (Phi-3)
+            closed_text = closed_text.removesuffix(self.tokenizer.eos_token or "")
+        return open_text.removeprefix(closed_text) if open_text.startswith(closed_text) else ""
 
     def _apply(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **form: bool) -> Any:
         return self.tokenizer.apply_chat_template(

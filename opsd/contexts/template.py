@@ -1,6 +1,6 @@
-"""A template as a set of Jinja blocks: found, parsed with all that it extends, checked, rendered block by block.
+"""Finds a template, parses it with all that it extends or includes, checks it, and renders it block by block.
 
-Knows Jinja and names of variables; knows nothing of chats, tokens or datasets.
+Knows Jinja and the names of variables; nothing of chats, tokens, datasets, or of how a stranger's template is tried.
 """
 
 from __future__ import annotations
@@ -18,19 +18,23 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import SecurityError
 
 from opsd import sources
-from opsd.contexts.sandbox import MAX_CHARS, Sandbox
-from opsd.contexts.trial import render_in_subprocess
+from opsd.contexts.sandbox import MAX_CHARS, sandboxed_environment
 from opsd.errors import TemplateError, UnsafeTemplateError, did_you_mean
 
-PARTS = ("system", "user", "assistant")
-PROMPT_NAMES = frozenset({"prompt", "messages", "system"})  # the student's own prompt in three forms, so not privileged
-UNSAFE = (SecurityError, OverflowError, TimeoutError, MemoryError, RecursionError)
+BLOCKS = ("system", "user", "assistant")
+PROMPT_NAMES = frozenset({"prompt", "messages", "system"})  # the student's prompt in three forms: no privileged fields
+UNSAFE = (SecurityError, OverflowError, MemoryError, RecursionError)
 MAX_SOURCE_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
 class TemplateText:
-    """A template given as text, with the name that errors and logs call it by."""
+    """A template given as text, and its name in errors and logs.
+
+    Example:
+        >>> TemplateText("mine", "{% block user %}{{ prompt }} It is {{ answer }}.{% endblock %}").name
+        'mine'
+    """
 
     name: str
     source: str
@@ -50,23 +54,29 @@ def find_template(template: str | os.PathLike[str]) -> Path:
     if isinstance(template, os.PathLike) or "/" in text or os.sep in text or text.endswith(".jinja"):
         path = Path(text).expanduser()
         if path.is_file() and path.suffix != ".jinja":
-            raise TemplateError(f"a template's file ends in .jinja, and this is {path.name!r}. Rename it.")
+            raise TemplateError(f"a template file ends in .jinja, and this one is {path.name!r}. Rename it.")
         if path.is_file():
             return path
         problem = f"there is no template file {text!r}."
     else:
-        found = sources.find("templates", text)
-        if found:
-            return found
+        shipped = sources.find("templates", text)
+        if shipped:
+            return shipped
         problem = f"there is no template called {text!r}.{did_you_mean(text, known)}"
     raise TemplateError(
-        f"{problem}\nA name without '/' and '.jinja' is one of opsd's own: {', '.join(known)}.\n"
-        "`opsd cp NAME .` puts one of them here for you to change."
+        f"{problem}\nA name without '/' and '.jinja' is a shipped template: {', '.join(known)}.\n"
+        "`opsd cp NAME .` copies one of them here for you to change."
     )
 
 
 class TemplateLoader(jinja2.BaseLoader):
-    """Finds the parents and includes of a template: `.jinja` files in a folder, and nothing that lies outside it."""
+    """Finds parents and includes of a template: `.jinja` files of one folder, links resolved, and none outside it.
+
+    Example:
+        >>> environment = jinja2.Environment(loader=TemplateLoader(sources.folder("templates")))
+        >>> environment.get_template("hint.jinja").blocks.keys()
+        dict_keys(['user'])
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.resolve()
@@ -74,83 +84,83 @@ class TemplateLoader(jinja2.BaseLoader):
     def get_source(
         self, environment: jinja2.Environment, template: str
     ) -> tuple[str, str | None, Callable[[], bool] | None]:
-        """Return a file's text and path."""
+        """Return the text and path of a file, as Jinja asks for them."""
         path = (self._folder / template).resolve()  # also through links
         if path.suffix != ".jinja" or not path.is_relative_to(self._folder) or not path.is_file():
             raise jinja2.TemplateNotFound(template)
         if path.stat().st_size > MAX_SOURCE_BYTES:
-            raise TemplateError(f"template {path.name!r} is larger than {MAX_SOURCE_BYTES:,} bytes: it is no template.")
+            raise TemplateError(
+                f"template {path.name!r} is larger than {MAX_SOURCE_BYTES:,} bytes, which no template needs."
+            )
         return path.read_text(encoding="utf-8"), str(path), None
 
 
 class TemplateBlocks:
-    """A template with all that it extends or includes; text outside blocks, and dynamic parents, are refused.
+    """A template with all that it extends or includes, rendered block by block.
 
     Args:
         origin: the template's file, or its text. Parents are looked for beside the file, then among opsd's own.
-        trusted: render it here at once. Otherwise a template that is not opsd's own is rendered once in a process with
-            limits before it is rendered in this one.
 
     Raises:
-        TemplateError: a syntax error, a parent that is missing, or something that would never be shown.
+        TemplateError: a syntax error, a missing parent, a parent whose name is computed, text outside blocks, or a
+            block that no parent has.
+
+    Example:
+        >>> template = TemplateBlocks(TemplateText("mine", "{% block user %}{{ prompt }} ({{ answer }}){% endblock %}"))
+        >>> template.render({"prompt": "What is 12 + 7?", "answer": 19})["user"]
+        'What is 12 + 7? (19)'
     """
 
-    def __init__(self, origin: Path | TemplateText, *, trusted: bool = False) -> None:
-        self.origin = origin
-        own: jinja2.BaseLoader
+    name: str
+    """The file's name without suffix, or the name given with the text."""
+    digest: str
+    """16 hexadecimal digits over the text of all files."""
+    fields: frozenset[str]
+    """Variables that it reads, without `PROMPT_NAMES`."""
+    optional_fields: frozenset[str]
+    """Variables that it asks for with `is defined` or gives a `default`."""
+
+    def __init__(self, origin: Path | TemplateText) -> None:
         if isinstance(origin, TemplateText):
-            self.name, entry, own = origin.name, origin.name, jinja2.DictLoader({origin.name: origin.source})
+            self.name, entry = origin.name, origin.name
+            loader: jinja2.BaseLoader = jinja2.DictLoader({origin.name: origin.source})
         else:
             origin = origin.resolve()  # the file that was named may itself be a link
-            self.name, entry, own = origin.stem, origin.name, TemplateLoader(origin.parent)
-        self._vetted = trusted or (isinstance(origin, Path) and origin.parent == sources.folder("templates"))
-        self._loader = jinja2.ChoiceLoader([own, TemplateLoader(sources.folder("templates"))])
-        self._environment = Sandbox(self._loader)
+            self.name, entry, loader = origin.stem, origin.name, TemplateLoader(origin.parent)
+        self.origin = origin
+        self._loader = jinja2.ChoiceLoader([loader, TemplateLoader(sources.folder("templates"))])
+        self._environment = sandboxed_environment(self._loader)
         trees = self._parse_all(entry)
-        line = self._line_of_descent(entry, trees)
-        self._check_outline(line, trees)
-        self._templates = [self._environment.get_template(file) for file in line]
-        # An included file has no blocks of its own: all of it is shown.
-        shown = [
-            *self._live_blocks([trees[file] for file in line]),
-            *(trees[file] for file in trees.keys() - set(line)),
-        ]
+        lineage = self._lineage(entry, trees)
+        self._check_outline(lineage, trees)
+        self._templates = [self._environment.get_template(file) for file in lineage]
+        included = [trees[file] for file in trees.keys() - set(lineage)]  # has no blocks of its own: all of it counts
+        self.live_blocks = [*self._find_live_blocks([trees[file] for file in lineage]), *included]
         source = "".join(self._loader.get_source(self._environment, file)[0] for file in sorted(trees))
         self.digest = hashlib.sha256(source.encode()).hexdigest()[:16]
-        used = set().union(*map(meta.find_undeclared_variables, shown)) - PROMPT_NAMES
-        guarded = {name for tree in shown for name in _guarded_names(tree)}
-        self.shown = shown
-        self.fields = frozenset(used - guarded)
-        self.optional_fields = frozenset(used & guarded)
+        self.names = frozenset().union(*map(_undeclared_names, self.live_blocks))
+        guarded = {name for tree in self.live_blocks for name in _guarded_names(tree)}
+        self.fields = self.names - PROMPT_NAMES - guarded
+        self.optional_fields = (self.names - PROMPT_NAMES) & guarded
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the file is one of opsd's own."""
+        return isinstance(self.origin, Path) and self.origin.parent == sources.folder("templates").resolve()
 
     def render(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """Return the text of each block, whitespace and all; a block that nobody wrote is empty.
+        """Return the text of each block, whitespace included; a block that the template does not have is empty.
 
         Raises:
-            TemplateError: the template fails on these values, writes without end, or takes too long.
+            UnsafeTemplateError: it leaves the sandbox, or a block has more than `MAX_CHARS` characters.
+            TemplateError: it fails on these values.
         """
-        if not self._vetted:
-            render_in_subprocess(self.origin, self.digest, values)
-            self._vetted = True
-        return self._rendered(values)
-
-    def _rendered(self, values: Mapping[str, Any]) -> dict[str, str]:
         context = self._templates[0].new_context(dict(values))
-        # What Jinja does when it reaches `extends`: a block's elders stand behind it, for super().
-        for elder in self._templates[1:]:
-            for name, block in elder.blocks.items():
+        # As Jinja does when it reaches `extends`: the parents' blocks come behind the template's own, for super().
+        for parent in self._templates[1:]:
+            for name, block in parent.blocks.items():
                 context.blocks.setdefault(name, []).append(block)
-        return {part: self._render_part(part, context) for part in PARTS}
-
-    def speak_without_fields(self) -> bool:
-        """Return whether the template adds something of its own to a bare question."""
-        question = "What is it?"
-        row = {"prompt": question, "messages": [{"role": "user", "content": question}], "system": ""}
-        try:
-            parts = {part: text.strip() for part, text in self._rendered(row).items()}
-        except TemplateError:  # it reads something in the question, which is more than repeating it
-            return True
-        return parts["user"] not in ("", question) or bool(parts["system"] or parts["assistant"])
+        return {name: self._render_block(name, context) for name in BLOCKS}
 
     def _parse_all(self, entry: str) -> dict[str, nodes.Template]:
         """Return the syntax trees of the template and of everything that it extends, includes or imports."""
@@ -165,15 +175,22 @@ class TemplateBlocks:
                 if reference is None:
                     raise TemplateError(
                         f"template {file!r} computes the name of a template that it extends or includes.\n"
-                        "Then nobody can say before training which columns it needs. Write the name out."
+                        "Its columns would be unknown before training.\nWrite the name out."
                     )
                 pending.append((reference, file))
         return trees
 
     def _parse(self, file: str, wanted_by: str) -> nodes.Template:
         try:
+            source, path, _ = self._loader.get_source(self._environment, file)
+            tree = self._environment.parse(source, file, path)
+            modifier = tree.find(nodes.EvalContextModifier)
+            if modifier is not None:  # Jinja would compute its value when it compiles, before any limit holds
+                raise TemplateError(
+                    f"template {file!r}, line {modifier.lineno}: nothing is escaped in a prompt. Remove autoescape."
+                )
             self._environment.get_template(file)  # compiles: finds what parsing does not, such as unknown filters
-            return self._environment.parse(self._loader.get_source(self._environment, file)[0])
+            return tree
         except jinja2.TemplateSyntaxError as error:
             place = f"{error.filename or error.name}, line {error.lineno}"
             raise TemplateError(f"template {self.name!r} does not parse ({place}): {error.message}") from error
@@ -186,44 +203,51 @@ class TemplateBlocks:
             raise TemplateError(f"template {file!r} is not text in UTF-8: {error}. Save it as UTF-8.") from error
         except TemplateError:
             raise
-        except (RecursionError, SyntaxError, MemoryError, ValueError) as error:  # what Python makes of Jinja's code
+        except (
+            RecursionError,
+            SyntaxError,
+            MemoryError,
+            ValueError,
+        ) as error:  # from Python, of the code that Jinja writes
             problem = f"template {file!r} nests deeper, or has longer numbers, than a template needs"
             raise TemplateError(f"{problem} ({type(error).__name__}).") from error
 
-    def _line_of_descent(self, entry: str, trees: Mapping[str, nodes.Template]) -> list[str]:
-        """Return the template, its parent, its parent's parent and so on."""
-        line = [entry]
-        while (extends := trees[line[-1]].find(nodes.Extends)) is not None:
-            parent = extends.template.as_const()
-            if parent in line:
+    def _lineage(self, entry: str, trees: Mapping[str, nodes.Template]) -> list[str]:
+        """Return the files of the template, its parent, its parent's parent and so on."""
+        lineage = [entry]
+        while (extends := trees[lineage[-1]].find(nodes.Extends)) is not None:
+            parent = extends.template.as_const()  # a constant, or _parse_all would have refused it
+            if not isinstance(parent, str):
+                raise TemplateError(f"template {lineage[-1]!r} extends {parent!r}, which is not the name of one file.")
+            if parent in lineage:
                 raise TemplateError(
-                    f"template {self.name!r} extends itself: {' -> '.join([*line, parent])}.\n"
-                    "A parent is looked for beside the template first. Give the file another name than its parent's."
+                    f"template {self.name!r} extends itself: {' -> '.join([*lineage, parent])}.\n"
+                    "A parent is looked for beside the template first.\nGive the file another name than its parent's."
                 )
-            line.append(parent)
-        return line
+            lineage.append(parent)
+        return lineage
 
-    def _check_outline(self, line: list[str], trees: Mapping[str, nodes.Template]) -> None:
-        """Refuse what Jinja would skip without a word: text outside blocks, and blocks that nobody shows."""
-        known = set(PARTS)
-        for file in reversed(line):
+    def _check_outline(self, lineage: list[str], trees: Mapping[str, nodes.Template]) -> None:
+        """Refuse what Jinja drops silently: text outside blocks, and blocks that no parent has."""
+        known = set(BLOCKS)
+        for file in reversed(lineage):
             for node in _outline(trees[file]):
                 if not isinstance(node, nodes.Block):
                     raise TemplateError(
-                        f"template {file!r}, line {node.lineno}: this stands outside every block and would never be "
-                        "shown.\nPut it into {% block user %} … {% endblock %}, or into system or assistant."
+                        f"template {file!r}, line {node.lineno}: this is outside every block, so Jinja drops it.\n"
+                        "Put it into {% block user %} … {% endblock %}, or into system or assistant."
                     )
                 if node.name not in known:
                     raise TemplateError(
-                        f"template {file!r}, line {node.lineno}: the block {node.name!r} would never be shown."
-                        f"{did_you_mean(node.name, known)} The blocks are {', '.join(sorted(known))}."
+                        f"template {file!r}, line {node.lineno}: the block {node.name!r} is in no parent, so Jinja "
+                        f"drops it.{did_you_mean(node.name, known)} The blocks are {', '.join(sorted(known))}."
                     )
             known |= {block.name for block in trees[file].find_all(nodes.Block)}
 
-    def _live_blocks(self, line: list[nodes.Template]) -> Iterator[nodes.Template]:
-        """Yield, as trees, the blocks that are shown: the youngest of each name, and as far up as super() reaches."""
+    def _find_live_blocks(self, lineage: list[nodes.Template]) -> Iterator[nodes.Template]:
+        """Yield, as trees, the blocks that are rendered: the first of each name, and those that super() reaches."""
         replaced: set[str] = set()
-        for tree in line:
+        for tree in lineage:
             blocks = [block for block in tree.find_all(nodes.Block) if block.name not in replaced]
             for block in blocks:
                 alone = nodes.Template([block], lineno=block.lineno)
@@ -231,17 +255,16 @@ class TemplateBlocks:
                 yield alone
             replaced |= {block.name for block in blocks if not _calls_super(block)}
 
-    def _render_part(self, part: str, context: jinja2.runtime.Context) -> str:
+    def _render_block(self, name: str, context: jinja2.runtime.Context) -> str:
         pieces, size = [], 0
-        self._environment.begin()
         try:
-            for block in context.blocks.get(part, [])[:1]:
+            for block in context.blocks.get(name, [])[:1]:
                 for piece in block(context):
                     pieces.append(piece)
                     size += len(piece)
                     if size > MAX_CHARS:
-                        raise OverflowError(f"the block {part} writes more than {MAX_CHARS:,} characters")
-        except Exception as error:  # whatever a template's own code raises is the template's error
+                        raise OverflowError(f"the block {name} writes more than {MAX_CHARS:,} characters")
+        except Exception as error:  # a template's code may raise anything
             kind = UnsafeTemplateError if isinstance(error, UNSAFE) else TemplateError
             raise kind(
                 f"template {self.name!r} cannot be rendered{_place(error)}: {str(error).rstrip('.')}.\n{_advice(error)}"
@@ -250,13 +273,21 @@ class TemplateBlocks:
 
 
 def _outline(tree: nodes.Template) -> Iterator[nodes.Node]:
-    """Yield what stands at the top of a file, but for `extends` and blank space."""
+    """Yield the nodes at the top of a file, without `extends` and blank space."""
     for node in tree.body:
-        # One Output holds the text and the expressions up to the next tag; its parts know their own lines.
+        # One Output holds text and expressions up to the next tag; its parts have line numbers of their own.
         for part in node.nodes if isinstance(node, nodes.Output) else [node]:
             blank = isinstance(part, nodes.TemplateData) and not part.data.strip()
             if not blank and not isinstance(part, nodes.Extends):
                 yield part
+
+
+def _undeclared_names(tree: nodes.Template) -> set[str]:
+    """Do as `jinja2.meta.find_undeclared_variables`, whose optimizer would compute constants such as 'x' * 10 ** 9."""
+    generator = meta.TrackingCodeGenerator(tree.environment)  # type: ignore[arg-type]
+    generator.optimizer = None
+    generator.visit(tree)
+    return generator.undeclared_identifiers
 
 
 def _calls_super(block: nodes.Block) -> bool:
@@ -264,7 +295,7 @@ def _calls_super(block: nodes.Block) -> bool:
 
 
 def _guarded_names(tree: nodes.Node) -> Iterator[str]:
-    """Yield the names that a template can do without: those in `is defined` or before `default`."""
+    """Yield the names that may be undefined: those in `is defined` or before `default`."""
     for node in tree.find_all((nodes.Test, nodes.Filter)):
         guards = ("defined", "undefined") if isinstance(node, nodes.Test) else ("default", "d")
         if node.name in guards and isinstance(node.node, nodes.Name):
@@ -283,7 +314,9 @@ def _place(error: Exception) -> str:
 
 def _advice(error: Exception) -> str:
     if isinstance(error, SecurityError):
-        return "Templates run in a sandbox: they read values and apply filters, and reach nothing else."
+        return "Templates run in a sandbox: they may read values and apply filters, and nothing else."
+    if isinstance(error, UNSAFE):
+        return "No prompt needs this much. Look for loops, recursion and repetitions."
     if isinstance(error, jinja2.UndefinedError):
-        return "Guard what not every row has: {% if name is defined %} … {% endif %}, or name | default('…')."
+        return "Guard what some rows lack: {% if name is defined %} … {% endif %}, or name | default('…')."
     return "The template does not fit this row's values."

@@ -1,7 +1,7 @@
-"""Renders a template once in a process of its own, with limits of time and memory, before it is rendered here.
+"""Renders a template once in a child process with limits of time and memory, before it is rendered in this process.
 
-Jinja's sandbox bounds what a template may touch, not what it may spend: nested loops run for days, and a format string
-asks for gigabytes. The child is this file as a program. Knows templates; nothing of rows, prompts or models.
+Jinja's sandbox limits what a template may touch, not what it may spend. The child runs this file as a program. One
+trial covers one row: sandbox.py says what limits the rows after it. Knows templates; nothing of rows, chats or models.
 """
 
 from __future__ import annotations
@@ -15,84 +15,97 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opsd.contexts.template import TemplateBlocks, TemplateText
 from opsd.errors import TemplateError, UnsafeTemplateError
 
-if TYPE_CHECKING:
-    from opsd.contexts.template import TemplateText
-
-SECONDS = 5  # a prompt is rendered in milliseconds
-MEGABYTES = 512  # of address space, the interpreter and Jinja included: they take 50
-_passed: set[str] = set()
+SECONDS = 5  # a prompt takes milliseconds
+MEGABYTES = 512  # of address space; the interpreter and Jinja take 50
+_passed: set[str] = set()  # digests of templates that passed in this process
 
 
-def render_in_subprocess(origin: Path | TemplateText, digest: str, values: Mapping[str, Any]) -> None:
-    """Render a template in a child process, and forget what it wrote.
+def try_template(template: TemplateBlocks, values: Mapping[str, Any]) -> None:
+    """Render a template in a child process, unless opsd ships it or it has passed before.
+
+    Args:
+        template: parsed and checked.
+        values: the variables of a row.
+
+    Raises:
+        UnsafeTemplateError: it leaves the sandbox, or needs more than `SECONDS` or `MEGABYTES`.
+        TemplateError: it fails on these values.
+    """
+    if not template.is_shipped and template.digest not in _passed:
+        render_in_subprocess(template.origin, values)
+        _passed.add(template.digest)
+
+
+def render_in_subprocess(origin: Path | TemplateText, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the text of each block, rendered in a child process.
 
     Args:
         origin: the template's file, or its text.
-        digest: of the template and all that it extends; one that has passed is not asked again.
-        values: what it is rendered with; a filter that would need a tokenizer takes four characters for a token.
+        values: the variables; they are pickled.
 
     Raises:
-        TemplateError: it spends more than `SECONDS` or `MEGABYTES`, or fails otherwise on these values.
+        UnsafeTemplateError: it leaves the sandbox, or needs more than `SECONDS` or `MEGABYTES`.
+        TemplateError: it fails on these values.
     """
-    if digest in _passed:
-        return
     name, source = (str(origin), None) if isinstance(origin, Path) else (origin.name, origin.source)
-    order = pickle.dumps({"name": name, "source": source, "values": dict(values)})
-    # What this process imports from, and not the current folder, whose files a stranger may have written.
+    limits = {"seconds": SECONDS, "megabytes": MEGABYTES}
+    request = pickle.dumps({"name": name, "source": source, "values": dict(values), **limits})
+    # The child imports what this process imports; nothing from the current folder, which a stranger may have filled.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])}
     command = [sys.executable, "-P", "-m", "opsd.contexts.trial"]
     try:
-        done = subprocess.run(command, input=order, capture_output=True, timeout=3 * SECONDS, env=env)
+        done = subprocess.run(command, input=request, capture_output=True, timeout=3 * SECONDS, env=env)
     except subprocess.TimeoutExpired as error:
-        raise _spent(name, f"{SECONDS} seconds") from error
-    if done.returncode == 0:
-        _passed.add(digest)
-        return
+        raise _over_limit(name, f"{SECONDS} seconds") from error
     if done.stdout:
-        told = json.loads(done.stdout)
-        raise (UnsafeTemplateError if told["unsafe"] else TemplateError)(told["error"])
+        answer = json.loads(done.stdout.splitlines()[-1])
+        if done.returncode == 0:
+            return answer
+        raise (UnsafeTemplateError if answer["unsafe"] else TemplateError)(answer["error"])
     if b"MemoryError" in done.stderr:
-        raise _spent(name, f"{MEGABYTES} MB")
-    if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):  # the processor time was spent
-        raise _spent(name, f"{SECONDS} seconds")
-    told = done.stderr.decode(errors="replace").strip()[-500:]
-    raise TemplateError(f"template {name!r} could not be tried out (status {done.returncode}): {told}")
-
-
-def _spent(name: str, what: str) -> UnsafeTemplateError:
-    return UnsafeTemplateError(
-        f"template {name!r} cannot be rendered within {what}, so it was stopped.\nA prompt is rendered for every "
-        "rollout, and a template that takes this much would stop training. Look for loops within loops, and for widths "
-        "or repetitions of a size that no prompt has."
+        raise _over_limit(name, f"{MEGABYTES} MB")
+    if -done.returncode in (signal.SIGXCPU, signal.SIGKILL):
+        raise _over_limit(name, f"{SECONDS} seconds")
+    message = done.stderr.decode(errors="replace").strip()[-500:]
+    raise TemplateError(
+        f"template {name!r} could not be tried in a child process (status {done.returncode}): {message}"
     )
 
 
-def _limit() -> None:
-    """Bound what this process may spend; where the system cannot, the parent's clock still does."""
+def _over_limit(name: str, limit: str) -> UnsafeTemplateError:
+    return UnsafeTemplateError(
+        f"template {name!r} cannot be rendered within {limit}, so it was stopped.\nA prompt is rendered for every "
+        "rollout, and this template would stop training.\nLook for loops within loops, and for widths or repetitions "
+        "of a size that no prompt has."
+    )
+
+
+def _set_limits(seconds: int, megabytes: int) -> None:
+    """Limit this process; where the system cannot, the parent's timeout remains."""
     try:
         import resource
     except ImportError:  # Windows
         return
-    wanted = {resource.RLIMIT_CPU: SECONDS, resource.RLIMIT_AS: MEGABYTES * 2**20, resource.RLIMIT_CORE: 0}
-    for kind, value in wanted.items():
+    limits = {resource.RLIMIT_CPU: seconds, resource.RLIMIT_AS: megabytes * 2**20, resource.RLIMIT_CORE: 0}
+    for kind, value in limits.items():
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        with contextlib.suppress(ValueError, OSError):  # macOS knows RLIMIT_AS and refuses to set it
+        with contextlib.suppress(ValueError, OSError):  # macOS has RLIMIT_AS and refuses to set it
             resource.setrlimit(kind, (value, value))
 
 
 def _main() -> int:
-    order = pickle.load(sys.stdin.buffer)  # from the parent
-    _limit()
-    from opsd.contexts.template import TemplateBlocks, TemplateText
-
-    origin = Path(order["name"]) if order["source"] is None else TemplateText(order["name"], order["source"])
+    request = pickle.load(sys.stdin.buffer)  # from the parent
+    _set_limits(request["seconds"], request["megabytes"])
+    name, source = request["name"], request["source"]
     try:
-        TemplateBlocks(origin, trusted=True).render(order["values"])
+        template = TemplateBlocks(Path(name) if source is None else TemplateText(name, source))
+        print(json.dumps(template.render(request["values"])))
     except TemplateError as error:
         if isinstance(error.__cause__, MemoryError):
             raise MemoryError from error

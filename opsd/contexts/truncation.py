@@ -1,4 +1,4 @@
-"""Makes a text shorter at a boundary, and shows that something is missing.
+"""Shortens a text at a boundary, with an ellipsis in the gap.
 
 Knows text, lists of text and, for tokens, a tokenizer; nothing of templates, prompts or limits.
 """
@@ -22,16 +22,16 @@ Spans: TypeAlias = list[tuple[int, int]]
 ELLIPSIS = "…"
 _GAPS = {"line": f"\n{ELLIPSIS}\n", "sentence": f" {ELLIPSIS} ", "token": f" {ELLIPSIS} "}
 _LINE = re.compile(r"[^\n]*\S[^\n]*")
-# A sentence ends behind . ! ? … and what closes it, before blank space; behind 。！？ in any case; or with its line.
+# A sentence ends after . ! ? … and closing quotes, where blank space follows; after 。！？ always; or with its line.
 _SENTENCE = re.compile(r"\S(?:.*?(?:[.!?…][\"')\]]*(?=\s)|[。！？])|.*)")
-CHARACTERS_PER_TOKEN = 4  # where no tokenizer is at hand: English prose in most vocabularies
+CHARACTERS_PER_TOKEN = 4  # without a tokenizer: English prose in most vocabularies
 
 
 def check_cut(side: str, at: str) -> None:
-    """Check the two words that say how a text is cut.
+    """Check the settings truncate_side and truncate_at.
 
     Raises:
-        ConfigError: one of them is unknown.
+        ConfigError: one has an unknown value.
     """
     for name, value, known in (("truncate_side", side, get_args(Side)), ("truncate_at", at, get_args(Boundary))):
         if value not in known:
@@ -41,16 +41,16 @@ def check_cut(side: str, at: str) -> None:
 def cuts(
     value: Any, side: Side, at: Boundary, tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[tuple[int, Callable[[int], Any]]]:
-    """Yield ways to shorten a value, the boundary asked for first and finer ones after it.
+    """Yield ways to shorten a value: at the boundary that was asked for, then at finer ones.
 
     Args:
-        value: text, or a list of texts, whose items are its pieces. Anything else cannot be shortened: yields nothing.
-        side: what is cut away: the head, the tail, or the middle.
+        value: text, or a list of texts, whose items are its pieces. Yields nothing for any other value.
+        side: which part is cut away: the head, the tail or the middle.
         at: the boundary.
-        tokenizer: whose tokens count; None takes four characters for a token.
+        tokenizer: splits text into tokens; None takes four characters for a token.
 
     Yields:
-        The number of pieces, and a function that returns the value with that many of them.
+        The number of pieces, and a function that returns the value with a given number of them.
     """
     if isinstance(value, str) and value.strip():
         grains = get_args(Boundary)
@@ -64,14 +64,18 @@ def cuts(
 def longest_that_fits(
     value: Any, side: Side, at: Boundary, tokenizer: PreTrainedTokenizerBase | None, fits: Callable[[Any], bool]
 ) -> Any:
-    """Return the value with as many of its pieces as fit, one at least, or None where not even one does.
+    """Return the value with as many pieces as fit and at least one; None where not even one fits.
 
     Args:
         value: text, or a list of texts.
-        side: what is cut away.
+        side: which part is cut away.
         at: the boundary; a finer one is taken where not one piece fits.
-        tokenizer: whose tokens count.
-        fits: tells whether a shortened value is short enough.
+        tokenizer: splits text into tokens; None takes four characters for a token.
+        fits: returns whether a shortened value is short enough.
+
+    Example:
+        >>> longest_that_fits("Add 8. Then take 1 away.", "tail", "sentence", None, lambda text: len(text) < 12)
+        'Add 8. …'
     """
     for pieces, shortened in cuts(value, side, at, tokenizer):
         best, kept, exceeds = None, 0, pieces
@@ -87,19 +91,14 @@ def longest_that_fits(
     return None
 
 
-def count_tokens(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """Return how many tokens a text has by itself."""
-    return len(_spans(text, "token", tokenizer))
-
-
 def first_share(text: str, share: float, at: Boundary, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """Return the first `share` of a text, by tokens, down to the last boundary within it but one piece at least.
+    """Return the first `share` of a text by tokens, ended at the last boundary within it; at least one piece.
 
     Args:
         text: the text.
-        share: in (0, 1]; 1 returns the text as it is.
-        at: where it may end.
-        tokenizer: whose tokens count.
+        share: in (0, 1]; 1 returns the whole text.
+        at: the boundary; a finer one is taken where not one piece lies within the share.
+        tokenizer: splits text into tokens; None takes four characters for a token.
     """
     tokens = _spans(text, "token", tokenizer)
     if share >= 1 or not tokens:
@@ -110,24 +109,24 @@ def first_share(text: str, share: float, at: Boundary, tokenizer: PreTrainedToke
         within = [span for span in _spans(text, grain, tokenizer) if span[1] <= end]
         if within:
             return text[: within[-1][1]].rstrip() + _GAPS[grain].rstrip()
-    raise AssertionError("the first token ends where it ends")
+    raise AssertionError("the first token lies within the share")
 
 
 def _spans(text: str, grain: str, tokenizer: PreTrainedTokenizerBase | None) -> Spans:
-    """Return where each piece stands in the text. Cutting there, not in the ids, keeps every character whole."""
+    """Return the position of each piece in the text. Cutting the text, not its ids, keeps every character whole."""
     if grain == "line":
         return [match.span() for match in _LINE.finditer(text)]
     if grain == "sentence":
         return [match.span() for match in _SENTENCE.finditer(text)]
     if tokenizer is None:
         return [(at, min(at + CHARACTERS_PER_TOKEN, len(text))) for at in range(0, len(text), CHARACTERS_PER_TOKEN)]
-    if not tokenizer.is_fast:  # only fast tokenizers know; characters are the next best grain
+    if not tokenizer.is_fast:  # slow tokenizers give no positions; characters are the next finer piece
         return [(at, at + 1) for at in range(len(text))]
     return tokenizer(text=text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
 def _kept(count: int, side: Side) -> tuple[int, int]:
-    """Return how many pieces stay at the beginning and at the end."""
+    """Return how many pieces are kept at the beginning and at the end."""
     return {"tail": (count, 0), "head": (0, count), "middle": (count - count // 2, count // 2)}[side]
 
 

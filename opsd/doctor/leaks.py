@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from opsd.contexts.filters import as_text
-from opsd.contexts.messages import turns_of
+from opsd.contexts.messages import plain_text, turns_of, with_conversations
 from opsd.data.values import at_path, is_empty, text_of
 from opsd.doctor.patient import Patient
 from opsd.findings import Finding, listed
@@ -36,7 +36,7 @@ def check_leaks(patient: Patient) -> Iterator[Finding]:
 
 def _in_questions(patient: Patient, column: str) -> Iterator[Finding]:
     values = [at_path(row, column) for row in patient.rows]
-    texts = ["" if is_empty(value) else as_text(value).strip() for value in values]
+    texts = ["" if is_empty(value) else _text(value) for value in values]
     said = [" ".join(text_of(turn) for turn in turns_of(row["prompt"])) for row in patient.rows]
     filled = [n for n, text in enumerate(texts) if text]
     if not filled:
@@ -66,6 +66,10 @@ def _in_questions(patient: Patient, column: str) -> Iterator[Finding]:
         )
 
 
+def _text(value: Any) -> str:
+    return as_text(with_conversations(value, plain_text)).strip()
+
+
 def _stands_in(value: str, text: str) -> bool:
     """Tell whether a value is said in a text: as whole words, or, where it is long, in any case and spacing."""
     if len(value) >= LONG:
@@ -79,9 +83,7 @@ def _in_prefills(patient: Patient) -> Iterator[Finding]:
         row: Any = patient.rows[side.row]
         names = side.context.fields | side.context.optional_fields if side.context else ()
         told = [
-            name
-            for name in names
-            if not is_empty(at_path(row, name)) and as_text(at_path(row, name)).strip() in side.prefill
+            name for name in names if not is_empty(at_path(row, name)) and _text(at_path(row, name)) in side.prefill
         ]
         if told and side.prefill.strip():
             yield find(

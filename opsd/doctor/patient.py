@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from opsd.contexts.messages import Prompt
 from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
-from opsd.contexts.schedule import ContextSchedule
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
 from opsd.losses import Divergence, Objective, Tokens
@@ -126,21 +125,21 @@ class Patient:
 
     def _side(self, view: Teacher, number: int, row: Row) -> Side:
         context, renderer = view.context, view.renderer
-        if isinstance(context, ContextSchedule):
-            context = context.level_of(row, self.rollout_fields(row))
+        if context is not None:
+            context = context.pick(row, self.rollout_fields(row))
         if context is None:
             name = "teacher (shown the student's own prompt)"
             return Side(name, number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
         assert isinstance(context, PrivilegedContext)
-        renderer = context.side(renderer)
-        prompt, prefill = context.messages(row, self.rollout_fields(row), side=renderer)
-        ids = context.render(row, self.rollout_fields(row), side=view.renderer)
+        renderer = context.with_kwargs(renderer)
+        prompt, prefill = context.messages(row, self.rollout_fields(row), renderer=renderer)
+        ids = context.render(row, self.rollout_fields(row), renderer=renderer)
         return Side(
             f"teacher (shown {context.name})",
             number,
             renderer,
             prompt,
-            context.bridged(prefill, renderer),
+            prefill,
             ids,
             context,
         )

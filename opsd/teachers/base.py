@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from opsd.contexts.base import Context
+from opsd.contexts.reading import as_context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.models.forward import check_lengths
@@ -86,7 +87,7 @@ class Teacher(ABC):
     strategy: str  # its name in the table
 
     def __init__(self, *, context: Context | str | Mapping[str, Any] | None = None):
-        self.context = Context.of(context)
+        self.context = as_context(context)
         self._renderer: PromptRenderer | None = None
 
     # ---- what a strategy writes -------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ class Teacher(ABC):
     def with_context(self, context: Context | str | Mapping[str, Any] | None) -> Self:
         """Return the same teacher, weights and all, shown something else; it follows this one, not the student."""
         other = copy.copy(self)
-        other.context = Context.of(context)
+        other.context = as_context(context)
         return other
 
     def with_contexts(self, change: Callable[[Context | None], Context | None]) -> Teacher:
@@ -275,7 +276,7 @@ class Teacher(ABC):
         """Return the ids of the prompt this teacher sees for a row."""
         if self.context is None:
             return self.renderer.ids(row["prompt"])
-        return self.context.render(row, rollout_fields, side=self.renderer)
+        return self.context.render(row, rollout_fields, renderer=self.renderer)
 
     def render_prompts(self, rollouts: Rollouts) -> Rollouts:
         """Render this teacher's prompt for every rollout, before any sort or split."""

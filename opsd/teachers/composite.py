@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from opsd.contexts.base import Context
+from opsd.contexts.reading import as_context
 from opsd.teachers.base import History, Row, StudentHandle, Teacher
 
 SEPARATOR = "/"  # between a part's name and its own names in a checkpoint
@@ -110,7 +111,7 @@ class CompositeTeacher(Teacher):
     def with_context(self, context: Context | str | Mapping[str, Any] | None) -> Self:
         """Return the same teachers, weights and all, all shown something else."""
         other = copy.copy(self)
-        other.context = Context.of(context)
+        other.context = as_context(context)
         other.parts = {name: part.with_context(context) for name, part in self.parts.items()}
         return other
 

@@ -168,7 +168,7 @@ def _check_teacher_prompts(
     fields = placeholders(rollout_fields, row)
     for context in view.context.possible_contexts(row, fields):
         try:
-            prompt_ids = context.render(row, fields, side=view.renderer)
+            prompt_ids = context.render(row, fields, renderer=view.renderer)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
         # A field that a rollout provides may be as long as a completion.

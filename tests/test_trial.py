@@ -1,11 +1,10 @@
-"""Templates from strangers: escapes from the sandbox are refused, and so is whatever would not end or not fit."""
+"""Templates from strangers: escapes from the sandbox are refused, and so is what spends too much time or memory."""
 
 from __future__ import annotations
 
 import datetime
 import os
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,14 @@ import pytest
 from opsd.cli import main
 from opsd.contexts import trial
 from opsd.contexts.privileged import PrivilegedContext
-from opsd.contexts.sandbox import MAX_CHARS, SECONDS
+from opsd.contexts.sandbox import MAX_CHARS
 from opsd.contexts.template import MAX_SOURCE_BYTES
 from opsd.errors import TemplateError, UnsafeTemplateError
 
 ROW: dict[str, Any] = {"prompt": [{"role": "user", "content": "What is 12 + 7?"}], "answer": "19", "steps": ["a", "b"]}
 REACHED = "REACHED"
 
-# attribute walks and other ways to Python; each would print REACHED-like text or fail in another way than refused
+# ways out of the sandbox: attribute walks, and changes to values
 WALKS = {
     "class": "{{ answer.__class__ }}",
     "mro": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -52,96 +51,64 @@ WALKS = {
     "update a turn": "{{ messages[0].update({'role': 'assistant'}) }}",
     "import": "{% import 'os' as os %}{{ os.name }}",
 }
-DOUBLING = (
-    "{% set ns = namespace(s='xx') %}{% for i in range(40) %}{% set ns.s = MORE %}{% endfor %}{{ ns.s | length }}"
-)
-# what would not end, or would not fit
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+# what needs too much time or memory, and what the error says
 SPENDERS = {
-    "huge range": "{% for i in range(10 ** 9) %}{{ answer }}{% endfor %}",
-    "repetition": "{{ answer * 10 ** 9 }}",
-    "repetition the other way": "{{ 10 ** 9 * answer }}",
-    "list repetition": "{{ (steps * 10 ** 9) | length }}",
-    "power": "{{ 10 ** 10 ** 10 }}",
-    "power of powers": "{{ 9 ** 9 ** 9 }}",
-    "wide field": "{{ '%1000000000d' % 1 }}",
-    "wide format": "{{ '{:>1000000000}'.format(1) }}",
-    "centred": "{{ answer | center(1000000000) }}",
-    "indented": "{{ answer | indent(1000000000, true) }}",
-    "ljust": "{{ answer.ljust(1000000000) }}",
-    "doubling": DOUBLING.replace("MORE", "ns.s + ns.s"),
-    "doubling by tilde": DOUBLING.replace("MORE", "ns.s ~ ns.s"),
-    "doubling by replace": DOUBLING.replace("MORE", "ns.s | replace('x', 'xx')"),
-    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "recursive macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-    "recursive loop": "{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}",
-    "endless output": "{% for i in range(99999) %}{{ answer * 1000 }}{% endfor %}",
-    "much lorem ipsum": "{{ lipsum(100000) }}",
-    "sum of lists": "{{ range(90000) | map('string') | sum(start='') }}",
+    "huge range": ("{% for i in range(10 ** 9) %}{{ answer }}{% endfor %}", "MAX_RANGE"),
+    "repetition": ("{{ answer * 10 ** 10 }}", "within 512 MB, so it was stopped"),
+    "wide format": ("{{ '{:>10000000000}'.format(1) }}", "within 512 MB, so it was stopped"),
+    "doubling": (
+        "{% set ns = namespace(s='xx') %}{% for i in range(40) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+        "within 512 MB, so it was stopped",
+    ),
+    "loops in loops": (LOOPS, "within 2 seconds, so it was stopped"),
+    "power of powers": ("{{ 9 ** (9 ** 9) }}", "within 2 seconds, so it was stopped"),
+    "recursive macro": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+    "endless output": ("{% for i in range(99999) %}{{ answer * 1000 }}{% endfor %}", "more than 1,000,000 characters"),
 }
 
 
 @pytest.fixture(autouse=True)
-def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Try every template anew."""
+def _try_every_template_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_passed", set())
+    monkeypatch.setattr(trial, "SECONDS", 2)  # the default is 5, which a slow machine may need for templates that pass
 
 
 def block(body: str) -> str:
     return "{% extends 'base.jinja' %}{% block user %}{{ prompt }} {{ answer }} " + body + "{% endblock %}"
 
 
+def written(folder: Path, body: str) -> Path:
+    path = folder / "stranger.jinja"
+    path.write_text(block(body))
+    return path
+
+
 def refusal(template: Path) -> str:
-    """Return why a template is refused, in bounded time and memory of this process."""
+    """Return why a template is refused, in bounded time and memory of this process, and with no process left behind."""
     process, start = psutil.Process(), time.perf_counter()
     before = process.memory_info().rss
     with pytest.raises(TemplateError) as error:
         PrivilegedContext(template).messages(ROW)
-    assert time.perf_counter() - start < 3 * trial.SECONDS
+    assert time.perf_counter() - start < 3 * trial.SECONDS + 1
     assert process.memory_info().rss - before < 100 * 2**20
+    assert not process.children(recursive=True)
     return str(error.value)
 
 
 @pytest.mark.parametrize("name", WALKS)
 def test_a_walk_out_of_the_sandbox_is_refused(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "stranger.jinja"
-    path.write_text(block(WALKS[name]))
     before = str(ROW)
-    message = refusal(path)
+    message = refusal(written(tmp_path, WALKS[name]))
     assert "stranger" in message and "uid=" not in message and "<class" not in message
     assert str(ROW) == before
 
 
 @pytest.mark.parametrize("name", SPENDERS)
-def test_what_would_not_end_or_not_fit_is_refused_in_bounded_time_and_memory(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "stranger.jinja"
-    path.write_text(block(SPENDERS[name]))
-    assert "stranger" in refusal(path)
-
-
-def test_a_child_that_does_not_end_is_stopped_and_leaves_no_process(tmp_path: Path) -> None:
-    path = tmp_path / "stranger.jinja"
-    path.write_text(block(SPENDERS["loops in loops"]))
-    start = time.perf_counter()
-    assert f"takes longer than {SECONDS:g} seconds" in refusal(path)
-    assert time.perf_counter() - start >= SECONDS
-    assert not psutil.Process().children(recursive=True)
-
-
-@pytest.mark.parametrize(("spend", "bound"), [("while True: pass", "5 seconds"), ("x = 'x' * 10**10", "512 MB")])
-def test_the_child_itself_is_bounded_whatever_the_sandbox_lets_through(
-    spend: str, bound: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A hole in the sandbox, made on purpose: a filter that runs away, in the child only."""
-    hole = (
-        f"from opsd.contexts.filters import FILTERS\ndef hole(value, share):\n    {spend}\nFILTERS['reveal'] = hole\n"
-    )
-    (tmp_path / "sitecustomize.py").write_text(hole)
-    monkeypatch.syspath_prepend(tmp_path)
-    context = PrivilegedContext.from_string(block("{{ answer | reveal(0.5) }}"))
-    start = time.perf_counter()
-    with pytest.raises(UnsafeTemplateError, match=f"within {bound}"):
-        context.messages(ROW)
-    assert time.perf_counter() - start < 2 * trial.SECONDS
+def test_a_template_that_spends_is_stopped_in_bounded_time_and_memory(name: str, tmp_path: Path) -> None:
+    body, problem = SPENDERS[name]
+    message = refusal(written(tmp_path, body))
+    assert "stranger" in message and problem in message
 
 
 @pytest.mark.parametrize("reference", ["../secret.jinja", "link.jinja", "secret.txt", "folder/../../secret.jinja"])
@@ -191,13 +158,21 @@ def test_a_template_that_nests_too_deep_is_refused(source: str, tmp_path: Path) 
 
 
 def test_a_file_too_large_is_no_template(tmp_path: Path) -> None:
-    path = tmp_path / "stranger.jinja"
-    path.write_text(block("x" * MAX_SOURCE_BYTES))
     with pytest.raises(TemplateError, match="is larger than 1,000,000 bytes"):
-        PrivilegedContext(path)
+        PrivilegedContext(written(tmp_path, "x" * MAX_SOURCE_BYTES))
 
 
-@pytest.mark.parametrize("body", ["{{ 'x' * 10 ** 9 }}", "{{ 9 ** 9 ** 9 }}", "{{ 'x' | center(10 ** 9) }}"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{{ 'x' * 10 ** 9 }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'x' | center(10 ** 9) }}",
+        "{% if 'x' * 10 ** 9 %}{% endif %}",
+        "{% set x = 'x' * 10 ** 9 %}",
+        "{% for x in 'x' * 10 ** 9 %}{% endfor %}",
+    ],
+)
 def test_constants_are_not_computed_while_a_template_is_read(body: str) -> None:
     """Jinja folds constants when it compiles, where no limit holds: 'x' * 10 ** 9 took a gigabyte."""
     start, before = time.perf_counter(), psutil.Process().memory_info().rss
@@ -205,60 +180,29 @@ def test_constants_are_not_computed_while_a_template_is_read(body: str) -> None:
     assert time.perf_counter() - start < 1 and psutil.Process().memory_info().rss - before < 50 * 2**20
 
 
-def test_training_caps_what_a_template_writes_after_it_has_passed() -> None:
-    """One that behaves on the row it is tried with, and not on a later one."""
+def test_the_output_of_a_template_is_capped_on_every_row_also_after_it_passed() -> None:
+    """One that is harmless on the row that it is tried with, and writes without end on a later one."""
     context = PrivilegedContext.from_string(block("{% for i in range(answer | int) %}{{ answer * 100 }}{% endfor %}"))
     context.messages(ROW)
-    with pytest.raises(TemplateError, match=f"more than {MAX_CHARS:,} characters"):
+    with pytest.raises(UnsafeTemplateError, match=f"more than {MAX_CHARS:,} characters"):
         context.messages({**ROW, "answer": "90000"})
-    with pytest.raises(TemplateError, match="more than 1,000,000 characters"):
-        PrivilegedContext.from_string(block("{{ answer * (answer | int) }}")).messages({**ROW, "answer": "9" * 7})
+    with pytest.raises(UnsafeTemplateError, match="MAX_RANGE"):
+        context.messages({**ROW, "answer": "900000"})
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-        "{{ answer.ljust(3000000000) | length }}",
-        "{{ answer | center(3000000000) | length }}",
-        "{{ '{:>100000000}'.format(answer) | length }}",
-        "{{ '%100000000s' % answer }}",
-        "{{ '%*d' % (100000000, 1) }}",
-        "{{ '%100000000s' | format(answer) }}",
-        "{{ (answer * 9000).replace('1', answer * 9000) | length }}",
-        "{{ (answer * 9000) | replace('1', answer * 9000) | length }}",
-        "{{ (answer * 4000).join(range(9000) | map('string') | list) | length }}",
-        "{{ range(9000) | map('string') | list | join(answer * 4000) | length }}",
-        "{% set x %}{% for i in range(99999) %}{{ answer * 1000 }}{% endfor %}{% endset %}",
-        "{% set x %}{% for i in range(99999) %}" + "x" * 5000 + "{% endfor %}{% endset %}",
-        "{% set ns = namespace(s='xx') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "{{ steps | batch(900000000, 'x') | list | length }}",
-    ],
-)
-def test_a_template_that_behaves_when_it_is_tried_out_is_bounded_afterwards_too(body: str) -> None:
-    """The child sees one row; what a template does with the next is bounded in this process, in time and memory."""
-    context = PrivilegedContext.from_string(
-        block("{% for once in range(1 if answer == '11' else 0) %}" + body + "{% endfor %}")
-    )
-    context.messages(ROW)
-    start = time.perf_counter()
-    tracemalloc.start()
-    try:
-        with pytest.raises(UnsafeTemplateError, match="cannot be rendered"):
-            context.messages({**ROW, "answer": "11"})
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert time.perf_counter() - start < 3 * SECONDS
-    assert peak < 20 * 2**20
-
-
-def test_a_template_without_needed_fields_is_tried_out_with_the_first_row_that_fills_it(tmp_path: Path) -> None:
+def test_a_template_without_needed_fields_is_tried_again_with_the_first_row_that_fills_it(tmp_path: Path) -> None:
     path = tmp_path / "stranger.jinja"
-    spends = "{% if answer is defined %}" + SPENDERS["loops in loops"] + "{% endif %}"
+    spends = "{% if answer is defined %}" + LOOPS + "{% endif %}"
     path.write_text(block("").replace("{{ answer }}", spends))
     assert "stranger" in refusal(path)
+
+
+def test_a_template_without_fields_that_spends_is_stopped_when_the_context_is_made(tmp_path: Path) -> None:
+    """Whether it adds text to a bare question is found by rendering one, in the child as well."""
+    path = tmp_path / "stranger.jinja"
+    path.write_text(block(LOOPS).replace("{{ answer }}", ""))
+    with pytest.raises(UnsafeTemplateError, match="within 2 seconds"):
+        PrivilegedContext(path)
 
 
 def test_the_child_imports_nothing_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,28 +233,27 @@ def test_what_python_cannot_compile_is_a_template_error(body: str) -> None:
         PrivilegedContext.from_string(block(body)).messages(ROW)
 
 
-def test_a_template_is_tried_out_once_and_opsds_own_never(monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[Any] = []
+def test_autoescape_is_refused_before_its_value_is_computed() -> None:
+    with pytest.raises(TemplateError, match="line 1: nothing is escaped in a prompt"):
+        PrivilegedContext.from_string(block("{% autoescape 9 ** (9 ** 9) %}{% endautoescape %}"))
+
+
+def test_a_template_is_tried_once_and_opsds_own_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    children: list[Any] = []
     run = trial.subprocess.run
-    monkeypatch.setattr(trial.subprocess, "run", lambda *args, **kwargs: tried.append(args) or run(*args, **kwargs))
+    monkeypatch.setattr(trial.subprocess, "run", lambda *args, **kwargs: children.append(args) or run(*args, **kwargs))
     PrivilegedContext("answer_only").messages(ROW)
-    assert not tried
+    assert not children
     for _ in range(2):
         context = PrivilegedContext.from_string(block("once"))
         for _ in range(3):
             context.messages(ROW)
-    assert len(tried) == 1
-    without_fields = PrivilegedContext.from_string(block("be brief").replace("{{ answer }}", ""))
-    assert len(tried) == 1  # what it says by itself is seen here, within the same bounds
-    without_fields.messages(ROW)
-    assert len(tried) == 2
+    assert len(children) == 1
 
 
-@pytest.mark.parametrize("name", ["class", "loops in loops"])
+@pytest.mark.parametrize("body", [WALKS["class"], SPENDERS["doubling"][0]])
 def test_lint_refuses_a_stranger_and_exits_with_1(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    body: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "stranger.jinja"
-    path.write_text(block({**WALKS, **SPENDERS}[name]))
-    assert main(["lint", str(path)]) == 1
+    assert main(["lint", str(written(tmp_path, body))]) == 1
     assert "✗" in capsys.readouterr().out

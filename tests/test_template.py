@@ -1,4 +1,4 @@
-"""Templates as blocks: which fields they need, what of their parents is shown, what is refused and where."""
+"""Templates: the fields they need, the blocks of parents that are rendered, what is refused and where."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def user_block(body: str) -> PrivilegedContext:
     return PrivilegedContext.from_string("{% block user %}\n" + body + "\n{% endblock %}")
 
 
-def said(context: PrivilegedContext, row: dict[str, Any]) -> str:
+def user_turn(context: PrivilegedContext, row: dict[str, Any]) -> str:
     return context.messages(row)[0][-1]["content"]
 
 
@@ -49,32 +49,32 @@ def test_fields_come_from_parents_and_includes_but_not_from_replaced_blocks(tmp_
     )
     assert PrivilegedContext(child).fields == {"answer", "rule", "unit", "c"}
     child.write_text('{% extends "mine.jinja" %}{% block user %}{{ c }}{% endblock %}')
-    context = PrivilegedContext.of(str(child))
+    context = PrivilegedContext(str(child))
     assert (context.name, context.fields) == ("child", {"rule", "c"})
 
 
 def test_block_inside_a_parents_block_can_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "elder.jinja").write_text("{% block user %}{{ prompt }} {% block more %}{% endblock %}{% endblock %}")
     (tmp_path / "child.jinja").write_text("{% extends 'elder.jinja' %}{% block more %}{{ answer }}{% endblock %}")
-    assert said(PrivilegedContext(tmp_path / "child.jinja"), ROW) == f"{QUESTION} 19"
+    assert user_turn(PrivilegedContext(tmp_path / "child.jinja"), ROW) == f"{QUESTION} 19"
 
 
 def test_tags_on_lines_of_their_own_leave_no_blank_space() -> None:
     context = user_block("A\n    {% if hint is defined %}\nB {{ hint }}\n    {% endif %}\nC")
-    assert said(context, ROW) == f"A\nB {ROW['hint']}\nC"
+    assert user_turn(context, ROW) == f"A\nB {ROW['hint']}\nC"
 
 
 def test_super_says_what_the_parent_says() -> None:
     context = PrivilegedContext.from_string(
         '{% extends "hint.jinja" %}{% block user %}{{ super() }}\nIt is {{ answer }}.{% endblock %}'
     )
-    assert said(context, ROW) == f"{QUESTION}\n\nHint: {ROW['hint']}\n\nIt is 19."
+    assert user_turn(context, ROW) == f"{QUESTION}\n\nHint: {ROW['hint']}\n\nIt is 19."
 
 
 def test_optional_field_without_a_value_counts_as_missing() -> None:
     context = user_block("{% if unit is defined %}[{{ unit }}]{% endif %}{{ hint | default('no hint') }}")
-    assert said(context, {"prompt": ROW["prompt"], "unit": "", "hint": None}) == "no hint"
-    assert said(context, {"prompt": ROW["prompt"], "unit": "cm", "hint": 0}) == "[cm]0"
+    assert user_turn(context, {"prompt": ROW["prompt"], "unit": "", "hint": None}) == "no hint"
+    assert user_turn(context, {"prompt": ROW["prompt"], "unit": "cm", "hint": 0}) == "[cm]0"
 
 
 @pytest.mark.parametrize(
@@ -85,13 +85,14 @@ def test_optional_field_without_a_value_counts_as_missing() -> None:
         ("{% extends 'hints.jinja' %}", "'mine.jinja' extends or includes 'hints.jinja'.*Did you mean 'hint'"),
         ("{% extends 'mine.jinja' %}", "extends itself: mine.jinja -> mine.jinja"),
         ("{% extends answer %}", "computes the name"),
-        ("{% extends 'base.jinja' %}\n{{ answer }}", "line 2: this stands outside every block"),
-        ("The answer is {{ answer }}.", "line 1: this stands outside every block"),
+        ("{% extends ['base.jinja', 'hint.jinja'] %}", "is not the name of one file"),
+        ("{% extends 'base.jinja' %}\n{{ answer }}", "line 2: this is outside every block"),
+        ("The answer is {{ answer }}.", "line 1: this is outside every block"),
         ("{% set x = 1 %}{% block user %}{{ x }}{% endblock %}", "outside every block"),
-        ("{% block usr %}{{ answer }}{% endblock %}", "block 'usr' would never be shown. Did you mean 'user'"),
-        ("{% extends 'base.jinja' %}", "shows the teacher nothing"),
-        ("{% block user %} {{ prompt }} {# the question #}{% endblock %}", "shows the teacher nothing"),
-        ("{% block system %}{{ system }}{% endblock %}", "shows the teacher nothing"),
+        ("{% block usr %}{{ answer }}{% endblock %}", "block 'usr' is in no parent.*Did you mean 'user'"),
+        ("{% extends 'base.jinja' %}", "adds nothing to the student's prompt"),
+        ("{% block user %} {{ prompt }} {# the question #}{% endblock %}", "adds nothing to the student's prompt"),
+        ("{% block system %}{{ system }}{% endblock %}", "adds nothing to the student's prompt"),
     ],
 )
 def test_template_that_cannot_work_is_refused_at_once(source: str, problem: str, tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_template_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
         ("\n{{ answer.unit }}", r"line 3.*'unit'.*\nGuard"),
         ("{% if a is defined %}{% endif %}{{ answer }}{{ a }}", r"'a' is undefined"),
         ("{{ answer + 1 }}", "line 2.*concatenate"),
-        ("{% for i in range(10 ** 9) %}{{ answer }}{% endfor %}", "larger than any number"),
+        ("{% for i in range(10 ** 9) %}{{ answer }}{% endfor %}", r"MAX_RANGE.*\nNo prompt needs this much"),
         ("{% for i in range(90000) %}{{ answer * 10 }}{% endfor %}", "more than 1,000,000 characters"),
     ],
 )
@@ -132,5 +133,5 @@ def test_failure_in_a_parent_names_the_parents_line(tmp_path: Path) -> None:
 
 
 def test_own_words_are_privilege_enough_and_so_is_reading_the_question() -> None:
-    assert said(user_block("{{ prompt }} Be brief."), ROW) == f"{QUESTION} Be brief."
-    assert said(user_block("{{ prompt.split('is ')[1] }}"), ROW) == "12 + 7?"
+    assert user_turn(user_block("{{ prompt }} Be brief."), ROW) == f"{QUESTION} Be brief."
+    assert user_turn(user_block("{{ prompt.split('is ')[1] }}"), ROW) == "12 + 7?"

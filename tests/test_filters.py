@@ -1,4 +1,4 @@
-"""What a column may hold and how it reads in a template; the filters; where texts may be cut."""
+"""How a field's value is printed in a template; the filters; where texts may be cut; the settings of a context."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from conftest import make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opsd.contexts.filters import last_boxed, number_lines, read_by, strip_thinking, truncate_tokens
+from opsd.contexts.filters import last_boxed, number_lines, strip_thinking
 from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
-from opsd.contexts.truncation import ELLIPSIS, count_tokens, first_share, longest_that_fits
+from opsd.contexts.truncation import ELLIPSIS, first_share, longest_that_fits
 from opsd.errors import ConfigError, TemplateError
 
 TOKENIZER = make_tokenizer()
-SIDE = PromptRenderer(TOKENIZER)
+RENDERER = PromptRenderer(TOKENIZER)
 PROMPT = [{"role": "user", "content": "What?"}]
 PROSE = "First take the tens. Then add the ones! Is it nineteen?\nYes, it is.\n\nSo the answer is 19."
 
 
-def shown(body: str, side: PromptRenderer | None = SIDE, **row: Any) -> str:
+def printed(body: str, renderer: PromptRenderer | None = RENDERER, **row: Any) -> str:
     context = PrivilegedContext.from_string("{% block user %}" + body + "{% endblock %}")
-    return context.messages({"prompt": PROMPT, **row}, side=side)[0][-1]["content"]
+    return context.messages({"prompt": PROMPT, **row}, renderer=renderer)[0][-1]["content"]
+
+
+def count_tokens(text: str) -> int:
+    return len(TOKENIZER(text, add_special_tokens=False)["input_ids"])
 
 
 # ---------------------------------------------------------------- values
@@ -32,7 +36,7 @@ def shown(body: str, side: PromptRenderer | None = SIDE, **row: Any) -> str:
 def test_messages_are_written_by_the_tokenizers_own_template_and_never_as_python_prints_them() -> None:
     """TRL PR 5990: a conversational context reached the teacher as "[{'role': …"."""
     turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
-    text = shown("{{ talk }}", talk=turns)
+    text = printed("{{ talk }}", talk=turns)
     assert text == TOKENIZER.apply_chat_template(turns, tokenize=False).strip()
     assert "role" not in text and "<|im_start|>assistant\nIt is 2.<|im_end|>" in text
 
@@ -41,10 +45,34 @@ def test_messages_without_a_chat_template_say_how_to_write_them() -> None:
     bare = make_tokenizer()
     bare.chat_template = None
     talk = [{"role": "user", "content": "1 + 1?"}]
-    with pytest.raises(TemplateError, match=r"no chat template to write them.*\n?.*for turn in"):
-        shown("{{ talk }}", PromptRenderer(bare), talk=talk)
+    with pytest.raises(TemplateError, match=r"no chat template to write them; .*for turn in"):
+        printed("{{ talk }}", PromptRenderer(bare), talk=talk)
     loop = "{% for turn in talk %}{{ turn.role }}: {{ turn.content }}{% endfor %}"
-    assert shown(loop, PromptRenderer(bare), talk=talk) == "user: 1 + 1?"
+    assert printed(loop, PromptRenderer(bare), talk=talk) == "user: 1 + 1?"
+
+
+def test_messages_that_the_chat_template_refuses_can_still_be_written_in_a_loop() -> None:
+    strict = make_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    talk = [{"role": "user", "content": "1 + 1?"}]
+    with pytest.raises(TemplateError, match=r"refuses these messages \(roles must alternate\); .*for turn in"):
+        printed("{{ talk }}", PromptRenderer(strict), talk=talk)
+    assert printed("{{ talk[0].content }}", PromptRenderer(strict), talk=talk) == "1 + 1?"
+
+
+def test_conversations_within_lists_and_mappings_are_written_too_and_so_is_the_prompt() -> None:
+    talk = [{"role": "user", "content": "1 + 1?"}]
+    text = "<|im_start|>user\n1 + 1?<|im_end|>"
+    assert printed("{{ talks }}|{{ info.talk }}", talks=[talk, talk], info={"talk": talk}) == f"{text}\n{text}|{text}"
+    assert printed("{{ messages }}") == "<|im_start|>user\nWhat?<|im_end|>"
+
+
+def test_some_turns_of_a_conversation_have_no_text_of_their_own_and_say_so() -> None:
+    """A slice is no conversation that a chat template has seen; printing it in another form would go unnoticed."""
+    talk = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    with pytest.raises(TemplateError, match=r"some turns of a conversation; .*for turn in"):
+        printed("{{ talk[:1] }}", talk=talk)
+    assert printed("{% for turn in talk[:1] %}{{ turn.content }}{% endfor %}", talk=talk) == "1 + 1?"
 
 
 @pytest.mark.parametrize(
@@ -60,7 +88,7 @@ def test_messages_without_a_chat_template_say_how_to_write_them() -> None:
     ],
 )
 def test_other_values_read_as_a_person_would_write_them(value: Any, text: str) -> None:
-    assert shown("[{{ value }}]", value=value) == f"[{text}]"
+    assert printed("[{{ value }}]", value=value) == f"[{text}]"
 
 
 # ---------------------------------------------------------------- filters
@@ -84,34 +112,12 @@ def test_last_boxed_finds_the_last_whole_box_with_its_braces() -> None:
     assert last_boxed(r"\boxed{1} and \boxed{\frac{a}{b}} end") == r"\frac{a}{b}"
     for text in ("no box", r"\boxed{open {a}"):
         with pytest.raises(TemplateError, match="last_boxed finds no whole"):
-            shown("{{ text | last_boxed }}", text=text)
+            printed("{{ text | last_boxed }}", text=text)
 
 
 def test_number_lines_counts_lines_that_say_something() -> None:
     assert number_lines("a\n\n  b\nc") == "1. a\n2.   b\n3. c"
-    assert shown("{{ steps | number_lines }}", steps=["add", "carry"]) == "1. add\n2. carry"
-
-
-@pytest.mark.parametrize("at", ["token", "sentence", "line"])
-@pytest.mark.parametrize("side", ["head", "tail", "middle"])
-@pytest.mark.parametrize("count", [8, 13, 20])
-def test_truncate_tokens_keeps_to_its_count_and_shows_the_gap(at: Any, side: Any, count: int) -> None:
-    with read_by(SIDE):
-        cut = truncate_tokens(PROSE, count, side, at)
-        assert truncate_tokens(PROSE, 1000, side, at) == PROSE
-    assert count_tokens(cut, TOKENIZER) <= count < count_tokens(PROSE, TOKENIZER)
-    assert ELLIPSIS in cut
-
-
-def test_truncate_tokens_that_would_leave_nothing_is_an_error() -> None:
-    with pytest.raises(TemplateError, match=r"truncate_tokens\(1\) leaves nothing"):
-        shown("{{ text | truncate_tokens(1) }}", text="añ€𝄞漢字" * 9)
-
-
-@pytest.mark.parametrize("share", [0, -0.1, 1.5])
-def test_reveal_of_no_share_is_an_error(share: float) -> None:
-    with pytest.raises(TemplateError, match="above 0 and up to 1"):
-        shown("{{ text | reveal(" + str(share) + ") }}", text="a b c")
+    assert printed("{{ steps | number_lines }}", steps=["add", "carry"]) == "1. add\n2. carry"
 
 
 # ---------------------------------------------------------------- boundaries
@@ -160,21 +166,37 @@ def test_a_share_is_a_beginning_and_no_longer_than_its_share(text: str, share: f
     if share == 1.0:
         assert part == text
         return
-    told = part.removesuffix(ELLIPSIS).rstrip()
-    assert text.startswith(told)
-    tokens = count_tokens(text, TOKENIZER)
-    assert count_tokens(told, TOKENIZER) <= max(1, int(share * tokens)) + 4  # a character is kept whole: up to four
+    beginning = part.removesuffix(ELLIPSIS).rstrip()
+    assert text.startswith(beginning)
+    tokens = count_tokens(text)
+    assert count_tokens(beginning) <= max(1, int(share * tokens)) + 4  # a character is kept whole: up to four
 
 
-def test_the_setting_reveal_is_the_filter_reveal() -> None:
+@pytest.mark.parametrize("reveal", [0.3, {"text": 0.3}])
+def test_reveal_inserts_the_first_share_of_a_field_by_the_tokenizers_tokens(reveal: Any) -> None:
     text = "First take twelve and seven, then add the ones and the tens of both."
-    source = "{% block user %}{{ prompt }} [{{ text BODY }}]{% endblock %}"
-    by_setting = PrivilegedContext.from_string(source.replace("BODY", ""), reveal=0.3)
-    by_filter = PrivilegedContext.from_string(source.replace("BODY", "| reveal(0.3)"))
+    source = "{% block user %}{{ prompt }} [{{ text }}]{% endblock %}"
+    context = PrivilegedContext.from_string(source, reveal=reveal)
     row = {"prompt": PROMPT, "text": text}
-    assert by_setting.render(row, side=SIDE) == by_filter.render(row, side=SIDE)
-    shown_text = by_setting.messages(row, side=SIDE)[0][0]["content"].partition("[")[2]
-    assert count_tokens(shown_text.partition(" …")[0], TOKENIZER) == int(0.3 * count_tokens(text, TOKENIZER))
+    content = context.messages(row, renderer=RENDERER)[0][0]["content"].partition("[")[2]
+    assert text.startswith(content.partition(" …")[0])
+    assert count_tokens(content.partition(" …")[0]) == int(0.3 * count_tokens(text))
+    assert content in TOKENIZER.decode(context.render(row, renderer=RENDERER))
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.5, True, "0.5"])
+def test_reveal_of_no_share_is_an_error(share: Any) -> None:
+    with pytest.raises(ConfigError, match="above 0 and up to 1"):
+        PrivilegedContext("worked_solution", reveal=share)
+
+
+def test_reveal_and_truncate_apply_to_a_conversation_as_its_text() -> None:
+    talk = [{"role": "user", "content": "one two three four"}, {"role": "assistant", "content": "five six seven eight"}]
+    source = "{% block user %}{{ talk }}{% endblock %}"
+    whole = TOKENIZER.apply_chat_template(talk, tokenize=False).strip()
+    context = PrivilegedContext.from_string(source, reveal=0.5)
+    content = context.messages({"prompt": PROMPT, "talk": talk}, renderer=RENDERER)[0][0]["content"]
+    assert content.endswith(" …") and whole.startswith(content.removesuffix(" …")) and len(content) < len(whole)
 
 
 def test_fields_can_change_places() -> None:
@@ -189,7 +211,7 @@ def test_messages_in_a_field_bring_no_tools_and_no_first_token() -> None:
     tokenizer.chat_template = "{{ bos_token }}{% if tools %}TOOLS {% endif %}" + tokenizer.chat_template
     tool = {"type": "function", "function": {"name": "clock", "description": "The time.", "parameters": {}}}
     side = PromptRenderer(tokenizer, tools=[tool])
-    assert shown("{{ talk }}", side, talk=PROMPT) == "<|im_start|>user\nWhat?<|im_end|>"
+    assert printed("{{ talk }}", side, talk=PROMPT) == "<|im_start|>user\nWhat?<|im_end|>"
 
 
 def test_an_empty_system_turn_is_refused() -> None:
