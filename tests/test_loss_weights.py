@@ -20,9 +20,9 @@ from opsd.losses.estimators import (
     k1,
     k2,
     k3,
-    log_ratio,
     mean_reward_to_go,
 )
+from opsd.losses.pointwise import log_ratio
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 rows_of = st.lists(st.integers(1, 7), min_size=1, max_size=5)

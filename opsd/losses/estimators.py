@@ -10,18 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd.losses.pointwise import FLOOR
-
 FUTURES = {
     "none": "each token pays for itself",
     "discounted": "each token also pays for the later ones, discounted by {discount:g} a token",
     "mean": "each token also pays the mean of the later ones",
 }
-
-
-def log_ratio(student_N: Tensor, teacher_N: Tensor) -> Tensor:
-    """Return r, each log-probability floored as in the divergence."""
-    return student_N.clamp(min=FLOOR) - teacher_N.clamp(min=FLOOR)
 
 
 def k1(ratio_N: Tensor) -> Tensor:

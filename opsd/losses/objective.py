@@ -20,8 +20,9 @@ from torch.utils._triton import has_triton
 
 from opsd.errors import ConfigError, not_one_of
 from opsd.losses.divergence import Divergence
-from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_reward_to_go, log_ratio, mean_reward_to_go
+from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_reward_to_go, mean_reward_to_go
 from opsd.losses.kernel import Kernel
+from opsd.losses.pointwise import log_ratio
 from opsd.losses.rule import Tokens, TrainingRule, compiled
 from opsd.losses.token_weights import contrastive, keep_top_fraction
 from opsd.models.head import Head
@@ -113,10 +114,10 @@ class Objective:
         self._check_reward_to_go()
 
     def _check_reward_to_go(self) -> None:
-        if self.reward_to_go != "none" and self.divergence.beta != 1.0:
+        if self.reward_to_go != "none" and not self.divergence.kind.has_sampled_estimator:
             raise ConfigError(
-                f"reward_to_go {self.reward_to_go!r} belongs to the reverse KL of whole rollouts, and beta is "
-                f"{self.divergence.beta:g}. Set beta to 1, or reward_to_go to 'none'."
+                f"reward_to_go {self.reward_to_go!r} belongs to the reverse KL of whole rollouts, and "
+                f"{self.divergence.chosen_by}. {self.divergence.set_reverse_kl}, or reward_to_go to 'none'."
             )
         if self.reward_to_go == "none" and self.discount != 1.0:
             raise ConfigError("discount has no effect while reward_to_go is 'none'. Set reward_to_go to 'discounted'.")

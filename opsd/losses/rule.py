@@ -18,7 +18,7 @@ from torch import Tensor
 from opsd.losses.divergence import Divergence, sampled_logprobs
 from opsd.losses.estimators import importance_weight
 from opsd.losses.kernel import BlockLoss
-from opsd.losses.pointwise import FLOOR, pointwise_terms
+from opsd.losses.pointwise import FLOOR, reverse_kl
 from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal, TopKSignal
 
 
@@ -111,12 +111,11 @@ class TrainingRule:
         weight_R = self._corrected(weight_R, tokens, metrics)
         loss_R, grad_log_s_RV = weight_R * value_R, weight_R[:, None] * grad_log_s_RV
         if self.reference is not None:
-            log_anchor = self.reference.combine(others[-1:], temperature)
-            held = pointwise_terms(log_s, s, log_anchor, beta=1.0)
-            metrics["ref_kl"] = held.value.sum(-1)
+            terms = reverse_kl(log_s, s, self.reference.combine(others[-1:], temperature))
+            metrics["ref_kl"] = terms.value.sum(-1)
             weight_R = self.ref_kl_coef * weight_R
             loss_R = loss_R + weight_R * metrics["ref_kl"]
-            grad_log_s_RV = grad_log_s_RV + weight_R[:, None] * held.grad_log_s
+            grad_log_s_RV = grad_log_s_RV + weight_R[:, None] * terms.grad_log_s
         grad_RV = torch.addcmul(grad_log_s_RV, s, grad_log_s_RV.sum(-1, keepdim=True), value=-1.0)
         return BlockLoss(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, metrics)
 

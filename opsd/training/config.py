@@ -13,13 +13,14 @@ from trl import DistillationConfig
 
 from opsd.errors import ConfigError, OPSDWarning
 from opsd.losses import Divergence, Objective
-from opsd.losses.divergence import NEAR_AN_END
 from opsd.training.controls import CONTROLS, control_of
 from opsd.training.groups import Groups
 from opsd.training.machine import choose_bf16
 
 # Below it most training tokens are not the student's own: what it meets at inference it has not been trained on.
 LOW_LMBDA = 0.5
+# Nearer to an end than this the generalised JSD is close to 0, whatever the two models predict.
+NEAR_AN_END = 0.05
 
 
 @dataclass
@@ -51,6 +52,13 @@ class OPSDConfig(DistillationConfig):
     seq_kd: bool = field(
         default=False,
         metadata={"help": "Take off-policy completions from the teacher's own samples. No effect where lmbda is 1."},
+    )
+    divergence: str | None = field(
+        default=Divergence.divergence,
+        metadata={
+            "help": "The divergence by its name in losses.pointwise.DIVERGENCES: forward_kl, reverse_kl, "
+            "generalised_jsd, or one that you added. Unset: the one that beta chooses."
+        },
     )
     support: str = field(
         default=Divergence.support,
@@ -289,20 +297,23 @@ class OPSDConfig(DistillationConfig):
             )
         if self.seq_kd and self.lmbda == 1.0:
             warnings.warn("seq_kd has no effect where lmbda is 1: no row is off-policy.", OPSDWarning, stacklevel=4)
-        if 0.0 < min(self.beta, 1.0 - self.beta) < NEAR_AN_END:
+        kind = self.objective.divergence.kind
+        if kind.vanishes_near_ends and min(self.beta, 1.0 - self.beta) < NEAR_AN_END:
             warnings.warn(
-                f"beta is {self.beta:g}: the generalised JSD goes to 0 at both ends, so the loss and its gradient "
-                "nearly vanish. For the exact KLs use 0 (forward) or 1 (reverse).",
+                f"beta is {self.beta:g}: the {kind.describe(self.beta)} goes to 0 at both ends, so the loss and its "
+                "gradient nearly vanish. For the exact KLs use beta 0 (forward) or 1 (reverse).",
                 OPSDWarning,
                 stacklevel=4,
             )
 
     def _warn_no_effect(self) -> None:
         """Name settings that change nothing in this combination."""
+        kind = self.objective.divergence.kind
         idle = {
+            "beta": self.beta != Divergence.beta and self.divergence is not None and not kind.uses_beta,
             "support_k": self.support in ("full", "sampled") and self.support_k != Divergence.support_k,
             "tail": self.support in ("full", "sampled") and self.tail != Divergence.tail,
-            "force_tail": self.force_tail and (self.tail != "none" or self.beta == 0.0),
+            "force_tail": self.force_tail and (self.tail != "none" or not kind.falls_off_support),
             "baseline": self.support != "sampled" and self.baseline != Divergence.baseline,
             "keep_by": self.keep_fraction == 1.0 and self.keep_by != Objective.keep_by,
             "grpo_on": self.grpo_coef == 0.0 and self.grpo_on != Groups.grpo_on,
