@@ -16,6 +16,7 @@ from opsd.losses import Divergence, Objective
 from opsd.training.controls import CONTROLS, control_of
 from opsd.training.groups import Groups
 from opsd.training.machine import choose_bf16
+from opsd.training.token_selection import TokenSelectionSettings
 
 # Below it most training tokens are not the student's own: what it meets at inference it has not been trained on.
 LOW_LMBDA = 0.5
@@ -24,7 +25,7 @@ NEAR_AN_END = 0.05
 
 
 @dataclass
-class OPSDConfig(DistillationConfig):
+class OPSDConfig(TokenSelectionSettings, DistillationConfig):
     """Settings of an opsd run; every field of TRL's DistillationConfig and transformers' TrainingArguments is here too.
 
     `beta` and `temperature` choose the divergence as in GKD: 1 is the reverse KL, 0 the forward KL, between them the
@@ -138,28 +139,9 @@ class OPSDConfig(DistillationConfig):
             "(RLCSD). Costs one forward pass."
         },
     )
-    skip_first_tokens: int = field(
-        default=0, metadata={"help": "Tokens at the start of each completion that are not trained on (SDFT: 3)."}
-    )
-    first_tokens_only: int | None = field(
-        default=None,
-        metadata={"help": "Train on this many tokens from the start of each completion; passes end there."},
-    )
-    mask_truncated_completions: bool = field(
-        default=False, metadata={"help": "Leave out completions that were cut at max_completion_length."}
-    )
-    mask_special_tokens: bool = field(
-        default=False,
-        metadata={"help": "Leave out the tokenizer's special tokens, the end of a turn among them."},
-    )
-    mask_tokens: list[str] | None = field(default=None, metadata={"help": "Tokens that are not trained on, as text."})
     student_system_prompt: str | None = field(
         default=None,
         metadata={"help": "The student's system turn, in rows that have none. A context's `system` is the teacher's."},
-    )
-    pass_rate_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with the share of attempts p that pass; rows weigh 4·p·(1-p) (SSOPD)."},
     )
     num_generations: int = field(
         default=1,
@@ -255,11 +237,7 @@ class OPSDConfig(DistillationConfig):
                 f"max_completion_length must be at least 1, and is {self.max_completion_length}. Without a token "
                 "there is nothing to score. Set it to the tokens a full answer needs."
             )
-
-        for name, least in {"skip_first_tokens": 0, "first_tokens_only": 1}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} counts tokens of a completion, must be at least {least}, and is {value}.")
+        self.check_token_selection()
         self._check_groups()
 
     def _check_groups(self) -> None:
