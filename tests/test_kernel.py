@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompu
 
 # ---- sabotage ------------------------------------------------------------------------------------------------------
 
-real_scatter, real_through = supports.scatter_to_vocab, Head.through
+real_scatter, real_transform = supports.scatter_to_vocab, Head.backward_transform
 real_choose, real_clip = supports.choose, pointwise.clip_terms
 real_return, real_importance = objective_module.discounted_reward_to_go, rule.importance_weight
 real_call, real_corrected = rule.TrainingRule.__call__, rule.TrainingRule._corrected
@@ -244,15 +244,15 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         lambda p, rest, tail: torch.cat([p, rest], -1),
         of(**UNION, tail="renormalise"),
     ),
-    "no gradient": (Head, "through", lambda self, grad, z: grad * 0, of()),
+    "no gradient": (Head, "backward_transform", lambda self, grad, z: grad * 0, of()),
     "half the gradient": (rule.TrainingRule, "__call__", times(0.5), of()),
     "temperature left out of the chain": (rule.TrainingRule, "__call__", times(1.5), of(temperature=1.5)),
     "temperature twice in the chain": (rule.TrainingRule, "__call__", times(1 / 1.5), of(temperature=1.5)),
-    "soft-cap left out of the chain": (Head, "through", lambda self, grad, z: grad * self.scale, of()),
+    "soft-cap left out of the chain": (Head, "backward_transform", lambda self, grad, z: grad * self.scale, of()),
     "scale left out of the chain": (
         Head,
-        "through",
-        lambda self, grad, z: real_through(self, grad, z) / self.scale,
+        "backward_transform",
+        lambda self, grad, z: real_transform(self, grad, z) / self.scale,
         of(),
     ),
     "a cost's sign": (objective_module, "discounted_reward_to_go", lambda *a: -real_return(*a), of(**FUTURE)),

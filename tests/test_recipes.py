@@ -136,7 +136,7 @@ def test_recipe_trains_a_step(name: str, tmp_path: Path, llama_folder: str) -> N
     ("name", "objective", "rows"),
     [
         ("gkd", "forward KL(teacher ‖ student); tokens: all", None),
-        ("minillm", "reverse KL(student ‖ teacher); each token also pays the mean of the later ones; tokens: all", 64),
+        ("minillm", "reverse KL(student ‖ teacher); plus the mean reward of later tokens; tokens: all", 64),
         ("on_policy_distillation", SAMPLED, 512 * 4),
         ("strong_to_weak_1", "forward KL(teacher ‖ student); tokens: all", None),
         ("strong_to_weak_2", "reverse KL(student ‖ teacher); tokens: all", None),
@@ -170,7 +170,7 @@ def test_published_recipe_has_the_objective_and_batch_of_its_source(
 
 
 def test_sdpo_and_srpo_show_a_success_of_the_group_and_differ_in_who_learns_how(tmp_path: Path) -> None:
-    eight = "8 rollout(s) per prompt, rewarded by last_number; "
+    eight = "8 rollouts per prompt, rewarded by last_number; "
     words = {name: Groups.from_config(settings(name, tmp_path), "last_number").describe() for name in ("sdpo", "srpo")}
     assert words == {
         "sdpo": eight + "every rollout is distilled (success from 1)",

@@ -7,7 +7,7 @@ Shapes: N scored tokens of a micro-batch · R of them in a block · V vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -72,25 +72,85 @@ def sampled_logprobs(teacher: Tensor | TopKSignal, token_ids_R: Tensor) -> Tenso
     return teacher.gather(-1, token_ids_R[:, None])[:, 0]
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """A divergence with its support, tail, clips and temperature.
+@dataclass
+class DivergenceSettings:
+    """Settings of an OPSDConfig that choose what is compared at each token.
 
-    Args:
-        beta: in [0, 1]; chooses the divergence as in GKD.
-        temperature: divides both sides' logits, > 0.
-        support: what is compared; a key of `SUPPORTS`.
-        support_k: ids per side of a top-k support; SDPO (arXiv 2601.20802) takes 100, SDFT's recipe 20.
-        tail: what becomes of the mass outside a top-k support; a key of `TAILS`.
-        force_tail: accept tail "none" with β > 0, whose minimum is no mass on the support at all.
-        entry_clip: nats; each vocabulary entry adds at most this (OPSD, arXiv 2601.18734: 0.05). A forward KL can
-            then be negative, which is no error. None does not clip.
-        token_clip: nats; each token adds at most this, and has no gradient above it. None does not clip.
-        entropy_gate: nats of the teacher's entropy above which the forward KL is added to the reverse KL (EOPD, arXiv
-            2603.07079). None does not gate.
-        baseline: what a sampled token's log-ratio is compared with in the policy gradient: "optimal", the
-            number that makes the gradient vary least (`estimators.optimal_baseline`), or "none".
-        divergence: a key of DIVERGENCES, in place of the one that `beta` chooses.
+    Example:
+        >>> OPSDConfig("runs/first", beta=0.0, support="teacher_top_k", support_k=20)
+    """
+
+    beta: float = field(
+        default=1.0,
+        metadata={
+            "help": "Divergence as in GKD (arXiv 2306.13649), in [0, 1]: 1 is the reverse KL(student ‖ teacher), 0 the "
+            "forward KL(teacher ‖ student), between them the generalised JSD."
+        },
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Divides the logits of both models, in sampling and in the divergence; above 0."},
+    )
+    support: str = field(
+        default="full",
+        metadata={
+            "help": "Vocabulary entries that are compared: full (all of them), teacher_top_k, student_top_k, union "
+            "(both), or sampled (the sampled token, as a policy gradient)."
+        },
+    )
+    support_k: int = field(
+        default=100,
+        metadata={
+            "help": "Tokens per side of a top-k support, at least 1 (SDPO, arXiv 2601.20802: 100; SDFT's recipe: 20)."
+        },
+    )
+    tail: str = field(
+        default="bucket",
+        metadata={
+            "help": "Probability mass outside a top-k support: bucket (one more entry), renormalise (both sides are "
+            "divided by their mass on the support), or none (left out)."
+        },
+    )
+    force_tail: bool = field(
+        default=False,
+        metadata={"help": "Accept tail none where the loss falls when the student moves mass outside the support."},
+    )
+    entry_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest value of a vocabulary entry's term in nats, without gradient above it (OPSD, arXiv "
+            "2601.18734: 0.05). Unset: no clip."
+        },
+    )
+    token_clip: float | None = field(
+        default=None,
+        metadata={"help": "Largest divergence of a token in nats, without gradient above it. Unset: no clip."},
+    )
+    entropy_gate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Entropy of the teacher in nats above which the forward KL is added to the reverse KL (EOPD, arXiv "
+            "2603.07079). Unset: never."
+        },
+    )
+    baseline: str = field(
+        default="optimal",
+        metadata={"help": "Baseline of the policy gradient with support sampled: optimal (least variance), or none."},
+    )
+    divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of a divergence in losses.pointwise.DIVERGENCES: forward_kl, reverse_kl, generalised_jsd, or "
+            "one that you added. Unset: the one that beta chooses."
+        },
+    )
+
+
+@dataclass
+class Divergence(DivergenceSettings):
+    """A divergence with its support, tail, clips and temperature; the fields are those of `DivergenceSettings`.
+
+    Settings are checked when it is made. Make another with `dataclasses.replace` rather than assigning to a field.
 
     Raises:
         ConfigError: a setting outside its range, or a combination that cannot work.
@@ -99,18 +159,6 @@ class Divergence:
         >>> Divergence(beta=0.0, support="teacher_top_k", support_k=20).describe()
         "forward KL(teacher ‖ student), over the teacher's 20 likeliest tokens, one bucket for the rest"
     """
-
-    beta: float = 1.0
-    temperature: float = 1.0
-    support: str = "full"
-    support_k: int = 100
-    tail: str = "bucket"
-    force_tail: bool = False
-    entry_clip: float | None = None
-    token_clip: float | None = None
-    entropy_gate: float | None = None
-    baseline: str = "optimal"
-    divergence: str | None = None
 
     def __post_init__(self) -> None:
         self._check_ranges()

@@ -172,7 +172,7 @@ def check_settings(
             "sample. Use another teacher, or set seq_kd to false."
         )
     spread = args.accelerator_config
-    if groups.size > 1 and (spread.split_batches or spread.dispatch_batches):
+    if groups.num_generations > 1 and (spread.split_batches or spread.dispatch_batches):
         raise ConfigError(
             "num_generations is above 1, and accelerator_config splits or dispatches batches: rollouts of one prompt "
             "would land in different processes, and could not be compared. Leave both options off."
@@ -309,9 +309,9 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
         ConfigError: a context that nothing could fill.
     """
     groups.rewards.check_columns(row_columns(dataset))
-    if trains and groups.size == 1 and groups.rewards.functions:
+    if trains and groups.num_generations == 1 and groups.rewards.functions:
         _check_siblings(teacher)
-    if trains and groups.size > 1 and not isinstance(dataset, Dataset):
+    if trains and groups.num_generations > 1 and not isinstance(dataset, Dataset):
         raise DataError(
             "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
             "Load them as a Dataset, or set num_generations to 1."
