@@ -106,7 +106,14 @@ def test_control_trains_as_long_on_the_same_questions_in_the_same_order(tmp_path
 
 @pytest.mark.parametrize("name", CONTROLS)
 def test_control_wins_over_what_the_run_says_of_the_same_settings(tmp_path: Path, name: str) -> None:
-    run = {"beta": 0.5, "entry_clip": 0.05, "lmbda": 1.0, "ref_kl_coef": 0.1, "num_generations": 2}
+    run = {
+        "beta": 0.5,
+        "divergence": "generalised_jsd",
+        "entry_clip": 0.05,
+        "lmbda": 1.0,
+        "ref_kl_coef": 0.1,
+        "num_generations": 2,
+    }
     args = make_args(tmp_path, control=name, per_device_train_batch_size=4, **run)
     for setting, value in CONTROLS[name].settings.items():
         assert getattr(args, setting) == value

@@ -40,7 +40,7 @@ def graded(
     texts = [f"<think>so t{n + 1}?</think> t{n}" if n % 2 else f"t{n}" for n in range(len(rewards))]
     rows = [{"prompt": f"prompt {n // (2 * size)}", "answer": "19"} for n in range(len(rewards))]
     rollouts = Rollouts(rows, [[1]] * len(rows), [[10 + n] * 3 for n in range(len(rows))])
-    groups = Groups(Rewards.parse(returns(rewards, feedback), None), size=size, **settings)
+    groups = Groups(Rewards.parse(returns(rewards, feedback), None), num_generations=size, **settings)
     return groups.grade(rollouts, lambda ids: texts, SameCheckpointTeacher(context=context).has_fields, STATE)
 
 
@@ -107,7 +107,7 @@ def test_feedback_belongs_to_its_own_rollout_and_blank_feedback_is_none() -> Non
 
 def test_rows_that_stand_for_themselves_have_no_siblings() -> None:
     """In evaluation each row is sampled once: neighbours are other questions, and their answers would be shown."""
-    groups = Groups(Rewards.parse(returns([1.0, 1.0, 0.0]), None), size=4, grpo_coef=1.0)
+    groups = Groups(Rewards.parse(returns([1.0, 1.0, 0.0]), None), num_generations=4, grpo_coef=1.0)
     rows = [{"prompt": [{"role": "user", "content": f"{n}?"}], "answer": "1"} for n in range(3)]
     rollouts = Rollouts(rows, [[1]] * 3, [[5]] * 3)
     found, _ = groups.grade(rollouts, lambda ids: ["a", "b", "c"], lambda row, made: True, STATE)

@@ -162,22 +162,28 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompu
 
 # ---- sabotage ------------------------------------------------------------------------------------------------------
 
-real_terms, real_scatter, real_through = pointwise.pointwise_terms, supports.scatter_to_vocab, Head.through
+real_scatter, real_transform = supports.scatter_to_vocab, Head.backward_transform
 real_choose, real_clip = supports.choose, pointwise.clip_terms
-real_cost, real_importance = objective_module.discounted_reward_to_go, rule.importance_weight
+real_return, real_importance = objective_module.discounted_reward_to_go, rule.importance_weight
 real_call, real_corrected = rule.TrainingRule.__call__, rule.TrainingRule._corrected
 
 
-def flipped(of_beta: float) -> Callable[..., PointwiseTerms]:
-    def entries_of(log_s: Any, s: Any, log_t: Any, beta: float) -> PointwiseTerms:
-        found = real_terms(log_s, s, log_t, beta)
-        return PointwiseTerms(-found.value, -found.grad_log_s, found.shift) if beta == of_beta else found
+def flipped(terms: Callable[..., PointwiseTerms]) -> Callable[..., PointwiseTerms]:
+    def of_flipped_sign(*args: Any) -> PointwiseTerms:
+        right = terms(*args)
+        return PointwiseTerms(-right.value, -right.grad_log_s, -right.shift)
 
-    return entries_of
+    return of_flipped_sign
 
 
-def swapped(log_s: Any, s: Any, log_t: Any, beta: float) -> PointwiseTerms:
-    return real_terms(log_t, log_t.exp(), log_s, beta)
+def swapped(terms: Callable[..., PointwiseTerms]) -> Callable[..., PointwiseTerms]:
+    return lambda log_s, s, log_t, *beta: terms(log_t, log_t.exp(), log_s, *beta)
+
+
+def row(name: str, change: Callable[..., Any]) -> tuple[Any, str, Any]:
+    """A row of the table whose terms are changed."""
+    table = pointwise.DIVERGENCES
+    return table, name, replace(table[name], terms=change(table[name].terms))
 
 
 def without_tail_slope(found: PointwiseTerms, *rest: Any) -> Any:
@@ -200,7 +206,7 @@ def times(factor: float) -> Callable[..., Any]:
 
 
 def reversed_time(ratio: Any, row: Any, discount: float) -> Any:
-    return real_cost(ratio.flip(0), row.flip(0), discount).flip(0)
+    return real_return(ratio.flip(0), row.flip(0), discount).flip(0)
 
 
 def of(**settings: Any) -> Objective:
@@ -212,13 +218,13 @@ def of(**settings: Any) -> Objective:
 UNION = {"support": "union", "support_k": 4}
 FUTURE = {"reward_to_go": "discounted", "discount": 0.8}
 SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
-    "reverse KL's sign": (divergence, "pointwise_terms", flipped(1.0), of()),
-    "forward KL's sign": (divergence, "pointwise_terms", flipped(0.0), of(beta=0.0)),
-    "JSD's sign": (divergence, "pointwise_terms", flipped(0.5), of(beta=0.5)),
-    "reverse KL of the other side": (divergence, "pointwise_terms", swapped, of()),
-    "forward KL of the other side": (divergence, "pointwise_terms", swapped, of(beta=0.0)),
-    "JSD of the other side": (divergence, "pointwise_terms", swapped, of(beta=0.3)),
-    "forward KL in a gate": (divergence, "pointwise_terms", flipped(0.0), of(entropy_gate=2.0)),
+    "reverse KL's sign": (*row("reverse_kl", flipped), of()),
+    "forward KL's sign": (*row("forward_kl", flipped), of(beta=0.0)),
+    "JSD's sign": (*row("generalised_jsd", flipped), of(beta=0.5)),
+    "reverse KL of the other side": (*row("reverse_kl", swapped), of()),
+    "forward KL of the other side": (*row("forward_kl", swapped), of(beta=0.0)),
+    "JSD of the other side": (*row("generalised_jsd", swapped), of(beta=0.3)),
+    "forward KL in a gate": (divergence, "forward_kl", flipped(pointwise.forward_kl), of(entropy_gate=2.0)),
     "JSD's mixture the other way round": (pointwise, "_log_mixture", lambda gap, b: (gap * 0, gap * 0), of(beta=0.3)),
     "weights dropped": (rule.TrainingRule, "_corrected", lambda s, w, *a: w * 0 + 1, of()),
     "costs dropped": (rule.TrainingRule, "_with_policy_gradient", lambda self, slope, tokens: slope, of(**FUTURE)),
@@ -238,35 +244,35 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         lambda p, rest, tail: torch.cat([p, rest], -1),
         of(**UNION, tail="renormalise"),
     ),
-    "no gradient": (Head, "through", lambda self, grad, z: grad * 0, of()),
+    "no gradient": (Head, "backward_transform", lambda self, grad, z: grad * 0, of()),
     "half the gradient": (rule.TrainingRule, "__call__", times(0.5), of()),
     "temperature left out of the chain": (rule.TrainingRule, "__call__", times(1.5), of(temperature=1.5)),
     "temperature twice in the chain": (rule.TrainingRule, "__call__", times(1 / 1.5), of(temperature=1.5)),
-    "soft-cap left out of the chain": (Head, "through", lambda self, grad, z: grad * self.scale, of()),
+    "soft-cap left out of the chain": (Head, "backward_transform", lambda self, grad, z: grad * self.scale, of()),
     "scale left out of the chain": (
         Head,
-        "through",
-        lambda self, grad, z: real_through(self, grad, z) / self.scale,
+        "backward_transform",
+        lambda self, grad, z: real_transform(self, grad, z) / self.scale,
         of(),
     ),
-    "a cost's sign": (objective_module, "discounted_reward_to_go", lambda *a: -real_cost(*a), of(**FUTURE)),
+    "a cost's sign": (objective_module, "discounted_reward_to_go", lambda *a: -real_return(*a), of(**FUTURE)),
     "a cost of the past": (objective_module, "discounted_reward_to_go", reversed_time, of(**FUTURE)),
     "a cost of oneself": (
         objective_module,
         "discounted_reward_to_go",
-        lambda r, row, d: r + real_cost(r, row, d),
+        lambda r, row, d: r + real_return(r, row, d),
         of(**FUTURE),
     ),
     "a cost across rollouts": (
         objective_module,
         "discounted_reward_to_go",
-        lambda r, row, d: real_cost(r, row * 0, d),
+        lambda r, row, d: real_return(r, row * 0, d),
         of(**FUTURE),
     ),
     "no discount": (
         objective_module,
         "discounted_reward_to_go",
-        lambda r, row, d: real_cost(r, row, 1.0),
+        lambda r, row, d: real_return(r, row, 1.0),
         of(**FUTURE),
     ),
     "mean over all": (
@@ -288,13 +294,8 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         of(importance_clip=1.2),
     ),
     "no ratios": (rule.TrainingRule, "_corrected", lambda self, w, *a: w, of(importance_clip=1.2)),
-    "anchor the other way round": (
-        rule,
-        "pointwise_terms",
-        lambda a, s, b, beta: swapped(a, s, b, beta),
-        of(ref_kl_coef=0.5),
-    ),
-    "anchor's sign": (rule, "pointwise_terms", flipped(1.0), of(ref_kl_coef=0.5)),
+    "reference KL the other way round": (rule, "reverse_kl", swapped(pointwise.reverse_kl), of(ref_kl_coef=0.5)),
+    "reference KL's sign": (rule, "reverse_kl", flipped(pointwise.reverse_kl), of(ref_kl_coef=0.5)),
     "no entry clip": (divergence, "clip_terms", lambda f, s, c: real_clip(f, s, 1e9), of(entry_clip=0.02)),
     "an entry clip with a gradient": (
         divergence,
@@ -338,7 +339,7 @@ class TestSabotage:
         self, place: Any, name: str, broken: Any, objective: Objective, asked: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         agrees(objective, asked)
-        monkeypatch.setattr(place, name, broken)
+        (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, name, broken)
         with pytest.raises(AssertionError):
             agrees(objective, asked)
 

@@ -20,9 +20,9 @@ from opsd.losses.estimators import (
     k1,
     k2,
     k3,
-    log_ratio,
     mean_reward_to_go,
 )
+from opsd.losses.pointwise import log_ratio
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 rows_of = st.lists(st.integers(1, 7), min_size=1, max_size=5)
@@ -30,43 +30,6 @@ rows_of = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 
 def packed(lengths: list[int]) -> torch.Tensor:
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-
-
-# ---- masks ---------------------------------------------------------------------------------------------------------
-
-MASKS = {
-    "skip first": (token_weights.skip_first([1, 1, 0, 1], 1), [0, 1, 0, 1]),
-    "skip none": (token_weights.skip_first([1, 1, 0, 1], 0), [1, 1, 0, 1]),
-    "skip more than there are": (token_weights.skip_first([1, 1], 9), [0, 0]),
-    "first only": (token_weights.first_only([1, 0, 1, 1], 3), [1, 0, 1, 0]),
-    "first of none": (token_weights.first_only([], 3), []),
-    "without ids": (token_weights.without_ids([1, 1, 0, 1], [5, 6, 7, 5], {5}), [0, 1, 0, 0]),
-    "ended": (token_weights.without_truncated([1, 0], [5, 2], {2}), [1, 0]),
-    "truncated": (token_weights.without_truncated([1, 1], [2, 5], {2}), [0, 0]),
-    "nothing generated": (token_weights.without_truncated([], [], {2}), []),
-    "composed": (token_weights.first_only(token_weights.skip_first([1] * 5, 1), 3), [0, 1, 1, 0, 0]),
-}
-
-
-@pytest.mark.parametrize(("found", "expected"), MASKS.values(), ids=MASKS)
-def test_a_mask_leaves_out_what_its_name_says(found: list[int], expected: list[int]) -> None:
-    assert found == expected
-
-
-def test_a_mask_and_ids_of_another_length_are_an_error() -> None:
-    with pytest.raises(ValueError, match="zip"):
-        token_weights.without_ids([1], [1, 2], set())
-
-
-@pytest.mark.parametrize(("rate", "weight"), [(0.0, 0.0), (0.25, 0.75), (0.5, 1.0), (1.0, 0.0)])
-def test_a_pass_rate_weighs_most_in_the_middle(rate: float, weight: float) -> None:
-    assert token_weights.by_pass_rate(rate) == weight
-
-
-@pytest.mark.parametrize("rate", [-0.1, 1.1, math.nan])
-def test_a_pass_rate_that_is_no_share_is_refused(rate: float) -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        token_weights.by_pass_rate(rate)
 
 
 # ---- the tokens of a rollout ---------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def test_a_second_backward_pass_is_refused() -> None:
     asked = problem(3)
     loss = Objective()(asked.hidden_ND.requires_grad_(), asked.head, asked.signal, asked.tokens).loss
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=r"backward twice.*Compute the loss again"):
+    with pytest.raises(RuntimeError, match=r"backward was called twice.*Compute the loss again"):
         loss.backward()
 
 

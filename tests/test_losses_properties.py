@@ -248,8 +248,18 @@ REFUSED = [
     (NONE, "is refused", "falls", "Use tail 'bucket'"),
     (NONE | {"beta": 0.5}, "is refused", "falls", "force_tail"),
     ({"support": "sampled", "beta": 0.5}, "reverse KL", "beta is 0.5", "Set beta to 1"),
-    ({"support": "sampled", "entry_clip": 0.1}, "entry_clip looks at the whole", "one token", "token_clip"),
-    ({"support": "sampled", "entropy_gate": 1.0}, "entropy_gate looks at the whole", "one token", "another support"),
+    ({"divergence": "forward_ki"}, "divergence is 'forward_ki'", "must be one of", "Did you mean 'forward_kl'"),
+    ({"divergence": "generalised_jsd"}, "needs a beta between 0 and 1", "beta is 1", "Set beta to 0.5"),
+    (NONE | {"divergence": "generalised_jsd", "beta": 0.5}, "is refused", "falls", "force_tail"),
+    (
+        {"support": "sampled", "divergence": "forward_kl"},
+        "reverse KL",
+        "divergence is 'forward_kl'",
+        "Set divergence to 'reverse_kl'",
+    ),
+    ({"entropy_gate": 1.0, "divergence": "forward_kl"}, "entropy_gate adds", "divergence is", "Set divergence to"),
+    ({"support": "sampled", "entry_clip": 0.1}, "entry_clip needs the whole", "one token", "token_clip"),
+    ({"support": "sampled", "entropy_gate": 1.0}, "entropy_gate needs the whole", "one token", "another support"),
     ({"keep_by": "entropie"}, "keep_by is 'entropie'", "must be one of", "Did you mean 'entropy'"),
     ({"reward_to_go": "all"}, "reward_to_go is 'all'", "must be one of", "discounted"),
     ({"keep_fraction": 0.0}, "keep_fraction", "above 0", "is 0"),
@@ -261,6 +271,7 @@ REFUSED = [
     ({"ref_kl_coef": -0.1}, "must not be negative", "push the student away", "Use 0"),
     ({"loss_budget_mb": 0.0}, "loss_budget_mb must be above 0", "is 0", "Leave it out"),
     ({"reward_to_go": "discounted", "beta": 0.5}, "belongs to the reverse KL", "beta is 0.5", "Set beta to 1"),
+    ({"reward_to_go": "mean", "divergence": "forward_kl"}, "belongs to", "divergence is 'forward_kl'", "reverse_kl"),
 ]
 
 
@@ -333,6 +344,15 @@ def test_formulas_name_the_direction() -> None:
     assert "s(v)·[log s(v) − log t(v)]" in Divergence(1.0).formula
     assert "t(v)·[log t(v) − log s(v)]" in Divergence(0.0).formula
     assert "0.7·s(v)·[log s(v) − log m(v)]" in Divergence(0.3).formula and "m = 0.3·t" in Divergence(0.3).formula
+
+
+@pytest.mark.parametrize(("name", "beta"), [("reverse_kl", 1.0), ("forward_kl", 0.0), ("generalised_jsd", 0.3)])
+def test_a_divergence_by_name_is_the_one_that_beta_chooses(name: str, beta: float) -> None:
+    named, chosen = Divergence(0.3, divergence=name), Divergence(beta)
+    assert named.kind is chosen.kind and named.describe() == chosen.describe() and named.formula == chosen.formula
+    a, b = (measured(Objective(d), problem(5)) for d in (named, chosen))
+    assert torch.equal(a.values["loss"], b.values["loss"])
+    assert torch.equal(a.gradients["states"], b.gradients["states"])
 
 
 def test_a_token_knows_no_more_than_it_was_told() -> None:

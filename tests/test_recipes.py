@@ -136,7 +136,7 @@ def test_recipe_trains_a_step(name: str, tmp_path: Path, llama_folder: str) -> N
     ("name", "objective", "rows"),
     [
         ("gkd", "forward KL(teacher ‖ student); tokens: all", None),
-        ("minillm", "reverse KL(student ‖ teacher); each token also pays the mean of the later ones; tokens: all", 64),
+        ("minillm", "reverse KL(student ‖ teacher); plus the mean reward of later tokens; tokens: all", 64),
         ("on_policy_distillation", SAMPLED, 512 * 4),
         ("strong_to_weak_1", "forward KL(teacher ‖ student); tokens: all", None),
         ("strong_to_weak_2", "reverse KL(student ‖ teacher); tokens: all", None),

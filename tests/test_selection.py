@@ -15,7 +15,7 @@ from helpers import logged, make_args, make_trainer, prepared
 from opsd import SameCheckpointTeacher
 from opsd.errors import ConfigError, DataError
 from opsd.rollouts import Rollouts
-from opsd.training.token_selection import TokenSelection
+from opsd.training.token_selection import TokenSelection, first_only, skip_first, without_ids, without_truncated
 
 END = 2
 ROLLOUTS = Rollouts(
@@ -48,6 +48,26 @@ def test_what_is_left_out_is_not_scored(case: str) -> None:
     assert selected.loss_mask == expected
     assert selected.num_scorable == sum(map(sum, expected))
     assert selected.completion_ids == ROLLOUTS.completion_ids, "a completion's ids never change"
+
+
+MASKS = {
+    "skip none": (skip_first([1, 1, 0, 1], 0), [1, 1, 0, 1]),
+    "skip more than there are": (skip_first([1, 1], 9), [0, 0]),
+    "first of none": (first_only([], 3), []),
+    "ended": (without_truncated([1, 0], [5, END], {END}), [1, 0]),
+    "an end in the middle": (without_truncated([1, 1], [END, 5], {END}), [0, 0]),
+    "nothing generated": (without_truncated([], [], {END}), []),
+}
+
+
+@pytest.mark.parametrize(("mask", "expected"), MASKS.values(), ids=MASKS)
+def test_masks_at_the_ends_of_their_range(mask: list[int], expected: list[int]) -> None:
+    assert mask == expected
+
+
+def test_a_mask_and_ids_of_another_length_are_an_error() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        without_ids([1], [1, 2], set())
 
 
 def test_rows_weigh_most_where_half_of_the_attempts_pass() -> None:

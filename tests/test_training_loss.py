@@ -30,7 +30,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "TIP, disagreement": ({"keep_fraction": 0.5, "keep_by": "disagreement"}, "highest disagreement"),
     "Thinking Machines": ({"support": "sampled", "baseline": "none"}, "the sampled token"),
     "discounted": ({"support": "sampled", "reward_to_go": "discounted", "discount": 0.5}, "discounted by 0.5"),
-    "MiniLLM": ({"reward_to_go": "mean"}, "the mean of the later ones"),
+    "MiniLLM": ({"reward_to_go": "mean"}, "the mean reward of later tokens"),
     "anchored": ({"ref_kl_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
     "RLCSD": ({"contrast_context": "worked_solution"}, "worked_solution does not say"),
     "token clip": ({"token_clip": 0.5}, "each token at most 0.5"),

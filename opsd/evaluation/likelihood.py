@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from opsd.evaluation.statistics import Estimate, estimate
-from opsd.losses.estimators import k3, log_ratio
+from opsd.losses.estimators import k3
+from opsd.losses.pointwise import log_ratio
 from opsd.rollouts import Ids
 from opsd.teachers import Teacher
 

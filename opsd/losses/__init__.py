@@ -2,16 +2,18 @@
 
 Pure functions: no logging, no device moves, no knowledge of which teacher made the signal.
 
-| file | what it knows |
+| file | contents |
 |---|---|
-| `entries.py` | the table of divergences: what each vocabulary entry adds, and its slope |
-| `supports.py` | which entries are compared, and what becomes of the rest |
-| `divergence.py` | the settings of a divergence, its words and its formula |
-| `estimators.py` | what sampled tokens alone say: k1, k2, k3, what later tokens cost, importance |
-| `weights.py` | which tokens count, and how much |
-| `rule.py` | all of these for a block of tokens: logits in, loss and gradient out |
-| `kernel.py` | chunks and products: every vocabulary-wide one once |
-| `objective.py` | the settings of a run, and the entry point |
+| `pointwise.py` | the table of divergences: the term of each vocabulary entry, and its gradient |
+| `supports.py` | which entries are compared, and how the mass outside them is treated |
+| `estimators.py` | estimates from sampled tokens: k1, k2, k3, rewards to go, baseline, importance ratio |
+| `divergence.py` | a divergence with its settings: value and gradient of a block of tokens, words, formula |
+| `token_weights.py` | weights of tokens from the predictions of both models |
+| `rule.py` | the loss of a block of tokens: logits in, loss and gradient out |
+| `kernel.py` | chunks and matrix products: every vocabulary-wide one once |
+| `objective.py` | the loss of a run: its settings and the entry point |
+
+Add a divergence with a row of `pointwise.DIVERGENCES`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What the sampled tokens alone say: estimators of the reverse KL, and what a token's future costs.
+"""Estimators from the sampled tokens alone: k1, k2, k3 of the reverse KL, rewards to go, baseline, importance ratio.
 
 Pure functions of log-probabilities of the tokens that were sampled. r = log s(y) - log t(y), in nats.
 
-Shapes: N scored tokens of a micro-batch (packed, in order) with `row_N`, the rollout of each.
+Shapes: N scored tokens of a micro-batch (packed, in order) with `row_N`, the rollout of each · R tokens · V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,22 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd.losses.pointwise import FLOOR
-
-FUTURES = {
-    "none": "each token pays for itself",
-    "discounted": "each token also pays for the later ones, discounted by {discount:g} a token",
-    "mean": "each token also pays the mean of the later ones",
+REWARD_TO_GO = {
+    "none": "no reward of later tokens",
+    "discounted": "plus the reward of later tokens, discounted by {discount:g} per token",
+    "mean": "plus the mean reward of later tokens",
 }
 
 
-def log_ratio(student_N: Tensor, teacher_N: Tensor) -> Tensor:
-    """Return r, each log-probability floored as in the divergence."""
-    return student_N.clamp(min=FLOOR) - teacher_N.clamp(min=FLOOR)
-
-
 def k1(ratio_N: Tensor) -> Tensor:
-    """Return r: unbiased for KL(s ‖ t), of high variance, negative half the time (Schulman 2020)."""
+    """Return r: unbiased for KL(s ‖ t), of high variance, negative at many tokens (Schulman 2020)."""
     return ratio_N
 
 
@@ -43,17 +36,18 @@ ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def optimal_baseline(s: Tensor, ratio: Tensor) -> Tensor:
-    """Return the b for which (r(y) - b)·∇log s(y) varies least, y drawn from s; unbiased, as any b that knows no y.
+    """Return the baseline b that gives (r(y) - b)·∇log s(y) the smallest variance, y drawn from s.
 
     b = E[r·g] / E[g] with g(y) = |∇log s(y)|² = 1 - 2·s(y) + Σ s², the gradient taken with respect to the logits
-    (Greensmith, Bartlett, Baxter 2004, JMLR 5). The mean of r, the usual baseline, can do worse than none.
+    (Greensmith, Bartlett, Baxter 2004, JMLR 5). The estimate stays unbiased, because b does not depend on y. The mean
+    of r, the usual baseline, can give a larger variance than none.
 
     Args:
         s: (R, V) probabilities.
         ratio: (R, V) r of every entry.
 
     Returns:
-        (R,); 0 where one token owns all the mass, and every gradient is 0.
+        (R,); 0 where one token has all the mass, and every gradient is 0.
     """
     size = 1.0 - 2.0 * s + s.square().sum(-1, keepdim=True)
     share = s * size
@@ -102,15 +96,16 @@ def _rows(row_N: Tensor) -> list[Tensor]:
 
 
 def importance_weight(student_N: Tensor, rollout_logprobs_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Correct for rollouts from an engine whose probabilities differ from the trainer's, by the truncated ratio.
+    """Return truncated importance ratios, which correct for an engine that samples with other probabilities.
 
     Args:
         student_N: log s(y) in nats, the trainer's.
-        sampler_N: log-probability of the same token where it was sampled; NaN where unknown (off-policy rows).
-        clip: the ratio's largest value; truncation bounds the variance and biases towards smaller steps.
+        rollout_logprobs_N: log-probability in nats of the same token where it was sampled; NaN where unknown
+            (off-policy rows).
+        clip: largest ratio; truncation bounds the variance and biases towards smaller steps.
 
     Returns:
-        min(s / sampler, clip), 1 where unknown, without gradient; and 1 where it was truncated, else 0.
+        min(s / engine, clip), 1 where unknown, without gradient; and 1 where it was truncated, else 0.
     """
     ratio_N = (student_N - rollout_logprobs_N).exp().nan_to_num(nan=1.0, posinf=torch.inf)
     return ratio_N.clamp(max=clip), (ratio_N > clip).to(ratio_N.dtype)

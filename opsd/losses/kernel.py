@@ -1,14 +1,14 @@
 """The fused kernel: every vocabulary-wide product once, with the gradient computed in the forward pass.
 
-A chunk of tokens gets its logits, student's and teachers', in buffers that are used again for the next chunk; a rule
-turns them, a few tokens at a time so that they stay in the cache, into a loss per token and its gradient with respect
-to the student's logits; the gradient goes back through the head at once. That is 4 products per token for one teacher
-(student's logits, teacher's logits, gradients of states and of head), 3 where the head is frozen.
+The logits of a chunk of tokens, student's and teachers', are written into buffers that are used again for the next
+chunk. A rule turns them, a few tokens at a time so that they stay in the cache, into a loss per token and its gradient
+with respect to the student's logits. The gradient goes back through the head at once. That is 4 products per token for
+one teacher (student's logits, teacher's logits, gradients of states and of head), 3 where the head is frozen.
 
-The price: the gradient of the head, as large as the head, lives from the forward to the backward pass. `recompute`
-trades it back: the forward pass keeps nothing, the backward pass does all over again (6 products, or 5).
+The cost: the gradient of the head, as large as the head, is kept from the forward to the backward pass. With
+`recompute` the forward pass keeps nothing, and the backward pass computes everything again (6 products, or 5).
 
-It knows heads and chunks, and is blind to what a rule computes.
+It knows heads and chunks; nothing of what a rule computes.
 
 Shapes: N tokens of a micro-batch · R tokens of a chunk, or of a block of it · D hidden width · V vocabulary.
 """
@@ -31,7 +31,7 @@ MEBIBYTE = 2**20
 # Logits of a chunk, student's and teachers' together, in MiB. On a CPU: above it the products gain nothing
 # (benchmarks/losses.py). On a GPU: what TRL 1.16's two tiles of 4,096 × 32,768 float32 values take.
 BUDGET_MB = {"cpu": 128, "cuda": 1024}
-# Values per block of a rule: several tensors of 2 MiB stay in a CPU's cache; a GPU wants fewer, larger launches.
+# Values per block of a rule: several tensors of 2 MiB fit a CPU's cache; a GPU runs fewer, larger launches faster.
 BLOCK_VALUES = {"cpu": 2**19, "cuda": 2**25}
 
 
@@ -39,10 +39,10 @@ _KEPT = threading.local()
 
 
 class BlockLoss(NamedTuple):
-    """What a rule makes of a block of tokens.
+    """The loss of a block of tokens, as a rule returns it.
 
     Args:
-        loss_R: float32, each token's part of the loss, weighted.
+        loss_R: float32, nats, each token's weighted part of the loss.
         grad_RV: float32, its gradient with respect to the student's logits.
         metrics: detached float32 (R,) tensors by name, for the log and for token weights.
     """
@@ -56,7 +56,7 @@ class Rule(Protocol):
     """Turns the logits of a block of tokens into their loss."""
 
     def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> BlockLoss:
-        """Return the outcome.
+        """Return loss and gradient of a block.
 
         Args:
             student_RV: the student's logits.
@@ -67,7 +67,7 @@ class Rule(Protocol):
 
 
 class Gradients(NamedTuple):
-    """Of the loss, with respect to states, head weight and bias; None where not asked for."""
+    """Gradients of the loss with respect to states, head weight and bias; None where not needed."""
 
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
@@ -80,7 +80,7 @@ class Kernel:
 
     Args:
         parts: states and heads whose logits the rule needs beside the student's; no gradient reaches them.
-        rule: the loss.
+        rule: computes the loss.
         budget_mb: MiB that the logits of a chunk may take; None chooses by device.
         recompute: whether the backward pass computes everything again instead of keeping the head's gradient.
     """
@@ -122,21 +122,21 @@ class Kernel:
                 for is_needed, like in zip(needed, (hidden_ND, head.weight_VD, head.bias_V), strict=True)
             )
         )
-        # Filled in place: small tensors kept from every block would stand between the large ones that a block frees,
-        # and a CPU's heap would grow like all logits together.
+        # Filled in place: small tensors kept from every block would lie between the large ones that a block frees, and
+        # a CPU's heap would grow to the size of all logits.
         columns: dict[str, Tensor] = {}
-        # Once for no tokens at all, too: every process must end up with the same metrics and with gradients.
+        # One pass also without any token: every process must end up with the same metrics and with gradients.
         for start in range(0, max(count, 1), chunk):
             rows = slice(start, min(start + chunk, count))
             logits = buffers[:, : rows.stop - start]
             head.logits_into(states_ND[rows], logits[0])
             for (other_ND, other), logits_RV in zip(parts, logits[1:], strict=True):
                 other.logits_into(other_ND[rows].to(dtype), logits_RV)
-            for block, found in self._apply_rule(logits, rows, head, any(needed)):
-                for name, values in found.items():
+            for block, values in self._apply_rule(logits, rows, head, any(needed)):
+                for name, column in values.items():
                     if name not in columns:
-                        columns[name] = values.new_empty(count)
-                    columns[name][block] = values
+                        columns[name] = column.new_empty(count)
+                    columns[name][block] = column
             if any(needed):
                 _backward(logits[0].to(dtype), states_ND[rows], head, gradients, rows, add=start > 0)
         loss = columns.pop("loss").sum()
@@ -152,16 +152,16 @@ class Kernel:
         for start in range(0, max(length, 1), step):
             block = logits[:, start : start + step]
             where = slice(rows.start + start, rows.start + min(start + step, length))
-            outcome = self.rule(block[0], list(block[1:]), where)
+            loss = self.rule(block[0], list(block[1:]), where)
             if needs_gradient:
-                block[0].copy_(head.through(outcome.grad_RV, block[0]))
-            yield where, outcome.metrics | {"loss": outcome.loss_R}
+                block[0].copy_(head.backward_transform(loss.grad_RV, block[0]))
+            yield where, loss.metrics | {"loss": loss.loss_R}
 
     def _rows_per_chunk(self, count: int, vocab_size: int, itemsize: int, device: str) -> int:
         """Return the tokens per chunk that fit the budget, in chunks of nearly equal size."""
         budget_mb = self.budget_mb or BUDGET_MB.get(device, BUDGET_MB["cuda"])
         most = max(1, int(budget_mb * MEBIBYTE / ((1 + len(self.parts)) * vocab_size * itemsize)))
-        # What must be cut is cut in three at least: two halves would take a quarter of what full logits take.
+        # At least three chunks where one does not fit: two halves would take a quarter of the memory of full logits.
         chunks = 1 if count <= most else max(3, -(-count // most))
         return max(1, -(-count // chunks))
 
@@ -169,7 +169,7 @@ class Kernel:
 def _buffers(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialised memory; a CPU's is kept for the next call of this thread.
 
-    A system hands out fresh memory page by page, which costs a CPU a tenth of the products. A GPU's allocator keeps it.
+    Fresh memory is mapped page by page, which costs a CPU a tenth of the products. A GPU's allocator keeps its blocks.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
@@ -192,7 +192,7 @@ def _backward(grad_RV: Tensor, states_RD: Tensor, head: Head, gradients: Gradien
 
 
 class _Fused(torch.autograd.Function):
-    """Hands autograd the gradients that the kernel found in its forward pass."""
+    """Gives autograd the gradients that the kernel computed in its forward pass."""
 
     @staticmethod
     def forward(
@@ -210,8 +210,8 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError(
-                "this loss was sent backward twice. Its gradients are computed in the forward pass and handed over "
-                "without a copy, so they exist once. Compute the loss again."
+                "backward was called twice on this loss. Its gradients are computed in the forward pass and handed to "
+                "autograd without a copy, so they exist once. Compute the loss again, or set recompute_loss."
             )
         if ctx.kernel.recompute:
             hidden_ND, weight_VD, bias_V = ctx.saved_tensors
@@ -219,7 +219,7 @@ class _Fused(torch.autograd.Function):
             _, gradients = ctx.kernel.run(hidden_ND, head, ctx.needs_input_grad[:3], ctx.product_dtype)
         else:
             gradients, ctx.gradients = ctx.gradients, None
-        # A pass over a head-sized matrix costs a CPU what a tenth of a product does, and is nearly always by 1.
+        # A pass over a head-sized matrix costs a CPU a tenth of a product, and the factor is nearly always 1.
         scaled = gradients if grad.is_cpu and grad == 1 else [g if g is None else g.mul_(grad) for g in gradients]
         cast = [None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
         return *cast, None, None

@@ -1,7 +1,7 @@
-"""The objective of a run: the divergence, which tokens count for how much, and what holds the student back.
+"""The objective of a run: the divergence, the weight of each token, and the other terms of the loss.
 
-The one place that turns settings into a loss, and the one entry point of training. It knows signals and tensors;
-nothing of rollouts, prompts, teachers or trainers.
+Turns settings into a loss; the one entry point of training. Knows signals and tensors; nothing of rollouts, prompts,
+teachers or trainers.
 
 Shapes: N scored tokens of a micro-batch (packed) · D hidden width.
 """
@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils._triton import has_triton
 
 from opsd.errors import ConfigError, not_one_of
-from opsd.losses.divergence import Divergence
-from opsd.losses.estimators import ESTIMATORS, FUTURES, discounted_reward_to_go, log_ratio, mean_reward_to_go
+from opsd.losses.divergence import Divergence, DivergenceSettings
+from opsd.losses.estimators import ESTIMATORS, REWARD_TO_GO, discounted_reward_to_go, mean_reward_to_go
 from opsd.losses.kernel import Kernel
+from opsd.losses.pointwise import log_ratio
 from opsd.losses.rule import Tokens, TrainingRule, compiled
 from opsd.losses.token_weights import contrastive, keep_top_fraction
 from opsd.models.head import Head
@@ -32,14 +33,19 @@ KEEP_BY = ("entropy", "disagreement")
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What the objective returns.
+    """The loss of a micro-batch and what is logged of it.
 
     Args:
-        loss: scalar with gradient to the student, Σ weight_N · divergence_N and what else the objective adds.
+        loss: scalar with gradient to the student, Σ weight_N · divergence_N and the other terms of the objective.
         divergence_N: float32, nats per token, detached; 0 where a token has no weight.
         entropy_N: float32, the student's entropy in nats, detached.
         metrics: what else is logged, float32 (N,) by name, detached.
-        statistics_seconds: what the pass without gradient took, that weights which rank tokens need first.
+        statistics_seconds: seconds of the pass without gradient that some objectives need first.
+
+    Example:
+        >>> output = objective(hidden_ND, head, signal, tokens)
+        >>> output.loss.backward()
+        >>> output.divergence_N.mean()
     """
 
     loss: Tensor
@@ -49,47 +55,102 @@ class LossOutput:
     statistics_seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What training minimises.
+@dataclass(kw_only=True)
+class ObjectiveSettings:
+    """Settings of an OPSDConfig that weigh tokens, add terms to the divergence, and say how the loss is computed.
+
+    Example:
+        >>> OPSDConfig("runs/first", keep_fraction=0.5, ref_kl_coef=0.1)
+    """
+
+    keep_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of each rollout's tokens to train on, in (0, 1] (TIP, arXiv 2604.14084: 0.5); those kept "
+            "share the weight of all. Costs a pass over the head without gradient."
+        },
+    )
+    keep_by: str = field(
+        default="entropy",
+        metadata={
+            "help": "Score by which keep_fraction keeps the highest: entropy (the student's), or disagreement (the "
+            "divergence)."
+        },
+    )
+    reward_to_go: str = field(
+        default="none",
+        metadata={
+            "help": "Reward of later tokens, log t − log s of each, that is added to a token's advantage: none, "
+            "discounted (their discounted sum), or mean (MiniLLM, arXiv 2306.08543)."
+        },
+    )
+    discount: float = field(default=1.0, metadata={"help": "Discount per token of reward_to_go discounted, in (0, 1]."})
+    importance_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest importance ratio, trainer's over engine's probability, at least 1 (SDPO: 2); corrects for "
+            "a vLLM engine that samples with other probabilities. Unset: no correction."
+        },
+    )
+    ref_kl_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of KL(student ‖ reference policy), at least 0; the reference policy is the student at step "
+            "0 with the plain prompt. Costs one forward pass."
+        },
+    )
+    loss_budget_mb: float | None = field(
+        default=None,
+        metadata={
+            "help": "MiB for the logits of a chunk, student's and teachers' together. Unset: 128 on a CPU, 1,024 on a "
+            "GPU."
+        },
+    )
+    recompute_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the loss again in the backward pass, with half as many products more, instead of keeping "
+            "the gradient of the head, which is as large as the head."
+        },
+    )
+    compile_loss: bool | None = field(
+        default=None,
+        metadata={"help": "Fuse the elementwise work of the loss with torch.compile. Unset: on a GPU that has Triton."},
+    )
+
+
+@dataclass
+class Objective(ObjectiveSettings):
+    """The loss of a run; the fields are those of `ObjectiveSettings` by keyword, after the divergence.
+
+    Settings are checked when it is made. Make another with `dataclasses.replace` rather than assigning to a field.
 
     Args:
         divergence: what is compared at each token.
-        keep_fraction: share of each rollout's tokens to train on, in (0, 1] (TIP, arXiv 2604.14084).
-        keep_by: which to keep: the highest student "entropy", or "disagreement", the divergence.
-        reward_to_go: what a token pays for those after it, a key of `estimators.FUTURES`: with support "sampled" and
-            "discounted" Thinking Machines' on-policy distillation, with full support and "mean" MiniLLM's.
-        discount: of "discounted", per token, in (0, 1].
-        importance_clip: largest ratio of trainer's to sampler's probability, where rollouts carry the sampler's.
-        ref_kl_coef: weight of KL(student ‖ anchor); the anchor is the student at step 0, without context.
-        loss_budget_mb: memory for a chunk's logits; None chooses by device.
-        recompute_loss: keep no gradient of the head between forward and backward, at half as many products again.
-        compile_loss: fuse what lies between the products with torch.compile; None does so on a GPU that has Triton.
 
     Raises:
         ConfigError: a setting outside its range, or a combination that cannot work.
+
+    Example:
+        >>> objective = Objective(Divergence(beta=0.0), ref_kl_coef=0.1)
+        >>> objective.describe()
+        'forward KL(teacher ‖ student); + 0.1·KL(student ‖ student at step 0)'
+        >>> output = objective(hidden_ND, head, signal, Tokens(weight_N), reference=reference_signal)
     """
 
     divergence: Divergence = field(default_factory=Divergence)
-    keep_fraction: float = 1.0
-    keep_by: str = "entropy"
-    reward_to_go: str = "none"
-    discount: float = 1.0
-    importance_clip: float | None = None
-    ref_kl_coef: float = 0.0
-    loss_budget_mb: float | None = None
-    recompute_loss: bool = False
-    compile_loss: bool | None = None
 
     @classmethod
     def from_config(cls, settings: Any) -> Objective:
-        """Read the settings of a run: attributes named like the fields of Divergence and of this class."""
-        divergence = Divergence(**{f.name: getattr(settings, f.name) for f in fields(Divergence)})
-        own = {f.name: getattr(settings, f.name) for f in fields(cls) if f.name != "divergence"}
-        return cls(divergence, **own)
+        """Read an object that has the attributes of DivergenceSettings and ObjectiveSettings, such as an OPSDConfig."""
+        of_divergence, of_objective = (
+            {f.name: getattr(settings, f.name) for f in fields(mixin)}
+            for mixin in (DivergenceSettings, ObjectiveSettings)
+        )
+        return cls(Divergence(**of_divergence), **of_objective)
 
     def __post_init__(self) -> None:
-        for name, known in (("keep_by", KEEP_BY), ("reward_to_go", tuple(FUTURES))):
+        for name, known in (("keep_by", KEEP_BY), ("reward_to_go", tuple(REWARD_TO_GO))):
             value = getattr(self, name)
             if value not in known:
                 raise ConfigError(not_one_of(name, value, known))
@@ -99,12 +160,12 @@ class Objective:
         if self.importance_clip is not None and not self.importance_clip >= 1.0:
             raise ConfigError(
                 f"importance_clip must be at least 1, and is {self.importance_clip}. Below 1 it would also cut tokens "
-                "on which trainer and sampler agree. 2 is usual; leave it out for no correction."
+                "on which trainer and engine agree. 2 is usual; leave it out for no correction."
             )
         if not self.ref_kl_coef >= 0.0:
             raise ConfigError(
                 f"ref_kl_coef must not be negative, and is {self.ref_kl_coef}: it would push the student away from "
-                "where it began. Use 0 for no anchor."
+                "its reference policy. Use 0 for no such term."
             )
         if self.loss_budget_mb is not None and not self.loss_budget_mb > 0.0:
             raise ConfigError(
@@ -113,35 +174,40 @@ class Objective:
         self._check_reward_to_go()
 
     def _check_reward_to_go(self) -> None:
-        if self.reward_to_go != "none" and self.divergence.beta != 1.0:
+        if self.reward_to_go != "none" and not self.divergence.kind.has_sampled_estimator:
             raise ConfigError(
-                f"reward_to_go {self.reward_to_go!r} belongs to the reverse KL of whole rollouts, and beta is "
-                f"{self.divergence.beta:g}. Set beta to 1, or reward_to_go to 'none'."
+                f"reward_to_go {self.reward_to_go!r} belongs to the reverse KL of whole rollouts, and "
+                f"{self.divergence.chosen_by}. {self.divergence.set_reverse_kl}, or reward_to_go to 'none'."
             )
         if self.reward_to_go == "none" and self.discount != 1.0:
             raise ConfigError("discount has no effect while reward_to_go is 'none'. Set reward_to_go to 'discounted'.")
 
-    # ---- in words ----------------------------------------------------------------------------------------------
+    # ---- descriptions ------------------------------------------------------------------------------------------
+
+    @property
+    def uses_sampled_tokens(self) -> bool:
+        """Whether the gradient is an estimate from the tokens that the student sampled."""
+        return self.divergence.support == "sampled" or self.reward_to_go != "none"
 
     def describe(self) -> str:
-        """The objective in words, as the log names it."""
-        said = [self.divergence.describe()]
+        """Name the objective and its settings, as the log writes them."""
+        parts = [self.divergence.describe()]
         if self.reward_to_go != "none":
-            said.append(FUTURES[self.reward_to_go].format(discount=self.discount))
+            parts.append(REWARD_TO_GO[self.reward_to_go].format(discount=self.discount))
         if self.keep_fraction < 1.0:
-            said.append(f"on the {self.keep_fraction:.0%} of each rollout's tokens with the highest {self.keep_by}")
+            parts.append(f"on the {self.keep_fraction:.0%} of each rollout's tokens with the highest {self.keep_by}")
         if self.importance_clip is not None:
-            said.append(f"importance ratio at most {self.importance_clip:g}")
+            parts.append(f"importance ratio at most {self.importance_clip:g}")
         if self.ref_kl_coef:
-            said.append(f"+ {self.ref_kl_coef:g}·KL(student ‖ student at step 0)")
-        return "; ".join(said)
+            parts.append(f"+ {self.ref_kl_coef:g}·KL(student ‖ student at step 0)")
+        return "; ".join(parts)
 
     @property
     def formula(self) -> str:
         """The loss of one token as a formula."""
         text = self.divergence.formula
         if self.reward_to_go != "none":
-            text += ",  gradient + (what later tokens cost)·∇log s(y)"
+            text += ",  gradient − (reward to go)·∇log s(y)"
         return text if not self.ref_kl_coef else f"{text}  + {self.ref_kl_coef:g}·Σ_v s(v)·[log s(v) − log s₀(v)]"
 
     # ---- the computation ---------------------------------------------------------------------------------------
@@ -158,32 +224,32 @@ class Objective:
     ) -> LossOutput:
         """Compute the loss of a micro-batch.
 
+        Heads that are padded to different sizes are compared over the ids that all have.
+
         Args:
             hidden_ND: float, the student's last hidden states, with gradient.
             head: the student's head.
-            signal: the teacher's answer for the same N tokens.
+            signal: the teacher's signal for the same N tokens.
             tokens: weights and what else is known of the tokens. A token of weight 0 is left out altogether: even a
                 NaN there changes nothing.
-            anchor: the anchor's answer, where `ref_kl_coef` is not 0.
-            wrong: the teacher's answer under a wrong context; tokens are then weighed by `token_weights.contrastive`.
-
-        Returns:
-            The record; heads that are padded to different sizes are compared over the ids that all have.
+            reference: the reference policy's signal, where `ref_kl_coef` is not 0.
+            contrast_signal: the teacher's signal under the contrast context; tokens are then weighed by
+                `token_weights.contrastive`.
 
         Raises:
-            ConfigError: the signal does not know what the divergence compares.
+            ConfigError: the signal lacks what the divergence compares.
         """
         assert hidden_ND.shape[0] == len(signal) == tokens.weight_N.shape[0], "student and teacher differ in N"
-        head = head.gathered()  # once, and in every process, however many teachers answered
-        found = []
+        head = head.gathered()  # once, and in every process, whatever the number of teachers
+        outputs = []
         for where, part in signal.groups():
             self.divergence.check_signal(part)
             batch = _Batch(hidden_ND, head, signal, tokens, reference if self.ref_kl_coef else None, contrast_signal)
-            found.append((where, self._of_one_teacher(replace(batch.select(where), signal=part).narrow())))
-        return found[0][1] if len(found) == 1 else _merged(found, len(signal))
+            outputs.append((where, self._of_one_teacher(replace(batch.select(where), signal=part).narrow())))
+        return outputs[0][1] if len(outputs) == 1 else _merged(outputs, len(signal))
 
     def _of_one_teacher(self, batch: _Batch) -> LossOutput:
-        """Compute the loss of the tokens that one teacher answered for."""
+        """Compute the loss of the tokens that one teacher scored."""
         counted_N = batch.tokens.weight_N != 0
         used = batch.select(counted_N) if not bool(counted_N.all()) else batch
         seconds, seen_N, seen = 0.0, counted_N, dict[str, Tensor]()
@@ -192,36 +258,36 @@ class Objective:
             used, kept, seen = self._after_statistics(used)
             seconds = time.perf_counter() - start
             counted_N = counted_N.masked_scatter(counted_N, kept)
-        loss, found = self._kernel(used).loss(used.hidden_ND, used.head)
-        found = {name: _scatter(values, counted_N) for name, values in found.items()}
-        # Tokens that were looked at and left out are in the log all the same.
-        found |= {name: _scatter(values, seen_N) for name, values in seen.items()}
-        if self.divergence.support == "sampled" or self.reward_to_go != "none":
-            ratio_N = log_ratio(found["logprob"], found["teacher_logprob"])
-            found |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}
-        return LossOutput(loss, found.pop("divergence"), found.pop("entropy"), found, seconds)
+        loss, values = self._kernel(used).loss(used.hidden_ND, used.head)
+        metrics = {name: _scatter(column, counted_N) for name, column in values.items()}
+        # Tokens that the statistics pass saw and left out are logged all the same.
+        metrics |= {name: _scatter(column, seen_N) for name, column in seen.items()}
+        if self.uses_sampled_tokens:
+            ratio_N = log_ratio(metrics["logprob"], metrics["teacher_logprob"])
+            metrics |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}
+        return LossOutput(loss, metrics.pop("divergence"), metrics.pop("entropy"), metrics, seconds)
 
     @property
     def _needs_statistics(self) -> bool:
         return self.keep_fraction < 1.0 or self.reward_to_go != "none"
 
     def _after_statistics(self, batch: _Batch) -> tuple[_Batch, Tensor, dict[str, Tensor]]:
-        """Look at all tokens without gradient.
+        """Run all tokens without gradient, and weigh them by the result.
 
         Returns:
-            Those to train on, with their weights and costs; which they are; the metrics of all.
+            The tokens to train on, with weights and advantages; which they are; the metrics of all.
         """
         tokens = batch.tokens
         assert tokens.row_N is not None and tokens.ids_N is not None, "tokens are compared within their rollout"
-        weight_N, advantage_N, found = tokens.weight_N, tokens.advantage_N, dict[str, Tensor]()
+        weight_N, advantage_N, seen = tokens.weight_N, tokens.advantage_N, dict[str, Tensor]()
         if self._needs_statistics:
             with torch.no_grad():
-                _, found = self._kernel(replace(batch, reference=None)).loss(batch.hidden_ND, batch.head)
+                _, seen = self._kernel(replace(batch, reference=None)).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
-                score_N = found["entropy" if self.keep_by == "entropy" else "divergence"]
+                score_N = seen["entropy" if self.keep_by == "entropy" else "divergence"]
                 kept_N = keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
                 weight_N = weight_N * tokens.where_distilled(kept_N)
-            reward_N = -log_ratio(found["logprob"], found["teacher_logprob"])
+            reward_N = -log_ratio(seen["logprob"], seen["teacher_logprob"])
             if self.reward_to_go == "discounted":
                 advantage_N = tokens.plus_advantage(discounted_reward_to_go(reward_N, tokens.row_N, self.discount))
             elif self.reward_to_go == "mean":
@@ -231,20 +297,12 @@ class Objective:
             right_N, contrast_N = batch.signal.logprobs(ids_N), batch.contrast_signal.logprobs(ids_N)
             weight_N = weight_N * tokens.where_distilled(contrastive(right_N, contrast_N, tokens.row_N))
         kept = weight_N != 0
-        return (
-            replace(batch, tokens=replace(tokens, weight_N=weight_N, advantage_N=advantage_N)).select(kept),
-            kept,
-            found,
-        )
+        weighed = replace(batch, tokens=replace(tokens, weight_N=weight_N, advantage_N=advantage_N))
+        return weighed.select(kept), kept, seen
 
     def _kernel(self, batch: _Batch) -> Kernel:
         rule = TrainingRule(
-            self.divergence,
-            batch.signal,
-            batch.tokens,
-            self.importance_clip,
-            batch.reference,
-            self.ref_kl_coef,
+            self.divergence, batch.signal, batch.tokens, self.importance_clip, batch.reference, self.ref_kl_coef
         )
         fuse = batch.hidden_ND.is_cuda and has_triton() if self.compile_loss is None else self.compile_loss
         return Kernel(rule.parts, partial(compiled(), rule) if fuse else rule, self.loss_budget_mb, self.recompute_loss)
@@ -289,17 +347,17 @@ def _scatter(values: Tensor, used_N: Tensor, count: int | None = None) -> Tensor
     return out_N
 
 
-def _merged(found: Sequence[tuple[Any, LossOutput]], count: int) -> LossOutput:
-    """Return one record of several teachers' tokens."""
+def _merged(outputs: Sequence[tuple[Any, LossOutput]], count: int) -> LossOutput:
+    """Return the outputs of several teachers' tokens as one."""
 
     def together(values: Sequence[tuple[Any, Tensor]]) -> Tensor:
-        return torch.stack([_scatter(each, where, count) for where, each in values]).sum(0)
+        return torch.stack([_scatter(column, where, count) for where, column in values]).sum(0)
 
-    names = sorted({name for _, record in found for name in record.metrics})
+    names = sorted({name for _, output in outputs for name in output.metrics})
     return LossOutput(
-        torch.stack([record.loss for _, record in found]).sum(),
-        together([(where, record.divergence_N) for where, record in found]),
-        together([(where, record.entropy_N) for where, record in found]),
-        {name: together([(w, r.metrics[name]) for w, r in found if name in r.metrics]) for name in names},
-        sum(record.statistics_seconds for _, record in found),
+        torch.stack([output.loss for _, output in outputs]).sum(),
+        together([(where, output.divergence_N) for where, output in outputs]),
+        together([(where, output.entropy_N) for where, output in outputs]),
+        {name: together([(w, o.metrics[name]) for w, o in outputs if name in o.metrics]) for name in names},
+        sum(output.statistics_seconds for _, output in outputs),
     )

@@ -1,7 +1,7 @@
-"""The rule of training: a block's logits in, each token's weighted loss and its gradient out.
+"""The loss of a block of tokens: logits in, each token's weighted loss and its gradient out.
 
-Composes what the other files of this folder define, token by token: divergence, weights that are local to a token
-(importance), what a sampled token costs beside it, and the anchor. It knows no chunks and no heads.
+Adds up, token by token: the divergence, the policy gradient of the advantages, and the KL to the reference policy;
+each weighted, and corrected for how the token was sampled. It knows no chunks and no heads.
 
 Shapes: N scored tokens · R of them in a block · V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from opsd.losses.divergence import Divergence, sampled_logprobs
 from opsd.losses.estimators import importance_weight
 from opsd.losses.kernel import BlockLoss
-from opsd.losses.pointwise import FLOOR, pointwise_terms
+from opsd.losses.pointwise import FLOOR, reverse_kl
 from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal, TopKSignal
 
 
@@ -30,16 +30,21 @@ def compiled() -> Callable[..., BlockLoss]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What the loss is told of the scored tokens.
+    """The scored tokens of a micro-batch.
 
     Args:
-        weight_N: float32, what each counts: row weight × token weight ÷ normaliser.
-        ids_N: int64, the tokens themselves; None where nothing asks for them.
+        weight_N: float32, weight in the loss: row weight × token weight ÷ number of loss tokens.
+        ids_N: int64, the tokens themselves; None where no setting needs them.
         row_N: int64, the rollout of each, where tokens of a rollout are compared.
-        sampler_N: float32, their log-probabilities where they were sampled, for importance correction; NaN if unknown.
+        rollout_logprobs_N: float32, nats, their log-probabilities where they were sampled, for the importance
+            correction; NaN where unknown.
         advantage_N: float32, advantage of each sampled token, in a policy gradient beside the divergence: the reward to
             go of later tokens and the reward of the rollout (GRPO).
-        share_N: float32, the share of the divergence that counts: 0 where a token only carries a reward; None for 1.
+        distill_weight_N: float32, factor on the divergence: 0 where a token is only reinforced by its reward; None
+            for 1.
+
+    Example:
+        >>> Tokens(weight_N=torch.full((6,), 1 / 6), ids_N=torch.tensor([5, 9, 2, 7, 7, 1]))
     """
 
     weight_N: Tensor
@@ -55,7 +60,7 @@ class Tokens:
         return advantage_N if self.advantage_N is None else self.advantage_N + advantage_N
 
     def where_distilled(self, weight_N: Tensor) -> Tensor:
-        """Return a weight that comes from comparing with the teacher, 1 where tokens only carry a reward."""
+        """Return a weight that was made by comparing with the teacher, and 1 where tokens are only reinforced."""
         return weight_N if self.distill_weight_N is None else torch.where(self.distill_weight_N == 0, 1.0, weight_N)
 
     def select(self, index: Tensor | slice) -> Tokens:
@@ -65,15 +70,17 @@ class Tokens:
 
 @dataclass(frozen=True)
 class TrainingRule:
-    """Σ_n weight · (divergence + anchor) with the gradient of −Σ_n weight · advantage · log s(y) beside it.
+    """Σ_n weight · (divergence + ref_kl_coef · KL(student ‖ reference)), and −Σ_n weight · advantage · log s(y).
+
+    The second sum has a gradient and no value.
 
     Args:
         divergence: what is compared.
-        signal: the teacher's answer for the N tokens.
-        tokens: what is known of them.
+        signal: the teacher's signal for the N tokens.
+        tokens: their ids and weights.
         importance_clip: largest importance ratio, or None for no correction.
-        anchor: the anchor's answer, or None.
-        ref_kl_coef: weight of KL(student ‖ anchor).
+        reference: the reference policy's signal, or None.
+        ref_kl_coef: weight of KL(student ‖ reference policy).
     """
 
     divergence: Divergence
@@ -85,12 +92,12 @@ class TrainingRule:
 
     @property
     def parts(self) -> list[HiddenSignal]:
-        """Whose logits the rule needs beside the student's, in the order in which it gets them."""
+        """The signals whose logits the rule needs beside the student's, in the order in which it gets them."""
         parts = list(self.signal.parts) if isinstance(self.signal, DenseSignal) else []
         return parts + ([] if self.reference is None else [self.reference])
 
     def __call__(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> BlockLoss:
-        """Return losses, gradient with respect to the student's logits, and metrics."""
+        """Return losses in nats, their gradient with respect to the student's logits, and metrics."""
         temperature = self.divergence.temperature
         log_s = torch.log_softmax(student_RV if temperature == 1.0 else student_RV / temperature, dim=-1)
         s = log_s.exp()
@@ -103,27 +110,25 @@ class TrainingRule:
             metrics["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
             metrics["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
         if tokens.distill_weight_N is not None:
-            share_R = tokens.distill_weight_N.to(log_s.dtype)
-            value_R = metrics["divergence"] = share_R * value_R
-            grad_log_s_RV = share_R[:, None] * grad_log_s_RV
+            distill_R = tokens.distill_weight_N.to(log_s.dtype)
+            value_R = metrics["divergence"] = distill_R * value_R
+            grad_log_s_RV = distill_R[:, None] * grad_log_s_RV
         weight_R = tokens.weight_N.to(log_s.dtype)
         grad_log_s_RV = self._with_policy_gradient(grad_log_s_RV, tokens)
         weight_R = self._corrected(weight_R, tokens, metrics)
         loss_R, grad_log_s_RV = weight_R * value_R, weight_R[:, None] * grad_log_s_RV
         if self.reference is not None:
-            log_anchor = self.reference.combine(others[-1:], temperature)
-            held = pointwise_terms(log_s, s, log_anchor, beta=1.0)
-            metrics["ref_kl"] = held.value.sum(-1)
+            terms = reverse_kl(log_s, s, self.reference.combine(others[-1:], temperature))
+            metrics["ref_kl"] = terms.value.sum(-1)
             weight_R = self.ref_kl_coef * weight_R
             loss_R = loss_R + weight_R * metrics["ref_kl"]
-            grad_log_s_RV = grad_log_s_RV + weight_R[:, None] * held.grad_log_s
+            grad_log_s_RV = grad_log_s_RV + weight_R[:, None] * terms.grad_log_s
         grad_RV = torch.addcmul(grad_log_s_RV, s, grad_log_s_RV.sum(-1, keepdim=True), value=-1.0)
         return BlockLoss(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, metrics)
 
     def _teacher(self, others: Sequence[Tensor], rows: slice) -> Tensor | TopKSignal:
         if isinstance(self.signal, DenseSignal):
-            own = others[: len(self.signal.parts)]
-            return self.signal.combine(own, self.divergence.temperature)
+            return self.signal.combine(others[: len(self.signal.parts)], self.divergence.temperature)
         assert isinstance(self.signal, TopKSignal)
         return self.signal.select(rows)
 

@@ -1,6 +1,7 @@
-"""Supports: which vocabulary entries a divergence compares, and what becomes of the mass outside them.
+"""Supports: which vocabulary entries a divergence compares, and how the mass outside them is treated.
 
-Pure functions over a block of tokens. They know log-probabilities and ids; nothing of logits, weights or teachers.
+Pure functions over a block of tokens. They know log-probabilities and ids; nothing of logits, token weights or
+teachers.
 
 Shapes: R tokens of a block · V vocabulary · K ids of a support. s is the student, t the teacher.
 """
@@ -25,7 +26,7 @@ TAILS = {
     "none": "the rest left out",
 }
 
-# What a teacher's tail is at least, where it is known only as 1 - Σ of float32 (or printed) probabilities: the rounding
+# Smallest tail mass of a teacher whose tail is known only as 1 - Σ of float32 (or printed) probabilities: the rounding
 # of that sum. Below it "no tail" and "a tiny tail" cannot be told apart, and a logarithm would turn noise into nats.
 TAIL_RESOLUTION = 1e-6
 
@@ -58,7 +59,7 @@ def gather(log_p: Tensor, ids_RK: Tensor, used_RK: Tensor) -> Tensor:
 
 
 def log_rest(p_RV: Tensor, ids_RK: Tensor) -> Tensor:
-    """Return the logarithm of the mass outside the ids, (R, 1), summed and not taken from 1: exact when it is tiny."""
+    """Return the logarithm of the mass outside the ids, (R, 1): summed, and so exact where 1 - Σ would round it off."""
     return p_RV.scatter(-1, ids_RK, 0.0).sum(-1, keepdim=True).log()
 
 
@@ -69,9 +70,9 @@ def log_rest_of_listed(log_p_RK: Tensor) -> Tensor:
 
 
 def with_tail(log_p_RK: Tensor, log_rest_R1: Tensor, tail: str) -> Tensor:
-    """Return what a divergence compares: the support with its bucket, renormalised, or as it is.
+    """Return the log-probabilities to compare: the support with its bucket, renormalised, or unchanged.
 
-    With a bucket both sides are distributions over K + 1 entries, so the divergence is non-negative by construction.
+    With a bucket both sides are distributions over K + 1 entries, so the divergence is never negative.
     """
     if tail == "bucket":
         return torch.log_softmax(torch.cat([log_p_RK, log_rest_R1], dim=-1), dim=-1)
@@ -79,26 +80,24 @@ def with_tail(log_p_RK: Tensor, log_rest_R1: Tensor, tail: str) -> Tensor:
 
 
 def scatter_to_vocab(
-    found: PointwiseTerms, compared_s: Tensor, s_RV: Tensor, ids_RK: Tensor, log_rest_s: Tensor, tail: str
+    terms: PointwiseTerms, compared_s: Tensor, s_RV: Tensor, ids_RK: Tensor, log_rest_s: Tensor, tail: str
 ) -> Tensor:
-    """Return a support's slopes as slopes over the whole vocabulary, (R, V).
+    """Return ∂divergence/∂log s over the whole vocabulary, (R, V), from that over a support.
 
     Args:
-        found: the entries of the support (and bucket).
-        compared_s: the student's probabilities there, as they were compared.
+        terms: the terms of the support (and bucket).
+        compared_s: the student's probabilities there, after the tail was treated.
         s_RV: the student's probabilities.
-        ids_RK: the support; ids that are not used have slope 0.
-        log_rest_s: (R, 1) the student's mass outside it.
+        ids_RK: the support; ids that are not used have a gradient of 0.
+        log_rest_s: (R, 1) logarithm of the student's mass outside it.
         tail: a key of TAILS.
     """
     k = ids_RK.shape[-1]
     if tail == "bucket":
-        # An entry inside the bucket moves it in proportion to its own share of it.
-        grad_log_s_RV = s_RV * (found.grad_log_s[:, k:] / log_rest_s.exp().clamp(min=torch.finfo(s_RV.dtype).tiny))
-        return grad_log_s_RV.scatter(-1, ids_RK, 0.0).scatter_add(-1, ids_RK, found.grad_log_s[:, :k])
-    grad_log_s_RK = (
-        found.grad_log_s + found.shift * compared_s
-    )  # the shift adds nothing over all of V, and here it would
+        # An entry inside the bucket moves it in proportion to its share of the bucket's mass.
+        grad_RV = s_RV * (terms.grad_log_s[:, k:] / log_rest_s.exp().clamp(min=torch.finfo(s_RV.dtype).tiny))
+        return grad_RV.scatter(-1, ids_RK, 0.0).scatter_add(-1, ids_RK, terms.grad_log_s[:, :k])
+    grad_RK = terms.grad_log_s + terms.shift * compared_s  # cancels over all of V, and not over a support
     if tail == "renormalise":
-        grad_log_s_RK = grad_log_s_RK - compared_s * grad_log_s_RK.sum(-1, keepdim=True)
-    return torch.zeros_like(s_RV).scatter_add(-1, ids_RK, grad_log_s_RK)
+        grad_RK = grad_RK - compared_s * grad_RK.sum(-1, keepdim=True)
+    return torch.zeros_like(s_RV).scatter_add(-1, ids_RK, grad_RK)

@@ -1,7 +1,7 @@
 """The head of a language model: how last hidden states become logits, and how a gradient goes back through it.
 
-The one place that multiplies by a vocabulary-wide matrix. It knows weights, bias, scale and soft-cap; nothing of
-teachers, signals or losses.
+Every product with a vocabulary-wide matrix is made here. Knows weights, bias, scale and soft-cap; nothing of teachers,
+signals or losses.
 
 Shapes: N tokens · R tokens of a chunk · D hidden width · V vocabulary.
 """
@@ -80,6 +80,11 @@ class Head:
         bias_V: float, or None.
         scale: factor on the logits.
         softcap: c in c·tanh(logits / c) (Gemma 2, arXiv 2408.00118), or None.
+
+    Example:
+        >>> Head.from_model(model).logits(hidden_ND)  # (N, V) float32
+        >>> Head(torch.randn(1000, 32), scale=0.5).vocab_size
+        1000
     """
 
     weight_VD: Tensor
@@ -110,7 +115,7 @@ class Head:
         return self.weight_VD.shape[0]
 
     def narrow(self, vocab_size: int) -> Head:
-        """Return the head over the first `vocab_size` ids: how heads that were padded differently are compared."""
+        """Return the head over the first `vocab_size` ids, so that heads padded to different sizes can be compared."""
         if vocab_size == self.vocab_size:
             return self
         bias_V = None if self.bias_V is None else self.bias_V[:vocab_size]
@@ -122,7 +127,7 @@ class Head:
         return replace(self, weight_VD=self.weight_VD.detach(), bias_V=bias_V)
 
     def to(self, device: torch.device) -> Head:
-        """Return the head on a device; the same head where it is there already."""
+        """Return the head on a device; the same object where it is there already."""
         bias_V = None if self.bias_V is None else self.bias_V.to(device)
         return (
             self
@@ -131,12 +136,12 @@ class Head:
         )
 
     def copy(self) -> Head:
-        """Return the same head in memory of its own."""
+        """Return the head with copies of its tensors."""
         bias_V = None if self.bias_V is None else self.bias_V.clone()
         return replace(self, weight_VD=self.weight_VD.clone(), bias_V=bias_V)
 
     def gathered(self) -> Head:
-        """Return the head with a sharded weight (DTensor, FSDP2) put together: one all-gather, not one per chunk."""
+        """Return the head with a sharded weight (DTensor, FSDP2) gathered: one all-gather, not one per chunk."""
         bias_V = None if self.bias_V is None else _gather(self.bias_V)
         return replace(self, weight_VD=_gather(self.weight_VD), bias_V=bias_V)
 
@@ -150,7 +155,7 @@ class Head:
         return logits_NV
 
     def logits_into(self, hidden_RD: Tensor, logits_RV: Tensor) -> None:
-        """Write the logits of a chunk into a float32 (float64) buffer; outside autograd and autocast.
+        """Write the logits of a chunk into a float32 (float64) buffer; call it outside autograd and autocast.
 
         Args:
             hidden_RD: states, in the dtype that products are formed in.
@@ -165,17 +170,17 @@ class Head:
         if self.softcap is not None:
             logits_RV.div_(self.softcap).tanh_().mul_(self.softcap)
 
-    def through(self, grad_RV: Tensor, logits_RV: Tensor) -> Tensor:
+    def backward_transform(self, grad_RV: Tensor, logits_RV: Tensor) -> Tensor:
         """Return the gradient with respect to hidden @ weightᵀ + bias, given the one with respect to the logits."""
         if self.softcap is not None:
             grad_RV = grad_RV * (1.0 - (logits_RV / self.softcap).square())
         return grad_RV if self.scale == 1.0 else grad_RV * self.scale
 
     def hidden_grad_into(self, grad_RV: Tensor, hidden_grad_RD: Tensor) -> None:
-        """Write grad @ weight into a float32 (float64) buffer; outside autograd and autocast.
+        """Write grad @ weight into a float32 (float64) buffer; call it outside autograd and autocast.
 
         Args:
-            grad_RV: the gradient that `through` returned, in the dtype that products are formed in.
+            grad_RV: the gradient that `backward_transform` returned, in the dtype that products are formed in.
             hidden_grad_RD: the buffer.
         """
         for number, (part, weight_PD) in enumerate(self._parts(grad_RV.dtype)):
@@ -210,7 +215,7 @@ class _MeanOverShards(torch.autograd.Function):
 
 
 def _gather(weight: Tensor) -> Tensor:
-    """Return a plain tensor; each process saw its own tokens, so its gradient is one summand of the whole."""
+    """Return a plain tensor; each process has its own tokens, so its gradient is one summand of the total."""
     if not isinstance(weight, DTensor):
         return weight
     mesh = weight.device_mesh

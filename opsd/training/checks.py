@@ -155,7 +155,7 @@ def check_settings(
             "sample. Use another teacher, or set seq_kd to false."
         )
     spread = args.accelerator_config
-    if groups.size > 1 and (spread.split_batches or spread.dispatch_batches):
+    if groups.num_generations > 1 and (spread.split_batches or spread.dispatch_batches):
         raise ConfigError(
             "num_generations is above 1, and accelerator_config splits or dispatches batches: rollouts of one prompt "
             "would land in different processes, and could not be compared. Leave both options off."

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DEMONSTRATIONS = ("completion", "completion_ids", "demonstration", "solution", "answer")
 # The listed token and no other rule of the method's loss; how the student samples stays the run's.
 _ONE_TOKEN: dict[str, Any] = {
+    "divergence": None,
     "beta": 0.0,
     "support": "teacher_top_k",
     "support_k": 1,

@@ -85,9 +85,9 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
     groups.rewards.check_columns(row_columns(dataset))
     if not trains:
         _warn_of_missing_siblings(teacher, groups)
-    elif groups.size == 1 and groups.rewards.functions:
+    elif groups.num_generations == 1 and groups.rewards.functions:
         _check_siblings(teacher)
-    elif groups.size > 1 and not isinstance(dataset, Dataset):
+    elif groups.num_generations > 1 and not isinstance(dataset, Dataset):
         raise DataError(
             "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
             "Load them as a Dataset, or set num_generations to 1."

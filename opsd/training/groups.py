@@ -1,15 +1,15 @@
-"""Groups of rollouts of one prompt: rewards, the context fields a group provides, which rollouts train and how.
+"""Groups of rollouts of one prompt: rewards, the context fields a group provides, which rollouts are distilled.
 
-SDPO (arXiv 2601.20802) puts a correct rollout of the same group, or the verifier's feedback, into the teacher's
-context; SRPO (arXiv 2604.02288) does so for wrong rollouts and reinforces right ones (GRPO, arXiv 2402.03300). Knows
-rollouts and rewards; nothing of models or losses.
+SDPO (arXiv 2601.20802) puts a correct rollout of the same group, or a verifier's feedback, into the teacher's prompt;
+SRPO (arXiv 2604.02288) does so for wrong rollouts and reinforces right ones (GRPO, arXiv 2402.03300). Knows rollouts
+and rewards; nothing of models or losses.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -25,77 +25,114 @@ DISTILL_ON = {
     "right": "rollouts at or above success_reward are distilled",
 }
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
-# stand for the fields in prompts that are rendered before training
+# Values of rollout fields in prompts that are rendered before training.
 PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in ROLLOUT_FIELDS}, "pass_rate": 0.0}
-STD_EPSILON = 1e-4  # TRL's GRPOTrainer; a group that agrees has no advantage anyway
-
+STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer; a group of equal rewards has no advantage anyway
 
 Decode = Callable[[Sequence[Ids]], Sequence[str]]
 HasFields = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 
 def placeholders(names: Iterable[str], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return placeholders for the fields that rollouts provide, for a prompt that is rendered before training."""
+    """Return placeholders of rollout fields, for a row's prompt that is rendered before training."""
     return {name: PLACEHOLDERS[name] for name in names if name != "pass_rate" or name not in row}
 
 
-@dataclass(frozen=True)
-class Groups:
-    """How rollouts are grouped and graded, and which are distilled or reinforced.
+@dataclass(kw_only=True)
+class GroupSettings:
+    """Settings of an OPSDConfig about groups of rollouts and their rewards.
 
-    >>> groups = Groups(Rewards.parse("last_number", None), size=8, distill_on="wrong", grpo_coef=1.0)
-    >>> rollouts, metrics = groups.grade(rollouts, decode, teacher.has_fields, trainer.state)
-
-    Args:
-        rewards: the reward functions; none leaves rollouts as they are.
-        size: rollouts per prompt.
-        success_reward: from this reward on a rollout is right.
-        distill_on: which rollouts are distilled, a key of DISTILL_ON.
-        grpo_coef: weight of the GRPO term, 0 for none.
-        grpo_on: which rollouts it reinforces, a key of GRPO_ON.
-
-    Raises:
-        ConfigError: settings that cannot work together.
+    Example:
+        >>> OPSDConfig("runs/srpo", num_generations=8, distill_on="wrong", grpo_coef=1.0, grpo_on="undistilled")
     """
 
-    rewards: Rewards
-    size: int = 1
-    success_reward: float = 1.0
-    distill_on: str = "all"
-    grpo_coef: float = 0.0
-    grpo_on: str = "all"
+    num_generations: int = field(
+        default=1,
+        metadata={
+            "help": "Rollouts per prompt (SDPO: 8). Batch per device × accumulation steps counts rollouts, and must be "
+            "a multiple of it."
+        },
+    )
+    success_reward: float = field(
+        default=1.0,
+        metadata={
+            "help": "Smallest reward of a right rollout; its text may be put into the teacher's prompt for other "
+            "rollouts of its group (SDPO, arXiv 2601.20802)."
+        },
+    )
+    distill_on: str = field(
+        default="all",
+        metadata={"help": "Rollouts that are distilled: all, wrong (SRPO, arXiv 2604.02288), or right."},
+    )
+    grpo_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a policy gradient on group-relative rewards beside the divergence (GRPO, arXiv "
+            "2402.03300), at least 0."
+        },
+    )
+    grpo_on: str = field(
+        default="all",
+        metadata={"help": "Rollouts that the GRPO term reinforces: all, or undistilled (SRPO)."},
+    )
 
-    @classmethod
-    def from_config(cls, args: Any, reward_funcs: Any) -> Groups:
-        """Read the settings of an OPSDConfig."""
-        return cls(
-            Rewards.parse(reward_funcs, args.reward_weights),
-            args.num_generations,
-            args.success_reward,
-            args.distill_on,
-            args.grpo_coef,
-            args.grpo_on,
-        )
+    def check_groups(self) -> None:
+        """Refuse settings that are out of range.
 
-    def __post_init__(self) -> None:
+        Raises:
+            ConfigError: names the setting.
+        """
         for name, known in (("distill_on", DISTILL_ON), ("grpo_on", GRPO_ON)):
             if getattr(self, name) not in known:
                 raise ConfigError(not_one_of(name, getattr(self, name), known))
-        if self.grpo_coef < 0:
+        if not self.grpo_coef >= 0:
             raise ConfigError(
-                f"grpo_coef must not be negative, and is {self.grpo_coef}: it would punish what is right."
+                f"grpo_coef must not be negative, and is {self.grpo_coef}: it would punish rollouts for high rewards. "
+                "Use 0 for no such term."
             )
-        needs_rewards = self.distill_on != "all" or self.grpo_coef > 0
-        if needs_rewards and not self.rewards.functions:
+        if self.grpo_coef > 0 and self.num_generations < 2:
+            raise ConfigError(
+                f"grpo_coef is {self.grpo_coef:g} and num_generations is {self.num_generations}. GRPO compares a "
+                "rollout with its group, and alone it has no advantage. Set num_generations to 2 at least; 8 is usual."
+            )
+
+
+@dataclass
+class Groups(GroupSettings):
+    """Grades groups of rollouts; the fields are those of `GroupSettings` by keyword, after the rewards.
+
+    Args:
+        rewards: the reward functions; without any, rollouts stay as they are.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+
+    Example:
+        >>> groups = Groups(Rewards.parse("last_number", None), num_generations=8, distill_on="wrong")
+        >>> groups.describe()
+        '8 rollouts per prompt, rewarded by last_number; rollouts below success_reward are distilled (success from 1)'
+    """
+
+    rewards: Rewards
+
+    @classmethod
+    def from_config(cls, args: Any, reward_funcs: Any) -> Groups:
+        """Read the settings of an OPSDConfig.
+
+        Args:
+            args: the settings.
+            reward_funcs: reward functions or graders' names, as OPSDTrainer takes them.
+        """
+        settings = {f.name: getattr(args, f.name) for f in fields(GroupSettings)}
+        return cls(Rewards.parse(reward_funcs, args.reward_weights), **settings)
+
+    def __post_init__(self) -> None:
+        self.check_groups()
+        if (self.distill_on != "all" or self.grpo_coef > 0) and not self.rewards.functions:
             raise ConfigError(
                 f"distill_on {self.distill_on!r} and grpo_coef {self.grpo_coef:g} need to know which rollouts are "
                 "right, and there is no reward function. Pass reward_funcs=, such as 'last_number' or a function with "
                 "TRL's signature."
-            )
-        if self.grpo_coef > 0 and self.size < 2:
-            raise ConfigError(
-                "grpo_coef is set and num_generations is 1. GRPO compares a rollout with its group, and alone it has "
-                "no advantage. Set num_generations to 2 at least; 8 is usual."
             )
 
     @property
@@ -104,8 +141,8 @@ class Groups:
         return ROLLOUT_FIELDS if self.rewards.functions else ()
 
     def describe(self) -> str:
-        """How many rollouts a prompt gets, what rewards them, which are distilled; a resumed run must do the same."""
-        text = f"{self.size} rollout{'s' if self.size > 1 else ''} per prompt"
+        """Name rollouts per prompt, rewards, and which rollouts are distilled or reinforced."""
+        text = f"{self.num_generations} rollout{'s' if self.num_generations > 1 else ''} per prompt"
         if not self.rewards.functions:
             return text
         text += f", rewarded by {self.rewards.describe()}; {DISTILL_ON[self.distill_on]}"
@@ -182,8 +219,8 @@ class Groups:
         prompts = [row["prompt"] for row in rows]
         groups = []
         for number, prompt in enumerate(prompts):
-            first = number - number % self.size
-            around = range(first, min(first + self.size, len(rows)))
+            first = number - number % self.num_generations
+            around = range(first, min(first + self.num_generations, len(rows)))
             groups.append([other for other in around if prompts[other] == prompt])
         return groups
 

@@ -132,7 +132,7 @@ class Scorer:
         contexts = {id(context): context for context in self.teacher.contexts}.values()
         counts = sum((context.counts for context in contexts), ContextCounts())
         shares, self._counted = (counts - self._counted).metrics if contexts else {}, counts
-        if self.selection.selects:
+        if self.selection.leaves_out:
             shares["tokens/left_out"] = 1.0 - shown.num_scorable / max(sampled.num_scorable, 1)
         return shares
 

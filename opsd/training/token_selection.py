@@ -1,44 +1,102 @@
 """Which tokens of a rollout are trained on, decided from ids and positions before anything is scored.
 
-Knows rollouts and settings; nothing of models, teachers or losses. What it leaves out is neither scored nor counted by
-the normaliser, and how much it leaves out is logged.
+Knows rollouts and settings; nothing of models, teachers or losses. Tokens that it leaves out are neither scored nor
+counted in the number of loss tokens, and their share is logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError, DataError
-from opsd.losses import token_weights
 from opsd.rollouts import Ids, Rollouts
 
+Mask = list[int]  # one entry per token of a completion: 1 where it is scored
 
-@dataclass(frozen=True)
-class TokenSelection:
-    """The masks and row weights of a run, in the order in which they are applied.
 
-    Args:
-        skip_first_tokens: tokens at the start of a completion that are left out.
-        first_tokens_only: tokens from the start of a completion that are used, or None for all.
-        mask_truncated_completions: leave out completions that were cut at the length limit.
-        left_out_ids: ids that are left out wherever they stand.
-        end_ids: ids that end a completion.
-        pass_rate_column: column of rows with the share of attempts that pass; rows weigh 4·p·(1-p). None weighs alike.
+@dataclass(kw_only=True)
+class TokenSelectionSettings:
+    """Settings of an OPSDConfig that choose tokens and weigh rows.
+
+    Example:
+        >>> OPSDConfig("runs/first", skip_first_tokens=3, mask_truncated_completions=True)
     """
 
-    skip_first_tokens: int = 0
-    first_tokens_only: int | None = None
-    mask_truncated_completions: bool = False
+    skip_first_tokens: int = field(
+        default=0,
+        metadata={"help": "Tokens at the start of each completion that are left out (SDFT, arXiv 2601.19897: 3)."},
+    )
+    first_tokens_only: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens from the start of each completion to train on; the forward passes end there (prefix "
+            "distillation, arXiv 2602.15260). Unset: all."
+        },
+    )
+    mask_truncated_completions: bool = field(
+        default=False, metadata={"help": "Leave out completions that were cut at max_completion_length."}
+    )
+    mask_special_tokens: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out the tokenizer's special tokens (arXiv 2603.25562). The end of a turn is one of them: "
+            "the student is then not trained when to stop."
+        },
+    )
+    mask_tokens: list[str] | None = field(
+        default=None, metadata={"help": "Tokens to leave out wherever they stand, as text. Unset: none."}
+    )
+    pass_rate_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column with each row's pass rate p, in [0, 1]; the row is weighted by 4·p·(1−p) (SSOPD). Unset: "
+            "all rows weigh 1."
+        },
+    )
+
+    def check_token_selection(self) -> None:
+        """Refuse counts of tokens that are out of range.
+
+        Raises:
+            ConfigError: names the setting.
+        """
+        for name, least in {"skip_first_tokens": 0, "first_tokens_only": 1}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(
+                    f"{name} must be at least {least}, and is {value}. It is a number of tokens of a completion. "
+                    "Leave it out to train on all of them."
+                )
+
+
+@dataclass(kw_only=True)
+class TokenSelection(TokenSelectionSettings):
+    """The masks and row weights of a run; the fields are those of `TokenSelectionSettings`, and two lists of ids.
+
+    Args:
+        left_out_ids: ids that are left out wherever they stand: those of `mask_tokens` and `mask_special_tokens`.
+        end_ids: ids that end a completion.
+
+    Raises:
+        ConfigError: a setting outside its range.
+
+    Example:
+        >>> TokenSelection(skip_first_tokens=3, first_tokens_only=100).describe()
+        'without the first 3, up to token 100'
+    """
+
     left_out_ids: frozenset[int] = frozenset()
     end_ids: frozenset[int] = frozenset()
-    pass_rate_column: str | None = None
 
     @classmethod
-    def from_config(cls, args: Any, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]) -> TokenSelection:
+    def from_config(
+        cls, args: TokenSelectionSettings, tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int]
+    ) -> TokenSelection:
         """Read the settings of an OPSDConfig.
 
         Args:
@@ -51,44 +109,44 @@ class TokenSelection:
         """
         special = tokenizer.all_special_ids if args.mask_special_tokens else []
         return cls(
-            args.skip_first_tokens,
-            args.first_tokens_only,
-            args.mask_truncated_completions,
-            frozenset([*special, *(_id_of(text, tokenizer) for text in args.mask_tokens or [])]),
-            frozenset(end_ids),
-            args.pass_rate_column,
+            **{f.name: getattr(args, f.name) for f in fields(TokenSelectionSettings)},
+            left_out_ids=frozenset([*special, *(_id_of(text, tokenizer) for text in args.mask_tokens or [])]),
+            end_ids=frozenset(end_ids),
         )
 
+    def __post_init__(self) -> None:
+        self.check_token_selection()
+
     @property
-    def selects(self) -> bool:
-        """Whether anything can be left out."""
+    def leaves_out(self) -> bool:
+        """Whether any token can be left out, or any row weigh less than 1."""
         return self.describe() != "all"
 
     def describe(self) -> str:
-        """Which tokens are trained on, in words."""
-        said = []
+        """Name the tokens that are trained on, as the log writes them."""
+        parts = []
         if self.skip_first_tokens:
-            said.append(f"without the first {self.skip_first_tokens}")
+            parts.append(f"without the first {self.skip_first_tokens}")
         if self.first_tokens_only is not None:
-            said.append(f"up to token {self.first_tokens_only}")
+            parts.append(f"up to token {self.first_tokens_only}")
         if self.mask_truncated_completions:
-            said.append("of completions that ended")
+            parts.append("of completions that ended")
         if self.left_out_ids:
-            said.append(f"without {len(self.left_out_ids)} named or special ids")
+            parts.append(f"without {len(self.left_out_ids)} named or special ids")
         if self.pass_rate_column:
-            said.append(f"rows weighed by 4p(1-p) of column {self.pass_rate_column!r}")
-        return ", ".join(said) or "all"
+            parts.append(f"rows weighed by 4p(1-p) of column {self.pass_rate_column!r}")
+        return ", ".join(parts) or "all"
 
     def apply(self, rollouts: Rollouts) -> Rollouts:
-        """Return the rollouts with the tokens that are left out unscored, and rows weighed.
+        """Return the rollouts with the left-out tokens unscored, and with row weights.
 
         Raises:
-            DataError: a row's pass rate is missing or no share.
+            DataError: a row's pass rate is missing or not in [0, 1].
         """
         column = self.pass_rate_column
         row_weights = [
-            own if column is None else own * row_weight(row.get(column), column, number)
-            for number, (row, own) in enumerate(zip(rollouts.rows, rollouts.row_weights, strict=True))
+            weight if column is None else weight * row_weight(row.get(column), column, number)
+            for number, (row, weight) in enumerate(zip(rollouts.rows, rollouts.row_weights, strict=True))
         ]
         masks = [
             self._mask(mask, ids) if weight else [0] * len(mask)
@@ -96,36 +154,64 @@ class TokenSelection:
         ]
         return replace(rollouts, loss_mask=masks, row_weights=row_weights)
 
-    def _mask(self, mask: Sequence[int], completion_ids: Ids) -> Ids:
+    def _mask(self, mask: Sequence[int], completion_ids: Ids) -> Mask:
         if self.mask_truncated_completions:
-            mask = token_weights.without_truncated(mask, completion_ids, self.end_ids)
+            mask = without_truncated(mask, completion_ids, self.end_ids)
         if self.first_tokens_only is not None:
-            mask = token_weights.first_only(mask, self.first_tokens_only)
+            mask = first_only(mask, self.first_tokens_only)
         if self.left_out_ids:
-            mask = token_weights.without_ids(mask, completion_ids, self.left_out_ids)
-        return token_weights.skip_first(mask, self.skip_first_tokens)
+            mask = without_ids(mask, completion_ids, self.left_out_ids)
+        return skip_first(mask, self.skip_first_tokens)
 
 
 def row_weight(rate: Any, column: str, number: int) -> float:
-    """Return what a row counts by its pass rate.
+    """Return the weight 4·p·(1-p) of a row with pass rate p: 1 where half of the attempts pass, 0 where all or none do.
 
     Raises:
-        DataError: the rate is missing or no share.
+        DataError: the rate is missing or not in [0, 1].
     """
     try:
-        return token_weights.by_pass_rate(float(rate))
-    except (TypeError, ValueError) as error:
+        passed = float(rate)
+    except (TypeError, ValueError):
+        passed = math.nan
+    if not 0.0 <= passed <= 1.0:
         raise DataError(
             f"row {number}: column {column!r} holds no pass rate ({rate!r}). Rows are weighed by 4·p·(1-p) of it, so "
             "it must be a number between 0 and 1 in every row. Fill it, or leave pass_rate_column out."
-        ) from error
+        )
+    return 4.0 * passed * (1.0 - passed)
+
+
+# ---- masks of one completion ----------------------------------------------------------------------------------------
+
+
+def skip_first(mask: Sequence[int], count: int) -> Mask:
+    """Leave out the first `count` tokens, which the wording of a context changes most."""
+    return [0 if position < count else is_scored for position, is_scored in enumerate(mask)]
+
+
+def first_only(mask: Sequence[int], count: int) -> Mask:
+    """Keep the first `count` tokens only."""
+    return [is_scored if position < count else 0 for position, is_scored in enumerate(mask)]
+
+
+def without_ids(mask: Sequence[int], completion_ids: Sequence[int], left_out: Collection[int]) -> Mask:
+    """Leave out tokens by their id."""
+    pairs = zip(mask, completion_ids, strict=True)
+    return [0 if token in left_out else is_scored for is_scored, token in pairs]
+
+
+def without_truncated(mask: Sequence[int], completion_ids: Sequence[int], end_ids: Collection[int]) -> Mask:
+    """Leave out the whole completion where it does not end with one of `end_ids`: it was cut at the length limit."""
+    has_end = bool(completion_ids) and completion_ids[-1] in end_ids
+    return list(mask) if has_end else [0] * len(mask)
 
 
 def _id_of(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the id of a token given as the vocabulary writes it, or as text that is one token."""
-    known = tokenizer.get_vocab()
-    if text in known:
-        return int(known[text])
+    vocabulary = tokenizer.get_vocab()
+    if text in vocabulary:
+        return int(vocabulary[text])
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) == 1:
         return int(ids[0])
