@@ -61,12 +61,12 @@ def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     run, teachers = _settings(options)
     model, made = run.model.model_name_or_path or "", PRODUCED if run.run.reward_funcs else ()
-    needed = {name for teacher in teachers for c in teacher.contexts for name in c.fields | c.optional_fields}
+    needed = {name for teacher in teachers for c in teacher.prompts.contexts for name in c.fields | c.optional_fields}
     system = run.args.student_system_prompt
     rows = rows_of(run, run.run.dataset_train_split)
     dataset = ready_rows(rows, name=run.run.dataset_name or "", system_prompt=system, needed=needed)
     for teacher in teachers:
-        teacher.check_rows(dataset, row_columns(dataset), made)
+        teacher.prompts.check_rows(dataset, row_columns(dataset), made)
     shown = dataset if isinstance(dataset, Dataset) else list(islice(iter(dataset), max(options.row) + 1))
     for number in options.row:
         if not 0 <= number < len(shown):
@@ -105,9 +105,9 @@ def _teacher_sides(
     """Return title and prompt of every teacher that scores this row."""
     rollout_fields = placeholders(made, row)
     sides = []
-    for view in teacher.views_of(row):
-        ids = view.context.render(row, rollout_fields, side=renderer) if view.context else renderer.ids(row["prompt"])
-        sides.append((f"teacher (shown {view.shown})", ids))
+    for leaf in teacher.prompts.leaves_of(row):
+        ids = leaf.context.render(row, rollout_fields, side=renderer) if leaf.context else renderer.ids(row["prompt"])
+        sides.append((f"teacher (shown {leaf.describe()})", ids))
     return sides
 
 
@@ -124,7 +124,7 @@ def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
 
 def _shown(teacher: Teacher, name: str) -> Teacher:
     """Return a teacher that is shown a template, a level of help, or nothing."""
-    return teacher.with_context({"levels": [name]} if name in LEVELS else name)
+    return teacher.copy_with(teacher.prompts.with_context({"levels": [name]} if name in LEVELS else name))
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:

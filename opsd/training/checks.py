@@ -227,24 +227,24 @@ def check_rows_fit(
                 f"{words:,}. Model and tokenizer do not belong together, or tokens were added to one of them: "
                 "model.resize_token_embeddings(len(tokenizer))."
             )
-        for view in teacher.views_of(row):
-            if view.context is None:
+        for leaf in teacher.prompts.leaves_of(row):
+            if leaf.context is None:
                 continue
             made = placeholders(rollout_fields, row)
-            for context in view.context.possible_contexts(row, made):
+            for context in leaf.context.possible_contexts(row, made):
                 try:
-                    prompt = context.render(row, made, side=view.renderer)
+                    prompt = context.render(row, made, side=leaf.renderer)
                 except DataError as error:
                     raise DataError(f"row {number}: {error}") from error
                 # What training makes may be as long as a completion.
                 to_come = max_new_tokens * (1 + _whole_rollouts_shown(context, rollout_fields))
-                check_lengths(view.max_length, [prompt], [to_come], "teacher", first_row=number)
-    teacher.forget_counts()
+                check_lengths(leaf.teacher.max_length, [prompt], [to_come], "teacher", first_row=number)
+    teacher.prompts.forget_counts()
 
 
 def _check_siblings(teacher: Teacher) -> None:
     """Refuse a context that only siblings could fill where no rollout has one, and warn where little else could."""
-    for context in teacher.contexts:
+    for context in teacher.prompts.contexts:
         rule = f"template {context.name!r} shows correct siblings of a rollout, and num_generations is 1: there is none"
         if "sibling" in context.fields:
             raise ConfigError(f"{rule}, so nothing would be trained. Set num_generations to 8 or so.")
@@ -316,7 +316,7 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
             "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
             "Load them as a Dataset, or set num_generations to 1."
         )
-    for context in [] if trains else teacher.contexts:
+    for context in [] if trains else teacher.prompts.contexts:
         if (context.fields | context.optional_fields) & set(groups.rollout_fields):
             warnings.warn(
                 f"template {context.name!r} shows what a group of rollouts made, and evaluation samples each row once: "
@@ -371,7 +371,7 @@ def measured_cost(
         produced: names that training makes for contexts.
         micro_batches: of an optimizer step.
     """
-    costs = [teacher.cost for teacher in scorer.teachers]
+    costs = [teacher.cost for teacher in {id(view.teacher): view.teacher for view in scorer.views}.values()]
     total = Cost(sum(cost.megabytes for cost in costs), sum(cost.offloaded for cost in costs))
     if dataset is None:
         return total
@@ -385,16 +385,16 @@ def measured_cost(
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], rollout_fields=made)
     with counting_passes() as sequences:
-        for teacher in scorer.teachers:
-            teacher.score(teacher.render_prompts(probe))
+        for view in scorer.views:
+            view.score(view.prompts.render(probe))
     scorer.forget_counts()
     return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)
 
 
 def summary(scorer: Scorer, groups: Groups, cost: Cost) -> str:
     """Return what a user is told of a run before its first step."""
-    names = [view.shown for view in scorer.teacher.views]
+    teacher = scorer.teacher
     return (
-        f"teacher     {scorer.teacher.describe()}\nis shown    {', '.join(dict.fromkeys(names))}\ncosts       {cost}\n"
+        f"teacher     {teacher.describe()}\nis shown    {teacher.prompts.describe()}\ncosts       {cost}\n"
         f"learns      {groups.describe()}\nminimises   {scorer.describe()}\n            {scorer.objective.formula}"
     )

@@ -43,7 +43,7 @@ from opsd.evaluation.summary import (
 from opsd.models.forward import evaluating
 from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids
-from opsd.teachers import LiveTeacher, Teacher
+from opsd.teachers import LiveTeacher, Teacher, TeacherView
 from opsd.training.off_policy import completion_ids
 from opsd.training.run_card import data_digest
 
@@ -214,7 +214,7 @@ class Evaluator(TrainerCallback):
         """Why the teacher cannot be asked about the test rows, or None."""
         rows = self.plan.test
         try:
-            self._trainer.teacher.check_rows(rows, rows.column_names)
+            self._trainer.teacher.prompts.check_rows(rows, rows.column_names)
         except OPSDError as error:
             return f"the test rows lack what the teacher is shown: {error}"
         return None
@@ -228,13 +228,14 @@ class Evaluator(TrainerCallback):
             self._skipped.append(f"{what}: {why}")
             self._say(f"evaluation  not measured: {what}: {why}")
             return
-        told = {"model": teacher.describe(), "shown": teacher.shown}
-        self._keep(file_of("test", TEACHER), self._ask(teacher.sample, test, "test: teacher with its context", **told))
+        told = {"model": teacher.describe(), "shown": teacher.prompts.describe()}
+        result = self._ask(TeacherView(teacher).sample, test, "test: teacher with its context", **told)
+        self._keep(file_of("test", TEACHER), result)
         if not teacher.starts_as_student:
-            plain = teacher.with_context(None)
+            plain = TeacherView(teacher, teacher.prompts.with_context(None))
             result = self._ask(plain.sample, test, "test: teacher without context", model=teacher.describe())
             self._keep(file_of("test", PLAIN_TEACHER), result)
-        teacher.forget_counts()
+        teacher.prompts.forget_counts()
 
     def _ask(self, sample: Generate, questions: Questions, what: str, **told: Any) -> EvaluationResult:
         """Let somebody answer, each process a share of the questions."""
@@ -290,7 +291,7 @@ class Evaluator(TrainerCallback):
         whole: list[Ids] = [completion_ids({"completion": _as_completion(row[column])}, tokenizer) for row in rows]
         ids = [each[: self._longest] for each in whole]
         sides = [self._logprobs(who, rows, ids) for who in (self._now, self._trainer.teacher)]
-        self._trainer.teacher.forget_counts()
+        self._trainer.teacher.prompts.forget_counts()
         own, its = ([-sum(values) / len(values) for values in side] for side in sides)
         return {
             "column": column,

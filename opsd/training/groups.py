@@ -144,7 +144,7 @@ class Groups:
         idle = [not d and not a for d, a in zip(distill_weight, advantages, strict=True)]
         known = [reward for reward in verdicts.rewards if not math.isnan(reward)]
         graded = replace(
-            rollouts.without(idle),
+            rollouts.mask_rows(idle),
             rollout_fields=rollout_fields,
             distill_weight=[float(d) for d in distill_weight],
             advantages=advantages,

@@ -126,8 +126,9 @@ def _prompts(trainer: OPSDTrainer) -> Iterator[dict[str, Any]]:
     decode = trainer.student.tokenizer.decode
     for number, row in enumerate(islice(trainer.train_dataset, SHOWN_ROWS)):
         made, shown = placeholders(trainer.groups.rollout_fields, row), []
-        for view in trainer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
-            shown.append({"shown": view.shown, "prompt": view.renderer.tokenizer.decode(view.prompt_ids(row, made))})
+        for leaf in trainer.teacher.prompts.leaves_of(row):  # in order, so that two runs with other contexts compare
+            text = leaf.renderer.tokenizer.decode(leaf.ids(row, made))
+            shown.append({"shown": leaf.describe(), "prompt": text})
         yield {"row": number, "student": decode(trainer.student.renderer.ids(row["prompt"])), "teacher": shown}
     trainer.scorer.forget_counts()
 

@@ -40,6 +40,7 @@ from opsd.models.forward import check_lengths, check_model, context_length
 from opsd.models.loading import ready_model, without_dropout
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher
+from opsd.teachers.checks import check_state
 from opsd.training import checkpoints, checks, machine
 from opsd.training.callbacks import GracefulStop
 from opsd.training.config import OPSDConfig
@@ -265,7 +266,7 @@ class OPSDTrainer(DistillationTrainer):
     def _graded(self, rollouts: Rollouts) -> Rollouts:
         """Ask the reward functions, if there are any, and log what they said over all processes."""
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
-        rollouts, found = self.groups.grade(rollouts, decode, self.teacher.has_fields, self.state)
+        rollouts, found = self.groups.grade(rollouts, decode, self.teacher.prompts.has_fields, self.state)
         for name, value in (mean_over_processes(found) if found else {}).items():
             self._mode_metrics[name].append(value)
         return rollouts
@@ -353,6 +354,7 @@ class OPSDTrainer(DistillationTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
         state = self.teacher.state_dict()  # in every process: sharded values are put together
+        check_state(state, self.teacher.strategy)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
