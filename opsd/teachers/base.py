@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opsd.contexts.base import Context
 from opsd.contexts.renderer import PromptRenderer
@@ -40,7 +40,7 @@ def constructor_parameters(cls: type[Teacher]) -> dict[str, inspect.Parameter]:
     parameters: dict[str, inspect.Parameter] = {}
     for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
         _, *own = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        parameters = {p.name: p for p in own if p.kind not in VARIABLE and p.name != "context"} | parameters
+        parameters |= {p.name: p for p in own if p.kind not in VARIABLE and p.name not in ("context", *parameters)}
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in own):
             break
     return parameters
@@ -202,8 +202,14 @@ class Teacher(ABC):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The weights that it holds beside the student's; its cost is counted from them."""
-        return []
+        """The weights that it holds beside the student's; its cost is counted from them.
+
+        By default the tensors and modules among its attributes, without the student's parameters.
+        """
+        held = [value for value in vars(self).values() if isinstance(value, Tensor | nn.Module)]
+        tensors = [t for h in held for t in ([h] if isinstance(h, Tensor) else [*h.parameters(), *h.buffers()])]
+        of_student = {id(t) for t in (*self.student.model.parameters(), *self.student.model.buffers())}
+        return [t for t in tensors if id(t) not in of_student]
 
     @property
     def metrics(self) -> Mapping[str, float]:

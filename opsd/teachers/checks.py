@@ -178,6 +178,22 @@ def check_state(state: Any, name: str) -> None:
         )
 
 
+def load_state(teacher: Any, state: Mapping[str, Tensor]) -> None:
+    """Give a teacher its state back.
+
+    Raises:
+        CheckpointError: the teacher reads a name that its state does not have.
+    """
+    try:
+        teacher.load_state_dict(state)
+    except KeyError as error:
+        raise CheckpointError(
+            f"teacher {teacher.strategy!r}: load_state_dict reads {error}, and the checkpoint has: "
+            f"{_shortened(sorted(state)) or 'nothing'}. The teacher that wrote it had other names. Read what "
+            "state_dict() gives, or resume with that teacher."
+        ) from error
+
+
 def check_state_keys(given: Iterable[str], expected: Iterable[str], name: str) -> None:
     """Refuse a state with other names than `state_dict` gives.
 

@@ -75,8 +75,8 @@ class SelfTeacher(LocalTeacher):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """None: where the copy is kept changes no score, so a resumed run may choose anew."""
-        return {}
+        """The constructor's arguments, without where the copy is kept: a resumed run may choose that anew."""
+        return {name: value for name, value in super().settings.items() if name != "offload"}
 
 
 class LiveTeacher(SelfTeacher):

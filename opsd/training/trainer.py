@@ -40,7 +40,7 @@ from opsd.models.forward import check_lengths, check_model, context_length
 from opsd.models.loading import ready_model, without_dropout
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher
-from opsd.teachers.checks import check_state
+from opsd.teachers.checks import check_state, load_state
 from opsd.training import checkpoints, checks, machine
 from opsd.training.callbacks import GracefulStop
 from opsd.training.config import OPSDConfig
@@ -364,7 +364,7 @@ class OPSDTrainer(DistillationTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state, pending = checkpoints.read(Path(resume_from_checkpoint), self._facts)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.teacher.load_state_dict(state)
+        load_state(self.teacher, state)
         self._metrics["train"].clear()
         self._metrics["train"].update(pending)
 
