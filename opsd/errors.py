@@ -10,6 +10,7 @@ the rule that was broken, why the rule exists, and the way out. `assert` is for 
     │   └── UnsafeTemplateError                       it leaves the sandbox, or spends too much
     ├── TokenizerMismatchError  (ValueError)          student and teacher do not mean the same by the same ids
     ├── UnsupportedModelError   (TypeError)           a model whose head or forward pass opsd cannot reproduce
+    ├── TeacherError            (TypeError)           a teacher class, or what its methods return, breaks the interface
     ├── AlignmentError          (RuntimeError)        student and teacher did not score the same tokens
     ├── NonFiniteLossError      (FloatingPointError)  NaN or infinity before the backward pass
     └── CheckpointError         (RuntimeError)        a checkpoint or an output folder that cannot be used
@@ -50,6 +51,10 @@ class TokenizerMismatchError(OPSDError, ValueError):
 
 class UnsupportedModelError(OPSDError, TypeError):
     """A model whose logits opsd cannot reproduce from its last hidden states and its head."""
+
+
+class TeacherError(OPSDError, TypeError):
+    """A teacher class that lacks a method, or whose method returned something that cannot be used."""
 
 
 class AlignmentError(OPSDError, RuntimeError):

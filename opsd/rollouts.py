@@ -1,37 +1,43 @@
-"""Rollouts: what was asked, what was sampled, and which of its tokens are scored.
+"""Rollouts: rows, prompts and sampled completions, and which of their tokens are scored.
 
-Ragged lists of ids all the way; padding and micro-batching happen here and nowhere else. It knows nothing of models,
-teachers or losses. A completion is the very ids that were sampled: never decoded, never tokenised again.
+Keeps ragged lists of ids; padding and micro-batching happen here and nowhere else. Knows nothing of models, teachers or
+losses. A completion is the very ids that were sampled: never decoded, never tokenised again.
 
 Shapes: B rows · L tokens of a padded sequence · N scored tokens of a micro-batch (packed, row by row).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opsd.errors import TeacherError
+
 Ids = list[int]
 PAD = 0  # any id will do: padded positions are masked, to the right of all tokens, and never kept
 
-# What a row has where nothing else is said.
-USUAL: dict[str, Any] = {"row_weights": 1.0, "rollout_fields": {}, "distill_weight": 1.0, "advantages": 0.0}
+# What every row has where a field was left empty.
+DEFAULTS: dict[str, Any] = {"row_weights": 1.0, "rollout_fields": {}, "distill_weight": 1.0, "advantages": 0.0}
 
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """Prompts ++ completions, padded on the right.
+    """Prompts ++ completions as tensors, padded on the right.
 
     Args:
-        ids_BL: int64.
-        mask_BL: int64, 1 for tokens.
+        ids_BL: int64 token ids.
+        mask_BL: int64, 1 for tokens, 0 for padding.
         predicts_scored_BL: bool, True where the *next* token is scored.
-        scored_ids_N: int64, the scored tokens themselves, packed like `predicts_scored_BL`.
-        row_N: int64, the row of each.
+        scored_ids_N: int64, the scored tokens, packed like `predicts_scored_BL`.
+        row_N: int64, the row of each scored token.
+
+    Example:
+        >>> batch = rollouts.pad("cpu")
+        >>> last_hidden(model, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)  # (N, D)
     """
 
     ids_BL: Tensor
@@ -48,24 +54,29 @@ class Rollouts:
     Args:
         rows: dataset rows, with every privileged column.
         prompt_ids: the student's prompts.
-        completion_ids: sampled ids (or the row's own, off-policy).
+        completion_ids: sampled ids (or the row's completion, off-policy).
         loss_mask: per completion, 1 for tokens that are scored, 0 for tool output; None scores all.
-        teacher_prompt_ids: teacher prompts by the teacher's key (`Teacher.render_prompts` fills it).
+        teacher_prompt_ids: teacher prompts by the object that rendered them (`teacher.prompts.render(rollouts)`).
         num_loss_tokens: scorable tokens of the whole generation batch over all processes; the loss divides by it.
-        row_weights: what each row counts; empty counts all alike.
+        row_weights: weight of each row in the loss; empty for all 1.
         rollout_fields: per row, fields for the teacher's context that training makes (a correct sibling's text,
             feedback); empty for none.
         distill_weight: per row, 1 where the teacher trains it and 0 where only its reward does; empty for all 1.
-        advantages: per row, what its reward is worth beside its group's; empty for all 0.
-        rollout_logprobs: per completion, log p in nats of each token where it was sampled, NaN where unknown; None
-            where no engine told.
+        advantages: per row, its reward relative to its group; empty for all 0.
+        rollout_logprobs: per completion, log p in nats of each token in the engine that sampled it, NaN where unknown;
+            None where no engine reports them.
+
+    Example:
+        >>> rollouts = Rollouts(rows, [[5, 6], [7]], [[8, 2], [9, 9, 2]])
+        >>> rollouts.scored_ids
+        [8, 2, 9, 9, 2]
     """
 
     rows: Sequence[Mapping[str, Any]]
     prompt_ids: Sequence[Ids]
     completion_ids: Sequence[Ids]
     loss_mask: Sequence[Ids] | None = None
-    teacher_prompt_ids: Mapping[str, Sequence[Ids]] = field(default_factory=dict)
+    teacher_prompt_ids: Mapping[Hashable, Sequence[Ids]] = field(default_factory=dict)
     num_loss_tokens: float | None = None
     row_weights: Sequence[float] = ()
     rollout_fields: Sequence[Mapping[str, Any]] = ()
@@ -76,9 +87,9 @@ class Rollouts:
     def __post_init__(self) -> None:
         if self.loss_mask is None:
             object.__setattr__(self, "loss_mask", [[1] * len(ids) for ids in self.completion_ids])
-        for name, usual in USUAL.items():
+        for name, default in DEFAULTS.items():
             if not getattr(self, name):
-                object.__setattr__(self, name, [usual] * len(self.rows))
+                object.__setattr__(self, name, [default] * len(self.rows))
         assert self.loss_mask is not None
         assert len(self.rows) == len(self.prompt_ids) == len(self.completion_ids) == len(self.loss_mask)
         assert all(len(a) == len(b) for a, b in zip(self.completion_ids, self.loss_mask, strict=True))
@@ -90,20 +101,20 @@ class Rollouts:
 
     @property
     def num_scorable(self) -> int:
-        """Number of tokens that are scored in these rows."""
+        """The number of scored tokens."""
         return sum(map(sum, self.loss_mask or ()))
 
     @property
     def scored_ids(self) -> Ids:
-        """The scored tokens, row by row: what both sides must agree on."""
-        return self._of_scored(self.completion_ids)
+        """The scored tokens, row by row; student and teacher must score these and no others."""
+        return self._of_scored_tokens(self.completion_ids)
 
     @property
-    def sampled_logprobs(self) -> list[float] | None:
-        """The scored tokens' log-probabilities where they were sampled, or None where no engine told."""
-        return None if self.rollout_logprobs is None else self._of_scored(self.rollout_logprobs)
+    def scored_rollout_logprobs(self) -> list[float] | None:
+        """The scored tokens' log-probabilities in the engine that sampled them; None where no engine reports them."""
+        return None if self.rollout_logprobs is None else self._of_scored_tokens(self.rollout_logprobs)
 
-    def _of_scored(self, values: Sequence[Sequence[Any]]) -> list[Any]:
+    def _of_scored_tokens(self, values: Sequence[Sequence[Any]]) -> list[Any]:
         return [
             value
             for row, scored in zip(values, self.loss_mask or (), strict=True)
@@ -112,8 +123,8 @@ class Rollouts:
         ]
 
     @property
-    def needed_ids(self) -> list[Ids]:
-        """Completions up to their last scored token: with causal attention nothing after it is needed."""
+    def trimmed_completions(self) -> list[Ids]:
+        """Completions up to their last scored token: with causal attention no later token changes a score."""
         return [
             ids[: max((n for n, is_scored in enumerate(scored, 1) if is_scored), default=0)]
             for ids, scored in zip(self.completion_ids, self.loss_mask or (), strict=True)
@@ -123,7 +134,7 @@ class Rollouts:
         """Return the rows at `indices`, in that order."""
 
         def pick(values: Any) -> Any:
-            if values is None or isinstance(values, float):  # nothing said, or said of the whole generation batch
+            if values is None or isinstance(values, float):  # absent, or one value for the whole generation batch
                 return values
             if isinstance(values, Mapping):
                 return {key: pick(each) for key, each in values.items()}
@@ -133,25 +144,30 @@ class Rollouts:
 
     @property
     def is_distilled(self) -> list[bool]:
-        """Whether a teacher's answer for a row counts: it has scored tokens, and is distilled."""
+        """Per row, whether it needs a teacher's score: it has scored tokens and a distill weight above 0."""
         return [
             any(mask) and bool(share) for mask, share in zip(self.loss_mask or (), self.distill_weight, strict=True)
         ]
 
-    def without(self, rows: Sequence[bool]) -> Rollouts:
-        """Return the rollouts with no token scored in the rows that are marked."""
-        masks = zip(self.loss_mask or (), rows, strict=True)
-        return replace(self, loss_mask=[[0] * len(mask) if drop else mask for mask, drop in masks])
+    def mask_rows(self, is_masked: Sequence[bool]) -> Rollouts:
+        """Return the rollouts with no scored token in the masked rows."""
+        masks = zip(self.loss_mask or (), is_masked, strict=True)
+        return replace(self, loss_mask=[[0] * len(mask) if masked else mask for mask, masked in masks])
 
-    def stacked(self, keys: Sequence[str], key: str) -> Rollouts:
-        """Return the rows once for each of several teachers, one after the other, as shown to one called `key`."""
-        teacher_prompt_ids = {key: [prompt for each in keys for prompt in self.teacher_prompt_ids[each]]}
-        again = self.select(list(range(len(self))) * len(keys))
-        return replace(again, teacher_prompt_ids=teacher_prompt_ids)
+    def repeat_for(self, prompts: Sequence[Hashable], reader: Hashable) -> Rollouts:
+        """Return all rows once per set of teacher prompts, so that one pass of a teacher scores them all.
+
+        Args:
+            prompts: the sets of teacher prompts, one copy of the rows after the other.
+            reader: the prompts under which that teacher finds them.
+        """
+        repeated = self if len(prompts) == 1 else self.select(list(range(len(self))) * len(prompts))
+        ids = [prompt for each in prompts for prompt in self._prompts_of(each)]
+        return replace(repeated, teacher_prompt_ids={reader: ids})
 
     def sorted_by_length(self) -> Rollouts:
         """Return the rows longest first, so that rows of one micro-batch need little padding."""
-        lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.needed_ids, strict=True)]
+        lengths = [len(p) + len(c) for p, c in zip(self.prompt_ids, self.trimmed_completions, strict=True)]
         return self.select(sorted(range(len(self)), key=lambda i: -lengths[i]))
 
     def split(self, parts: int) -> Iterator[Rollouts]:
@@ -160,27 +176,40 @@ class Rollouts:
         assert rest == 0, f"{len(self)} rows do not make {parts} equal micro-batches"
         return (self.select(range(start, start + size)) for start in range(0, size * parts, size))
 
-    def with_teacher_prompts(self, key: str, prompts: Sequence[Ids]) -> Rollouts:
-        """Return these rollouts with the teacher prompts of `key` added."""
-        assert len(prompts) == len(self)
-        return replace(self, teacher_prompt_ids={**self.teacher_prompt_ids, key: list(prompts)})
+    def with_teacher_prompts(self, prompts: Hashable, ids: Sequence[Ids]) -> Rollouts:
+        """Return these rollouts with the ids of a teacher's prompts added, one per row."""
+        assert len(ids) == len(self)
+        return replace(self, teacher_prompt_ids={**self.teacher_prompt_ids, prompts: list(ids)})
+
+    def _prompts_of(self, teacher_prompts: Hashable) -> Sequence[Ids]:
+        if teacher_prompts not in self.teacher_prompt_ids:
+            raise TeacherError(
+                "these rollouts hold no prompts for this teacher. A teacher scores what its prompts were rendered "
+                "into. Render them first: rollouts = teacher.prompts.render(rollouts); and pad with the teacher's own "
+                "prompts: rollouts.pad(device, self.prompts)."
+            )
+        return self.teacher_prompt_ids[teacher_prompts]
 
     def with_num_loss_tokens(self, tokens: float) -> Rollouts:
-        """Return these rollouts with the number of scored tokens that the loss divides by."""
+        """Return these rollouts with the number of tokens that the loss divides by."""
         return replace(self, num_loss_tokens=float(tokens))
 
-    def pad(self, device: torch.device | str, seen_by: str | None = None) -> PaddedBatch:
-        """Lay prompts ++ completions out as tensors.
+    def pad(self, device: torch.device | str, teacher_prompts: Hashable | None = None) -> PaddedBatch:
+        """Return prompts ++ completions as tensors.
 
-        Padding goes to the right: with causal attention no token ever sees it, and all prompts start at position 0.
+        Padding goes to the right: with causal attention no token sees it, and all prompts start at position 0.
 
         Args:
             device: where the tensors go.
-            seen_by: key of the teacher whose prompts are used; None uses the student's.
+            teacher_prompts: the prompts to put before the completions, as in `rollouts.pad(device, teacher.prompts)`;
+                None for the student's.
+
+        Raises:
+            TeacherError: the prompts of this teacher were not rendered.
         """
-        prompts = self.prompt_ids if seen_by is None else self.teacher_prompt_ids[seen_by]
+        prompts = self.prompt_ids if teacher_prompts is None else self._prompts_of(teacher_prompts)
         assert self.loss_mask is not None
-        completions = self.needed_ids
+        completions = self.trimmed_completions
         length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         ids_BL = torch.full((len(self), length), PAD)
         mask_BL = torch.zeros((len(self), length), dtype=torch.long)
@@ -195,7 +224,7 @@ class Rollouts:
         return PaddedBatch(*(t.to(device) for t in (ids_BL, mask_BL, predicts_scored_BL, scored_ids_N, row_N)))
 
     def row_of_token(self, n: int) -> int:
-        """Return the row that packed scored token `n` belongs to."""
+        """Return the row of the packed scored token `n`."""
         for row, scored in enumerate(self.loss_mask or ()):
             if n < sum(scored):
                 return row

@@ -101,7 +101,7 @@ def test_each_side_has_its_own_system_turn(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, teacher, student_system_prompt="You are a student.")
     row = trainer.train_dataset[0]
     decode = trainer.student.tokenizer.decode
-    student, told = decode(trainer.student.renderer.ids(row["prompt"])), decode(teacher.prompt_ids(row))
+    student, told = decode(trainer.student.renderer.ids(row["prompt"])), decode(teacher.prompts.ids(row))
     assert "<|im_start|>system\nYou are a student.<|im_end|>" in student
     assert "<|im_start|>system\nYou know the answer.<|im_end|>" in told and "You are a student" not in told
 
@@ -154,7 +154,7 @@ def test_a_run_can_be_told_other_rows_answers(tmp_path: Path) -> None:
     teacher = SameCheckpointTeacher(context={"template": "answer_only", "fields": {"answer": "other_answer"}})
     trainer = make_trainer(tmp_path, teacher)
     row = trainer.train_dataset[3]
-    assert f"The correct answer is {row['other_answer']}." in trainer.student.tokenizer.decode(teacher.prompt_ids(row))
+    assert f"The correct answer is {row['other_answer']}." in trainer.student.tokenizer.decode(teacher.prompts.ids(row))
     assert row["other_answer"] != row["answer"]
 
 

@@ -17,9 +17,7 @@ from helpers import (
     logged,
     make_args,
     make_rollouts,
-    make_student,
     make_trainer,
-    prepared,
     snapshot,
 )
 from torch.nn.functional import log_softmax
@@ -155,7 +153,7 @@ def test_an_attempt_stays_the_rows_own_where_its_solution_is_anothers() -> None:
 
 def test_a_reward_keeps_its_worth_beside_the_constant_advantage() -> None:
     rollouts = replace(make_rollouts(3), advantages=[0.5, 0.5, 0.0], distill_weight=[1.0, 0.0, 1.0])
-    assert prepared(ConstantAdvantageTeacher(-1.0), make_student("full")).render_prompts(rollouts).advantages == [
+    assert ConstantAdvantageTeacher(-1.0).adjust_rollouts(rollouts).advantages == [
         -0.5,
         0.5,
         -1.0,
@@ -261,8 +259,8 @@ def test_every_part_of_a_composed_teacher_loses_its_context() -> None:
     without = CONTROLS["no-context"].teacher
     mixed = without(MixtureTeacher(EMATeacher(0.8), [0.5, 0.5], contexts=["answer_only", "worked_solution"]))
     routed = without(RoutedTeacher("domain", {"odd": SameCheckpointTeacher()}, context="answer_only"))
-    assert mixed.contexts == [] and len(mixed.views) == 2
-    assert routed.contexts == []
+    assert mixed.prompts.contexts == [] and len(mixed.prompts.leaves) == 2
+    assert routed.prompts.contexts == []
 
 
 @pytest.mark.parametrize("teacher", MAKE_TEACHER)
@@ -270,10 +268,10 @@ def test_every_teacher_can_be_shown_what_belongs_to_other_rows(teacher: str) -> 
     method = MAKE_TEACHER[teacher]()
     wrong = CONTROLS["wrong-context"].teacher(method)
     assert type(wrong) is type(method)
-    assert [sorted(c.fields) for c in wrong.contexts] == [
-        [f"other_{f}" for f in sorted(c.fields)] for c in method.contexts
+    assert [sorted(c.fields) for c in wrong.prompts.contexts] == [
+        [f"other_{f}" for f in sorted(c.fields)] for c in method.prompts.contexts
     ]
-    assert {"other_answer", "other_solution"} >= {f for c in wrong.contexts for f in c.fields}
+    assert {"other_answer", "other_solution"} >= {f for c in wrong.prompts.contexts for f in c.fields}
 
 
 def test_a_schedule_shows_other_rows_at_every_level() -> None:
@@ -292,7 +290,7 @@ def test_a_nested_column_is_another_rows_too(tmp_path: Path) -> None:
         tmp_path, SameCheckpointTeacher(context=context), rows=Dataset.from_list(rows), control="wrong-context"
     )
     for number, row in enumerate(trainer.train_dataset):
-        text = trainer.student.tokenizer.decode(trainer.teacher.prompt_ids(row))
+        text = trainer.student.tokenizer.decode(trainer.teacher.prompts.ids(row))
         assert f"right{number}" not in text and "right" in text
 
 

@@ -72,7 +72,7 @@ for number, (teacher, student) in enumerate(RUNS):
         trainer.teacher.after_step(step)
         history = [{"step": n + 1, "entropy": 5.0, "completions/mean_length": 6.0} for n in range(step)]
         trainer.teacher.before_step(step, history)
-    rollouts = trainer.scorer.prepare_rollouts(make_rollouts(8).without([n in (1, 3, 5, 7) for n in range(8)]))
+    rollouts = trainer.scorer.prepare_rollouts(make_rollouts(8).mask_rows([n in (1, 3, 5, 7) for n in range(8)]))
     share = rollouts.with_num_loss_tokens(rollouts.num_scorable).select(list(range(8))[rank::world])
     trainer.model.train(); trainer.model.zero_grad()
     trainer.accelerator.backward(trainer.compute_loss(model, trainer._scored(share)))

@@ -74,9 +74,9 @@ def test_positions_that_slipped_by_one_are_found(tmp_path: Path, monkeypatch: py
     """siyan-zhao/OPSD: completions sliced behind another prompt's length lose as many tokens as it has special ones."""
     trainer, pad = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only")), Rollouts.pad
 
-    def slipped(self: Rollouts, device: torch.device, *key: str) -> PaddedBatch:
-        batch = pad(self, device, *key)
-        return replace(batch, predicts_scored_BL=batch.predicts_scored_BL.roll(-1, dims=1)) if key else batch
+    def slipped(self: Rollouts, device: torch.device, prompts: Any = None) -> PaddedBatch:
+        batch = pad(self, device, prompts)
+        return replace(batch, predicts_scored_BL=batch.predicts_scored_BL.roll(-1, dims=1)) if prompts else batch
 
     monkeypatch.setattr(Rollouts, "pad", slipped)
     found = of(examine(trainer, only=["alignment"]), "alignment")

@@ -247,8 +247,8 @@ def test_likelihood_of_held_out_traces_is_the_mean_nll_of_both_sides(tmp_path: P
     own = nll([student.ids(row["prompt"]) for row in TEST])
     assert found["student"] == pytest.approx(sum(own) / len(own), rel=1e-4)
     assert found["column"] == "solution" and found["n"] == len(TEST)
-    with trainer.teacher.teaching():
-        its = nll([trainer.teacher.prompt_ids(row) for row in TEST])
+    with trainer.teacher.active_weights():
+        its = nll([trainer.teacher.prompts.ids(row) for row in TEST])
     assert found["teacher"] == pytest.approx(sum(its) / len(its), rel=1e-4)
     assert found["behind"]["difference"] == pytest.approx(found["student"] - found["teacher"], rel=1e-3)
 

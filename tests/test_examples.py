@@ -69,7 +69,7 @@ def test_ema_script_saves_the_adapter_and_not_the_average(llama_folder: str, tmp
     student = load_file(tmp_path / "out" / ADAPTER)
     assert adapter_has_learned(student)
     average = load_file(tmp_path / "out" / "checkpoint-2" / "opsd_teacher.safetensors")
-    assert int(average.pop("opsd.moved")) == 2
+    assert int(average.pop("opsd.progress")) == 2
     # PEFT leaves the adapter's name out of its file.
     average = {name.replace(".default.", "."): t for name, t in average.items()}
     assert moved(average, student)
@@ -77,7 +77,7 @@ def test_ema_script_saves_the_adapter_and_not_the_average(llama_folder: str, tmp
 
 def test_sharpening_goes_on_with_the_adapter_of_sft(llama_folder: str, tmp_path: Path) -> None:
     printed = run("sharpen_after_sft", tmp_path / "out", "--model", llama_folder)
-    assert "a frozen copy of what training moves" in printed, "the teacher must be the SFT checkpoint, not its base"
+    assert "a frozen copy of its trainable weights" in printed, "the teacher must be the SFT checkpoint, not its base"
     sft, final = (load_file(tmp_path / "out" / stage / ADAPTER) for stage in ("sft", "opsd"))
     assert adapter_has_learned(sft)
     assert moved(sft, final)

@@ -41,7 +41,7 @@ def graded(
     rows = [{"prompt": f"prompt {n // (2 * size)}", "answer": "19"} for n in range(len(rewards))]
     rollouts = Rollouts(rows, [[1]] * len(rows), [[10 + n] * 3 for n in range(len(rows))])
     groups = Groups(Rewards.parse(returns(rewards, feedback), None), num_generations=size, **settings)
-    return groups.grade(rollouts, lambda ids: texts, SameCheckpointTeacher(context=context).has_fields, STATE)
+    return groups.grade(rollouts, lambda ids: texts, SameCheckpointTeacher(context=context).prompts.has_fields, STATE)
 
 
 # ---- the order of rows ----------------------------------------------------------------------------------------------
@@ -225,7 +225,9 @@ def mixed(folder: Path, **settings: Any) -> tuple[OPSDTrainer, Rollouts]:
     generator = torch.Generator().manual_seed(3)
     completions = [torch.randint(3, 300, (1 + 3 * n % 7,), generator=generator).tolist() for n in range(8)]
     prompts = [trainer.student.renderer.ids(row["prompt"]) for row in rows]
-    return trainer, trainer.scorer.prepare_rollouts(trainer._graded(Rollouts(rows, prompts, completions)))
+    rollouts, decode = Rollouts(rows, prompts, completions), trainer.processing_class.batch_decode
+    graded, _ = trainer.groups.grade(rollouts, decode, trainer.teacher.prompts.has_fields, trainer.state)
+    return trainer, trainer.scorer.prepare_rollouts(graded)
 
 
 def gradients(trainer: OPSDTrainer, rollouts: Rollouts) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -252,7 +254,7 @@ def defined(trainer: OPSDTrainer, rollouts: Rollouts, share_B: list[int]) -> tup
         y_T, logs = torch.tensor(rollouts.completion_ids[n]), []
         for scorer, prompts in (
             (model, rollouts.prompt_ids),
-            (teacher, rollouts.teacher_prompt_ids[trainer.teacher.key]),
+            (teacher, rollouts.teacher_prompt_ids[trainer.teacher.prompts]),
         ):
             logits_TV = scorer(torch.tensor([prompts[n] + rollouts.completion_ids[n]])).logits[0, -len(y_T) - 1 : -1]
             logs.append((logits_TV / args.temperature).log_softmax(-1))
@@ -278,7 +280,7 @@ def test_the_gradient_is_that_of_the_definition(
 
 def test_what_the_teacher_says_of_a_reinforced_rollout_changes_nothing(tmp_path: Path) -> None:
     trainer, rollouts = mixed(tmp_path, distill_on="wrong", grpo_on="undistilled", grpo_coef=COEF)
-    key = trainer.teacher.key
+    key = trainer.teacher.prompts
     lies = [
         prompt if share else [7, 8, 9]
         for prompt, share in zip(rollouts.teacher_prompt_ids[key], MIXED[0][3], strict=True)

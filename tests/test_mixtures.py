@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
-from helpers import make_rollouts, make_student, move, prepared
+from helpers import make_rollouts, make_student, make_trainer, move, prepared
 from torch import Tensor, nn
 
 from opsd import (
@@ -80,7 +80,7 @@ def assert_says(teacher: Teacher, rollouts: Rollouts, expected: list[Tensor], at
     """Compare at the scored tokens, at the likeliest ids and at the unlikeliest: the whole row must be right."""
     masks = zip(expected, rollouts.loss_mask or (), strict=True)
     expected_NV = torch.cat([values[torch.tensor(mask, dtype=torch.bool)] for values, mask in masks])
-    signal = teacher.score(teacher.render_prompts(rollouts))
+    signal = teacher.score(teacher.prompts.render(rollouts))
     for ids_N in (torch.tensor(rollouts.scored_ids), expected_NV.argmax(-1), expected_NV.argmin(-1)):
         wanted_N = expected_NV.gather(-1, ids_N[:, None])[:, 0]
         assert (signal.logprobs(ids_N).double() - wanted_N).abs().max() <= atol
@@ -128,7 +128,7 @@ def test_one_teacher_under_several_contexts_is_their_mean(
 def test_contexts_are_one_batched_pass_over_one_copy_of_the_weights(kind: str, make: Callable[[], Teacher]) -> None:
     single = prepared(make(), make_student(kind))
     mixture = prepared(MixtureTeacher(make(), [0.2, 0.3, 0.5], contexts=SHOWN), make_student(kind))
-    rollouts = mixture.render_prompts(make_rollouts())
+    rollouts = mixture.prompts.render(make_rollouts())
     with counting_passes() as sequences:
         mixture.score(rollouts)
     assert sequences == [3 * len(rollouts)]
@@ -165,7 +165,7 @@ def test_a_lora_run_of_many_teachers_holds_one_copy_of_the_base(kind: str) -> No
     several = MixtureTeacher(parts, [0.2] * 5)
     of_contexts = MixtureTeacher(EMATeacher(0.1), [0.2, 0.3, 0.5], contexts=SHOWN)
     teacher = prepared(RoutedTeacher("domain", {"even": several, "odd": of_contexts}), student)
-    teacher.score(teacher.render_prompts(make_rollouts()))
+    teacher.score(teacher.prompts.render(make_rollouts()))
     copies = 3 + (2 if kind == "arriving adapter" else 0)  # of the adapter: a fresh one is switched off instead
     found = megabytes([*student.parameters(), *reachable(teacher, {})])
     assert found == pytest.approx(base + (1 + copies) * adapter, abs=1e-3)
@@ -178,11 +178,24 @@ def test_a_lora_run_of_many_teachers_holds_one_copy_of_the_base(kind: str) -> No
 def test_an_outer_context_is_shown_to_parts_that_have_none() -> None:
     parts = [EMATeacher(0.9, context="worked_solution"), LiveTeacher(), LiveTeacher(context="answer_only")]
     mixture = prepared(MixtureTeacher(parts, [0.2, 0.3, 0.5], context="answer_only"), make_student("full"))
-    rollouts = mixture.render_prompts(make_rollouts())
+    rollouts = mixture.prompts.render(make_rollouts())
     side = PromptRenderer(make_tokenizer())
-    for part, name in zip(mixture.views, ("worked_solution", "answer_only", "answer_only"), strict=True):
+    for part, name in zip(mixture.prompts.leaves, ("worked_solution", "answer_only", "answer_only"), strict=True):
         expected = [PrivilegedContext(name).render(row, renderer=side) for row in rollouts.rows]
-        assert rollouts.teacher_prompt_ids[part.key] == expected
+        assert rollouts.teacher_prompt_ids[part] == expected
+
+
+def test_an_outer_context_reaches_only_those_that_were_given_none() -> None:
+    """It would overwrite what a mixture inside a route is shown, and its contrast would cancel out."""
+    ema = EMATeacher(0.9)
+    inner = MixtureTeacher([EMATeacher(0.9, context="hint"), LiveTeacher()], [0.5, 0.5])
+    several = MixtureTeacher(EMATeacher(0.5), [1.5, -0.5], kind="geometric", contexts=["hint", None])
+    teachers = {"a": inner, "b": several, "c": ema, "d": ema}
+    route = RoutedTeacher("domain", teachers, context="answer_only")
+    shown = [leaf.context and leaf.context.name for leaf in route.prompts.leaves]
+    assert shown == ["hint", "answer_only", "hint", None, "answer_only", "answer_only"]
+    assert len(route.members) == 4 and len(route.prompts.distinct) == 3, "one teacher under two names stays one"  # type: ignore[attr-defined]
+    assert inner.prompts.leaves[1].context is None and ema.context is None, "the parts themselves are left alone"
 
 
 def test_a_mixture_reads_from_yaml_as_from_python(tmp_path: Path) -> None:
@@ -198,7 +211,7 @@ def test_a_mixture_reads_from_yaml_as_from_python(tmp_path: Path) -> None:
     student = make_student("lora").eval()
     said = []
     for teacher in (prepared(read, student), prepared(built, student)):
-        shown = teacher.render_prompts(make_rollouts())
+        shown = teacher.prompts.render(make_rollouts())
         said.append(teacher.score(shown).logprobs(torch.tensor(shown.scored_ids)))
     assert torch.equal(*said) and read.describe() == built.describe()
     assert {**read.description, "context": None} == {**built.description, "context": None}
@@ -235,6 +248,33 @@ def test_a_mixture_that_is_no_distribution_or_no_model_is_refused_as_it_is_read(
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("weights", [["1e-1", 0.9], 0.5, "0.5", [None, 1.0]])
+def test_weights_that_are_no_numbers_are_refused(weights: Any) -> None:
+    with pytest.raises(ConfigError, match="number"):
+        MixtureTeacher([LiveTeacher(), EMATeacher(0.9)], weights)
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        ("live", "part '0' of this mixture teacher is a Teacher object, and this is 'live'"),
+        ([LiveTeacher(), {"strategy": "ema"}], "Write load_teacher({'strategy': 'ema'})"),
+        ([LiveTeacher(), LiveTeacher], "this is the class LiveTeacher. Make one: LiveTeacher(…)"),
+        ([LiveTeacher(), None], "part '1' of this mixture teacher is a Teacher object, and this is a NoneType"),
+    ],
+)
+def test_a_constructor_takes_teachers_and_says_who_reads_names(teachers: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        MixtureTeacher(teachers, [0.5, 0.5])
+    assert message in str(error.value)
+
+
+def test_a_mixture_cannot_sample_and_that_is_said_before_a_model_loads(tmp_path: Path) -> None:
+    mixture = MixtureTeacher([LiveTeacher(), EMATeacher(0.9)], [0.5, 0.5])
+    with pytest.raises(ConfigError, match="seq_kd takes the teacher's own samples"):
+        make_trainer(tmp_path, mixture, "no/such-model", seq_kd=True, lmbda=0.5)
+
+
 def test_a_part_with_a_foreign_tokenizer_is_refused_however_deep_it_is() -> None:
     """Also where it is the one that is shown several contexts."""
     foreign = SiblingTeacher(make_llama(1), tokenizer=make_tokenizer(390))
@@ -254,7 +294,7 @@ def alone(decay: float, steps: int) -> dict[str, Tensor]:
     student = make_student("lora")
     teacher = prepared(EMATeacher(decay), student)
     follow(teacher, student, steps)
-    return teacher.weights.values  # type: ignore[attr-defined]
+    return teacher.weight_copy.values  # type: ignore[attr-defined]
 
 
 def follow(teacher: Teacher, student: nn.Module, steps: int) -> None:
@@ -283,16 +323,15 @@ SHARED: dict[str, Callable[[Teacher], Teacher]] = {
 
 @pytest.mark.parametrize("how", SHARED)
 def test_a_teacher_that_is_part_of_several_things_follows_once_a_step(how: str) -> None:
-    """Told twice, an average of decay d is one of d²; prepared twice, its views keep weights that nobody updates."""
+    """Updated twice, an average of decay d is one of d²; prepared twice, a part keeps weights that nobody updates."""
     ema, student = EMATeacher(0.8), make_student("lora")
     teacher = prepared(SHARED[how](ema), student)
     follow(teacher, student, steps=3)
-    assert ema.moved == 3
+    assert ema.progress == 3
     expected = alone(0.8, steps=3)
-    for view in teacher.views:
-        if isinstance(view, EMATeacher):
-            for name, value in view.weights.values.items():
-                assert torch.equal(value, expected[name]), name
+    assert {id(leaf.teacher) for leaf in teacher.prompts.leaves} == {id(member) for member in teacher.members}
+    for name, value in ema.weight_copy.values.items():
+        assert torch.equal(value, expected[name]), name
     assert teacher.cost.megabytes == ema.cost.megabytes
     assert len(teacher.state_dict()) == len(ema.state_dict())
 
@@ -309,10 +348,10 @@ def test_parts_keep_their_own_states_through_a_checkpoint() -> None:
     before, after = prepared(make(), student), prepared(make(), student)
     follow(before, student, steps=4)
     after.load_state_dict({name: value.clone() for name, value in before.state_dict().items()})
-    slow, fast = (view.weights.values for view in after.views if isinstance(view, EMATeacher))
+    slow, fast = (each.weight_copy.values for each in after.members if isinstance(each, EMATeacher))
     assert all(torch.equal(slow[n], v) for n, v in alone(0.9, steps=4).items())
     assert any(not torch.equal(slow[n], fast[n]) for n in slow)
-    shown = [t.render_prompts(make_rollouts()) for t in (before, after)]
+    shown = [t.prompts.render(make_rollouts()) for t in (before, after)]
     ids = torch.tensor(shown[0].scored_ids)
     assert torch.equal(*(t.score(r).logprobs(ids) for t, r in zip((before, after), shown, strict=True)))
     assert before.metrics == after.metrics == {"teacher/snapshot_of_step": 2}

@@ -46,7 +46,7 @@ def test_a_decay_of_nearly_one_moves_a_bfloat16_student_s_average() -> None:
     teacher = prepared(EMATeacher(0.9999), student)
     history = averaged(teacher, student, steps=30, by=0.5)
     moved = 0.0
-    for name, value in teacher.weights.values.items():
+    for name, value in teacher.weight_copy.values.items():
         expected = closed_form([h[name] for h in history], [0.9999] * 30)
         assert (value.double() - expected).abs().max() <= 1e-6, name
         moved = max(moved, float((value.double() - history[0][name].double()).abs().max()))
@@ -61,10 +61,10 @@ def test_updates_come_every_n_steps_and_warm_up_forgets_the_start_sooner(every: 
     history = averaged(teacher, student, steps=7)
     updates = range(1, 7 // every + 1)
     decays = [min(0.9, (1 + n) / (10 + n)) if warmup else 0.9 for n in updates]
-    for name, value in teacher.weights.values.items():
+    for name, value in teacher.weight_copy.values.items():
         used = [history[0][name], *(history[n * every][name] for n in updates)]
         assert (value.double() - closed_form(used, decays)).abs().max() <= 1e-6, name
-    assert teacher.moved == len(decays)
+    assert teacher.progress == len(decays)
 
 
 def test_a_warm_up_goes_on_after_a_resume_where_it_was() -> None:
@@ -77,9 +77,9 @@ def test_a_warm_up_goes_on_after_a_resume_where_it_was() -> None:
             rest.load_state_dict(first.state_dict())
         for teacher in (whole, first if step < 5 else rest):
             teacher.after_step(step)
-    assert all(torch.equal(v, rest.weights.values[n]) for n, v in whole.weights.values.items())
+    assert all(torch.equal(v, rest.weight_copy.values[n]) for n, v in whole.weight_copy.values.items())
     assert [round(whole.decay_of(n), 4) for n in (1, 2, 8, 1000)] == [0.1818, 0.25, 0.5, 0.99]
-    assert rest.moved == 4
+    assert rest.progress == 4
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading is from a GPU to CPU memory")
@@ -113,7 +113,7 @@ def test_settings_of_an_average_outside_their_range_are_refused_as_they_are_read
 
 
 def scores(teacher: Any) -> torch.Tensor:
-    rollouts = teacher.render_prompts(make_rollouts())
+    rollouts = teacher.prompts.render(make_rollouts())
     return teacher.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids))
 
 
@@ -127,7 +127,7 @@ def test_a_snapshot_stands_still_between_renewals_and_then_is_the_student() -> N
     move(student)
     assert teacher.before_step(3, []) == "the teacher was renewed: it is now the student of step 3"
     assert not torch.equal(scores(teacher), before)
-    assert all(torch.equal(v, student.get_parameter(n)) for n, v in teacher.weights.values.items())
+    assert all(torch.equal(v, student.get_parameter(n)) for n, v in teacher.weight_copy.values.items())
 
 
 def log(name: str, values: list[float | None], start: int = 1) -> list[dict[str, float]]:
@@ -196,7 +196,7 @@ def test_an_open_gate_renews_and_logs_the_step(tmp_path: Path, capsys: pytest.Ca
     )
     trainer.train()
     assert capsys.readouterr().out.count("the teacher was renewed") == 2
-    assert logged(trainer, "teacher/snapshot_of_step") == [0, 3] and trainer.teacher.moved == 6, (
+    assert logged(trainer, "teacher/snapshot_of_step") == [0, 3] and trainer.teacher.progress == 6, (
         "the latest, not a mean of the window"
     )
 
@@ -219,7 +219,7 @@ def test_a_gate_decides_alike_after_a_resume(tmp_path: Path, stop: int) -> None:
     whole = run(tmp_path / "whole", resume=False)
     shutil.copytree(tmp_path / "whole" / f"checkpoint-{stop}", tmp_path / "again" / f"checkpoint-{stop}")
     again = run(tmp_path / "again", resume=True)
-    assert whole.teacher.moved == again.teacher.moved == 8
+    assert whole.teacher.progress == again.teacher.progress == 8
     for key in ("reward", "entropy", "divergence", "group/right"):
         assert logged(whole, key) == logged(again, key), key
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):

@@ -71,9 +71,6 @@ def test_a_device_that_is_not_here_is_refused_before_the_weights_are_read(llama_
 def test_settings_of_loading_are_refused_for_a_model_that_is_loaded() -> None:
     with pytest.raises(ConfigError, match="loaded already"):
         SiblingTeacher(make_llama(), dtype="bfloat16")
-    student = make_llama()
-    with pytest.raises(ConfigError, match="its own sibling"):
-        prepared(SiblingTeacher(student, tokenizer=make_tokenizer()), student)
 
 
 def test_quantisation_without_bitsandbytes_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +98,7 @@ def test_offloading_changes_no_score(make: Any) -> None:
     found = []
     for offload in (False, True):
         teacher = prepared(make(offload=offload), make_student("full").eval())
-        shown = teacher.render_prompts(rollouts)
+        shown = teacher.prompts.render(rollouts)
         found.append(teacher.score(shown).logprobs(torch.tensor(rollouts.scored_ids)))
         assert all(t.device.type == "cpu" for t in teacher.tensors)
     assert torch.equal(*found)
@@ -125,7 +122,7 @@ def test_passes_are_counted_on_a_probe_and_leave_no_trace(tmp_path: Path, make: 
     cost = measured_cost(scorer, Dataset.from_list(make_rows()), handle, micro_batches=4)
     assert cost.passes == passes and cost.megabytes == teacher.cost.megabytes
     assert f"forward passes per step: {4 * passes:g}, per rollout: {passes:g}" in str(cost)
-    assert all(view.context is None or view.context.counts.rendered == 0 for view in teacher.views)
+    assert all(view.context is None or view.context.counts.rendered == 0 for view in teacher.prompts.leaves)
 
 
 def test_a_configuration_for_accelerate_is_one() -> None:

@@ -50,7 +50,7 @@ def test_a_resumed_run_is_the_run_without_the_stop(tmp_path: Path, teacher: str,
 def test_the_average_follows_every_step_of_a_run_and_is_in_that_steps_checkpoint(tmp_path: Path) -> None:
     """A teacher that is never told of a step, or told after the save, fails here."""
     trainer = make_trainer(tmp_path, MAKE_TEACHER["ema"](), max_steps=3, save_strategy="steps", save_steps=1)
-    average = {name: value.clone() for name, value in trainer.teacher.weights.values.items()}
+    average = {name: value.clone() for name, value in trainer.teacher.weight_copy.values.items()}
     trainer.train()
     for step in (1, 2, 3):
         student = load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")

@@ -41,17 +41,17 @@ def test_padding_keeps_exactly_the_scored_tokens_in_order(made: Rollouts, seen_b
     assert int(batch.predicts_scored_BL.sum()) == made.num_scorable
     rows = [b for b, mask in enumerate(made.loss_mask) for scored in mask if scored]
     assert batch.row_N.tolist() == rows
-    for b, (prompt, completion) in enumerate(zip(prompts, made.needed_ids, strict=True)):
+    for b, (prompt, completion) in enumerate(zip(prompts, made.trimmed_completions, strict=True)):
         n = len(prompt) + len(completion)
         assert batch.ids_BL[b, :n].tolist() == prompt + completion
         assert batch.mask_BL[b].tolist() == [1] * n + [0] * (batch.mask_BL.shape[1] - n)
-    assert batch.ids_BL.shape[1] == max(len(p) + len(c) for p, c in zip(prompts, made.needed_ids, strict=True))
+    assert batch.ids_BL.shape[1] == max(len(p) + len(c) for p, c in zip(prompts, made.trimmed_completions, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
 @given(rollouts())
 def test_only_tokens_after_the_last_scored_one_are_not_needed(made: Rollouts) -> None:
-    for ids, needed, mask in zip(made.completion_ids, made.needed_ids, made.loss_mask, strict=True):
+    for ids, needed, mask in zip(made.completion_ids, made.trimmed_completions, made.loss_mask, strict=True):
         assert ids[: len(needed)] == needed and not any(mask[len(needed) :])
         assert not needed or mask[len(needed) - 1]
 
@@ -73,7 +73,9 @@ def test_sorting_and_splitting_keep_every_row_with_all_that_belongs_to_it(made: 
             *(getattr(made, name)[i] for name in PER_ROW),
             made.teacher_prompt_ids["teacher"][i],
         ]
-    lengths = [len(p) + len(c) for piece in pieces for p, c in zip(piece.prompt_ids, piece.needed_ids, strict=True)]
+    lengths = [
+        len(p) + len(c) for piece in pieces for p, c in zip(piece.prompt_ids, piece.trimmed_completions, strict=True)
+    ]
     assert lengths == sorted(lengths, reverse=True)
     assert all(piece.num_loss_tokens == 7 for piece in pieces)
 

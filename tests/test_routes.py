@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from opsd.models.forward import counting_passes, last_hidden
 from opsd.models.head import Head
 from opsd.rollouts import Rollouts
 from opsd.signals import RoutedSignal
-from opsd.teachers import Teacher
+from opsd.teachers import Teacher, TeacherView
 
 NAMES = ("maths", "code", "maths", "chat", "code", "chat", "maths")  # of the rows, in no order
 
@@ -81,12 +80,12 @@ def test_a_row_is_scored_by_its_own_teacher_in_any_cut_of_the_batch(cut: str) ->
     student = make_student("full").eval()
     route = prepared(make_route(), student)
     move(student)
-    for part in CUTS[cut](route.render_prompts(topical())):
+    for part in CUTS[cut](route.prompts.render(topical())):
         expected = []
         for number in range(len(part)):
             row = part.select([number])
             own = route.parts[row.rows[0]["topic"]]  # type: ignore[attr-defined]
-            expected.append(scores(own, own.render_prompts(replace(row, teacher_prompt_ids={}))))
+            expected.append(scores(own, own.prompts.render(replace(row, teacher_prompt_ids={}))))
         assert torch.allclose(scores(route, part), torch.cat(expected), atol=1e-5)
 
 
@@ -96,10 +95,10 @@ def test_a_mixture_in_a_route_says_what_it_says_alone() -> None:
     route, alone = prepared(make_route(), student), prepared(make_mixture(), student)
     rollouts = topical().select([1, 4])
     assert torch.allclose(
-        scores(route, route.render_prompts(rollouts)), scores(alone, alone.render_prompts(rollouts)), atol=1e-6
+        scores(route, route.prompts.render(rollouts)), scores(alone, alone.prompts.render(rollouts)), atol=1e-6
     )
     with counting_passes() as sequences:
-        route.score(route.render_prompts(topical()))
+        route.score(route.prompts.render(topical()))
     assert sequences == [3, 2, 2, 2], "rows of maths; twice those of code; those of chat"
 
 
@@ -114,10 +113,10 @@ def test_a_teacher_with_a_short_context_is_not_asked_about_other_rows() -> None:
     small.config.n_positions = 48
     assert max(map(len, prompts)) > 48 > 3 + max(map(len, prompts[1::2]))
     route = prepared(RoutedTeacher("domain", {"even": LiveTeacher(), "odd": make_sibling(small)}), make_llama())
-    assert scores(route, route.render_prompts(rollouts)).isfinite().all()
+    assert scores(route, route.prompts.render(rollouts)).isfinite().all()
     wrong = prepared(RoutedTeacher("domain", {"odd": LiveTeacher(), "even": make_sibling(small)}), make_llama())
     with pytest.raises(DataError, match=f"row 0: the teacher's prompt has {len(prompts[0])} tokens"):
-        wrong.render_prompts(rollouts)
+        wrong.prompts.render(rollouts)
 
 
 def test_each_row_is_sampled_by_its_own_teacher_under_its_own_context() -> None:
@@ -158,11 +157,13 @@ class Losses:
         self.anchor = prepared(SameCheckpointTeacher(), self.student)
         for model in (self.student, other):
             model.double()
-        self.wrong = self.route.with_context("answer_only") if name == "contrasted" else None
+        self.contrast = None
+        if name == "contrasted":
+            self.contrast = TeacherView(self.route, self.route.prompts.with_context("answer_only"))
         self.objective = Objective(**{"divergence": Divergence(1.0), **OBJECTIVES[name]})
         move(self.student)
-        shown = self.anchor.render_prompts(self.route.render_prompts(make_rollouts(6)))
-        self.rollouts = shown if self.wrong is None else self.wrong.render_prompts(shown)
+        shown = self.anchor.prompts.render(self.route.prompts.render(make_rollouts(6)))
+        self.rollouts = shown if self.contrast is None else self.contrast.prompts.render(shown)
 
     def __call__(self, part: Rollouts, own: str | None = None) -> tuple[LossOutput, dict[str, Tensor]]:
         """Return the record of these rows and its gradient, asked of the route or of one of its teachers."""
@@ -171,14 +172,16 @@ class Losses:
         hidden_ND = last_hidden(self.student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
         weight_B = torch.tensor([0.5 + self.rollouts.rows.index(row) for row in part.rows])
         tokens = Tokens(weight_B[batch.row_N].float(), batch.scored_ids_N, batch.row_N)
-        right, wrong = (t if t is None or own is None else t.parts[own] for t in (self.route, self.wrong))
+        teacher, contrast = self.route if own is None else self.route.parts[own], self.contrast
+        if own is not None and contrast is not None:
+            contrast = TeacherView(teacher, contrast.prompts.parts[own])  # type: ignore[attr-defined]
         record = self.objective(
             hidden_ND,
             Head.from_model(self.student),
-            right.score(part),  # type: ignore[union-attr]
+            teacher.score(part),
             tokens,
             reference=self.anchor.score(part),  # type: ignore[arg-type]
-            contrast_signal=None if wrong is None else wrong.score(part),
+            contrast_signal=None if contrast is None else contrast.score(part),
         )
         record.loss.backward()
         return record, {name: p.grad.clone() for name, p in self.student.named_parameters() if p.grad is not None}
@@ -224,8 +227,8 @@ def test_contrasted_teachers_with_padded_heads_are_compared_over_the_ids_both_ha
     records = []
     for make in (lambda t: t, lambda t: RoutedTeacher("domain", {"even": t, "odd": t})):
         teacher = prepared(make(make_sibling(make_llama(1, 448), context="answer_only")), student)
-        wrong = teacher.with_context("worked_solution")
-        rollouts = wrong.render_prompts(teacher.render_prompts(make_rollouts()))
+        wrong = TeacherView(teacher, teacher.prompts.with_context("worked_solution"))
+        rollouts = wrong.prompts.render(teacher.prompts.render(make_rollouts()))
         batch = rollouts.pad("cpu")
         hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
         tokens = Tokens(torch.ones(len(hidden_ND)), batch.scored_ids_N, batch.row_N)
@@ -243,7 +246,7 @@ def test_contrasted_teachers_with_padded_heads_are_compared_over_the_ids_both_ha
 
 def routed_signal() -> tuple[RoutedSignal, Tensor]:
     route = prepared(make_route(), make_student("full").eval())
-    rollouts = route.render_prompts(topical())
+    rollouts = route.prompts.render(topical())
     return route.score(rollouts), torch.tensor(rollouts.scored_ids)  # type: ignore[return-value]
 
 
@@ -312,10 +315,24 @@ def test_rows_that_no_teacher_would_score_are_refused_before_a_model_loads(
 def test_values_of_a_column_are_compared_as_text() -> None:
     """Numbers in a table and numbers in YAML: 1 names the teacher '1'."""
     route = RoutedTeacher("level", {1: LiveTeacher(), "2": EMATeacher(0.9), None: SameCheckpointTeacher()})
-    strategies = [route.views_of({"level": value})[0].strategy for value in (1, "1", 2, None)]
+    strategies = [route.prompts.leaves_of({"level": value})[0].teacher.strategy for value in (1, "1", 2, None)]
     assert strategies == ["live", "live", "ema", "same_checkpoint"]
     with pytest.raises(DataError, match=r"holds '1\.0'"):
-        route.views_of({"level": 1.0})
+        route.prompts.leaves_of({"level": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("teachers", "message"),
+    [
+        ({1: RoutedTeacher("b", {1: LiveTeacher()})}, "is itself one"),
+        ({}, "needs a teacher for each value"),
+        ([LiveTeacher()], "needs a teacher for each value"),
+        ({"math": "live"}, r"part 'math' of this routed teacher .* Write load_teacher\('live'\)"),
+    ],
+)
+def test_teachers_that_make_no_route_are_refused(teachers: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        RoutedTeacher("a", teachers)
 
 
 def test_a_route_to_a_mixture_cannot_sample_which_is_said_before_a_model_loads(tmp_path: Path) -> None:
@@ -336,7 +353,7 @@ def test_a_lora_run_with_a_route_swaps_adapters_over_one_base(kind: str) -> None
     base = {name: p.data_ptr() for name, p in student.named_parameters() if not p.requires_grad}
     for part in teachers.values():
         assert part.model is student
-        with part.teaching():
+        with part.active_weights():
             held = dict(student.named_parameters())
             assert {name: held[name].data_ptr() for name in base} == base
     adapter = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad) / 2**20
@@ -345,11 +362,11 @@ def test_a_lora_run_with_a_route_swaps_adapters_over_one_base(kind: str) -> None
 
 def test_a_context_for_all_is_shown_where_a_teacher_has_none() -> None:
     route = prepared(make_route(context="answer_only"), make_student("full"))
-    names = [view.context.name for view in route.views]  # type: ignore[union-attr]
+    names = [view.context.name for view in route.prompts.leaves]  # type: ignore[union-attr]
     assert names == ["worked_solution", "answer_only", "answer_only", "answer_only"]
-    rollouts = route.render_prompts(topical())
+    rollouts = route.prompts.render(topical())
     side = PromptRenderer(make_tokenizer())
-    chat = copy.copy(route.parts["chat"])  # type: ignore[attr-defined]
-    for row, ids in zip(rollouts.rows, rollouts.teacher_prompt_ids[route.parts["chat"].key], strict=True):  # type: ignore[attr-defined]
+    chat = route.prompts.parts["chat"]  # type: ignore[attr-defined]
+    for row, ids in zip(rollouts.rows, rollouts.teacher_prompt_ids[chat], strict=True):
         if row["topic"] == "chat":
-            assert ids == PrivilegedContext("answer_only").render(row, renderer=side) == chat.prompt_ids(row)
+            assert ids == PrivilegedContext("answer_only").render(row, renderer=side) == route.prompts.ids(row)

@@ -34,7 +34,7 @@ def test_every_run_writes_its_card_when_it_begins(name: str, tmp_path: Path) -> 
     decode = trainer.student.tokenizer.decode
     for prompt, row in zip(card["prompts"], trainer.train_dataset, strict=False):
         assert prompt["student"] == decode(trainer.student.renderer.ids(row["prompt"]))
-        told = {decode(view.prompt_ids(row)) for view in trainer.teacher.views_of(row)}
+        told = {decode(leaf.ids(row)) for leaf in trainer.teacher.prompts.leaves_of(row)}
         assert {each["prompt"] for each in prompt["teacher"]} == told
     page = (tmp_path / CARD_PAGE).read_text()
     assert card["divergence"]["formula"] in page and card["prompts"][0]["student"] in page and "## Versions" in page

@@ -139,7 +139,7 @@ def test_a_prefix_is_scored_as_it_is_within_the_whole() -> None:
     model, tokenizer = make_llama(), make_tokenizer()
     teacher = prepared(SameCheckpointTeacher(), model)
     prompt = tokenizer("What is 1 + 1?")["input_ids"]
-    whole = teacher.render_prompts(Rollouts(make_rows(1), [prompt], [[10, 11, 12, 13, 14]]))
-    part = teacher.render_prompts(TokenSelection(first_tokens_only=2).apply(whole))
+    whole = teacher.prompts.render(Rollouts(make_rows(1), [prompt], [[10, 11, 12, 13, 14]]))
+    part = teacher.prompts.render(TokenSelection(first_tokens_only=2).apply(whole))
     a, b = (teacher.score(r).logprobs(r.pad("cpu").scored_ids_N) for r in (whole, part))
     assert torch.allclose(a[:2], b, atol=1e-5)

@@ -59,7 +59,7 @@ def run(strategy, kind, sharded):
     optimizer = torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1)
     rollouts = loss.prepare_rollouts(make_rollouts(8))
     if strategy in ("ema", "routed"):  # nothing of the second process's rows is scored, one kind of rows is not there
-        rollouts = loss.prepare_rollouts(make_rollouts(8).without([n % 2 == 1 for n in range(8)]))
+        rollouts = loss.prepare_rollouts(make_rollouts(8).mask_rows([n % 2 == 1 for n in range(8)]))
     rollouts = rollouts.with_num_loss_tokens(rollouts.num_scorable)
     mine = rollouts.select(list(range(8))[rank::world]) if sharded else rollouts
     processes = world if sharded else 1

@@ -144,7 +144,7 @@ def test_a_sibling_that_shares_what_the_student_trains_is_refused(wrap: Callable
     base = make_llama()
     student = wrap(base)
     trainable = [name for name, p in student.named_parameters() if p.requires_grad]
-    with pytest.raises(ConfigError, match=r"its own sibling.*Use SameCheckpointTeacher"):
+    with pytest.raises(ConfigError, match=r"was given as the sibling.*Use SameCheckpointTeacher"):
         prepared(SiblingTeacher(base, tokenizer=make_tokenizer()), student)
     assert [name for name, p in student.named_parameters() if p.requires_grad] == trainable
     prepared(SiblingTeacher(make_llama(), tokenizer=make_tokenizer()), student)  # the way out: loaded a second time
@@ -155,7 +155,7 @@ def test_an_offloaded_sibling_under_several_contexts_says_the_same(llama_folder:
     for offload in (False, True):
         sibling = SiblingTeacher(llama_folder, offload=offload, attn_implementation="eager")
         mixture = prepared(MixtureTeacher(sibling, [0.5, 0.5], contexts=["answer_only", None]), make_llama(1).eval())
-        rollouts = mixture.render_prompts(make_rollouts())
+        rollouts = mixture.prompts.render(make_rollouts())
         said.append(mixture.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids)))
     assert torch.equal(*said)
 

@@ -24,7 +24,7 @@ History = list[dict[str, Any]]
 
 
 def scores(teacher: Teacher) -> Tensor:
-    rollouts = teacher.render_prompts(make_rollouts())
+    rollouts = teacher.prompts.render(make_rollouts())
     return teacher.score(rollouts).logprobs(torch.tensor(rollouts.scored_ids))
 
 
@@ -44,7 +44,7 @@ def test_a_snapshot_is_the_student_of_the_last_multiple_of_every(kind: str, ever
         assert (said is not None) == renewed
         last = done - done % every
         assert teacher.metrics == {"teacher/snapshot_of_step": last}
-        assert all(torch.equal(v, states[last][n]) for n, v in teacher.weights.values.items())  # type: ignore[attr-defined]
+        assert all(torch.equal(v, states[last][n]) for n, v in teacher.weight_copy.values.items())  # type: ignore[attr-defined]
         move(student)
         assert teacher.after_step(done + 1) is None
         states.append(snapshot(student))

@@ -93,7 +93,7 @@ def make_pair(strategy: str, kind: str, **kwargs: object) -> tuple[torch.nn.Modu
 
 
 def student_loss(student: torch.nn.Module, teacher: Teacher, beta: float = 1.0):
-    rollouts = teacher.render_prompts(make_rollouts())
+    rollouts = teacher.prompts.render(make_rollouts())
     signal = teacher.score(rollouts)
     batch = rollouts.pad("cpu")
     hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
@@ -127,7 +127,7 @@ def test_a_context_changes_what_the_teacher_says(strategy: str, kind: str) -> No
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 def test_a_teacher_keeps_what_it_was_when_the_student_moves(strategy: str, kind: str) -> None:
     student, teacher = make_pair(strategy, kind)
-    rollouts = teacher.render_prompts(make_rollouts())
+    rollouts = teacher.prompts.render(make_rollouts())
     before = teacher.score(rollouts).logprobs(rollouts.pad("cpu").scored_ids_N)
     move(student)
     after = teacher.score(rollouts).logprobs(rollouts.pad("cpu").scored_ids_N)
@@ -144,7 +144,7 @@ def test_scoring_leaves_the_student_as_it_was(strategy: str, kind: str) -> None:
     frozen.requires_grad_(False)  # and a parameter that a user froze
     weights, modes = snapshot(student), [m.training for m in student.modules()]
     trainable = [p.requires_grad for p in student.parameters()]
-    teacher.score(teacher.render_prompts(make_rollouts()))
+    teacher.score(teacher.prompts.render(make_rollouts()))
     assert [m.training for m in student.modules()] == modes
     assert [p.requires_grad for p in student.parameters()] == trainable
     assert all(p.grad is None for p in student.parameters())
@@ -155,7 +155,7 @@ def test_scoring_leaves_the_student_as_it_was(strategy: str, kind: str) -> None:
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 def test_gradient_reaches_the_student_only(strategy: str, kind: str) -> None:
     student, teacher = make_pair(strategy, kind, context="answer_only")
-    signal = teacher.score(teacher.render_prompts(make_rollouts()))
+    signal = teacher.score(teacher.prompts.render(make_rollouts()))
     for part in _hidden_signals(signal):
         assert not part.hidden_ND.requires_grad and not part.head.weight_VD.requires_grad
     student_loss(student, teacher).loss.backward()
@@ -172,7 +172,7 @@ def _hidden_signals(signal: TeacherSignal) -> list[HiddenSignal]:
 def test_a_rows_scores_do_not_depend_on_its_company(strategy: str, make_model: Callable) -> None:
     """Invariant 3, also on a model with learned positions."""
     teacher = prepared(TEACHERS[strategy][0](make_model(), context="answer_only"), make_model().eval())
-    rollouts = teacher.render_prompts(make_rollouts())
+    rollouts = teacher.prompts.render(make_rollouts())
 
     def scores(part):  # type: ignore[no-untyped-def]
         return teacher.score(part).logprobs(part.pad("cpu").scored_ids_N)
@@ -189,7 +189,7 @@ def test_logprobs_without_a_trainer_equal_a_plain_forward_pass(strategy: str) ->
     rollouts = make_rollouts()
     got = teacher.logprobs(rollouts.rows, rollouts.completion_ids)
     for row, completion, values in zip(rollouts.rows, rollouts.completion_ids, got, strict=True):
-        prompt = teacher.prompt_ids(row)
+        prompt = teacher.prompts.ids(row)
         with torch.no_grad():
             logits = student(torch.tensor([prompt + completion])).logits[0].double()
         expected = [
@@ -238,7 +238,7 @@ def test_the_average_follows_its_closed_form(kind: str, dtype: torch.dtype) -> N
         move(student, by=0.02)
         teacher.after_step(step)
         history.append(snapshot(student))
-    for name, value in teacher.weights.values.items():
+    for name, value in teacher.weight_copy.values.items():
         thetas = [h[name].double() for h in history]
         expected = decay**steps * thetas[0]
         for i in range(1, steps + 1):
@@ -252,14 +252,14 @@ def test_the_average_scores_with_its_own_weights() -> None:
     """decay 0 is the student itself after a step; decay near 1 the student it started as."""
     student = make_student("full").eval()
     follower, keeper = (prepared(EMATeacher(decay), student) for decay in (0.0, 0.999999))
-    rollouts = keeper.render_prompts(follower.render_prompts(make_rollouts()))
+    rollouts = keeper.prompts.render(follower.prompts.render(make_rollouts()))
     ids = rollouts.pad("cpu").scored_ids_N
     before = keeper.score(rollouts).logprobs(ids)
     move(student)
     for teacher in (follower, keeper):
         teacher.after_step(1)
     live = prepared(LiveTeacher(), student)
-    live = live.score(live.render_prompts(rollouts))
+    live = live.score(live.prompts.render(rollouts))
     assert torch.allclose(follower.score(rollouts).logprobs(ids), live.logprobs(ids), atol=1e-6)
     assert torch.allclose(keeper.score(rollouts).logprobs(ids), before, atol=1e-4)
 
@@ -278,7 +278,7 @@ def test_heads_padded_to_other_sizes_are_compared_over_the_ids_both_have() -> No
     student, other = make_llama(0, 400).eval(), make_llama(1, 416)
     teacher = prepared(SiblingTeacher(other, tokenizer=make_tokenizer()), student)
     record = student_loss(student, teacher)
-    rollouts = teacher.render_prompts(make_rollouts())
+    rollouts = teacher.prompts.render(make_rollouts())
     batch = rollouts.pad("cpu")
     for model in (student, other):
         assert model.config.vocab_size in (400, 416)
@@ -312,7 +312,7 @@ def test_another_chat_template_warns_and_is_used() -> None:
     with pytest.warns(OPSDWarning, match="chat templates"):
         teacher = prepared(SiblingTeacher(make_llama(1), tokenizer=other), make_llama())
     rollouts = make_rollouts()
-    shown = teacher.render_prompts(rollouts).teacher_prompt_ids[teacher.key]
+    shown = teacher.prompts.render(rollouts).teacher_prompt_ids[teacher.prompts]
     assert shown != list(rollouts.prompt_ids)
     assert other.decode(shown[0]).endswith("assistant:\n")
 
@@ -337,13 +337,13 @@ def test_a_past_checkpoint_loads_a_folder_with_an_adapter(tmp_path: Path, llama_
     make_tokenizer().save_pretrained(tmp_path)
     teacher = prepared(PastCheckpointTeacher(str(tmp_path)), make_llama().eval())
     same = prepared(SiblingTeacher(model.eval(), tokenizer=make_tokenizer()), make_llama().eval())
-    rollouts = same.render_prompts(teacher.render_prompts(make_rollouts()))
+    rollouts = same.prompts.render(teacher.prompts.render(make_rollouts()))
     ids = rollouts.pad("cpu").scored_ids_N
     assert torch.allclose(teacher.score(rollouts).logprobs(ids), same.score(rollouts).logprobs(ids), atol=1e-6)
 
 
 def test_a_signal_is_what_a_loss_needs_and_nothing_more() -> None:
     _, teacher = make_pair("same_checkpoint", "full")
-    signal = teacher.score(teacher.render_prompts(make_rollouts()))
+    signal = teacher.score(teacher.prompts.render(make_rollouts()))
     assert isinstance(signal, HiddenSignal)
     assert len(signal.hidden_ND) == make_rollouts().num_scorable

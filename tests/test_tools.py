@@ -107,7 +107,7 @@ def test_metrics_of_tools_are_in_the_table(rollouts) -> None:
 def test_the_context_stands_in_the_first_turn(rollouts) -> None:
     trainer, made = rollouts
     decode = trainer._tokenizer.decode
-    prompt = decode(made.teacher_prompt_ids[trainer.teacher.key][0])
+    prompt = decode(made.teacher_prompt_ids[trainer.teacher.prompts][0])
     assert prompt.index(QUESTION) < prompt.rindex("7") and prompt.count("<|im_start|>assistant") == 1
     assert "add" in prompt, "the teacher must know the same tools"
     assert "7" not in decode(made.prompt_ids[0]).split(QUESTION)[1]

@@ -83,7 +83,7 @@ def test_accumulation_gives_the_gradients_of_one_big_batch(tmp_path: Path) -> No
             gradient_accumulation_steps=steps,
         )
         trainer.model.train()
-        whole = trainer.teacher.render_prompts(rollouts).sorted_by_length().with_num_loss_tokens(rollouts.num_scorable)
+        whole = trainer.teacher.prompts.render(rollouts).sorted_by_length().with_num_loss_tokens(rollouts.num_scorable)
         for part in whole.split(steps):
             trainer.compute_loss(trainer.model, trainer._scored(part)).backward()
         gradients.append({n: p.grad.clone() for n, p in trainer.model.named_parameters()})
@@ -185,7 +185,7 @@ def test_scored_tokens_are_the_generated_tokens(tmp_path: Path) -> None:
     trainer.model.train()
     rollouts = trainer._generate_and_score_completions(make_rows(4))
     assert list(rollouts.completion_ids) == sampled
-    student, teacher = rollouts.pad("cpu"), rollouts.pad("cpu", trainer.teacher.key)
+    student, teacher = rollouts.pad("cpu"), rollouts.pad("cpu", trainer.teacher.prompts)
     assert student.scored_ids_N.equal(teacher.scored_ids_N)
     assert len(student.scored_ids_N) == sum(map(len, sampled))
 
@@ -197,7 +197,7 @@ def test_nan_in_padding_changes_nothing(tmp_path: Path, teacher: str, student: s
     for poison in (False, True):
         model = make_student(student)
         trainer = make_trainer(tmp_path / str(poison), MAKE_TEACHER[teacher](), model)
-        sides = [model, *(view.model for view in trainer.teacher.views)]  # type: ignore[attr-defined]
+        sides = [model, *(each.model for each in trainer.teacher.members)]  # type: ignore[attr-defined]
         backbones = {id(m): m for side in sides for m in side.modules() if isinstance(m, LlamaModel)}
 
         def hook(module, args, kwargs, output):  # type: ignore[no-untyped-def]

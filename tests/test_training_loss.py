@@ -91,8 +91,8 @@ def test_the_wrong_context_is_scored_by_the_teacher_as_it_moves(tmp_path: Path) 
     trainer = make_trainer(tmp_path, EMATeacher(0.5, context="answer_only"), contrast_context="worked_solution")
     trainer.train()
     loss = trainer.scorer
-    assert loss.contrast is not None and loss.contrast._weights is loss.teacher._weights
-    assert loss.contrast.context.name == "worked_solution" and loss.teacher.context.name == "answer_only"
+    assert loss.contrast is not None and loss.contrast.teacher is loss.teacher
+    assert loss.contrast.prompts.context.name == "worked_solution" and loss.teacher.context.name == "answer_only"
 
 
 def test_a_column_that_only_the_wrong_context_needs_is_asked_for_before_a_model_loads(tmp_path: Path) -> None:

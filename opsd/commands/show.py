@@ -64,12 +64,12 @@ def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     run, teachers = _settings(options)
     rollout_fields = ROLLOUT_FIELDS if run.run.reward_funcs else ()
-    needed = {name for teacher in teachers for context in teacher.contexts for name in context.columns}
+    needed = {name for teacher in teachers for context in teacher.prompts.contexts for name in context.columns}
     system = run.args.student_system_prompt
     loaded = rows_of(run, run.run.dataset_train_split)
     dataset = ready_rows(loaded, name=run.run.dataset_name or "", system_prompt=system, needed=needed)
     for teacher in teachers:
-        teacher.check_rows(dataset, row_columns(dataset), rollout_fields)
+        teacher.prompts.check_rows(dataset, row_columns(dataset), rollout_fields)
     rows = dataset if isinstance(dataset, Dataset) else list(islice(iter(dataset), max(options.row) + 1))
     for number in options.row:
         if not 0 <= number < len(rows):
@@ -110,10 +110,10 @@ def _teacher_sides(
     """Return title and prompt of every teacher that scores this row."""
     rollout_fields = placeholders(names, row)
     sides = []
-    for view in teacher.views_of(row):
-        context = view.context
+    for leaf in teacher.prompts.leaves_of(row):
+        context = leaf.context
         ids = context.render(row, rollout_fields, renderer=renderer) if context else renderer.ids(row["prompt"])
-        sides.append((f"teacher (shown {view.shown})", ids))
+        sides.append((f"teacher (shown {leaf.describe()})", ids))
     return sides
 
 
@@ -125,7 +125,8 @@ def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
     if not options.context:
         teacher, control = load_teacher(run.run.teacher, context=run.run.context), control_of(run.args.control)
         return run, [control.teacher(teacher) if control else teacher]
-    return run, [load_teacher(run.run.teacher).with_context(parse_context(context)) for context in options.context]
+    teacher = load_teacher(run.run.teacher)
+    return run, [teacher.copy_with(teacher.prompts.with_context(parse_context(text))) for text in options.context]
 
 
 def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:

@@ -10,6 +10,7 @@ import torch
 from opsd.doctor.patient import Patient, boundary
 from opsd.findings import Finding
 from opsd.rollouts import PaddedBatch
+from opsd.teachers import TeacherView
 
 # Largest KL in nats at any token between two passes of the same weights over the same ids.
 IDENTITY = {torch.float32: 1e-5, torch.float64: 1e-9}
@@ -26,16 +27,16 @@ def check_alignment(patient: Patient) -> Iterator[Finding]:
 def _same_ids(patient: Patient) -> Finding:
     rollouts = patient.rollouts
     compared = 0
-    for view in patient.teacher.views:
-        rows = [n for n, row in enumerate(patient.rows) if view in patient.teacher.views_of(row)]
-        if view.key not in rollouts.teacher_prompt_ids or not rows:
+    for prompts in patient.teacher.prompts.leaves:
+        rows = [n for n, row in enumerate(patient.rows) if prompts in patient.teacher.prompts.leaves_of(row)]
+        if prompts not in rollouts.teacher_prompt_ids or not rows:
             continue
-        own, theirs = (_predicted(rollouts.select(rows).pad(torch.device("cpu"), *key)) for key in ((), (view.key,)))
+        own, theirs = (_predicted(rollouts.select(rows).pad(torch.device("cpu"), side)) for side in (None, prompts))
         compared += len(own)
         if own != theirs:
             return find(
                 "fail",
-                f"teacher {view.strategy!r} scores other tokens than the student sampled.",
+                f"the teacher (shown {prompts.describe()}) scores other tokens than the student sampled.",
                 "This is a bug in opsd or in a custom teacher: a completion's ids must reach both sides unchanged.",
             )
     side = next((side for side in patient.teachers if side.row == 0), None)
@@ -61,9 +62,8 @@ def _predicted(batch: PaddedBatch) -> list[list[int]]:
 def _identity(patient: Patient) -> Finding:
     if not patient.teacher.starts_as_student:
         return find("skip", "the teacher is another model: that it says what the student says cannot be expected.")
-    largest = max(
-        (float(v.max()) for v in patient.divergence(patient.teacher.with_context(None)) if len(v)), default=0.0
-    )
+    plain = TeacherView(patient.teacher, patient.teacher.prompts.with_context(None))
+    largest = max((float(v.max()) for v in patient.divergence(plain) if len(v)), default=0.0)
     dtype = torch.bfloat16 if patient.args.bf16 else next(patient.student.model.parameters()).dtype
     tolerance = IDENTITY.get(dtype, IDENTITY_HALF)
     figures = {"largest_kl": largest, "tolerance": tolerance}

@@ -19,6 +19,7 @@ from opsd.evaluation.graders import NUMBER
 from opsd.evaluation.statistics import paired_difference, proportion_interval
 from opsd.findings import Finding
 from opsd.rollouts import Ids
+from opsd.teachers import TeacherView
 
 find = functools.partial(Finding, "lift")
 FEW = 4  # rollouts of a kind, below which their mean says nothing
@@ -92,7 +93,7 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
 def check_lift(patient: Patient) -> Iterator[Finding]:
     """Let both sides answer, and let the teacher judge the student's rollouts with and without its context."""
     made = set(patient.trainer.groups.rollout_fields) - set(patient.rows[0])
-    needs = {n for c in patient.teacher.contexts for n in c.fields | c.optional_fields} & made
+    needs = {n for c in patient.teacher.prompts.contexts for n in c.fields | c.optional_fields} & made
     if patient.grader_name is None:
         yield find(
             "skip",
@@ -112,7 +113,8 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
 
 
 def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
-    teacher, plain = patient.teacher, patient.teacher.with_context(None)
+    teacher = TeacherView(patient.teacher)
+    plain = TeacherView(patient.teacher, patient.teacher.prompts.with_context(None))
     rollouts, _ = patient.sampled
     right = torch.tensor(patient.grade(rollouts))
     with_context, without = patient.logprobs(teacher), patient.logprobs(plain)
@@ -129,7 +131,7 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     share = (
         figures["kl_answer"] / figures["kl_rest"] if figures["kl_answer"] is not None and figures["kl_rest"] else None
     )
-    own = patient.grade(_answers(patient, plain)) if not teacher.starts_as_student else None
+    own = patient.grade(_answers(patient, plain)) if not patient.teacher.starts_as_student else None
     lift = Lift(patient.grade(patient.greedy), patient.grade(_answers(patient, teacher)), own, separation, share)
     for name, graded in (("student", lift.student), ("teacher", lift.teacher), ("teacher_without_context", own)):
         if graded is not None:
@@ -137,7 +139,7 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     return lift, figures
 
 
-def _answers(patient: Patient, teacher: Any) -> list[Ids]:
+def _answers(patient: Patient, teacher: TeacherView) -> list[Ids]:
     longest = max((side.ids for side in patient.sides), key=len)
     with patient.trainer.accelerator.autocast():
         return teacher.sample(patient.rows, max_new_tokens=patient.room([longest]), batch_size=BATCH)

@@ -29,7 +29,7 @@ from opsd.models.generation import generate
 from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal
-from opsd.teachers import StudentHandle, Teacher
+from opsd.teachers import StudentHandle, Teacher, TeacherPrompts, TeacherView
 from opsd.training.groups import placeholders
 from opsd.training.trainer import OPSDTrainer
 
@@ -115,7 +115,9 @@ class Patient:
     def teachers(self) -> list[Side]:
         """The prompts of every teacher that scores a row."""
         return [
-            self._side(view, number, row) for number, row in enumerate(self.rows) for view in self.teacher.views_of(row)
+            self._side(leaf, number, row)
+            for number, row in enumerate(self.rows)
+            for leaf in self.teacher.prompts.leaves_of(row)
         ]
 
     @property
@@ -123,8 +125,8 @@ class Patient:
         """Both."""
         return [*self.students, *self.teachers]
 
-    def _side(self, view: Teacher, number: int, row: Row) -> Side:
-        context, renderer = view.context, view.renderer
+    def _side(self, prompts: TeacherPrompts, number: int, row: Row) -> Side:
+        context, renderer = prompts.context, prompts.renderer
         if context is not None:
             context = context.pick(row, self.rollout_fields(row))
         if context is None:
@@ -184,29 +186,29 @@ class Patient:
     def rollouts(self) -> Rollouts:
         """The student's rollouts with every teacher's prompts."""
         made = Rollouts(self.rows, [side.ids for side in self.students], self.sampled[0], rollout_fields=self._made)
-        for teacher in self.trainer.scorer.teachers:
-            made = teacher.render_prompts(made)
+        for view in self.trainer.scorer.views:
+            made = view.prompts.render(made)
         return made
 
     @property
     def _made(self) -> list[dict[str, Any]]:
         return [self.rollout_fields(row) for row in self.rows]
 
-    def signal(self, teacher: Teacher) -> list[TeacherSignal]:
-        """Return what a teacher says of the rollouts, batch by batch."""
+    def signal(self, view: TeacherView) -> list[TeacherSignal]:
+        """Return a teacher's signal of the rollouts, batch by batch."""
         with self.trainer.accelerator.autocast():
-            return [teacher.score(batch) for batch in self._batches(teacher.render_prompts(self.rollouts))]
+            return [view.score(batch) for batch in self._batches(view.prompts.render(self.rollouts))]
 
     def _batches(self, rollouts: Rollouts) -> list[Rollouts]:
         size = min(BATCH, self.args.per_device_train_batch_size)  # what the run has room for
         return [rollouts.select(range(at, min(at + size, len(rollouts)))) for at in range(0, len(rollouts), size)]
 
-    def divergence(self, teacher: Teacher) -> list[Tensor]:
+    def divergence(self, view: TeacherView) -> list[Tensor]:
         """Return KL(student ‖ teacher) in nats at every token, a (C,) tensor per rollout; the student as it trains."""
         values: list[Tensor] = []
         own = self.args.objective  # how it is computed is the run's, what is computed is not
         plain = Objective(Divergence(beta=1.0), loss_budget_mb=own.loss_budget_mb, compile_loss=own.compile_loss)
-        for batch, signal in zip(self._batches(self.rollouts), self.signal(teacher), strict=True):
+        for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
             padded = batch.pad(next(self.student.model.parameters()).device)
             with torch.no_grad(), self._training(), self.trainer.accelerator.autocast():
                 hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.predicts_scored_BL)
@@ -220,15 +222,15 @@ class Patient:
     @cached_property
     def disagreement(self) -> list[Tensor]:
         """The divergence from the run's own teacher."""
-        return self.divergence(self.teacher)
+        return self.divergence(TeacherView(self.teacher))
 
     def _training(self) -> AbstractContextManager[None]:
         return as_it_trains(self.student.model, self.args)
 
-    def logprobs(self, teacher: Teacher) -> list[Tensor]:
+    def logprobs(self, view: TeacherView) -> list[Tensor]:
         """Return log p in nats of every token under a teacher, a (C,) tensor per rollout."""
         values = []
-        for batch, signal in zip(self._batches(self.rollouts), self.signal(teacher), strict=True):
+        for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
             device = next(self.student.model.parameters()).device
             found = signal.logprobs(torch.tensor(batch.scored_ids, device=device)).cpu()
             values += list(found.split([len(ids) for ids in batch.completion_ids]))

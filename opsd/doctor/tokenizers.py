@@ -67,9 +67,9 @@ def _vocabularies(patient: Patient) -> Iterator[Finding]:
 def _heads(patient: Patient) -> Iterator[Finding]:
     vocabulary = len(patient.tokenizer)
     heads = {"student": patient.student.model}
-    for view in patient.teacher.views:
-        if isinstance(view, LocalTeacher) and view.model is not patient.student.model:
-            heads["teacher"] = view.model
+    for teacher in patient.teacher.members:
+        if isinstance(teacher, LocalTeacher) and teacher.model is not patient.student.model:
+            heads["teacher"] = teacher.model
     for name, model in heads.items():
         size = Head.from_model(model).vocab_size
         if size < vocabulary:
@@ -143,10 +143,10 @@ def _ends(patient: Patient) -> Iterator[Finding]:
         )
     elif end is not None:
         yield find("pass", f"a turn ends with {patient.tokenizer.decode([end])!r}, where sampling stops.")
-    for view in patient.teacher.views:
-        if not isinstance(view, LocalTeacher) or view.model is patient.student.model:
+    for teacher in patient.teacher.members:
+        if not isinstance(teacher, LocalTeacher) or teacher.model is patient.student.model:
             continue
-        config: Any = language_model(view.model).generation_config
+        config: Any = language_model(teacher.model).generation_config
         own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         theirs = {token for token in own if token is not None}
         if theirs and not theirs & stops:
@@ -242,6 +242,6 @@ def _unsaid_header(patient: Patient) -> str:
 
 def _distinct_renderers(patient: Patient) -> list[PromptRenderer]:
     """Return the renderers of teachers that have a tokenizer of their own."""
-    found = {id(view.renderer.tokenizer): view.renderer for view in patient.teacher.views}
+    found = {id(leaf.renderer.tokenizer): leaf.renderer for leaf in patient.teacher.prompts.leaves}
     found.pop(id(patient.tokenizer), None)
     return list(found.values())

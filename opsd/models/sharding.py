@@ -102,7 +102,7 @@ def swapped_shards(pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iter
                 local_shard(parameter).copy_(before)
 
 
-def agreed(value: Any) -> Any:
+def from_first_process(value: Any) -> Any:
     """Return the first process's value in all processes; a collective where there are several."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value

@@ -1,6 +1,7 @@
 """Teacher strategies: whose weights score a rollout.
 
-Adding one is a file here, a line in `TEACHERS`, and a line in `tests/test_teachers.py`.
+Adding one is a file here, a line in `TEACHERS`, and a line in `tests/test_teachers.py`; a strategy outside of opsd is
+named as `module:Class` (docs/your_own_teacher.md).
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from opsd import sources
-from opsd.contexts.base import Context
 from opsd.errors import ConfigError, did_you_mean
-from opsd.teachers.base import Cost, StudentHandle, Teacher
-from opsd.teachers.composite import CompositeTeacher
+from opsd.teachers.base import Cost, Teacher, TeacherView, constructor_parameters
+from opsd.teachers.composite import CompositeTeacher, wrong_teacher
 from opsd.teachers.ema import EMATeacher
 from opsd.teachers.gate import Gate
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.mixture import MixtureTeacher
 from opsd.teachers.past import PastCheckpointTeacher
+from opsd.teachers.prompting import ContextLike, TeacherPrompts
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
 from opsd.teachers.routed import RoutedTeacher
 from opsd.teachers.self_teacher import LiveTeacher, SameCheckpointTeacher
 from opsd.teachers.sibling import SiblingTeacher
 from opsd.teachers.snapshot import SnapshotTeacher
+from opsd.teachers.student import StudentHandle
 
 TEACHERS: dict[str, type[Teacher]] = {
     cls.strategy: cls
@@ -57,6 +59,8 @@ __all__ = [
     "SnapshotTeacher",
     "StudentHandle",
     "Teacher",
+    "TeacherPrompts",
+    "TeacherView",
     "load_teacher",
     "recipe_of",
 ]
@@ -64,18 +68,22 @@ __all__ = [
 TeacherLike = Teacher | str | PathLike[str] | Mapping[str, Any] | None
 
 
-def load_teacher(value: TeacherLike = None, *, context: Context | str | Mapping[str, Any] | None = None) -> Teacher:
+def load_teacher(value: TeacherLike = None, *, context: ContextLike = None) -> Teacher:
     """Return the teacher that `value` names; loads no weights and asks no network.
 
     Args:
-        value: a Teacher; a recipe's name or a path to one (`.yaml`); a folder with a model or a hub id (= sibling); a
-            mapping (`{"strategy": "ema", "decay": 0.99}`, or `{"recipe": "ema", "decay": 0.999}` to change a
-            recipe's numbers), with a `context` of its own where it is part of a mixture or a route; or None for the
-            same checkpoint, frozen.
-        context: what it is shown; wins over its own or a recipe's context.
+        value: a Teacher; a recipe's name or a path to one (`.yaml`); "module:Class" for a class of your own; a folder
+            with a model or a hub id (= sibling); a mapping (`{"strategy": "ema", "decay": 0.99}`, or
+            `{"recipe": "ema", "decay": 0.999}` to change a recipe's numbers), with its own `context` where it is part
+            of a mixture or a route; or None for the same checkpoint, frozen.
+        context: what it is shown; wins over the context of a mapping or a recipe.
 
     Raises:
         ConfigError: nothing has that name, or the strategy has no such setting.
+
+    Example:
+        >>> load_teacher("ema", context="demonstration")
+        >>> load_teacher({"strategy": "my_module:MyTeacher", "temperature": 0.5})
     """
     if isinstance(value, Teacher):
         if context is not None:
@@ -86,8 +94,8 @@ def load_teacher(value: TeacherLike = None, *, context: Context | str | Mapping[
         return value
     settings, recipe_context = _resolve(value)
     settings = dict(settings)
-    own_context = settings.pop("context", recipe_context)
-    return _build(settings, context if context is not None else own_context)
+    given_context = settings.pop("context", recipe_context)
+    return _build(settings, context if context is not None else given_context)
 
 
 def recipe_of(value: TeacherLike) -> Recipe | None:
@@ -113,13 +121,12 @@ def _resolve(value: TeacherLike) -> tuple[Mapping[str, Any], Any]:
     if recipe is not None:
         return recipe.teacher, recipe.context
     if not isinstance(value, str | PathLike):
-        raise ConfigError(
-            f"a teacher is a Teacher, a name, a path, a model id, a mapping or None, and this is a "
-            f"{type(value).__name__}. Take one from `opsd teachers`."
-        )
+        raise ConfigError(wrong_teacher(value))
     source = fspath(value)
     if Path(source).is_dir() or sources.is_hub_id(source):
         return {"strategy": SiblingTeacher.strategy, "model": source}, None
+    if sources.is_object_name(source):
+        return {"strategy": source}, None
     raise ConfigError(_nothing_named(source))
 
 
@@ -127,9 +134,28 @@ def _nothing_named(name: str) -> str:
     known = sources.names("teachers")
     return (
         f"no teacher is called {name!r}.{did_you_mean(name, known)} A teacher is a recipe's name, a path to a recipe "
-        "(.yaml), a folder with a model, or a hub id (organisation/name); a name without '/' is never looked up on a "
-        f"hub. Recipes: {', '.join(known)} (`opsd teachers`)."
+        "(.yaml), a folder with a model, a hub id (organisation/name), or a class of your own (module:Class); a name "
+        f"without '/' is never looked up on a hub. Recipes: {', '.join(known)} (`opsd teachers`)."
     )
+
+
+def _class_of(strategy: Any) -> type[Teacher]:
+    """Return the class of a strategy: one of the table, or "module:Class"."""
+    if isinstance(strategy, str) and sources.is_object_name(strategy):
+        cls = sources.import_object(strategy, "teacher")
+        if not isinstance(cls, type) or not issubclass(cls, Teacher):
+            kind = f"the class {cls.__name__}" if isinstance(cls, type) else f"a {type(cls).__name__}"
+            raise ConfigError(
+                f"teacher {strategy!r} is {kind}, which does not extend opsd.Teacher. A strategy inherits rendering, "
+                "checkpoints and defaults from it. Write `class MyTeacher(Teacher)`: docs/your_own_teacher.md."
+            )
+        return cls
+    if strategy not in TEACHERS:
+        raise ConfigError(
+            f"no teacher strategy is called {strategy!r}.{did_you_mean(str(strategy), TEACHERS)} "
+            f"Strategies: {', '.join(TEACHERS)}; or module:Class for one of your own."
+        )
+    return TEACHERS[strategy]
 
 
 def _build(settings: dict[str, Any], context: Any) -> Teacher:
@@ -139,13 +165,19 @@ def _build(settings: dict[str, Any], context: Any) -> Teacher:
             f"a teacher given as a mapping needs `strategy` or `recipe`, and has: {', '.join(settings) or 'nothing'}. "
             f"Strategies: {', '.join(TEACHERS)}; recipes: {', '.join(sources.names('teachers'))}."
         )
-    if strategy not in TEACHERS:
-        raise ConfigError(
-            f"no teacher strategy is called {strategy!r}.{did_you_mean(str(strategy), TEACHERS)} "
-            f"Strategies: {', '.join(TEACHERS)}."
-        )
-    cls = TEACHERS[strategy]
-    parameters = {k: p for k, p in inspect.signature(cls).parameters.items() if k != "context"}
+    cls = _class_of(strategy)
+    _check_settings(strategy, settings, constructor_parameters(cls))
+    if issubclass(cls, CompositeTeacher) and "teachers" in settings:
+        settings["teachers"] = _parts(strategy, settings["teachers"])
+    if "context" in inspect.signature(cls.__init__).parameters:
+        return cls(context=context, **settings)
+    teacher = cls(**settings)  # a class of the user's, which need not pass a context on
+    teacher.prompts = teacher.prompts.with_default(context)
+    return teacher
+
+
+def _check_settings(strategy: str, settings: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Refuse settings that the strategy does not have, and name those that it cannot do without."""
     for key in settings:
         if key not in parameters:
             raise ConfigError(
@@ -159,18 +191,15 @@ def _build(settings: dict[str, Any], context: Any) -> Teacher:
             f"teacher strategy {strategy!r} needs {', '.join(missing)}, which only you can choose. "
             f"Write `teacher: {{strategy: {strategy}, {yours}}}`, or {{recipe: …, {yours}}} on top of a recipe."
         )
-    if issubclass(cls, CompositeTeacher):
-        settings["teachers"] = _parts(strategy, settings["teachers"])
-    return cls(context=context, **settings)
 
 
 def _parts(strategy: str, teachers: Any) -> Any:
-    """Load the teachers of a mixture or a route here, where an error can say which of them it is about."""
+    """Return the teachers of a mixture or a route, read here, where an error can say which of them is wrong."""
     if isinstance(teachers, Mapping) and not {"strategy", "recipe"} & set(teachers):
         return {name: _part(strategy, name, teacher) for name, teacher in teachers.items()}
     if isinstance(teachers, Sequence) and not isinstance(teachers, str):
         return [_part(strategy, number, teacher) for number, teacher in enumerate(teachers)]
-    return teachers  # a single one
+    return _part(strategy, 0, teachers)
 
 
 def _part(strategy: str, name: Any, value: TeacherLike) -> Teacher:

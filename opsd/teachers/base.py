@@ -1,7 +1,8 @@
-"""The one interface of all teachers, and what a teacher is told of the student.
+"""The interface of all teachers, and the view through which everyone asks one.
 
-A teacher says *whose weights* score a rollout; its `context` says *what they are shown*. Any teacher takes any
-context, or none. This file knows rollouts, contexts and signals; it knows nothing of losses or trainers.
+A strategy writes `prepare` and `score`, and whichever other hooks it needs; docs/your_own_teacher.md shows how. It says
+whose weights score a rollout; `teacher.prompts` (prompting.py) says what those weights read. Knows rollouts, prompts
+and signals; nothing of losses or training.
 
 Shapes: N scored tokens of a micro-batch (packed).
 """
@@ -9,58 +10,55 @@ Shapes: N scored tokens of a micro-batch (packed).
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
 from opsd.contexts.base import Context
-from opsd.contexts.reading import as_context
 from opsd.contexts.renderer import PromptRenderer
-from opsd.errors import ConfigError
-from opsd.models.forward import check_lengths
+from opsd.errors import ConfigError, TeacherError
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal
+from opsd.teachers.checks import check_completions, check_settings, check_signal, check_state_keys
+from opsd.teachers.prompting import ContextLike, Row, TeacherPrompts
+from opsd.teachers.student import StudentHandle
 from opsd.teachers.weight_copy import megabytes
 
-Row: TypeAlias = Mapping[str, Any]
 History: TypeAlias = Sequence[Mapping[str, Any]]  # what a run has logged: entries with their `step`
+VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+PLAIN = (bool, int, float, str, list, tuple, dict, type(None))  # settings that a checkpoint's JSON can hold
 
 
-@dataclass(frozen=True)
-class StudentHandle:
-    """What a teacher is told of the student, once, before the first step.
-
-    Args:
-        model: the student, without any distributed wrapper.
-        renderer: how the student's own prompts become ids.
-        trust_remote_code: whether loading a teacher may run code that came with its weights.
-    """
-
-    model: nn.Module
-    renderer: PromptRenderer
-    trust_remote_code: bool = False
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The student's tokenizer."""
-        return self.renderer.tokenizer
+def constructor_parameters(cls: type[Teacher]) -> dict[str, inspect.Parameter]:
+    """Return the settings that a strategy's constructor takes, without its context; **kwargs stand for its parent's."""
+    parameters: dict[str, inspect.Parameter] = {}
+    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
+        _, *own = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        parameters |= {p.name: p for p in own if p.kind not in VARIABLE and p.name not in ("context", *parameters)}
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in own):
+            break
+    return parameters
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a teacher costs beside the student.
+    """Memory and forward passes that teachers need beside the student.
 
     Args:
-        megabytes: memory of the weights it holds, counted from its tensors; on this process, where they are sharded.
+        megabytes: weights they hold, counted from their tensors; on this process, where they are sharded.
         offloaded: of these, in CPU memory.
-        passes: sequences it sends through a model per rollout, counted on a probe; None before that.
-        micro_batches: of an optimizer step.
+        passes: sequences sent through a model per rollout, counted on a probe; None before that.
+        micro_batches: micro-batches of an optimizer step.
+
+    Example:
+        >>> str(Cost(megabytes=1024, passes=1))
+        "1,024 MB of weights beside the student's; forward passes per step: 1, per rollout: 1"
     """
 
     megabytes: float
@@ -69,54 +67,127 @@ class Cost:
     micro_batches: int = 1
 
     def __str__(self) -> str:
-        away = f" ({self.offloaded:,.0f} of them in CPU memory)" if self.offloaded else ""
+        in_cpu = f" ({self.offloaded:,.0f} of them in CPU memory)" if self.offloaded else ""
         counted = ""
         if self.passes is not None:
             counted = f"; forward passes per step: {self.passes * self.micro_batches:g}, per rollout: {self.passes:g}"
-        return f"{self.megabytes:,.0f} MB of weights beside the student's{away}{counted}"
+        return f"{self.megabytes:,.0f} MB of weights beside the student's{in_cpu}{counted}"
 
 
 class Teacher(ABC):
-    """Scores rollouts; see `opsd.teachers` for the table of strategies.
+    """Scores rollouts; `opsd.teachers` has the table of strategies.
+
+    A strategy extends `prepare`, writes `score`, and overrides other hooks where their defaults do not fit.
 
     Args:
         context: what the teacher is shown beside the prompt: a PrivilegedContext, a shipped template's name, a path
             to a template, or None for the student's own prompt.
+
+    Example:
+        >>> class FrozenStudent(Teacher):
+        ...     def prepare(self, student):
+        ...         super().prepare(student)
+        ...         self.model = copy.deepcopy(student.model).requires_grad_(False)
+        ...
+        ...     def score(self, rollouts):
+        ...         batch = rollouts.pad(self.student.device, self.prompts)
+        ...         with evaluating(self.model):
+        ...             states = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+        ...         return HiddenSignal(states, Head.from_model(self.model).detach())
     """
 
-    strategy: str  # its name in the table
+    strategy: str  # its name in the table; "module:Class" where a class does not set one
 
-    def __init__(self, *, context: Context | str | Mapping[str, Any] | None = None):
-        self.context = as_context(context)
-        self._renderer: PromptRenderer | None = None
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "strategy" not in vars(cls):
+            cls.strategy = f"{cls.__module__}:{cls.__qualname__}"
 
-    # ---- what a strategy writes -------------------------------------------------------------------------------
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse a class without `score`, in words."""
+        if missing := sorted(cls.__abstractmethods__):
+            methods = " and ".join(f"{name}()" for name in missing)
+            raise TeacherError(
+                f"{cls.__name__} is no teacher yet: it lacks {methods}. A teacher must say what it thinks of each "
+                f"scored token. Write {methods}; docs/your_own_teacher.md has an example of 30 lines."
+            )
+        return super().__new__(cls)
+
+    def __init__(self, *, context: ContextLike = None):
+        self.prompts = TeacherPrompts(self, context)
+
+    @property
+    def prompts(self) -> TeacherPrompts:
+        """The prompts it reads: rendering, contexts, checks of rows."""
+        if "_prompts" not in vars(self):
+            name = type(self).__name__
+            raise TeacherError(
+                f"{name}.__init__ does not call super().__init__(context=context), which gives a teacher its prompts. "
+                "Without them it could be shown nothing. Begin __init__ with that call."
+            )
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, prompts: TeacherPrompts) -> None:
+        self._prompts = prompts
+
+    @property
+    def student(self) -> StudentHandle:
+        """The student, once `prepare` has been called."""
+        if "_student" not in vars(self):
+            raise TeacherError(
+                f"teacher {self.strategy!r} was not prepared, so it knows no student, tokenizer or device. Call "
+                "teacher.prepare(student) first. A class that writes prepare begins it with super().prepare(student)."
+            )
+        return self._student
+
+    # ---- hooks: what a strategy writes ------------------------------------------------------------------------
 
     def prepare(self, student: StudentHandle) -> None:
-        """Get ready, once: place weights, compare tokenizers, state the cost. Strategies extend this."""
+        """Get ready, once, after the student is in place: load or copy weights, compare tokenizers.
+
+        A strategy begins with `super().prepare(student)`.
+        """
         self._student = student
-        self._renderer = student.renderer
 
     @abstractmethod
     def score(self, rollouts: Rollouts) -> TeacherSignal:
-        """Return the teacher's distributions for the scored tokens, without gradient, packed like the rollouts.
+        """Return the teacher's distribution for every scored token, without gradient, packed like the rollouts.
 
         Args:
-            rollouts: a micro-batch that went through `show`.
+            rollouts: a micro-batch with this teacher's prompts: `rollouts.pad(device, self.prompts)`.
+
+        Returns:
+            A signal of N tokens on the student's device.
         """
 
-    @abstractmethod
     def describe(self) -> str:
-        """Whose weights these are and how they move, in one sentence; printed before the first step."""
+        """Return whose weights these are and how they change, in one sentence; printed before the first step."""
+        settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+        return f"{type(self).__name__}({settings})"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The numbers that define it, in plain values; a resumed run must have the same.
+
+        By default the constructor's arguments that the object keeps under their names.
+        """
+        kept = {name: vars(self)[name] for name in constructor_parameters(type(self)) if name in vars(self)}
+        return {name: value for name, value in kept.items() if isinstance(value, PLAIN)}
+
+    @property
+    def renderer(self) -> PromptRenderer:
+        """How its prompts become ids; the student's renderer unless a teacher has its own chat template."""
+        return self.student.renderer
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of prompt and completion that it can score; None where nothing limits it."""
+        """Tokens of prompt and completion that it can score; None for any number."""
         return None
 
     @property
     def starts_as_student(self) -> bool:
-        """Whether it is the student's own weights at step 0: without a context it then says what the student says."""
+        """Whether its distributions without a context are the student's at step 0."""
         return False
 
     @property
@@ -126,178 +197,78 @@ class Teacher(ABC):
 
     @property
     def collective(self) -> bool:
-        """Whether `score` must be called in every process at the same time, rows or no rows."""
+        """Whether `score` must be called in every process at the same time, with rows or without."""
         return False
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The weights that it holds beside the student's; what it costs is counted from them."""
-        return []
+        """The weights that it holds beside the student's; its cost is counted from them.
 
-    def after_step(self, step: int) -> str | None:
-        """Follow the student after optimizer step number `step` (1, 2, …), before it is logged and saved.
-
-        Returns:
-            What the user is told, or None.
+        By default the tensors and modules among its attributes, without the student's parameters.
         """
-        return None
+        held = [value for value in vars(self).values() if isinstance(value, Tensor | nn.Module)]
+        tensors = [t for h in held for t in ([h] if isinstance(h, Tensor) else [*h.parameters(), *h.buffers()])]
+        of_student = {id(t) for t in (*self.student.model.parameters(), *self.student.model.buffers())}
+        return [t for t in tensors if id(t) not in of_student]
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Values to log after each step, the same in every process."""
+        return {}
+
+    @property
+    def watches(self) -> Mapping[str, int]:
+        """Logged metrics that `before_step` reads, each with the number of steps in which it needs an entry."""
+        return {}
+
+    def shard(self) -> None:  # noqa: B027 - most teachers have nothing that could be sharded
+        """Follow the student into its sharded form; called once, after the student was prepared for training."""
+
+    def adjust_rollouts(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts of a step with other advantages or weights, before any sort or split.
+
+        Asked of the run's teacher only, never of a composite's parts.
+        """
+        return rollouts
 
     def before_step(self, done: int, history: History) -> str | None:
         """Follow the student before the next step, when all of the steps done was logged and evaluated.
 
         Args:
             done: optimizer steps done.
-            history: what was logged of them.
+            history: the entries logged so far.
 
         Returns:
-            What the user is told, or None.
+            A line to print, or None.
         """
         return None
 
-    def shard(self) -> None:  # noqa: B027 - most teachers have nothing that could be sharded
-        """Follow the student into its sharded form; called once, after it was prepared for training."""
+    def after_step(self, step: int) -> str | None:
+        """Follow the student after optimizer step number `step` (1, 2, …), before that is logged and saved.
 
-    @property
-    def watches(self) -> Mapping[str, int]:
-        """Logged metrics that `before_step` reads, and in how many steps it must find an entry of each."""
-        return {}
-
-    @property
-    def can_sample(self) -> bool:
-        """Whether `sample` works."""
-        return False
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """What it says of itself in the log, the same in every process."""
-        return {}
+        Returns:
+            A line to print, or None.
+        """
+        return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what a resume needs and cannot make again."""
+        """Return the tensors that a resumed run needs and cannot make again."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
-        assert not state, f"{type(self).__name__} keeps no state, and was given {sorted(state)}"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The numbers that define it, for the checkpoint and the log."""
-        return {}
-
-    # ---- whose prompts are rendered, for which rows -----------------------------------------------------------
-
-    @property
-    def views(self) -> list[Teacher]:
-        """Everyone who is shown a prompt: itself, or the parts it is made of."""
-        return [self]
-
-    @property
-    def contexts(self) -> list[Context]:
-        """What its views are shown, of those that are shown anything."""
-        return [view.context for view in self.views if view.context is not None]
-
-    @property
-    def shown(self) -> str:
-        """What it is shown, in words."""
-        return self.context.name if self.context is not None else "the student's own prompt"
-
-    def forget_counts(self) -> None:
-        """Let its contexts count from here."""
-        for context in self.contexts:
-            context.forget_counts()
-
-    def views_of(self, row: Row) -> list[Teacher]:
-        """Return those of its views that score this row."""
-        return self.views
-
-    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
-        """Check that rows have what contexts read, before a model loads; of a stream only the columns.
-
-        Args:
-            dataset: prepared rows.
-            columns: their columns.
-            produced: names that training will add.
+        """Take back what `state_dict` gave.
 
         Raises:
-            TemplateError: a template needs a column, or finds it empty.
-            DataError: a row that no teacher can score.
+            CheckpointError: the state of another teacher.
         """
-        if self.context is not None:
-            self.context.check_columns(columns, rollout_fields)
-            if isinstance(dataset, Dataset):
-                self.context.check_rows(dataset, rollout_fields)
-
-    def has_fields(self, row: Row, rollout_fields: Mapping[str, Any]) -> bool:
-        """Tell whether there is anything to show beside the prompt, where that is made during training."""
-        contexts = [view.context for view in self.views_of(row)]
-        return all(context is None or context.has_fields({**row, **rollout_fields}) for context in contexts)
-
-    # ---- what every strategy can do ---------------------------------------------------------------------------
-
-    @property
-    def cost(self) -> Cost:
-        """What it costs beside the student."""
-        away = [t for t in self.tensors if t.device.type == "cpu"] if torch.cuda.is_available() else []
-        return Cost(megabytes(self.tensors), megabytes(away))
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """Strategy, numbers and context: what a resume compares."""
-        context = None if self.context is None else self.context.description
-        return {"strategy": self.strategy, **self.settings, "context": context}
-
-    @property
-    def key(self) -> str:
-        """Its own prompts' name among a rollout's: two teachers of one strategy are shown different things."""
-        return f"{self.strategy} {id(self):x}"
-
-    def with_context(self, context: Context | str | Mapping[str, Any] | None) -> Self:
-        """Return the same teacher, weights and all, shown something else; it follows this one, not the student."""
-        other = copy.copy(self)
-        other.context = as_context(context)
-        return other
-
-    def with_contexts(self, change: Callable[[Context | None], Context | None]) -> Teacher:
-        """Return the same teacher, each of its contexts changed; call it before `prepare`."""
-        return self.with_context(change(self.context))
-
-    def with_default_context(self, context: Context) -> Teacher:
-        """Return the teacher with a context for those of its views that were given none."""
-        return self if self.context is not None else self.with_context(context)
-
-    @property
-    def renderer(self) -> PromptRenderer:
-        """How this teacher's prompts become ids: its own tokenizer and chat template."""
-        assert self._renderer is not None, "call prepare(student) first"
-        return self._renderer
-
-    def prompt_ids(self, row: Row, rollout_fields: Mapping[str, Any] | None = None) -> Ids:
-        """Return the ids of the prompt this teacher sees for a row."""
-        if self.context is None:
-            return self.renderer.ids(row["prompt"])
-        return self.context.render(row, rollout_fields, renderer=self.renderer)
-
-    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
-        """Render this teacher's prompt for every rollout, before any sort or split."""
-        if self.context is None and self.renderer == self._student.renderer:
-            # The very ids the student saw, tools and all; nothing to render again.
-            return rollouts.with_teacher_prompts(self.key, rollouts.prompt_ids)
-        prompts = [
-            self.prompt_ids(row, made) if is_distilled else rollouts.prompt_ids[number]
-            for number, (row, made, is_distilled) in enumerate(
-                zip(rollouts.rows, rollouts.rollout_fields, rollouts.is_distilled, strict=True)
-            )
-        ]
-        check_lengths(self.max_length, prompts, [len(ids) for ids in rollouts.needed_ids], "teacher")
-        return rollouts.with_teacher_prompts(self.key, prompts)
+        check_state_keys(state, (), self.strategy)
 
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
-        """Return this teacher's own completions for rows, seen through its context.
+        """Return this teacher's own completions, one per row, of the prompts `self.prompts.ids(row)`.
 
         Args:
             rows: dataset rows.
-            max_new_tokens: tokens per completion at most.
+            max_new_tokens: longest completion, in tokens.
             sampling: `do_sample`, `temperature`, `batch_size`, … of `opsd.models.generation.generate`.
 
         Raises:
@@ -308,16 +279,115 @@ class Teacher(ABC):
             "another teacher, or set seq_kd to false."
         )
 
+    @property
+    def can_sample(self) -> bool:
+        """Whether `sample` works; by default where a strategy writes it."""
+        return type(self).sample is not Teacher.sample
+
+    @property
+    def members(self) -> list[Teacher]:
+        """The teachers that hold weights: itself, or those that a composite is made of, each once."""
+        return [self]
+
+    # ---- what every teacher can do ----------------------------------------------------------------------------
+
+    @property
+    def context(self) -> Context | None:
+        """The context it is shown; None for the student's own prompt, and for a composite, whose parts have theirs."""
+        return self.prompts.context
+
+    @property
+    def cost(self) -> Cost:
+        """Memory of the weights it holds."""
+        in_cpu = [t for t in self.tensors if t.device.type == "cpu"] if torch.cuda.is_available() else []
+        return Cost(megabytes(self.tensors), megabytes(in_cpu))
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Strategy, settings and contexts: what a resumed run compares.
+
+        Raises:
+            TeacherError: settings that cannot be written into a checkpoint.
+        """
+        settings = self.settings
+        check_settings(settings, self.strategy)
+        return {"strategy": self.strategy, **settings, "context": self.prompts.description}
+
     def logprobs(self, rows: Sequence[Row], completions: Sequence[Ids]) -> list[list[float]]:
-        """Return log p in nats of every completion token under this teacher; needs no trainer.
+        """Return log p in nats of every completion token; needs no trainer, only `prepare`.
 
         Args:
             rows: dataset rows.
             completions: their completions as token ids, in the same order.
         """
-        prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
-        rollouts = self.render_prompts(Rollouts(rows, prompts, completions))
-        signal = self.score(rollouts)
-        device = next(self._student.model.parameters()).device
-        values = iter(signal.logprobs(torch.tensor(rollouts.scored_ids, device=device)).tolist())
+        return TeacherView(self).logprobs(rows, completions)
+
+    def copy_with(self, prompts: TeacherPrompts) -> Self:
+        """Return a copy of an unprepared teacher that reads other prompts, made from this one's.
+
+        A prepared teacher keeps its weights in one place: ask it through `TeacherView(teacher, prompts)` instead.
+        """
+        other = copy.copy(self)
+        other.prompts = prompts.map(lambda leaf: leaf.read_by(other) if leaf.teacher is self else leaf)
+        return other
+
+
+class TeacherView:
+    """A teacher and the prompts it reads; trainer, doctor and evaluation ask through one.
+
+    One set of weights scores any number of contexts: each view swaps its prompts in for the call. What comes back is
+    checked.
+
+    Args:
+        teacher: whose weights answer.
+        prompts: what they read, made from the teacher's; None for the teacher's own.
+
+    Example:
+        >>> without_context = TeacherView(teacher, teacher.prompts.with_context(None))
+        >>> without_context.logprobs(rows, completions)
+    """
+
+    def __init__(self, teacher: Teacher, prompts: TeacherPrompts | None = None):
+        self.teacher = teacher
+        self.prompts = teacher.prompts if prompts is None else prompts
+
+    @contextmanager
+    def _swapped_in(self) -> Iterator[None]:
+        own, self.teacher.prompts = self.teacher.prompts, self.prompts
+        try:
+            yield
+        finally:
+            self.teacher.prompts = own
+
+    def score(self, rollouts: Rollouts) -> TeacherSignal:
+        """Return the teacher's signal for rollouts that these prompts were rendered into.
+
+        Raises:
+            TeacherError: `score` returned what a loss cannot read.
+            AlignmentError: other tokens were scored than the rollouts say.
+        """
+        with self._swapped_in():
+            signal = self.teacher.score(rollouts)
+        check_signal(signal, rollouts, self.teacher.student, self.teacher.strategy)
+        return signal
+
+    def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
+        """Return the teacher's completions of rows, as `Teacher.sample`.
+
+        Raises:
+            ConfigError: the strategy cannot sample.
+            TeacherError: `sample` returned something else than ids of each row.
+        """
+        with self._swapped_in():
+            completions = self.teacher.sample(rows, max_new_tokens=max_new_tokens, **sampling)
+        check_completions(completions, len(rows), self.teacher.strategy)
+        return completions
+
+    def logprobs(self, rows: Sequence[Row], completions: Sequence[Ids]) -> list[list[float]]:
+        """Return log p in nats of every completion token, as `Teacher.logprobs`."""
+        student = self.teacher.student
+        prompt_ids = [student.renderer.ids(row["prompt"]) for row in rows]
+        rollouts = self.prompts.render(Rollouts(rows, prompt_ids, completions))
+        scored_ids_N = torch.tensor(rollouts.scored_ids, dtype=torch.long, device=student.device)
+        values = iter(self.score(rollouts).logprobs(scored_ids_N).tolist())
         return [[next(values) for _ in completion] for completion in completions]

@@ -1,173 +1,198 @@
-"""Teachers made of teachers: what a mixture and a route have in common.
+"""Teachers made of teachers: what a mixture, a route and a control have in common.
 
-Preparing, following the student, saving and stating costs go to every part; which part answers for what is the
+Passes hooks on to every member once, also where it is part of several things. Which part scores which token is the
 strategy's. Knows the interface of teachers only.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
-from opsd.contexts.base import Context
-from opsd.contexts.reading import as_context
-from opsd.teachers.base import History, Row, StudentHandle, Teacher
+from opsd.errors import CheckpointError, ConfigError
+from opsd.teachers.base import History, Teacher, TeacherView
+from opsd.teachers.prompting import CompositePrompts, ContextLike, TeacherPrompts
+from opsd.teachers.student import StudentHandle
 
-SEPARATOR = "/"  # between a part's name and its own names in a checkpoint
+SEPARATOR = "/"  # between a member's number and its names in a checkpoint
+
+
+def as_teacher(value: Any, what: str) -> Teacher:
+    """Return `value` if it is a Teacher object.
+
+    Args:
+        value: what a user gave.
+        what: what it is for, as the message calls it.
+
+    Raises:
+        ConfigError: a class, a name, a mapping, or something else.
+    """
+    if not isinstance(value, Teacher):
+        raise ConfigError(wrong_teacher(value, what))
+    return value
+
+
+def wrong_teacher(value: Any, what: str = "a teacher") -> str:
+    """Return the message for a value that is no Teacher object."""
+    start = f"{what} is a Teacher object, and this is"
+    if isinstance(value, type):
+        way_out = f"Make one: {value.__name__}(…)." if issubclass(value, Teacher) else "Extend opsd.Teacher."
+        return f"{start} the class {value.__name__}. {way_out}"
+    if isinstance(value, str | Mapping):
+        return (
+            f"{start} {value!r:.80}. Names and mappings are read in one place, which says which of them is wrong. "
+            f"Write load_teacher({value!r:.80}), or load_teacher({{'strategy': …, …}}) for the whole."
+        )
+    return (
+        f"{start} a {type(value).__name__}. Take a strategy of opsd.teachers, a name from `opsd teachers`, or extend "
+        "opsd.Teacher: docs/your_own_teacher.md."
+    )
 
 
 class CompositeTeacher(Teacher):
-    """A teacher made of others, each with a context of its own.
+    """A teacher made of others, each with its own context.
 
     Args:
-        parts: the others by name.
-        context: what those are shown that have no context of their own.
+        parts: the others by name; one object may have several names.
+        prompts: what each part reads, where that is not its own; made of `parts` otherwise.
+        context: what those parts are shown that have no context.
+
+    Raises:
+        ConfigError: a part that is no Teacher object.
+
+    Example:
+        >>> class First(CompositeTeacher):
+        ...     def score(self, rollouts):
+        ...         return self.view("first").score(rollouts)
+        >>> First({"first": EMATeacher(0.99), "second": LiveTeacher()}, context="answer_only")
     """
 
     def __init__(
         self,
         parts: Mapping[str, Teacher],
         *,
-        context: Context | str | Mapping[str, Any] | None = None,
+        prompts: TeacherPrompts | None = None,
+        context: ContextLike = None,
     ):
-        super().__init__(context=context)
-        self.parts = dict(parts)
-        if self.context is not None:
-            self.parts = self._parts_with_default(self.context)
+        super().__init__()
+        self.parts = {
+            name: as_teacher(part, f"part {name!r} of this {self.strategy} teacher") for name, part in parts.items()
+        }
+        if prompts is None:
+            prompts = CompositePrompts(self, {name: part.prompts for name, part in self.parts.items()})
+        self.prompts = prompts if context is None else prompts.with_default(context)
 
-    def _parts_with_default(self, context: Context) -> dict[str, Teacher]:
-        """Return the parts with a context where they have none; a part with two names stays one."""
-        shown = {id(part): part.with_default_context(context) for part in self.parts.values()}
-        return {name: shown[id(part)] for name, part in self.parts.items()}
-
-    def with_default_context(self, context: Context) -> Teacher:
-        """Return the same teachers, those without a context shown this one."""
-        other = copy.copy(self)
-        other.parts = self._parts_with_default(context)
-        return other
-
-    def with_contexts(self, change: Callable[[Context | None], Context | None]) -> Teacher:
-        """Return the same teachers, each of their contexts changed; a part with two names stays one."""
-        changed = {id(part): part.with_contexts(change) for part in self.parts.values()}
-        other = copy.copy(self)
-        other.context = change(self.context)
-        other.parts = {name: changed[id(part)] for name, part in self.parts.items()}
-        return other
+    def view(self, name: str) -> TeacherView:
+        """Return a part and the prompts that it reads here."""
+        prompts = self.prompts
+        assert isinstance(prompts, CompositePrompts)
+        return TeacherView(self.parts[name], prompts.parts[name])
 
     @property
-    def owners(self) -> list[Teacher]:
-        """The parts that hold weights: one that has several names, or is shown several things, counts once."""
+    def distinct_parts(self) -> list[Teacher]:
+        """The parts, each object once."""
         return list({id(part): part for part in self.parts.values()}.values())
 
     @property
-    def leaves(self) -> list[Teacher]:
-        """The owners that are not made of others, each once, however many parts at whatever depth it is in."""
-        nested = [part.leaves if isinstance(part, CompositeTeacher) else [part] for part in self.owners]
-        return list({id(leaf): leaf for leaves in nested for leaf in leaves}.values())
+    def members(self) -> list[Teacher]:
+        """The teachers that hold weights, each once, at whatever depth."""
+        members = [member for part in self.distinct_parts for member in part.members]
+        return list({id(member): member for member in members}.values())
 
     def prepare(self, student: StudentHandle) -> None:
-        """Prepare every teacher once, then those that are made of them."""
-        for leaf in self.leaves:
-            leaf.prepare(student)
-        self.compose(student)
+        """Prepare every member once."""
+        for member in self.members:
+            member.prepare(student)
+        self._tell_composites(student)
 
-    def compose(self, student: StudentHandle) -> None:
-        """Take hold of the parts, whose teachers are prepared."""
+    def _tell_composites(self, student: StudentHandle) -> None:
+        """Give the student to this composite and those inside it, whose members are prepared."""
         super().prepare(student)
-        for part in self.owners:
+        for part in self.distinct_parts:
             if isinstance(part, CompositeTeacher):
-                part.compose(student)
+                part._tell_composites(student)
 
     def shard(self) -> None:
-        """Shard every teacher."""
-        for leaf in self.leaves:
-            leaf.shard()
+        """Shard every member."""
+        for member in self.members:
+            member.shard()
 
     def after_step(self, step: int) -> str | None:
-        """Let every teacher follow."""
-        return "\n".join(filter(None, [leaf.after_step(step) for leaf in self.leaves])) or None
+        """Let every member follow the student."""
+        return "\n".join(filter(None, [member.after_step(step) for member in self.members])) or None
 
     def before_step(self, done: int, history: History) -> str | None:
-        """Let every teacher follow."""
-        return "\n".join(filter(None, [leaf.before_step(done, history) for leaf in self.leaves])) or None
+        """Let every member follow the student."""
+        return "\n".join(filter(None, [member.before_step(done, history) for member in self.members])) or None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return every teacher's state, its names behind the teacher's number."""
+        """Return every member's state; its names stand behind the member's number."""
         return {
             f"{number}{SEPARATOR}{name}": value
-            for number, leaf in enumerate(self.leaves)
-            for name, value in leaf.state_dict().items()
+            for number, member in enumerate(self.members)
+            for name, value in member.state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take every teacher's state back."""
-        for number, leaf in enumerate(self.leaves):
-            start = f"{number}{SEPARATOR}"
-            leaf.load_state_dict({name[len(start) :]: v for name, v in state.items() if name.startswith(start)})
+        """Take back what `state_dict` gave.
 
-    def with_context(self, context: Context | str | Mapping[str, Any] | None) -> Self:
-        """Return the same teachers, weights and all, all shown something else."""
-        other = copy.copy(self)
-        other.context = as_context(context)
-        other.parts = {name: part.with_context(context) for name, part in self.parts.items()}
-        return other
-
-    @property
-    def views(self) -> list[Teacher]:
-        """Everyone who is shown a prompt."""
-        return [view for part in self.parts.values() for view in part.views]
-
-    def views_of(self, row: Row) -> list[Teacher]:
-        """Return those who score this row."""
-        return [view for part in self.parts.values() for view in part.views_of(row)]
-
-    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
-        """Check every part's context."""
-        for part in self.parts.values():
-            part.check_rows(dataset, columns, rollout_fields)
+        Raises:
+            CheckpointError: the state of another teacher.
+        """
+        states: list[dict[str, Tensor]] = [{} for _ in self.members]
+        for key, value in state.items():
+            number, _, name = key.partition(SEPARATOR)
+            if not number.isdecimal() or int(number) >= len(states):
+                raise CheckpointError(
+                    f"teacher {self.strategy!r} was given a state with {key!r}, and has {len(states)} member(s), whose "
+                    f"names begin with 0{SEPARATOR}, 1{SEPARATOR}, … It would go on as another teacher. Resume with "
+                    "the teacher that wrote the checkpoint."
+                )
+            states[int(number)][name] = value
+        for member, its_state in zip(self.members, states, strict=True):
+            member.load_state_dict(its_state)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Every teacher's."""
-        return [tensor for leaf in self.leaves for tensor in leaf.tensors]
+        """The weights of every member."""
+        return [tensor for member in self.members for tensor in member.tensors]
 
     @property
     def starts_as_student(self) -> bool:
-        """Whether all of its teachers do."""
-        return all(leaf.starts_as_student for leaf in self.leaves)
+        """Whether all members do."""
+        return all(member.starts_as_student for member in self.members)
 
     @property
     def cautions(self) -> list[str]:
-        """Every teacher's."""
-        return [caution for leaf in self.leaves for caution in leaf.cautions]
+        """The cautions of every member."""
+        return [caution for member in self.members for caution in member.cautions]
 
     @property
     def collective(self) -> bool:
-        """Whether any part's processes exchange weights."""
-        return any(part.collective for part in self.owners)
+        """Whether any part exchanges weights between processes."""
+        return any(part.collective for part in self.distinct_parts)
 
     @property
     def watches(self) -> dict[str, int]:
-        """What any part reads, at the shortest of their intervals."""
-        watched = [item for part in self.owners for item in part.watches.items()]
+        """The metrics that any part reads, at the shortest of their intervals."""
+        watched = [item for part in self.distinct_parts for item in part.watches.items()]
         return {name: min(steps for other, steps in watched if other == name) for name, _ in watched}
 
     @property
     def metrics(self) -> Mapping[str, float]:
-        """What the teachers say of themselves, numbered where several say the same."""
-        said = [(number, *item) for number, leaf in enumerate(self.leaves) for item in leaf.metrics.items()]
-        names = [name for _, name, _ in said]
-        return {name if names.count(name) == 1 else f"{name}/{number}": value for number, name, value in said}
+        """The metrics of every member, numbered where several have the same name."""
+        logged = [(number, *item) for number, member in enumerate(self.members) for item in member.metrics.items()]
+        names = [name for _, name, _ in logged]
+        return {name if names.count(name) == 1 else f"{name}/{number}": value for number, name, value in logged}
 
     @property
     def max_length(self) -> int | None:
         """The shortest of the parts'."""
-        return min((n for part in self.owners if (n := part.max_length) is not None), default=None)
+        return min((n for part in self.distinct_parts if (n := part.max_length) is not None), default=None)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Every part's description."""
-        return {"parts": {name: part.description for name, part in self.parts.items()}}
+        """Strategy and settings of every part; their contexts stand with the prompts."""
+        return {"parts": {name: {"strategy": part.strategy, **part.settings} for name, part in self.parts.items()}}

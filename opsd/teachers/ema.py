@@ -6,15 +6,14 @@ two factors are averaged, not their product); with full fine-tuning one more cop
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_count
-from opsd.teachers.base import StudentHandle
+from opsd.teachers.prompting import ContextLike
 from opsd.teachers.self_teacher import UpdatedSelfTeacher
+from opsd.teachers.student import StudentHandle
 from opsd.teachers.weight_copy import WeightCopy
 
 
@@ -31,6 +30,9 @@ class EMATeacher(UpdatedSelfTeacher):
 
     Raises:
         ConfigError: a setting outside its range.
+
+    Example:
+        >>> OPSDTrainer(model, EMATeacher(0.99, context="demonstration"), train_dataset=rows)
     """
 
     strategy = "ema"
@@ -42,7 +44,7 @@ class EMATeacher(UpdatedSelfTeacher):
         every: int = 1,
         warmup: bool = False,
         offload: bool = False,
-        context: Context | str | Mapping[str, Any] | None = None,
+        context: ContextLike = None,
     ):
         super().__init__(offload=offload, context=context)
         # YAML reads 1e-1 as text (it wants 1.0e-1).
@@ -57,15 +59,15 @@ class EMATeacher(UpdatedSelfTeacher):
             raise ConfigError(f"warmup is true or false, and not {warmup!r}.")
         self.decay, self.every, self.warmup = decay, every, warmup
 
-    def place(self, student: StudentHandle) -> None:
-        """Start as the student."""
-        self._weights = WeightCopy(student.model, torch.float32, offload=self.offload)
+    def load_weights(self, student: StudentHandle) -> None:
+        """Start the average as the student."""
+        self._weight_copy = WeightCopy(student.model, torch.float32, offload=self.offload)
 
     def after_step(self, step: int) -> None:
         """Move the average towards the student."""
         if step % self.every == 0:
-            self.moved += 1
-            self.weights.move_towards_model(1.0 - self.decay_of(self.moved))
+            self.progress += 1
+            self.weight_copy.move_towards_model(1.0 - self.decay_of(self.progress))
 
     def decay_of(self, update: int) -> float:
         """Return the decay of update number `update` (1, 2, …)."""
@@ -73,7 +75,7 @@ class EMATeacher(UpdatedSelfTeacher):
 
     @property
     def cautions(self) -> list[str]:
-        """A decay that was meant the other way round."""
+        """A warning where the decay looks like an update rate."""
         if self.decay >= 0.5:
             return []
         return [
@@ -84,11 +86,11 @@ class EMATeacher(UpdatedSelfTeacher):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its average depends on."""
+        """Decay, interval and warm-up."""
         return {"decay": self.decay, "every": self.every, "warmup": self.warmup}
 
     def describe(self) -> str:
-        """Whose weights these are and the formula they follow."""
+        """Return whose weights these are and the formula they follow."""
         after = "after each step" if self.every == 1 else f"after every {self.every} steps"
         early = ", in update n at most (1 + n) / (10 + n) of the old" if self.warmup else ""
         return (

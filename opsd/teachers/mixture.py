@@ -1,105 +1,80 @@
-"""Several teachers on one token: as one distribution, their arithmetic or geometric mean."""
+"""Several teachers on one token, as one distribution: their arithmetic or geometric mean."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_number
 from opsd.rollouts import Rollouts
-from opsd.signals import HiddenSignal, MixtureSignal, check_mixture
-from opsd.teachers.base import StudentHandle, Teacher
-from opsd.teachers.composite import CompositeTeacher
-from opsd.teachers.local import LocalTeacher
+from opsd.signals import HiddenSignal, MixtureSignal, TeacherSignal, check_mixture
+from opsd.teachers.base import Teacher, TeacherView
+from opsd.teachers.composite import CompositeTeacher, as_teacher
+from opsd.teachers.prompting import CompositePrompts, ContextLike, TeacherPrompts
 
 
 class MixtureTeacher(CompositeTeacher):
     """Σ w·p or ∏ p^w (normalised) of several teachers, or of one set of weights under several contexts.
 
     Args:
-        teachers: the teachers (objects, names or mappings, as `load_teacher` takes them), each with its own context;
-            or with `contexts` a single one, whose weights exist once and score all contexts in one batched pass.
+        teachers: Teacher objects, each with its own context; or with `contexts` a single one, whose weights exist once
+            and score all contexts in one batched pass.
         weights: one per teacher or context, adding up to 1; a geometric mixture may have negative ones.
         kind: "arithmetic" or "geometric".
-        contexts: what the single teacher is shown, one by one.
-        context: what teachers without a context of their own are shown.
+        contexts: what the single teacher is shown, one by one; None among them is the student's own prompt.
+        context: what teachers without a context are shown.
 
     Raises:
         ConfigError: weights that do not add up to 1, or teachers that cannot be mixed.
+
+    Example:
+        >>> MixtureTeacher([SameCheckpointTeacher(context="hint"), EMATeacher(0.99)], [0.3, 0.7])
+        >>> MixtureTeacher(EMATeacher(0.99), [1.5, -0.5], kind="geometric", contexts=["worked_solution", None])
     """
 
     strategy = "mixture"
 
     def __init__(
         self,
-        teachers: Any,
+        teachers: Sequence[Teacher] | Teacher,
         weights: Sequence[float],
         *,
         kind: str = "arithmetic",
-        contexts: Sequence[Context | str | Mapping[str, Any] | None] | None = None,
-        context: Context | str | Mapping[str, Any] | None = None,
+        contexts: Sequence[ContextLike] | None = None,
+        context: ContextLike = None,
     ):
-        from opsd.teachers import load_teacher  # its table has this class in it
-
-        several = isinstance(teachers, Sequence) and not isinstance(teachers, str)
-        loaded = [load_teacher(teacher) for teacher in (teachers if several else [teachers])]
-        self._owner: Teacher | None = None
+        given = list(teachers) if isinstance(teachers, list | tuple) else [teachers]
+        parts = {
+            str(number): as_teacher(each, f"part '{number}' of this mixture teacher")
+            for number, each in enumerate(given)
+        }
+        _check_parts(parts)
+        prompts = None
         if contexts is not None:
-            if len(loaded) != 1:
-                raise ConfigError(
-                    f"contexts= shows one teacher several things, and {len(loaded)} teachers were given. Give each "
-                    "teacher its own context, or a single teacher."
-                )
-            self._owner = loaded[0]
-            if self._owner.context is not None or context is not None:
-                raise ConfigError(
-                    "contexts= says one by one what the teacher of this mixture is shown, and a context was given "
-                    "beside it. Name it among the contexts."
-                )
-            loaded = [self._owner.with_context(each) for each in contexts]
-        for part in loaded:
-            if not isinstance(part, LocalTeacher):
-                raise ConfigError(
-                    f"a mixture needs each teacher's whole distribution, and teacher {part.strategy!r} does not run in "
-                    "this process as one model. Mix models, or route rows to teachers instead: RoutedTeacher."
-                )
+            prompts = CompositePrompts(self, _prompts_of(list(parts.values()), contexts, context))
+            parts = dict.fromkeys(prompts.parts, parts["0"])
         if isinstance(weights, str) or not isinstance(weights, Sequence):
             raise ConfigError(f"weights is a list, one number for each part, and not {weights!r}.")
         self.weights, self.kind = [as_number("a weight", weight) for weight in weights], kind
-        check_mixture(len(loaded), self.weights, kind)
-        super().__init__({str(number): part for number, part in enumerate(loaded)}, context=context)
-
-    @property
-    def owners(self) -> list[Teacher]:
-        """The teachers that hold weights."""
-        return super().owners if self._owner is None else [self._owner]
-
-    def with_default_context(self, context: Context) -> Teacher:
-        """Return it with a context for parts without one; where `contexts` were given, all was said."""
-        return self if self._owner is not None else super().with_default_context(context)
-
-    def compose(self, student: StudentHandle) -> None:
-        """Take hold of the teachers; one that is shown several things gets its weights once."""
-        super().compose(student)
-        if self._owner is not None:
-            self.parts = {name: self._owner.with_context(part.context) for name, part in self.parts.items()}
-
-    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
-        """Render every part's prompt for every rollout."""
-        for part in self.parts.values():
-            rollouts = part.render_prompts(rollouts)
-        return rollouts
+        check_mixture(len(parts), self.weights, kind)
+        super().__init__(parts, prompts=prompts, context=context)
 
     def score(self, rollouts: Rollouts) -> MixtureSignal:
-        """Ask every part, those that share weights in one pass."""
-        parts: list[Any] = list(self.parts.values())
-        signals: list[HiddenSignal]
-        if self._owner is None:
-            signals = [part.score(rollouts) for part in parts]
-        else:
-            signals = parts[0].score_views(parts, rollouts)
-        return MixtureSignal(signals, self.weights, self.kind)
+        """Return the mixture's signal; a teacher that is several parts scores all of them in one pass.
+
+        Raises:
+            ConfigError: a part's signal does not hold its whole distribution.
+        """
+        signals: dict[str, HiddenSignal] = {}
+        for teacher in self.distinct_parts:
+            names = [name for name, part in self.parts.items() if part is teacher]
+            prompts = [self.view(name).prompts for name in names]
+            view = TeacherView(teacher, prompts[0])
+            signal = _whole(view.score(rollouts.repeat_for(prompts, prompts[0])), teacher)
+            size = len(signal) // len(names)
+            for number, name in enumerate(names):
+                signals[name] = signal.select(slice(number * size, (number + 1) * size))
+        return MixtureSignal([signals[name] for name in self.parts], self.weights, self.kind)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -107,12 +82,48 @@ class MixtureTeacher(CompositeTeacher):
         return {"kind": self.kind, "weights": self.weights, **super().settings}
 
     def describe(self) -> str:
-        """Who is mixed, and how."""
-        parts = self.parts.values()
-        if self._owner is None:
-            said, end = [f"({part.describe()})" for part in parts], ""
+        """Return which teachers or contexts are mixed, and how."""
+        if len(self.parts) > 1 and len(self.distinct_parts) == 1:
+            parts = [f"shown {self.view(name).prompts.describe()}" for name in self.parts]
+            end = f"; all are {self.distinct_parts[0].describe()}"
         else:
-            said = [f"shown {part.context.name if part.context else 'nothing more'}" for part in parts]
-            end = f"; all are {self._owner.describe()}"
-        shares = [f"{weight:g} × {words}" for weight, words in zip(self.weights, said, strict=True)]
+            parts, end = [f"({part.describe()})" for part in self.parts.values()], ""
+        shares = [f"{weight:g} × {part}" for weight, part in zip(self.weights, parts, strict=True)]
         return f"the {self.kind} mean of {', '.join(shares)}{end}"
+
+
+def _check_parts(parts: Mapping[str, Teacher]) -> None:
+    for part in parts.values():
+        if isinstance(part, CompositeTeacher):
+            raise ConfigError(
+                f"a mixture needs each teacher's whole distribution, and teacher {part.strategy!r} does not run in "
+                "this process as one model. Mix models, or route rows to teachers instead: RoutedTeacher."
+            )
+
+
+def _prompts_of(
+    teachers: Sequence[Teacher], contexts: Sequence[ContextLike], context: ContextLike
+) -> dict[str, TeacherPrompts]:
+    """Return one teacher's prompts under each of several contexts."""
+    if len(teachers) != 1:
+        raise ConfigError(
+            f"contexts= shows one teacher several things, and {len(teachers)} teachers were given. Give each "
+            "teacher its own context, or a single teacher."
+        )
+    teacher = teachers[0]
+    if teacher.context is not None or context is not None:
+        raise ConfigError(
+            "contexts= lists everything that the teacher of this mixture is shown, and a context was given beside it. "
+            "Name it among the contexts."
+        )
+    return {str(number): TeacherPrompts(teacher, each, is_final=True) for number, each in enumerate(contexts)}
+
+
+def _whole(signal: TeacherSignal, teacher: Teacher) -> HiddenSignal:
+    if not isinstance(signal, HiddenSignal):
+        raise ConfigError(
+            f"a mixture needs each teacher's whole distribution, and teacher {teacher.strategy!r} returned a "
+            f"{type(signal).__name__}. Means of partial distributions are no distribution. Mix teachers that return a "
+            "HiddenSignal, or route rows to teachers instead: RoutedTeacher."
+        )
+    return signal

@@ -1,7 +1,7 @@
-"""Teachers that score without a model: what they say of a token depends on the token alone. Controls are made of them.
+"""Teachers without a model, of which controls are made: what they say of a token depends on the token alone.
 
-All mass on the token that stands there turns the forward KL into the negative log-likelihood, so that supervised
-fine-tuning runs through the same trainer, loss and log as distillation.
+All mass on the scored token turns the forward KL into the negative log-likelihood, so that supervised fine-tuning runs
+through the same trainer, loss and log as distillation.
 
 Shapes: N scored tokens of a micro-batch (packed) · one listed id each.
 """
@@ -16,18 +16,30 @@ import torch
 
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TopKSignal
-from opsd.teachers.base import Row, Teacher
+from opsd.teachers.base import Teacher
 from opsd.teachers.composite import CompositeTeacher
+from opsd.teachers.prompting import CompositePrompts, Row, TeacherPrompts
+
+
+class _SamplingPrompts(CompositePrompts):
+    """The prompts of a demonstrator, which are read when it samples and never when its samples are scored."""
+
+    def render(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts as they are."""
+        return rollouts
 
 
 class DemonstrationTeacher(CompositeTeacher):
-    """All mass on the token that stands there: KL(teacher ‖ student) is then -log s(token).
+    """All mass on the scored token: KL(teacher ‖ student) is then -log s(token).
 
     Needs the forward KL over listed tokens: beta=0, support="teacher_top_k", tail="none".
 
     Args:
         demonstrator: another teacher, whose samples are the completions (sequence-level distillation: Kim and Rush,
             arXiv 1606.07947), with seq_kd. It scores nothing.
+
+    Example:
+        >>> OPSDTrainer(model, "ema", args=OPSDConfig("runs/sft", control="sft"), train_dataset=rows)
     """
 
     strategy = "demonstration"
@@ -35,44 +47,44 @@ class DemonstrationTeacher(CompositeTeacher):
     collective = False
 
     def __init__(self, demonstrator: Teacher | None = None):
-        super().__init__({} if demonstrator is None else {"demonstrator": demonstrator})
+        parts = {} if demonstrator is None else {"demonstrator": demonstrator}
+        prompts = {name: part.prompts for name, part in parts.items()}
+        super().__init__(parts, prompts=_SamplingPrompts(self, prompts) if parts else TeacherPrompts(self))
 
     def score(self, rollouts: Rollouts) -> TopKSignal:
         """Return a probability of 1 for each scored token."""
-        device = next(self._student.model.parameters()).device
+        device = self.student.device
         ids_N1 = torch.tensor(rollouts.scored_ids, dtype=torch.int64, device=device)[:, None]
         certain_N1 = torch.zeros(ids_N1.shape, device=device)
         return TopKSignal(ids_N1, certain_N1, certain_N1[:, 0])
 
     def describe(self) -> str:
-        """Who demonstrates."""
+        """Return whose completions are imitated."""
         source = "".join(f", sampled by {part.describe()}" for part in self.parts.values())
         return f"the completion itself, with certainty{source}"
 
     @property
-    def views(self) -> list[Teacher]:
-        """Whoever demonstrates, and is shown something; itself if nobody does."""
-        return super().views or [self]
-
-    @property
     def can_sample(self) -> bool:
-        """Whether somebody demonstrates who can."""
+        """Whether there is a demonstrator that can."""
         return bool(self.parts) and all(part.can_sample for part in self.parts.values())
 
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return the demonstrator's completions."""
-        sampler = self.parts["demonstrator"].sample if self.parts else super().sample
+        sampler = self.view("demonstrator").sample if self.parts else super().sample
         return sampler(rows, max_new_tokens=max_new_tokens, **sampling)
 
 
 class ConstantAdvantageTeacher(DemonstrationTeacher):
-    """The same advantage for every token, whatever it is: a policy gradient that no teacher informs.
+    """The same advantage for every token: a policy gradient that no teacher informs.
 
     "Does on-policy distillation really distill?" (arXiv 2608.31046) found one fixed negative advantage to do as well
-    as a teacher's. It comes to what a reward is worth; renormalised over its one listed token the divergence is 0.
+    as a teacher's. The advantage is added to the rows' own; the divergence, renormalised over one listed token, is 0.
 
     Args:
-        advantage: in place of what the teacher would say of a token; -1 pushes down whatever was sampled.
+        advantage: of every token; -1 pushes down whatever was sampled.
+
+    Example:
+        >>> OPSDTrainer(model, "ema", args=OPSDConfig("runs/control", control="constant-advantage"), train_dataset=rows)
     """
 
     strategy = "constant_advantage"
@@ -81,14 +93,13 @@ class ConstantAdvantageTeacher(DemonstrationTeacher):
         super().__init__()
         self.advantage = advantage
 
-    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
-        """Give every row that would be distilled the advantage instead."""
+    def adjust_rollouts(self, rollouts: Rollouts) -> Rollouts:
+        """Add the advantage to every row that would be distilled."""
         pairs = zip(rollouts.advantages, rollouts.distill_weight, strict=True)
-        advantages = [own + self.advantage * share for own, share in pairs]
-        return replace(super().render_prompts(rollouts), advantages=advantages)
+        return replace(rollouts, advantages=[reward + self.advantage * weight for reward, weight in pairs])
 
     def describe(self) -> str:
-        """What every token is told."""
+        """Return the advantage in words."""
         return f"an advantage of {self.advantage:g} for every token, whatever it is"
 
     @property

@@ -1,4 +1,4 @@
-"""A teacher per kind of row: which one answers stands in a column (multi-teacher distillation)."""
+"""A teacher per kind of row, chosen by a column of the dataset (multi-teacher distillation)."""
 
 from __future__ import annotations
 
@@ -9,53 +9,32 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from opsd.contexts.base import Context
 from opsd.errors import ConfigError, DataError, did_you_mean
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import RoutedSignal
-from opsd.teachers.base import Row, Teacher
+from opsd.teachers.base import Teacher, TeacherView
 from opsd.teachers.composite import CompositeTeacher
+from opsd.teachers.prompting import CompositePrompts, ContextLike, PromptReader, Row, TeacherPrompts
 
 
-class RoutedTeacher(CompositeTeacher):
-    """Each row is scored by the teacher that its column names.
+class RoutedPrompts(CompositePrompts):
+    """The prompts of a route: each row is rendered for its own teacher only.
 
     Args:
-        column: the column.
-        teachers: the column's values (compared as text) -> teachers, as `load_teacher` takes them.
-        context: what teachers without a context of their own are shown.
+        teacher: the route.
+        parts: the prompts of its teachers by the column's values.
+        column: the column that names a row's teacher.
 
-    Raises:
-        ConfigError: no teachers.
+    Example:
+        >>> route.prompts.part_of({"domain": "math", "prompt": "…"})
+        "math"
     """
 
-    strategy = "routed"
-
-    def __init__(
-        self,
-        column: str,
-        teachers: Mapping[Any, Any],
-        *,
-        context: Context | str | Mapping[str, Any] | None = None,
-    ):
-        from opsd.teachers import load_teacher  # its table has this class in it
-
-        if not isinstance(teachers, Mapping) or not teachers:
-            raise ConfigError(
-                f"a route needs a teacher for each value of the column {column!r}: {{value: teacher}}, and was given "
-                f"{teachers!r:.80}."
-            )
+    def __init__(self, teacher: PromptReader, parts: Mapping[str, TeacherPrompts], column: str):
+        super().__init__(teacher, parts)
         self.column = column
-        parts = {str(value): load_teacher(teacher) for value, teacher in teachers.items()}
-        for name, part in parts.items():
-            if isinstance(part, RoutedTeacher):
-                raise ConfigError(
-                    f"part {name!r} of this {self.strategy} is itself one. Name its parts here instead: the result is "
-                    "the same, and the weights are in one place."
-                )
-        super().__init__(parts, context=context)
 
-    def route(self, row: Row) -> str:
+    def part_of(self, row: Row) -> str:
         """Return the name of the teacher that scores a row.
 
         Raises:
@@ -70,12 +49,12 @@ class RoutedTeacher(CompositeTeacher):
             )
         return value
 
-    def views_of(self, row: Row) -> list[Teacher]:
-        """Return those who score this row."""
-        return self.parts[self.route(row)].views_of(row)
+    def leaves_of(self, row: Row) -> list[TeacherPrompts]:
+        """Return the prompts that the row's teacher reads."""
+        return self.parts[self.part_of(row)].leaves_of(row)
 
     def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
-        """Check that every row has a teacher, and what that teacher's context reads."""
+        """Check that every row has a teacher, and the fields of that teacher's context."""
         if self.column not in columns:
             raise DataError(
                 f"teachers are chosen by the column {self.column!r}, and the dataset has: {', '.join(columns)}."
@@ -84,68 +63,103 @@ class RoutedTeacher(CompositeTeacher):
         if not isinstance(dataset, Dataset):
             super().check_rows(dataset, columns, rollout_fields)
             return
-        routes = [self._route_of(number, value) for number, value in enumerate(dataset[self.column])]
+        names = [self._numbered_part(number, value) for number, value in enumerate(dataset[self.column])]
         for name, part in self.parts.items():
-            mine = [number for number, route in enumerate(routes) if route == name]
-            part.check_rows(dataset.select(mine), columns, rollout_fields)
+            rows = [number for number, other in enumerate(names) if other == name]
+            part.check_rows(dataset.select(rows), columns, rollout_fields)
 
-    def _route_of(self, number: int, value: Any) -> str:
+    def _numbered_part(self, number: int, value: Any) -> str:
         try:
-            return self.route({self.column: value})
+            return self.part_of({self.column: value})
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
 
-    def render_prompts(self, rollouts: Rollouts) -> Rollouts:
-        """Render for each row its own teacher's prompt."""
-        routes = self._routes(rollouts.rows)
-        for part in self.owners:
-            # For other teachers' rows it renders nothing: they get one token, which fits any model and nobody scores.
-            others = [route is not part for route in routes]
-            prompts = [ids[-1:] if other else ids for ids, other in zip(rollouts.prompt_ids, others, strict=True)]
-            mine = part.render_prompts(replace(rollouts.without(others), prompt_ids=prompts))
-            rollouts = replace(rollouts, teacher_prompt_ids=mine.teacher_prompt_ids)
+    def render(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts with the prompt of each row's own teacher."""
+        names = [self.part_of(row) for row in rollouts.rows]
+        for prompts in self.distinct:
+            # For other teachers' rows it renders nothing: they get one token, which fits any model and is not scored.
+            is_other = [self.parts[name] is not prompts for name in names]
+            short = [ids[-1:] if other else ids for ids, other in zip(rollouts.prompt_ids, is_other, strict=True)]
+            rendered = prompts.render(replace(rollouts.mask_rows(is_other), prompt_ids=short))
+            rollouts = replace(rollouts, teacher_prompt_ids=rendered.teacher_prompt_ids)
         return rollouts
 
-    def _routes(self, rows: Sequence[Row]) -> list[Teacher]:
-        """Return each row's teacher."""
-        return [self.parts[self.route(row)] for row in rows]
+
+class RoutedTeacher(CompositeTeacher):
+    """Each row is scored by the teacher that its column names.
+
+    Args:
+        column: the column.
+        teachers: the column's values (compared as text) -> Teacher objects.
+        context: what teachers without a context are shown.
+
+    Raises:
+        ConfigError: no teachers, or a route among them.
+
+    Example:
+        >>> RoutedTeacher("domain", {"math": SiblingTeacher("Qwen/Qwen3-8B"), "chat": SameCheckpointTeacher()})
+    """
+
+    strategy = "routed"
+
+    def __init__(self, column: str, teachers: Mapping[Any, Teacher], *, context: ContextLike = None):
+        if not isinstance(teachers, Mapping) or not teachers:
+            raise ConfigError(
+                f"a route needs a teacher for each value of the column {column!r}: {{value: teacher}}, and was given "
+                f"{teachers!r:.80}."
+            )
+        self.column = column
+        super().__init__({str(value): teacher for value, teacher in teachers.items()})
+        for name, part in self.parts.items():
+            if isinstance(part, RoutedTeacher):
+                raise ConfigError(
+                    f"part {name!r} of this {self.strategy} is itself one. Name its parts here instead: the result is "
+                    "the same, and the weights are in one place."
+                )
+        self.prompts = RoutedPrompts(self, {name: part.prompts for name, part in self.parts.items()}, column)
+        if context is not None:
+            self.prompts = self.prompts.with_default(context)
+
+    def _groups(self, rows: Sequence[Row]) -> list[tuple[TeacherView, list[int]]]:
+        """Return each distinct part, and the numbers of the rows that it scores."""
+        prompts = self.prompts
+        assert isinstance(prompts, RoutedPrompts)
+        names = [prompts.part_of(row) for row in rows]
+        views = {id(prompts.parts[name]): self.view(name) for name in self.parts}
+        return [
+            (view, [number for number, name in enumerate(names) if prompts.parts[name] is view.prompts])
+            for view in views.values()
+        ]
 
     def score(self, rollouts: Rollouts) -> RoutedSignal:
-        """Ask each teacher about its rows; one whose weights are sharded is asked in any case."""
-        routes = self._routes(rollouts.rows)
+        """Return each teacher's signal of its rows; one whose weights are sharded is asked in any case."""
         row_N = [number for number, mask in enumerate(rollouts.loss_mask or ()) for _ in range(sum(mask))]
         signals: list[Any] = []
         indices: list[torch.Tensor] = []
-        for part in self.owners:
-            mine = [number for number, route in enumerate(routes) if route is part]
-            if not mine and not part.collective:
+        for view, rows in self._groups(rollouts.rows):
+            if not rows and not view.teacher.collective:
                 continue
-            asked = rollouts.select(mine) if mine else rollouts.select([0]).without([True])
-            signal = part.score(asked)
-            signals.append(signal)
-            tokens = [n for n, row in enumerate(row_N) if routes[row] is part]
-            indices.append(torch.tensor(tokens, dtype=torch.long, device=self._device))
+            part = rollouts.select(rows) if rows else rollouts.select([0]).mask_rows([True])
+            signals.append(view.score(part))
+            own_rows = set(rows)
+            tokens = [n for n, row in enumerate(row_N) if row in own_rows]
+            indices.append(torch.tensor(tokens, dtype=torch.long, device=self.student.device))
         return RoutedSignal(signals, indices)
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._student.model.parameters()).device
 
     @property
     def can_sample(self) -> bool:
         """Whether all its teachers can."""
-        return all(part.can_sample for part in self.owners)
+        return all(part.can_sample for part in self.distinct_parts)
 
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
-        """Return each row's own teacher's completion."""
-        found: dict[int, Ids] = {}
-        routes = self._routes(rows)
-        for part in self.owners:
-            mine = [number for number, route in enumerate(routes) if route is part]
-            if mine:
-                completions = part.sample([rows[n] for n in mine], max_new_tokens=max_new_tokens, **sampling)
-                found |= dict(zip(mine, completions, strict=True))
-        return [found[number] for number in range(len(rows))]
+        """Return the completion of each row's own teacher."""
+        completions: dict[int, Ids] = {}
+        for view, numbers in self._groups(rows):
+            if numbers:
+                sampled = view.sample([rows[n] for n in numbers], max_new_tokens=max_new_tokens, **sampling)
+                completions |= dict(zip(numbers, sampled, strict=True))
+        return [completions[number] for number in range(len(rows))]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -153,7 +167,7 @@ class RoutedTeacher(CompositeTeacher):
         return {"column": self.column, **super().settings}
 
     def describe(self) -> str:
-        """Who scores what."""
+        """Return which teacher scores which rows."""
         return f"by column {self.column!r}: " + "; ".join(
             f"{name}: {part.describe()}" for name, part in self.parts.items()
         )

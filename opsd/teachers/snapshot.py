@@ -5,28 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opsd.contexts.base import Context
 from opsd.errors import ConfigError, as_count, did_you_mean
-from opsd.models.sharding import agreed
+from opsd.models.sharding import from_first_process
 from opsd.teachers.base import History
 from opsd.teachers.gate import Gate
+from opsd.teachers.prompting import ContextLike
 from opsd.teachers.self_teacher import UpdatedSelfTeacher
 
 
 class SnapshotTeacher(UpdatedSelfTeacher):
-    """The student as it was at its last renewal: between renewals as still as a frozen teacher.
+    """A copy of the student that is renewed every n steps and is frozen in between.
 
-    CRISP (arXiv 2603.05433) renews every 50 steps, without a gate; CGTR (arXiv 2606.03532) with one.
+    CRISP (arXiv 2603.05433) renews every 50 steps without a gate; CGTR (arXiv 2606.03532) with one.
 
     Args:
         every: steps between renewals.
-        gate: a Gate, or a mapping of its arguments; a renewal that it refuses is printed with the reason. None lets
-            every renewal pass.
+        gate: a Gate, or a mapping of its arguments; a renewal that it refuses is printed with the reason. None accepts
+            every renewal.
         offload: keep the copy in CPU memory between passes.
         context: what it is shown beside the prompt.
 
     Raises:
         ConfigError: a number outside its range, or a gate that cannot work.
+
+    Example:
+        >>> SnapshotTeacher(50, gate={"metric": "reward", "tolerance": 0.02}, context="concise")
     """
 
     strategy = "snapshot"
@@ -37,7 +40,7 @@ class SnapshotTeacher(UpdatedSelfTeacher):
         *,
         gate: Gate | Mapping[str, Any] | None = None,
         offload: bool = False,
-        context: Context | str | Mapping[str, Any] | None = None,
+        context: ContextLike = None,
     ):
         super().__init__(offload=offload, context=context)
         self.every = as_count("every", every)
@@ -49,36 +52,38 @@ class SnapshotTeacher(UpdatedSelfTeacher):
         return {} if self.gate is None else dict.fromkeys(self.gate.watches, self.every)
 
     def before_step(self, done: int, history: History) -> str | None:
-        """Become the student, if it is time and the gate agrees; returns what happened, for the log."""
+        """Copy the student if a renewal is due and the gate accepts it; return what happened, to be printed."""
         if done == 0 or done % self.every:
             return None
         # Some metrics are known to one process only, and all must decide alike.
-        problem = None if self.gate is None else agreed(self._problem(done, history))
+        problem = None if self.gate is None else from_first_process(self._problem(done, history))
         if problem:
-            return f"the teacher was not renewed at step {done}: {problem}; it stays the student of step {self.moved}"
-        self.weights.copy_model()
-        self.moved = done
+            return (
+                f"the teacher was not renewed at step {done}: {problem}; it stays the student of step {self.progress}"
+            )
+        self.weight_copy.copy_model()
+        self.progress = done
         return f"the teacher was renewed: it is now the student of step {done}"
 
     def _problem(self, done: int, history: History) -> str | None:
         assert self.gate is not None
-        windows = [range(end - self.every + 1, end + 1) for end in (self.every, self.moved, done)]
+        windows = [range(end - self.every + 1, end + 1) for end in (self.every, self.progress, done)]
         return self.gate.problem(history, *windows)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Of which step it is a copy."""
-        return {"teacher/snapshot_of_step": self.moved}
+        """The step that was copied."""
+        return {"teacher/snapshot_of_step": self.progress}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Steps and gate."""
+        """Interval and gate."""
         return {"every": self.every, "gate": None if self.gate is None else self.gate.describe()}
 
     def describe(self) -> str:
-        """Whose weights these are and when they change."""
+        """Return whose weights these are and when they change."""
         condition = f" if {self.gate.describe()}" if self.gate else ""
-        return f"a copy of the student, renewed every {self.every} steps{condition}; step 0 to begin with"
+        return f"a copy of the student, renewed every {self.every} steps{condition}; at first of step 0"
 
 
 def _as_gate(value: Any) -> Gate | None:

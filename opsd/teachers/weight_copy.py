@@ -1,9 +1,8 @@
 """A second set of values for a model's weights, without a second model.
 
-Teachers made of the student keep only what training moves: a copy of the trainable parameters, which the model holds
-while they score. With LoRA that is one adapter, with full fine-tuning one copy of the model; the frozen rest is
-shared. Where FSDP2 shards the student, the copy is sharded the same way. Knows modules and tensors; nothing of
-teachers, rollouts or losses.
+Self-teachers keep a copy of the trainable parameters, which the model holds while they score. With LoRA that is one
+adapter, with full fine-tuning one set of weights; the frozen rest is shared. Where FSDP2 shards the student, the copy
+is sharded the same way. Knows modules and tensors; nothing of teachers, rollouts or losses.
 """
 
 from __future__ import annotations
@@ -40,22 +39,28 @@ def megabytes(tensors: Sequence[Tensor]) -> float:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a short hash of weights, from the first values of each: other weights differ in all of them."""
-    found = hashlib.sha256()
+    """Return a short hash of weights, computed from the first values of each: other weights differ in all of them."""
+    sha = hashlib.sha256()
     for name, t in tensors.items():
-        found.update(f"{name}{tuple(t.shape)}".encode())
-        found.update(t.detach().flatten()[:DIGESTED_VALUES].to("cpu", torch.float32).numpy().tobytes())
-    return found.hexdigest()[:16]
+        sha.update(f"{name}{tuple(t.shape)}".encode())
+        sha.update(t.detach().flatten()[:DIGESTED_VALUES].to("cpu", torch.float32).numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 class WeightCopy:
-    """Values for a model's trainable parameters, kept beside the model's own.
+    """A copy of a model's trainable parameters, which the model can hold for the length of a block.
 
     Args:
         model: the student; its trainable parameters are copied as they are now.
-        dtype: dtype of the copy; None keeps each parameter's own. An average needs float32: in bfloat16 a decay of
-            0.999 never moves, because the step is smaller than half the distance to the next number.
-        offload: keep the copy in CPU memory; it visits the device only while it scores.
+        dtype: dtype of the copy; None keeps the dtype of each parameter. An average needs float32: in bfloat16 a decay
+            of 0.999 never moves, because the step is smaller than half the distance to the next number.
+        offload: keep the copy in CPU memory; it is moved to the device only while it scores.
+
+    Example:
+        >>> start = WeightCopy(model)
+        >>> train(model)
+        >>> with start.swapped_in():
+        ...     logits = model(ids).logits  # of the weights before training
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None, *, offload: bool = False):
@@ -69,21 +74,19 @@ class WeightCopy:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The copy."""
+        """The values of the copy."""
         return list(self.values.values())
 
     def pairs(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Return (name, parameter, value) of everything kept.
+        """Return (name, parameter, value) of every copied parameter.
 
-        Parameters are looked up anew, since sharding replaces them, and a value that is still whole is then cut alike.
+        Parameters are looked up anew, since sharding replaces them; a value that is not sharded yet is sharded like its
+        parameter.
         """
-        reshard(self.model)  # between passes a sharded model may still show what the last one gathered
+        reshard(self.model)  # between passes a sharded model may still hold what the last one gathered
         parameters = {plain_name(name): p for name, p in self.model.named_parameters()}
-        found: list[tuple[str, Tensor, Tensor]] = []
-        for name in self.values:
-            self.values[name] = shard_like_param(self.values[name], parameters[name])
-            found.append((name, parameters[name], self.values[name]))
-        return found
+        self.values = {name: shard_like_param(value, parameters[name]) for name, value in self.values.items()}
+        return [(name, parameters[name], value) for name, value in self.values.items()]
 
     def swapped_in(self) -> AbstractContextManager[None]:
         """Let the model hold these values for the length of the block.
@@ -97,11 +100,11 @@ class WeightCopy:
     def move_towards_model(self, share: float) -> None:
         """Set each value to (1 - share)·value + share·parameter; sharded values shard by shard, sending nothing."""
         for _, p, value in self.pairs():
-            mine = local_shard(value)
-            mine.lerp_(local_shard(p).to(mine), share)
+            shard = local_shard(value)
+            shard.lerp_(local_shard(p).to(shard), share)
 
     def copy_model(self) -> None:
-        """Take the model's values as they are now."""
+        """Copy the model's values as they are now."""
         for _, p, value in self.pairs():
             local_shard(value).copy_(local_shard(p))
 
@@ -110,8 +113,7 @@ class WeightCopy:
         return {name: full_tensor(value) for name, value in self.values.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take values by name, in place."""
-        assert state.keys() == self.values.keys(), "these are another model's weights"
+        """Take values by name, in place; the caller has checked the names."""
         for name, value in self.values.items():
             local_shard(value).copy_(local_shard(shard_like_param(state[name], value)))
 
@@ -119,21 +121,21 @@ class WeightCopy:
 @contextmanager
 def _pointed_at(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Let parameters hold other values for the length of the block; only pointers move."""
-    own = [p.data for p, _ in pairs]
+    originals = [p.data for p, _ in pairs]
     try:
         for p, value in pairs:
             p.data = value.to(p.device, p.dtype)
         yield
     finally:
-        for (p, _), before in zip(pairs, own, strict=True):
-            p.data = before
+        for (p, _), original in zip(pairs, originals, strict=True):
+            p.data = original
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Let a PEFT model compute what its base model computes for the length of the block.
 
-    PEFT makes every parameter of the active adapter trainable again when it switches it on, also those a user froze;
+    PEFT makes every parameter of the active adapter trainable when it switches the adapter on, also those a user froze;
     here the trainable set is the same before and after.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]

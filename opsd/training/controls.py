@@ -101,16 +101,16 @@ def with_completions(dataset: Any) -> Any:
 
 def _without_context(teacher: Teacher) -> Teacher:
     _check_shown(teacher, "no-context takes the teacher's context away")
-    return teacher.with_contexts(lambda context: None)
+    return teacher.copy_with(teacher.prompts.with_contexts(lambda context: None))
 
 
 def _with_wrong_context(teacher: Teacher) -> Teacher:
     _check_shown(teacher, "wrong-context shows the teacher what belongs to another row")
-    return teacher.with_contexts(lambda context: context and context.of_other_rows())
+    return teacher.copy_with(teacher.prompts.with_contexts(lambda context: context and context.of_other_rows()))
 
 
 def _check_shown(teacher: Teacher, rule: str) -> None:
-    if not teacher.contexts:
+    if not teacher.prompts.contexts:
         raise ConfigError(
             f"{rule}, and this one is shown nothing beside the prompt: the control would be the run itself. Leave it "
             "out, or give the run a context."

@@ -35,7 +35,7 @@ def measured_cost(
         rollout_fields: names of fields that rollouts provide to contexts.
         micro_batches: of an optimizer step.
     """
-    costs = [teacher.cost for teacher in scorer.teachers]
+    costs = [teacher.cost for teacher in {id(view.teacher): view.teacher for view in scorer.views}.values()]
     total = Cost(sum(cost.megabytes for cost in costs), sum(cost.offloaded for cost in costs))
     if dataset is None:
         return total
@@ -44,8 +44,8 @@ def measured_cost(
     prompts = [student.renderer.ids(row["prompt"]) for row in rows]
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], rollout_fields=fields)
     with counting_passes() as sequences:
-        for teacher in scorer.teachers:
-            teacher.score(teacher.render_prompts(probe))
+        for view in scorer.views:
+            view.score(view.prompts.render(probe))
     scorer.forget_counts()
     return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)
 
@@ -61,7 +61,7 @@ def _probed_rows(dataset: Any) -> list[Any]:
 def summary(scorer: Scorer, groups: Groups, dataset: Any, student: StudentHandle, args: OPSDConfig) -> str:
     """Return what a run prints before its first step: teacher, context, cost, rollouts per prompt, loss."""
     cost = measured_cost(scorer, dataset, student, groups.rollout_fields, args.gradient_accumulation_steps)
-    contexts = ", ".join(dict.fromkeys(view.shown for view in scorer.teacher.views))
+    contexts = scorer.teacher.prompts.describe()
     return (
         f"teacher     {scorer.teacher.describe()}\n"
         f"context     {contexts}\n"

@@ -20,6 +20,7 @@ from opsd.evaluation.questions import check_held_out
 from opsd.models.forward import check_lengths, context_length, embedded_tokens
 from opsd.rollouts import Ids
 from opsd.teachers import StudentHandle, Teacher
+from opsd.teachers.prompting import TeacherPrompts
 from opsd.training.controls import control_of
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
@@ -96,7 +97,7 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
 
 def _check_siblings(teacher: Teacher) -> None:
     """Refuse a context that only siblings can fill, and warn of one that they fill mostly: groups of one have none."""
-    for context in teacher.contexts:
+    for context in teacher.prompts.contexts:
         rule = f"template {context.name!r} shows correct siblings of a rollout, and num_generations is 1: there is none"
         if "sibling" in context.fields:
             raise ConfigError(f"{rule}, so nothing would be trained. Set num_generations to 8 or so.")
@@ -110,7 +111,7 @@ def _check_siblings(teacher: Teacher) -> None:
 
 
 def _warn_of_missing_siblings(teacher: Teacher, groups: Groups) -> None:
-    for context in teacher.contexts:
+    for context in teacher.prompts.contexts:
         if (context.fields | context.optional_fields) & set(groups.rollout_fields):
             warnings.warn(
                 f"template {context.name!r} shows what a group of rollouts provides, and evaluation samples each row "
@@ -144,10 +145,10 @@ def check_rows_fit(
         prompt_ids = student.renderer.ids(row["prompt"])
         check_lengths(limit, [prompt_ids], [max_new_tokens], "student", first_row=number)
         _check_embedded(prompt_ids, embedded, student, number)
-        for view in teacher.views_of(row):
-            if view.context is not None:
-                _check_teacher_prompts(view, row, number, max_new_tokens, rollout_fields)
-    teacher.forget_counts()
+        for leaf in teacher.prompts.leaves_of(row):
+            if leaf.context is not None:
+                _check_teacher_prompts(leaf, row, number, max_new_tokens, rollout_fields)
+    teacher.prompts.forget_counts()
 
 
 def _check_embedded(prompt_ids: Ids, embedded: int, student: StudentHandle, number: int) -> None:
@@ -161,19 +162,19 @@ def _check_embedded(prompt_ids: Ids, embedded: int, student: StudentHandle, numb
 
 
 def _check_teacher_prompts(
-    view: Teacher, row: Any, number: int, max_new_tokens: int, rollout_fields: Sequence[str]
+    leaf: TeacherPrompts, row: Any, number: int, max_new_tokens: int, rollout_fields: Sequence[str]
 ) -> None:
     """Render a row under every context that it may get, and check the lengths."""
-    assert view.context is not None
+    assert leaf.context is not None
     fields = placeholders(rollout_fields, row)
-    for context in view.context.possible_contexts(row, fields):
+    for context in leaf.context.possible_contexts(row, fields):
         try:
-            prompt_ids = context.render(row, fields, renderer=view.renderer)
+            prompt_ids = context.render(row, fields, renderer=leaf.renderer)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from error
         # A field that a rollout provides may be as long as a completion.
         longest = max_new_tokens * (1 + _untruncated_rollouts(context, rollout_fields))
-        check_lengths(view.max_length, [prompt_ids], [longest], "teacher", first_row=number)
+        check_lengths(leaf.teacher.max_length, [prompt_ids], [longest], "teacher", first_row=number)
 
 
 def _untruncated_rollouts(context: Context, rollout_fields: Sequence[str]) -> int:

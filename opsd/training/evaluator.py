@@ -44,7 +44,7 @@ from opsd.evaluation.summary import (
 )
 from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids
-from opsd.teachers import LiveTeacher, StudentHandle, Teacher
+from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.callbacks import GracefulStop
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import completion_ids
@@ -220,7 +220,7 @@ class Evaluator(TrainerCallback):
     def _missing(self) -> str | None:
         """Why the teacher cannot answer the test rows, or None."""
         try:
-            self._teacher.check_rows(self.plan.test, self.plan.test.column_names)
+            self._teacher.prompts.check_rows(self.plan.test, self.plan.test.column_names)
         except OPSDError as error:
             return f"the test rows lack columns of the teacher's context: {error}"
         return None
@@ -234,14 +234,14 @@ class Evaluator(TrainerCallback):
             self._skipped.append(f"{what}: {reason}")
             self._accelerator.print(f"evaluation  not measured: {what}: {reason}")
             return
-        names = {"model": teacher.describe(), "context": teacher.shown}
-        result = self._evaluate(teacher.sample, test, "test: teacher with its context", **names)
+        names = {"model": teacher.describe(), "context": teacher.prompts.describe()}
+        result = self._evaluate(TeacherView(teacher).sample, test, "test: teacher with its context", **names)
         self._save(file_of("test", TEACHER), result)
         if not teacher.starts_as_student:
-            plain = teacher.with_context(None)
+            plain = TeacherView(teacher, teacher.prompts.with_context(None))
             result = self._evaluate(plain.sample, test, "test: teacher without context", model=teacher.describe())
             self._save(file_of("test", PLAIN_TEACHER), result)
-        teacher.forget_counts()
+        teacher.prompts.forget_counts()
 
     def _evaluate(self, generate: Generate, questions: Questions, label: str, **names: Any) -> EvaluationResult:
         """Let a model answer, each process a share of the questions."""
@@ -293,7 +293,7 @@ class Evaluator(TrainerCallback):
         traces: list[Ids] = [completion_ids({"completion": _as_completion(row[column])}, tokenizer) for row in rows]
         ids = [trace[: self._max_new_tokens] for trace in traces]
         logprobs_of_both = [self._logprobs(model, rows, ids) for model in (self._live, self._teacher)]
-        self._teacher.forget_counts()
+        self._teacher.prompts.forget_counts()
         student, teacher = ([-sum(values) / len(values) for values in rows_of] for rows_of in logprobs_of_both)
         return {
             "column": column,

@@ -184,7 +184,7 @@ class Groups(GroupSettings):
         unused = [not d and not a for d, a in zip(is_distilled, advantages, strict=True)]
         known = [reward for reward in verdicts.rewards if not math.isnan(reward)]
         graded = replace(
-            rollouts.without(unused),
+            rollouts.mask_rows(unused),
             rollout_fields=rollout_fields,
             distill_weight=[float(d) for d in is_distilled],
             advantages=advantages,

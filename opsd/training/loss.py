@@ -23,7 +23,7 @@ from opsd.models.forward import last_hidden
 from opsd.models.head import Head
 from opsd.rollouts import PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal, TeacherSignal
-from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher
+from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.config import OPSDConfig
 from opsd.training.token_selection import TokenSelection, row_weight
 
@@ -57,25 +57,27 @@ class Scorer:
         self._args = args
         self.teacher = teacher
         self.objective = args.objective
-        self.reference: Teacher | None = SameCheckpointTeacher() if args.ref_kl_coef else None
-        self.contrast = None if args.contrast_context is None else teacher.with_context(args.contrast_context)
+        self.reference = TeacherView(SameCheckpointTeacher()) if args.ref_kl_coef else None
+        self.contrast: TeacherView | None = None
+        if args.contrast_context is not None:
+            self.contrast = TeacherView(teacher, teacher.prompts.with_context(args.contrast_context))
         self.selection = TokenSelection()
         self._counted = ContextCounts()  # what contexts had counted when it was last logged
 
     @property
-    def teachers(self) -> list[Teacher]:
-        """Everyone who scores."""
-        return [t for t in (self.teacher, self.reference, self.contrast) if t is not None]
+    def views(self) -> list[TeacherView]:
+        """The teacher, the reference and the contrast, as far as the run has them."""
+        return [view for view in (TeacherView(self.teacher), self.reference, self.contrast) if view is not None]
 
     @property
     def contexts(self) -> list[Context]:
         """What any of them is shown."""
-        return [context for teacher in self.teachers for context in teacher.contexts]
+        return [context for view in self.views for context in view.prompts.contexts]
 
     def forget_counts(self) -> None:
         """Let all contexts count from here."""
-        for teacher in self.teachers:
-            teacher.forget_counts()
+        for view in self.views:
+            view.prompts.forget_counts()
 
     @property
     def columns(self) -> set[str]:
@@ -95,8 +97,8 @@ class Scorer:
             DataError: a pass rate that is none, a row that no teacher can score.
         """
         columns = row_columns(dataset)
-        for teacher in self.teachers:
-            teacher.check_rows(dataset, columns, rollout_fields)
+        for view in self.views:
+            view.prompts.check_rows(dataset, columns, rollout_fields)
         column = self._args.pass_rate_column
         if column is not None and isinstance(dataset, Dataset):
             rates = dataset[column] if column in columns else [None]
@@ -106,30 +108,29 @@ class Scorer:
     def describe(self) -> str:
         """What training minimises, on which tokens; a resumed run must minimise the same."""
         text = f"{self.objective.describe()}; tokens: {self.selection.describe()}"
-        contrast = self.contrast and self.contrast.context
+        contrast = self.contrast and self.contrast.prompts.leaves[0].context
         return f"{text}; each weighed by what {contrast.name} does not say" if contrast else text
 
     def prepare(self, student: StudentHandle, end_ids: Sequence[int]) -> None:
         """Get ready, once, after the student is in place."""
         self.selection = TokenSelection.from_config(self._args, student.tokenizer, end_ids)
         self.teacher.prepare(student)
-        if self.contrast is not None:
-            self.contrast = self.teacher.with_context(self.contrast.context)
         if self.reference is not None and isinstance(self.teacher, SameCheckpointTeacher):
-            self.reference = self.teacher.with_context(None)  # the same weights: one copy serves both
+            # The same weights: one copy serves both.
+            self.reference = TeacherView(self.teacher, self.teacher.prompts.with_context(None))
         elif self.reference is not None:
-            self.reference.prepare(student)
+            self.reference.teacher.prepare(student)
 
     def prepare_rollouts(self, rollouts: Rollouts) -> Rollouts:
         """Select the tokens to train on, and render everyone's prompts; before any sort or split."""
         rollouts = self.selection.apply(rollouts)
-        for teacher in self.teachers:
-            rollouts = teacher.render_prompts(rollouts)
-        return rollouts
+        for view in self.views:
+            rollouts = view.prompts.render(rollouts)
+        return self.teacher.adjust_rollouts(rollouts)
 
     def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
         """Return what was left out or shortened on the way from rollouts to tokens that are trained on, as shares."""
-        contexts = {id(context): context for context in self.teacher.contexts}.values()
+        contexts = {id(context): context for context in self.teacher.prompts.contexts}.values()
         counts = sum((context.counts for context in contexts), ContextCounts())
         shares, self._counted = (counts - self._counted).metrics if contexts else {}, counts
         if self.selection.leaves_out:
@@ -138,7 +139,7 @@ class Scorer:
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Ask everyone for their answer on a micro-batch that went through `show`."""
-        signal = self.teacher.score(rollouts)
+        signal = TeacherView(self.teacher).score(rollouts)
         reference: Any = None if self.reference is None else self.reference.score(rollouts)
         contrast_signal = None if self.contrast is None else self.contrast.score(rollouts)
         return Scored(rollouts, signal, reference, contrast_signal)
@@ -167,7 +168,7 @@ class Scorer:
             processes / rollouts.num_loss_tokens if rollouts.num_loss_tokens else 1.0 / max(rollouts.num_scorable, 1)
         )
         device = batch.ids_BL.device
-        sampler = rollouts.sampled_logprobs
+        sampler = rollouts.scored_rollout_logprobs
 
         def of_row(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)[batch.row_N]

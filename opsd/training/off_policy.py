@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd.data.rows import completion_of
 from opsd.rollouts import Ids
-from opsd.teachers import Teacher
-from opsd.teachers.base import Row
+from opsd.teachers import Teacher, TeacherView
+from opsd.teachers.prompting import Row
 from opsd.training.config import OPSDConfig
 
 
@@ -47,6 +47,6 @@ def off_policy_completions(
     assert limit is not None
     if args.seq_kd:
         sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
-        return teacher.sample(rows, max_new_tokens=limit, **sampling), 0.0
+        return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling), 0.0
     completions = [completion_ids(row, tokenizer) for row in rows]
     return [ids[:limit] for ids in completions], sum(len(ids) > limit for ids in completions) / len(rows)

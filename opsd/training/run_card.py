@@ -128,9 +128,9 @@ def _prompts(student: StudentHandle, scorer: Scorer, groups: Groups, rows: Any) 
     decode = student.tokenizer.decode
     for number, row in enumerate(islice(rows, SHOWN_ROWS)):
         fields, prompts = placeholders(groups.rollout_fields, row), []
-        for view in scorer.teacher.views_of(row):  # in order, so that two runs with other contexts compare
-            text = view.renderer.tokenizer.decode(view.prompt_ids(row, fields))
-            prompts.append({"context": view.shown, "prompt": text})
+        for leaf in scorer.teacher.prompts.leaves_of(row):  # in order, so that two runs with other contexts compare
+            text = leaf.renderer.tokenizer.decode(leaf.ids(row, fields))
+            prompts.append({"context": leaf.describe(), "prompt": text})
         yield {"row": number, "student": decode(student.renderer.ids(row["prompt"])), "teacher": prompts}
     scorer.forget_counts()
 

@@ -40,6 +40,7 @@ from opsd.models.loading import broadcast_parameters, ready_model, without_dropo
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
+from opsd.teachers.checks import check_state, load_state
 from opsd.training import checkpoints, checks
 from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
@@ -218,7 +219,7 @@ class OPSDTrainer(DistillationTrainer):
         if self.log_completions:
             self._logs["prompt"].extend(gather_object(decode(rollouts.prompt_ids)))
             self._logs["completion"].extend(gather_object(decode(rollouts.completion_ids)))
-        rollouts, rewards = self.groups.grade(rollouts, decode, self.teacher.has_fields, self.state)
+        rollouts, rewards = self.groups.grade(rollouts, decode, self.teacher.prompts.has_fields, self.state)
         prepared = self.scorer.prepare_rollouts(rollouts)
         self._add_metrics(mean_over_processes(rewards) if rewards else {})
         self._add_metrics(self.scorer.shares(rollouts, prepared))
@@ -354,6 +355,7 @@ class OPSDTrainer(DistillationTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
         state = self.teacher.state_dict()  # in every process: a collective where values are sharded
+        check_state(state, self.teacher.strategy)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
@@ -363,7 +365,7 @@ class OPSDTrainer(DistillationTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         state, pending = checkpoints.read(Path(resume_from_checkpoint), self._facts)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.teacher.load_state_dict(state)
+        load_state(self.teacher, state)
         self._metrics["train"].clear()
         self._metrics["train"].update(pending)
 
