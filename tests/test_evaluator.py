@@ -66,17 +66,21 @@ def results(folder: Path, split: str = "test") -> dict[str, EvaluationResult]:
         ({"grder": "exact"}, ConfigError, "Did you mean 'grader'"),
         ({"rule": "bst"}, ConfigError, "Did you mean 'best'"),
         ({"rule": "best"}, ConfigError, "there is none"),
-        ({"selection": DEV}, ConfigError, "only one of the two"),
-        ({"every": 2}, ConfigError, "only one of the two"),
+        ({"selection": DEV}, ConfigError, "only one of them is given"),
+        ({"every": 2}, ConfigError, "only one of them is given"),
         ({"every": 0, "selection": DEV}, ConfigError, "every must be"),
-        ({"samples": -1}, ConfigError, "samples counts"),
+        ({"samples": -1}, ConfigError, "samples must be a whole number of at least 0"),
         ({"grader": "last_numbr"}, ConfigError, "Did you mean 'last_number'"),
         ({"test": []}, DataError, "test dataset is empty"),
         ({"temperature": 0}, ConfigError, "above 0"),
         ({"test": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
-        ({"test": [{"prompt": "only a question"}], "grader": "exact"}, DataError, "'test' cannot be graded"),
-        ({"retention": {"kept": KEPT}}, ConfigError, "retention 'kept' is a mapping"),
-        ({"retention": {"kept": {"grader": "exact"}}}, ConfigError, "Without rows"),
+        (
+            {"test": [{"prompt": "only a question"}], "grader": "exact"},
+            DataError,
+            "of the split 'test' can be graded",
+        ),
+        ({"retention": {"kept": KEPT}}, ConfigError, "retention 'kept' must be a mapping"),
+        ({"retention": {"kept": {"grader": "exact"}}}, ConfigError, "must be a mapping {rows: FILE"),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused(tmp_path: Path, change: dict[str, Any], error: type, said: str) -> None:
@@ -91,7 +95,7 @@ def test_a_plan_needs_questions_and_a_grader(tmp_path: Path, key: str) -> None:
 
 
 def test_a_plan_is_no_list() -> None:
-    with pytest.raises(ConfigError, match="is a mapping"):
+    with pytest.raises(ConfigError, match="must be a mapping"):
         EvaluationPlan.parse(["test.jsonl"])  # type: ignore[arg-type]
 
 
@@ -135,7 +139,7 @@ def test_a_stream_that_cannot_be_looked_through_is_said_to_be_unchecked(tmp_path
 
 
 def test_a_question_that_is_asked_twice_is_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(OPSDWarning, match="asks 2 of its 14 questions again"):
+    with pytest.warns(OPSDWarning, match="repeats 2 of its 14 questions"):
         make(tmp_path, evaluation={**PLAN, "test": [*TEST, *TEST[:2]]})
 
 

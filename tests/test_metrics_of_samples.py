@@ -127,7 +127,7 @@ def test_every_metric_of_the_table_has_a_name_a_meaning_and_a_value(kind: str) -
         ("Maj@16", "Did you mean 'maj@16'"),
         ("formt", "Did you mean 'format'"),
         ("", "is one of accuracy, avg@K, pass@K, maj@K, format, length, truncated"),
-        ("perplexity", "not known.\n"),
+        ("perplexity", "is unknown.\n"),
         ("maj@x", "Write maj@8"),
         ("pass", "Write pass@8"),
         ("pass@", "Write pass@8"),

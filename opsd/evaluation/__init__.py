@@ -1,6 +1,14 @@
-"""Evaluation: graders say which answers are right, sampling gets the answers, statistics says how sure the figure is.
+"""Evaluation: generates answers, grades them, and computes metrics with intervals.
 
-Knows nothing of training or teachers: a model, rows and a function from row to prompt ids are all it is given.
+    graders, answers               whether a text is right, and what it answers
+    sampling, result               answers of a model to rows; every answer with its grade, as a file
+    sample_metrics, statistics     metrics per question; intervals and tests over questions and seeds
+    power                          how many questions or seeds a difference needs
+    plan, questions                what a run measures; which questions are the same
+    summary, compare, verdict      one run summarised; several runs compared
+    likelihood, run_folder         log-probabilities of traces, drift; a run's folder read back
+
+Knows nothing of training.
 """
 
 from __future__ import annotations

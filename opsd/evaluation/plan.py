@@ -1,7 +1,7 @@
-"""What a run is asked beside its training, and the rule that picks its checkpoint: declared before step 1.
+"""The evaluation plan of a run: splits, graders, and the rule that picks the checkpoint, declared before step 1.
 
-A rule that is chosen after the curves were seen picks noise: on 30 questions the best of ten checkpoints gains a few
-points over the last by chance alone. Knows rows and settings; nothing of models or training.
+A rule that is chosen after seeing the curves selects noise: on 30 questions the best of ten checkpoints is a few points
+above the last by chance alone. Knows rows and settings; nothing of models or training.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, as_count
 from opsd.evaluation.graders import Grader, load_grader
 from opsd.evaluation.questions import check_disjoint, question_of
 
-METRIC = "eval_accuracy"  # what a look at the selection split is logged as
+METRIC = "eval_accuracy"  # the logged name of the accuracy on the selection split
 RULES = {
     "last": "the last step's",
     "best": "the best on the selection split",
 }
-# Columns whose text is a solution that student and teacher can be asked the likelihood of, the fullest first.
+# Columns with a solution whose likelihood under student and teacher is measured, the most complete first.
 TRACES = ("completion", "solution", "demonstration")
 PROBED = 16  # rows of a split that are graded before training
 
@@ -38,6 +38,11 @@ class Questions:
     Args:
         rows: prepared rows.
         grader: tells right answers from wrong ones.
+
+    Example:
+        >>> rows = Dataset.from_list([{"prompt": "What is 12 + 7?", "answer": "19"}])
+        >>> len(Questions(rows, load_grader("last_number")).rows)
+        1
     """
 
     rows: Dataset
@@ -46,28 +51,33 @@ class Questions:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What is measured of a run.
+    """What a run measures before, during and after training.
 
     Rows are a Dataset, a list of rows, or the name of a file, a folder or a hub id.
 
     Args:
-        test: questions that neither train nor choose anything.
+        test: held-out questions, used neither for training nor for choosing a checkpoint.
         grader: see `opsd.evaluation.load_grader`.
-        answer_column: what the grader compares with.
-        selection: other questions, looked at every `every` steps.
-        every: steps between two looks at `selection`.
+        answer_column: column with the right answer.
+        selection: other questions, evaluated every `every` steps.
+        every: steps between two evaluations of `selection`.
         rule: which checkpoint the run ends with: "last", or "best" on `selection`.
-        retention: {name: {rows: …, grader: …}}: what must not get worse.
-        neutral: prompts of no task, on whose continuations by the model as it was the student's drift is measured.
+        retention: {name: {rows: …, grader: …}}: other tasks, whose accuracy must not fall.
+        neutral: prompts unrelated to the task, for the student's drift: KL(before ‖ now) on the continuations that the
+            student sampled before training.
         samples: sampled answers per question beside the greedy one.
-        temperature: of these.
+        temperature: of the sampled answers.
         max_new_tokens: longest answer, in tokens; None is the run's `max_completion_length`.
         batch_size: answers per forward pass.
-        seed: of the sampling.
+        seed: of the sampled answers.
 
     Raises:
         ConfigError: settings that cannot work together.
-        DataError: rows that cannot be used, or splits that share questions.
+        DataError: unusable rows, or splits that share questions.
+
+    Example:
+        >>> EvaluationPlan(test="test.jsonl", grader="last_number", selection="dev.jsonl", every=10, rule="best").rule
+        'best'
     """
 
     test: Any
@@ -86,16 +96,16 @@ class EvaluationPlan:
 
     @classmethod
     def parse(cls, value: EvaluationPlan | Mapping[str, Any] | None) -> EvaluationPlan | None:
-        """Read what a user gave: a plan, a mapping of its arguments, or None.
+        """Return a plan from a plan or a mapping of its arguments; None stays None.
 
         Raises:
-            ConfigError: an unknown key (nearest named), or one that is missing.
+            ConfigError: a key is unknown (the nearest is named) or missing.
         """
         if value is None or isinstance(value, EvaluationPlan):
             return value
         if not isinstance(value, Mapping):
             raise ConfigError(
-                f"evaluation is a mapping such as {{test: test.jsonl, grader: last_number}}, and not {value!r:.80}."
+                f"evaluation must be a mapping such as {{test: test.jsonl, grader: last_number}}, and is {value!r:.80}."
             )
         known = list(inspect.signature(cls).parameters)
         for key in value:
@@ -106,7 +116,7 @@ class EvaluationPlan:
         for key in ("test", "grader"):
             if key not in value:
                 raise ConfigError(
-                    f"evaluation needs {key!r}: a figure means nothing without its questions and its grader. Add it: "
+                    f"evaluation needs {key!r}: an accuracy depends on its questions and its grader. Add it: "
                     "{test: test.jsonl, grader: last_number}."
                 )
         return cls(**value)
@@ -119,42 +129,40 @@ class EvaluationPlan:
                 as_count(name, getattr(self, name))
         if (self.selection is None) != (self.every is None):
             raise ConfigError(
-                "evaluation looks at `selection` every `every` steps, and only one of the two is given. The test split "
-                "is not looked at while a run goes on: whoever watches it chooses by it. Give both, or neither."
+                "evaluation needs `selection` and `every` together, and only one of them is given: the split "
+                "`selection` is evaluated every `every` steps, the test split never during training. Give both, or "
+                "neither."
             )
         if self.rule == "best" and self.selection is None:
             raise ConfigError(
-                "rule 'best' picks a checkpoint on the split `selection`, and there is none. Picked on the test split, "
-                "a gain is partly luck. Add selection: and every:, or take rule: last."
+                "rule 'best' picks a checkpoint on the split `selection`, and there is none. Picking on the test split "
+                "would bias the gain. Add selection: and every:, or set rule: last."
             )
         if not as_number("temperature", self.temperature) > 0:
-            raise ConfigError(f"temperature divides logits, so it must be above 0, and is {self.temperature}.")
+            raise ConfigError(f"temperature must be above 0, because it divides logits, and is {self.temperature}.")
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 0:
-            raise ConfigError(f"samples counts sampled answers per question, and is {self.samples!r}.")
+            raise ConfigError(f"samples must be a whole number of at least 0, and is {self.samples!r}.")
 
     def loaded(self, train: Any = None, ready: Callable[[Any, str], Any] | None = None) -> EvaluationPlan:
         """Return the plan with its rows read, prepared, and checked against each other and the training rows.
 
         Args:
-            train: prepared training rows; a stream is not looked through.
-            ready: (rows, name) -> prepared rows, where a run does more with them than `prepare_rows`.
+            train: prepared training rows; a stream is not checked.
+            ready: (rows, name) -> prepared rows; None is `prepare_rows`.
 
         Raises:
-            DataError: as the class.
+            DataError: unusable rows, or splits that share questions.
         """
+        prepare = ready or (lambda rows, name: prepare_rows(rows, name=name))
 
-        def read(name: str, given: Any) -> Any:
-            return (
-                None
-                if given is None
-                else _read(name, given, ready or (lambda rows, name: prepare_rows(rows, name=name)))
-            )
+        def read(name: str, rows: Any) -> Any:
+            return None if rows is None else _read(name, rows, prepare)
 
         plan = replace(
             self,
             test=read("test", self.test),
             selection=read("selection", self.selection),
-            retention={name: self._retained(name, given, read) for name, given in self.retention.items()},
+            retention={name: self._read_retention(name, split, read) for name, split in self.retention.items()},
             neutral=read("neutral", self.neutral),
         )
         known = {} if not isinstance(train, Dataset) else {"train": train}
@@ -164,49 +172,52 @@ class EvaluationPlan:
             _warn_of_repeats(name, questions)
         return plan
 
-    def _retained(self, name: str, given: Any, read: Callable[[str, Any], Any]) -> Mapping[str, Any]:
-        if not isinstance(given, Mapping) or not {"rows", "grader"} >= set(given) or "rows" not in given:
+    def _read_retention(self, name: str, split: Any, read: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+        if not isinstance(split, Mapping) or not {"rows", "grader"} >= set(split) or "rows" not in split:
             raise ConfigError(
-                f"retention {name!r} is a mapping {{rows: FILE, grader: NAME}}, and not {given!r:.80}. Without rows "
-                "nothing could be seen to get worse."
+                f"retention {name!r} must be a mapping {{rows: FILE, grader: NAME}} (grader is optional), and is "
+                f"{split!r:.80}."
             )
-        return {"rows": read(name, given["rows"]), "grader": given.get("grader", self.grader)}
+        return {"rows": read(name, split["rows"]), "grader": split.get("grader", self.grader)}
 
     @cached_property
     def splits(self) -> dict[str, Questions]:
         """Every split that is graded, by name; of a plan that is loaded."""
-        judge = load_grader(self.grader, self.answer_column)
-        found = {"test": Questions(self.test, judge)}
+        grader = load_grader(self.grader, self.answer_column)
+        splits = {"test": Questions(self.test, grader)}
         if self.selection is not None:
-            found["selection"] = Questions(self.selection, judge)
-        for name, given in self.retention.items():
-            found[f"retention {name}"] = Questions(given["rows"], load_grader(given["grader"], self.answer_column))
-        return found
+            splits["selection"] = Questions(self.selection, grader)
+        for name, split in self.retention.items():
+            splits[f"retention {name}"] = Questions(split["rows"], load_grader(split["grader"], self.answer_column))
+        return splits
 
     def describe(self) -> str:
-        """What is declared."""
-        chosen = f"checkpoint: {RULES[self.rule]}"
-        looked = f"; selection: {len(self.selection)} questions every {self.every} steps" if self.every else ""
-        kept = f"; retention: {', '.join(self.retention)}" if self.retention else ""
-        more = f", {self.samples} samples at temperature {self.temperature:g}" if self.samples else ""
-        return f"test: {len(self.test)} questions, greedy{more}, grader {self.grader}; {chosen}{looked}{kept}"
+        """Return the plan in a line."""
+        checkpoint = f"checkpoint: {RULES[self.rule]}"
+        selection = f"; selection: {len(self.selection)} questions every {self.every} steps" if self.every else ""
+        retention = f"; retention: {', '.join(self.retention)}" if self.retention else ""
+        sampled = f", {self.samples} samples at temperature {self.temperature:g}" if self.samples else ""
+        test = f"test: {len(self.test)} questions, greedy{sampled}, grader {self.grader}"
+        return f"{test}; {checkpoint}{selection}{retention}"
 
 
-def _read(name: str, given: Any, ready: Callable[[Any, str], Any]) -> Dataset:
-    if isinstance(given, str):
-        given = load_rows(given)
-    elif isinstance(given, Sequence):
-        given = Dataset.from_list(list(given))
-    rows = ready(given, name)
+def _read(name: str, source: Any, prepare: Callable[[Any, str], Any]) -> Dataset:
+    if isinstance(source, str):
+        source = load_rows(source)
+    elif isinstance(source, Sequence):
+        source = Dataset.from_list(list(source))
+    rows = prepare(source, name)
     if not isinstance(rows, Dataset):
-        raise DataError(f"the split {name!r} of an evaluation is a stream; its questions are asked more than once.")
+        raise DataError(
+            f"the evaluation split {name!r} is a stream, and its questions are needed more than once. Give a dataset."
+        )
     if len(rows) == 0:
-        raise DataError(f"the split {name!r} of an evaluation has no rows.\nAn accuracy of no rows is not 0. Fill it.")
+        raise DataError(f"the evaluation split {name!r} has no rows. An accuracy over no rows is undefined.")
     return rows
 
 
 def _check_gradable(name: str, questions: Questions) -> None:
-    """Refuse a split that cannot be graded at all, which would show when training is over."""
+    """Refuse, before training, a split that the grader cannot grade at all."""
     failed: OPSDError | None = None
     for row in questions.rows.select(range(min(PROBED, len(questions.rows)))):
         try:
@@ -214,17 +225,17 @@ def _check_gradable(name: str, questions: Questions) -> None:
             return
         except OPSDError as error:
             failed = error
-        except Exception:  # of a function of the user's, which may not like an empty text
+        except Exception:  # of a user's function, which may not accept an empty text
             return
-    raise DataError(f"the first rows of the split {name!r} cannot be graded, none of {PROBED}: {failed}") from failed
+    raise DataError(f"none of the first {PROBED} rows of the split {name!r} can be graded: {failed}") from failed
 
 
 def _warn_of_repeats(name: str, questions: Questions) -> None:
     repeated = len(questions.rows) - len(set(map(question_of, questions.rows)))
     if repeated:
         warnings.warn(
-            f"the split {name!r} asks {repeated} of its {len(questions.rows)} questions again. Answers to one question "
-            "say the same twice, and intervals over questions come out too narrow. Ask each once.",
+            f"the split {name!r} repeats {repeated} of its {len(questions.rows)} questions. Repeated questions make "
+            "intervals over questions too narrow. Keep each question once.",
             OPSDWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""How many questions a comparison needs, and how often one of that size finds what is there.
+"""How many questions or seeds a comparison needs, and its power at a given size.
 
 Normal approximations, as in E. Miller, "Adding Error Bars to Evals" (arXiv 2411.00640). Knows numbers only.
 """
@@ -10,19 +10,19 @@ from statistics import NormalDist
 
 from opsd.evaluation.statistics import check_rate
 
-MOST_SEEDS = 999  # nobody trains more; the count ends there
+MAX_SEEDS = 999  # the search ends there
 
 
 def power_of(difference: float, deviation: float, n: int, confidence: float = 0.95) -> float:
-    """Return how often a paired comparison on `n` questions finds this difference: Φ(s - z) + Φ(-s - z).
+    """Return the power of a paired comparison on `n` questions for this difference: Φ(s - z) + Φ(-s - z).
 
     s = |difference|·sqrt(n) / deviation, z = Φ⁻¹((1 + confidence) / 2): a normal approximation, as in E. Miller,
-    "Adding Error Bars to Evals" (arXiv 2411.00640). McNemar's exact test finds a little less.
+    "Adding Error Bars to Evals" (arXiv 2411.00640). McNemar's exact test has slightly less power.
 
     Args:
         difference: the true difference, in the unit of the metric.
-        deviation: of the differences per question, `PairedDifference.deviation`; it holds for the k it was measured at.
-        n: questions.
+        deviation: of the differences per question, `PairedDifference.deviation`; specific to the k of avg@k.
+        n: number of questions.
         confidence: 1 minus the level of the test.
 
     Raises:
@@ -41,13 +41,13 @@ def questions_needed(difference: float, deviation: float, power: float = 0.8, co
     """Return how many questions a paired comparison needs to find this difference, None where the difference is 0.
 
     n = ((z + Φ⁻¹(power)) · deviation / difference)², z = Φ⁻¹((1 + confidence) / 2), rounded up: `power_of` solved for n
-    without its second term, the chance to find the difference on the wrong side. E. Miller, "Adding Error Bars to
-    Evals" (arXiv 2411.00640), where deviation² is ω² + σ_A²/K_A + σ_B²/K_B.
+    without its second term, the probability of a significant difference in the wrong direction. E. Miller, "Adding
+    Error Bars to Evals" (arXiv 2411.00640), where deviation² is ω² + σ_A²/K_A + σ_B²/K_B.
 
     Args:
         difference: the true difference, in the unit of the metric.
-        deviation: of the differences per question, `PairedDifference.deviation`; it holds for the k it was measured at.
-        power: how often the difference shall be found.
+        deviation: of the differences per question, `PairedDifference.deviation`; specific to the k of avg@k.
+        power: probability with which the difference is found.
         confidence: 1 minus the level of the test.
 
     Raises:
@@ -65,12 +65,12 @@ def questions_needed(difference: float, deviation: float, power: float = 0.8, co
 def seeds_needed(difference: float, deviation: float, power: float = 0.8, confidence: float = 0.95) -> int:
     """Return how many training seeds a paired comparison by Student's t needs to find this difference.
 
-    By the noncentral t distribution: with few seeds the normal approximation promises twice the power there is.
+    By the noncentral t distribution: with few seeds the normal approximation overestimates the power twofold.
 
     Args:
         difference: the true mean difference over seeds; not 0.
         deviation: of the differences of paired seeds, `SeedSpread.deviation`.
-        power: how often the difference shall be found.
+        power: probability with which the difference is found.
         confidence: 1 minus the level of the test.
 
     Raises:
@@ -83,8 +83,8 @@ def seeds_needed(difference: float, deviation: float, power: float = 0.8, confid
     seeds = 2
     while deviation > 0:
         shift = abs(difference) * math.sqrt(seeds) / deviation
-        beyond = stats.t.ppf((1 + confidence) / 2, seeds - 1)
-        if stats.nct.sf(beyond, seeds - 1, shift) >= power or seeds >= MOST_SEEDS:
+        critical = stats.t.ppf((1 + confidence) / 2, seeds - 1)
+        if stats.nct.sf(critical, seeds - 1, shift) >= power or seeds >= MAX_SEEDS:
             break
         seeds += 1
     return seeds

@@ -1,11 +1,12 @@
-"""When are two questions the same? Splits must not share any, and two runs must share all.
+"""Decides which questions are the same: splits must share none, and two runs must share all.
 
-Two rows ask the same if the user's turns read the same, whatever their case, spacing and punctuation at the end, and
-whatever system turn stands above them.
+Two rows ask the same question if their user turns are equal, ignoring case, spacing, punctuation at the end, and the
+system turn.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +18,16 @@ from opsd.contexts.messages import turns_of
 from opsd.data.values import text_of
 from opsd.errors import DataError
 
-SHOWN = 3  # questions that a message quotes
+QUOTED = 3  # questions in a message
 
 
 def question_of(row: Mapping[str, Any]) -> str:
-    """Return what a prepared row asks, as it is told apart from others."""
+    """Return the question of a prepared row in a normalised form: equal for rows that ask the same.
+
+    Example:
+        >>> question_of({"prompt": "What is  2 + 2 ?"})
+        'what is 2 + 2'
+    """
     asked = [text_of(turn) for turn in turns_of(row["prompt"]) if turn["role"] == "user"]
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFKC", " ".join(asked))).strip().casefold()
     return re.sub(r" (?=[?!.,;:])", "", text).rstrip("?!.,;: ")
@@ -34,27 +40,28 @@ def check_disjoint(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
         splits: prepared rows by the name of their split, the training rows first.
 
     Raises:
-        DataError: some do; the message counts and quotes them for every two splits.
+        DataError: some do; the message counts and quotes them for each pair of splits.
     """
-    asked = {name: dict.fromkeys(map(question_of, rows)) for name, rows in splits.items()}
-    names, found = list(asked), []
-    for number, one in enumerate(names):
-        for other in names[number + 1 :]:
-            shared = [question for question in asked[other] if question in asked[one]]
-            if shared:
-                found.append(
-                    f"  {len(shared)} of the {len(asked[other])} questions of {other!r} are also in {one!r}"
-                    f"{name_few(shared)}"
-                )
-    if found:
+    questions = {name: dict.fromkeys(map(question_of, rows)) for name, rows in splits.items()}
+    overlaps = []
+    for first, second in itertools.combinations(questions, 2):
+        shared = [question for question in questions[second] if question in questions[first]]
+        if shared:
+            count = f"{len(shared)} of the {len(questions[second])} questions of {second!r}"
+            overlaps.append(f"  {count} are also in {first!r}{name_few(shared)}")
+    if overlaps:
         raise DataError(
-            "splits share questions:\n" + "\n".join(found) + "\nA model that was trained, or chosen, on a question "
-            "shows what it remembers there, and not what it can do. Take them out of one side."
+            "splits share questions:\n" + "\n".join(overlaps) + "\nOn questions that were used for training, or for "
+            "choosing a checkpoint, an accuracy measures memory. Remove them from one of the splits."
         )
 
 
 def check_held_out(train: Any, evaluated: Any) -> None:
-    """Refuse training rows among those that a run evaluates on, by name or alone; a stream is not looked through.
+    """Refuse evaluation rows that are also training rows; streams are not checked.
+
+    Args:
+        train: training rows.
+        evaluated: evaluation rows, or a dict of such by name.
 
     Raises:
         DataError: some questions are in both.
@@ -66,8 +73,8 @@ def check_held_out(train: Any, evaluated: Any) -> None:
 
 
 def name_few(questions: Sequence[str]) -> str:
-    """Return the first of some questions, for a message: " (such as '…', …)", or nothing."""
+    """Return the first few questions for a message, " (such as '…', …)", or an empty text."""
     if not questions:
         return ""
-    few = ", ".join(repr(question if len(question) <= 80 else f"{question[:79]}…") for question in questions[:SHOWN])
+    few = ", ".join(repr(question if len(question) <= 80 else f"{question[:79]}…") for question in questions[:QUOTED])
     return f" (such as {few})"
