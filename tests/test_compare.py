@@ -52,17 +52,17 @@ def answers(share: float, seed: int, n: int = N) -> np.ndarray:
 
 def arms(*shares: tuple[str | None, list[float]]) -> list[RunResult]:
     """Runs whose shares are exact: the first questions are right, in a question order of each seed's own."""
-    found = []
+    runs = []
     for control, each in shares:
         for seed, share in enumerate(each):
             order = np.random.default_rng(seed).permutation(N)
-            found.append(run(control, seed, order < round(share * N)))
-    return found
+            runs.append(run(control, seed, order < round(share * N)))
+    return runs
 
 
 def test_runs_that_differ_in_seed_questions_place_and_machine_are_one_arm() -> None:
-    found = compare(arms(("sft", [0.3, 0.3]), (None, [0.5, 0.5, 0.5])))
-    assert [(arm.name, [each.seed for each in arm.runs]) for arm in found.arms] == [
+    comparison = compare(arms(("sft", [0.3, 0.3]), (None, [0.5, 0.5, 0.5])))
+    assert [(arm.name, [each.seed for each in arm.runs]) for arm in comparison.arms] == [
         ("method", [0, 1, 2]),
         ("sft", [0, 1]),
     ]
@@ -73,9 +73,9 @@ def test_methods_with_other_settings_are_arms_of_their_own_named_by_their_folder
         replace(run(None, seed, answers(0.4, seed), learning_rate=1e-6), folder=f"runs/slow-{seed}") for seed in (0, 1)
     ]
     fast = [replace(run(None, seed, answers(0.4, seed)), folder=f"runs/fast_seed{seed}") for seed in (0, 1)]
-    found = compare([*slow, *fast])
-    assert [arm.name for arm in found.arms] == ["slow", "fast"]
-    assert found.warnings == ["not the same budget: learning_rate is 1e-06 in slow and 1e-05 in fast"]
+    comparison = compare([*slow, *fast])
+    assert [arm.name for arm in comparison.arms] == ["slow", "fast"]
+    assert comparison.warnings == ["not the same budget: learning_rate is 1e-06 in slow and 1e-05 in fast"]
 
 
 def test_two_runs_of_one_seed_are_refused() -> None:
@@ -97,9 +97,9 @@ def test_differences_are_paired_by_question_and_seed() -> None:
 
 def test_only_seeds_that_both_have_are_in_a_difference() -> None:
     runs = arms((None, [0.5, 0.5]), ("sft", [0.4, 0.4, 0.9]))
-    found = compare(runs)
-    assert found.pairwise[0].difference.difference == pytest.approx(0.1)
-    assert found.warnings == ["sft has seed 2, and method has not: it is in no difference"]
+    comparison = compare(runs)
+    assert comparison.pairwise[0].difference.difference == pytest.approx(0.1)
+    assert comparison.warnings == ["sft has seed 2, and method has not: it is in no difference"]
 
 
 def test_p_values_are_adjusted_for_the_number_of_arms() -> None:
@@ -118,7 +118,7 @@ def test_gain_is_over_before_and_missing_where_nothing_was_measured_before() -> 
 
 
 @pytest.mark.parametrize(
-    ("method", "control", "said"),
+    ("method", "control", "verdict"),
     [
         ([0.5, 0.51, 0.49], [0.3, 0.31, 0.3], "method beat sft: +19.7 ("),
         ([0.3, 0.31, 0.3], [0.5, 0.51, 0.49], "method LOST to sft: -19.7 ("),
@@ -129,9 +129,9 @@ def test_gain_is_over_before_and_missing_where_nothing_was_measured_before() -> 
         ([0.3], [0.5], "method is behind sft with one pair of seeds; another seed may differ"),
     ],
 )
-def test_words_say_what_the_numbers_do(method: list[float], control: list[float], said: str) -> None:
+def test_words_say_what_the_numbers_do(method: list[float], control: list[float], verdict: str) -> None:
     (pair,) = compare(arms((None, method), ("sft", control))).pairwise
-    assert pair.verdict.startswith(said)
+    assert pair.verdict.startswith(verdict)
     assert ("train two more" in pair.verdict) == (len(method) == 1)
 
 
@@ -142,15 +142,15 @@ def test_what_n_would_settle_it_is_said_of_a_difference_too_small_to_see() -> No
     method[rng.choice(N, 60, replace=False)] ^= True
     (pair,) = compare([run(None, 0, method), run("sft", 0, control)]).pairwise
     assert pair.difference.low < 0 < pair.difference.high
-    found = paired_difference(control, method)
+    change = paired_difference(control, method)
     from opsd.evaluation.power import questions_needed
 
-    assert f"about {questions_needed(found.difference, found.deviation):,} questions would settle" in pair.verdict
+    assert f"about {questions_needed(change.difference, change.deviation):,} questions would settle" in pair.verdict
 
 
 def test_the_verdict_names_the_controls_that_were_not_beaten() -> None:
-    found = compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]), ("off-policy", [0.5, 0.51])))
-    assert found.verdict.startswith("method beat 1 of 2; it did not beat off-policy")
+    comparison = compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]), ("off-policy", [0.5, 0.51])))
+    assert comparison.verdict.startswith("method beat 1 of 2; it did not beat off-policy")
     assert compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]))).verdict == "method beat its control (sft)"
     assert "nothing to compare with" in compare(arms((None, [0.5]))).verdict
 
@@ -168,19 +168,19 @@ def test_a_length_is_neither_won_nor_lost() -> None:
         else each
         for each in runs
     ]
-    found = compare(longer, "length")
-    assert found.pairwise[0].verdict.startswith("method has more than sft: +5.0 (")
-    assert "neither better nor worse" in found.verdict
+    comparison = compare(longer, "length")
+    assert comparison.pairwise[0].verdict.startswith("method has more than sft: +5.0 (")
+    assert "neither better nor worse" in comparison.verdict
 
 
 def test_unequal_training_questions_and_ungraded_answers_are_warned_of() -> None:
     runs = arms((None, [0.5]), ("sft", [0.4]))
     runs[1].card["hashes"]["questions"] = "others"  # type: ignore[index]
     broken = replace(runs[1].after, greedy=[replace(runs[1].after.greedy[0], correct=None), *runs[1].after.greedy[1:]])
-    found = compare([runs[0], replace(runs[1], results={"after": broken})])
-    assert "seed 0: sft and method were not trained on the same questions" in found.warnings[0]
-    assert "1 of 400 questions have answers that the grader failed on; they are left out" in found.warnings[1]
-    assert found.pairwise[0].difference.n == 399
+    comparison = compare([runs[0], replace(runs[1], results={"after": broken})])
+    assert "seed 0: sft and method were not trained on the same questions" in comparison.warnings[0]
+    assert "1 of 400 questions have answers that the grader failed on; they are left out" in comparison.warnings[1]
+    assert comparison.pairwise[0].difference.n == 399
 
 
 def test_runs_on_different_questions_are_refused() -> None:
@@ -214,9 +214,9 @@ def test_one_pair_of_seeds_is_no_victory_and_none_in_common_is_said() -> None:
     assert one.verdict.startswith("method beat 0 of 1")
     method = [run(None, seed, answers(0.6, seed)) for seed in (0, 1, 2)]
     others = [run("sft", seed, answers(0.3, seed)) for seed in (3, 4, 5)]
-    found = compare([*method, *others])
-    assert found.pairwise[0].spread.seeds == 1 and found.verdict.startswith("method beat 0 of 1")
-    assert found.warnings == ["sft and method have no seed in common: their difference includes that of the seeds"]
+    comparison = compare([*method, *others])
+    assert comparison.pairwise[0].spread.seeds == 1 and comparison.verdict.startswith("method beat 0 of 1")
+    assert comparison.warnings == ["sft and method have no seed in common: their difference includes that of the seeds"]
 
 
 def test_another_number_of_training_rows_within_an_arm_is_warned_of() -> None:
@@ -242,15 +242,15 @@ def test_an_unknown_metric_is_refused_with_the_nearest() -> None:
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setenv("COLUMNS", "200")
-    found = []
+    paths = []
     before = result(answers(0.2, 9))
     for each in arms((None, [0.5, 0.52]), ("sft", [0.3, 0.31])):
         folder = tmp_path / Path(each.folder).name
         each.after.save(folder / "evaluation" / "after.json")
         before.save(folder / "evaluation" / "before.json")
         (folder / "run_card.json").write_text(json.dumps(each.card))
-        found.append(str(folder))
-    return found
+        paths.append(str(folder))
+    return paths
 
 
 def test_command_prints_a_table_and_its_words_and_writes_both(folders: list[str], tmp_path: Path, capsys) -> None:

@@ -14,6 +14,7 @@ import yaml
 from conftest import make_rows
 
 from opsd.cli import main
+from opsd.evaluation.answers import read_choice
 from opsd.evaluation.graders import GRADERS
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.sample_metrics import METRICS
@@ -32,7 +33,7 @@ def table(title: str) -> dict[str, str]:
 
 
 def test_every_key_of_a_plan_is_in_the_guide() -> None:
-    assert list(table("A run that is measured")) == [field.name for field in fields(EvaluationPlan)]
+    assert list(table("The evaluation of a run")) == [field.name for field in fields(EvaluationPlan)]
 
 
 def test_every_grader_is_in_the_guide() -> None:
@@ -87,14 +88,24 @@ def test_the_words_of_a_comparison_are_those_of_the_guide(words: str) -> None:
     assert words in source and words in GUIDE.split("## Comparing")[1]
 
 
-# ---- the table of the README ----------------------------------------------------------------------------------------
+# ---- the example ----------------------------------------------------------------------------------------------------
 
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_table_of_controls_in_the_readme_is_what_the_benchmark_wrote() -> None:
+def test_the_table_of_controls_is_what_the_benchmark_wrote() -> None:
     lines = [line for line in (RESULTS / "controls.md").read_text().splitlines() if line.startswith("|")]
-    assert len(lines) == 9 and all(line in (ROOT / "README.md").read_text().splitlines() for line in lines)
+    assert len(lines) == 9 and "\n".join(lines) in GUIDE
+    arms = tuple(f"| {name} | 0, 1, 2 |" for name in ("method", *CONTROLS))
+    shown = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(arms)]
+    assert set(shown) <= set(lines)
+
+
+def test_the_forms_of_a_choice_in_the_guide_are_read() -> None:
+    part = GUIDE.split("`choice` reads four forms")[1].split("\n\n")[0]
+    forms = [r"\boxed{B}", "answer is B", "Answer: (b)", "<answer>B", "B) Paris"]
+    assert all(form in " ".join(part.split()) for form in forms) and {read_choice(form) for form in forms} == {"B"}
+    assert read_choice("A is tempting, but B is correct") is None
 
 
 def test_the_figures_of_the_controls_follow_from_every_answers_grade() -> None:

@@ -19,7 +19,7 @@ from opsd.evaluation.questions import check_disjoint, question_of
 from opsd.evaluation.summary import difference, gain_verdict, gap, retention_verdict
 
 
-def made(
+def result_of(
     greedy: str, sampled: list[str] = (), questions: list[str] | None = None, **changes: object
 ) -> EvaluationResult:  # type: ignore[assignment]
     """A result: a letter per question, + right, - wrong, ? ungraded."""
@@ -39,21 +39,21 @@ def asked(*texts: str) -> list[dict[str, object]]:
 
 
 def test_metrics_come_from_greedy_and_from_sampled_answers() -> None:
-    found = made("+-?", ["++", "+-", "--"])
-    assert found.values("accuracy").tolist() == [1, 0, 0]
-    assert found.values("avg@2").tolist() == [1, 0.5, 0]
-    assert found.values("pass@2").tolist() == [1, 1, 0]
-    assert found.values("maj@2").tolist() == [1, 0.5, 0]
-    assert found.values("format").tolist() == [1, 1, 0]
-    assert found.values("truncated").tolist() == [0, 1, 0]
-    assert found.values("length").tolist() == [3, 3, 3]
-    assert found.usual_metrics == ["accuracy", "avg@2", "pass@2", "maj@2", "format", "length", "truncated"]
+    result = result_of("+-?", ["++", "+-", "--"])
+    assert result.values("accuracy").tolist() == [1, 0, 0]
+    assert result.values("avg@2").tolist() == [1, 0.5, 0]
+    assert result.values("pass@2").tolist() == [1, 1, 0]
+    assert result.values("maj@2").tolist() == [1, 0.5, 0]
+    assert result.values("format").tolist() == [1, 1, 0]
+    assert result.values("truncated").tolist() == [0, 1, 0]
+    assert result.values("length").tolist() == [3, 3, 3]
+    assert result.usual_metrics == ["accuracy", "avg@2", "pass@2", "maj@2", "format", "length", "truncated"]
 
 
 def test_ungraded_answers_are_named_and_never_right() -> None:
-    found = made("+?-", ["+", "+", "?"])
-    assert found.ungraded == [1, 2]
-    assert found.accuracy == pytest.approx(1 / 3)
+    result = result_of("+?-", ["+", "+", "?"])
+    assert result.ungraded == [1, 2]
+    assert result.accuracy == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -66,25 +66,25 @@ def test_ungraded_answers_are_named_and_never_right() -> None:
 )
 def test_a_metric_that_cannot_be_had_is_refused(metric: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        made("+-", ["++", "+-"]).values(metric)
+        result_of("+-", ["++", "+-"]).values(metric)
 
 
 def test_a_metric_of_samples_is_refused_where_none_were_drawn() -> None:
     with pytest.raises(ConfigError, match=r"there are 0\. Draw more: `--samples 4"):
-        made("+-").values("avg@4")
+        result_of("+-").values("avg@4")
 
 
 def test_a_length_that_is_always_one_is_no_share() -> None:
     """Wilson's interval of "all of them" would be 0.5 to 1 tokens."""
-    one = replace(made("++++"), greedy=[Answer("a", True, 1, True)] * 4)
-    found = one.estimate("length")
-    assert (found.value, found.low, found.high) == (1.0, None, None)
+    one = replace(result_of("++++"), greedy=[Answer("a", True, 1, True)] * 4)
+    estimate = one.estimate("length")
+    assert (estimate.value, estimate.low, estimate.high) == (1.0, None, None)
 
 
 def test_a_result_survives_its_file(tmp_path: Path) -> None:
-    found = made("+-?", ["++", "+-", "??"], temperature=0.7, model="m", context="hint", max_new_tokens=9)
-    found.save(tmp_path / "deep" / "result.json")
-    assert EvaluationResult.load(tmp_path / "deep" / "result.json") == found
+    result = result_of("+-?", ["++", "+-", "??"], temperature=0.7, model="m", context="hint", max_new_tokens=9)
+    result.save(tmp_path / "deep" / "result.json")
+    assert EvaluationResult.load(tmp_path / "deep" / "result.json") == result
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["result.json"]
 
 
@@ -96,8 +96,8 @@ def test_a_file_that_holds_no_result_is_refused(tmp_path: Path, text: str) -> No
 
 
 def test_results_are_paired_by_question_whatever_the_order() -> None:
-    first = made("+--", ["++", "--", "-+"], ["a", "b", "a"])
-    other = made("-++", ["-+", "+-", "++"], ["b", "a", "a"])
+    first = result_of("+--", ["++", "--", "-+"], ["a", "b", "a"])
+    other = result_of("-++", ["-+", "+-", "++"], ["b", "a", "a"])
     paired = other.in_order_of(first)
     assert paired.questions == first.questions
     assert paired.correct == [True, False, True]
@@ -106,20 +106,20 @@ def test_results_are_paired_by_question_whatever_the_order() -> None:
 
 def test_results_on_other_questions_are_refused_with_how_many_they_share() -> None:
     with pytest.raises(DataError, match=r"of 3 and 3 only 2 are in both \(such as 'c'\)"):
-        made("+++", questions=["a", "b", "d"]).in_order_of(made("+++", questions=["a", "b", "c"]))
+        result_of("+++", questions=["a", "b", "d"]).in_order_of(result_of("+++", questions=["a", "b", "c"]))
     with pytest.raises(DataError, match="of 2 and 3 only 2"):
-        made("+++", questions=["a", "b", "c"]).in_order_of(made("++", questions=["a", "b"]))
+        result_of("+++", questions=["a", "b", "c"]).in_order_of(result_of("++", questions=["a", "b"]))
 
 
 @pytest.mark.parametrize("change", [{"grader": "math"}, {"max_new_tokens": 7}, {"temperature": 0.2}])
 def test_results_of_another_measure_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(DataError, match=next(iter(change))):
-        made("++", ["+", "+"], **change).in_order_of(made("++", ["+", "+"]))
+        result_of("++", ["+", "+"], **change).in_order_of(result_of("++", ["+", "+"]))
 
 
 def test_what_was_not_graded_on_either_side_is_in_no_difference() -> None:
-    found = difference(made("?-+-"), made("++-?"))
-    assert (found.n, found.difference) == (2, 0.0)
+    change = difference(result_of("?-+-"), result_of("++-?"))
+    assert (change.n, change.difference) == (2, 0.0)
 
 
 def test_a_vote_is_among_answers_that_are_equal_and_not_written_alike(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -127,8 +127,8 @@ def test_a_vote_is_among_answers_that_are_equal_and_not_written_alike(tokenizer:
     drawn = iter([tokenizer(text)["input_ids"] for text in ["0", *texts]])
     rows = [{**asked("one")[0], "answer": "5"}]
     settings = {"grader": "last_number", "max_new_tokens": 9, "batch_size": 8, "samples": 5}
-    found = evaluate(lambda rows, **_: [next(drawn) for _ in rows], rows, tokenizer, **settings)
-    assert found.values("maj@5").tolist() == [1.0]
+    result = evaluate(lambda rows, **_: [next(drawn) for _ in rows], rows, tokenizer, **settings)
+    assert result.values("maj@5").tolist() == [1.0]
 
 
 def test_a_reader_that_fails_leaves_an_answer_without_form(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -137,8 +137,8 @@ def test_a_reader_that_fails_leaves_an_answer_without_form(tokenizer: PreTrained
 
     rows = [{**asked("one")[0], "answer": "5"}]
     settings = {"grader": Grader("odd", lambda text, row: True, read), "max_new_tokens": 2, "batch_size": 8}
-    found = evaluate(sampler(tokenizer), rows, tokenizer, **settings)
-    assert found.values("format").tolist() == [0.0] and found.correct == [True]
+    result = evaluate(sampler(tokenizer), rows, tokenizer, **settings)
+    assert result.values("format").tolist() == [0.0] and result.correct == [True]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_reader_that_fails_leaves_an_answer_without_form(tokenizer: PreTrained
     ],
 )
 def test_the_verdict_on_a_gain_agrees_with_its_test(before: str, after: str, verdict: str) -> None:
-    gain = difference(made(before), made(after))
+    gain = difference(result_of(before), result_of(after))
     assert re.match(verdict.replace("+", r"\+").replace("(", r"\(").replace(")", r"\)"), gain_verdict(gain))
     assert (gain.p_value < 0.05) == ("no significant" not in gain_verdict(gain))
     assert ("WORSE" in retention_verdict("x", gain)) == ("WORSE" in gain_verdict(gain))
@@ -160,12 +160,12 @@ def test_the_verdict_on_a_gain_agrees_with_its_test(before: str, after: str, ver
 def test_a_student_has_reached_its_teacher_where_the_interval_says_so_and_not_before() -> None:
     few = ("+" * 8 + "-" * 12, "+" * 16 + "-" * 4, "+" * 15 + "-" * 5)
     many = ("+" * 400 + "-" * 600, "+" * 801 + "-" * 199, "+" * 800 + "-" * 200)
-    assert "too few questions (20) to say" in gap(*map(made, few))["verdict"]
-    assert "has reached its teacher" in gap(*map(made, many))["verdict"]
+    assert "too few questions (20) to say" in gap(*map(result_of, few))["verdict"]
+    assert "has reached its teacher" in gap(*map(result_of, many))["verdict"]
     behind = ("+" * 400 + "-" * 600, "+" * 600 + "-" * 400, "+" * 800 + "-" * 200)
-    assert "still ahead by +20.0" in gap(*map(made, behind))["verdict"]
+    assert "still ahead by +20.0" in gap(*map(result_of, behind))["verdict"]
     same = "+" * 400 + "-" * 600
-    assert "no gap to close" in gap(made(same), made(same), made(same))["verdict"]
+    assert "no gap to close" in gap(result_of(same), result_of(same), result_of(same))["verdict"]
 
 
 # ---- questions ------------------------------------------------------------------------------------------------------
@@ -243,17 +243,17 @@ def test_a_grader_that_fails_on_a_sample_is_counted(tokenizer: PreTrainedTokeniz
     calls = iter([True, True, False, ValueError("boom"), True, True])
 
     def grader(text: str, row: dict[str, object]) -> bool:
-        found = next(calls)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        verdict = next(calls)
+        if isinstance(verdict, Exception):
+            raise verdict
+        return verdict
 
     with pytest.warns(OPSDWarning, match="boom"):
-        found = evaluate(
+        result = evaluate(
             sampler(tokenizer), asked("one", "two"), tokenizer, grader=grader, max_new_tokens=2, batch_size=2, samples=2
         )
-    assert found.ungraded == [0]
-    np.testing.assert_allclose(found.values("avg@2"), [0.0, 1.0])
+    assert result.ungraded == [0]
+    np.testing.assert_allclose(result.values("avg@2"), [0.0, 1.0])
 
 
 def test_samples_below_none_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -264,7 +264,7 @@ def test_samples_below_none_are_refused(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_json_holds_the_question_and_every_answer(tmp_path: Path) -> None:
-    made("+-", ["+-", "--"]).save(tmp_path / "r.json")
+    result_of("+-", ["+-", "--"]).save(tmp_path / "r.json")
     stored = json.loads((tmp_path / "r.json").read_text())
     assert stored["questions"] == ["question 0", "question 1"]
     assert stored["greedy"][0]["correct"] is True and len(stored["sampled"][0]) == 2
