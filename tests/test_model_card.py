@@ -126,7 +126,7 @@ def evaluated(folder: Path) -> OPSDTrainer:
 
 def test_evaluation_results_are_in_the_metadata(tmp_path: Path) -> None:
     evaluated(tmp_path).save_model()
-    card, figures = read(tmp_path), json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["figures"]
+    card, figures = read(tmp_path), json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["metrics"]
     results = {(each.dataset_type, each.metric_type): each for each in card.data.eval_results}
     accuracy = results["test", "accuracy"]
     assert accuracy.metric_value == figures["after"]["accuracy"]["value"]

@@ -105,22 +105,22 @@ def model_card(
 
 def eval_results(summary: Mapping[str, Any]) -> Iterator[EvalResult]:
     """Yield the metrics of the final student: on the test split, and on what must not get worse."""
-    after = summary.get("figures", {}).get(AFTER)
+    after = summary.get("metrics", {}).get(AFTER)
     if after is not None:
         yield from _results_of("test", after)
     for name, kept in summary.get("retention", {}).items():
         yield from _results_of(f"retention {name}", kept[AFTER])
 
 
-def _results_of(split: str, figures: Mapping[str, Any]) -> Iterator[EvalResult]:
-    for metric, estimate in figures.items():
+def _results_of(split: str, metrics: Mapping[str, Any]) -> Iterator[EvalResult]:
+    for metric, estimate in metrics.items():
         if isinstance(estimate, Mapping):
             yield EvalResult(
                 task_type=TASK,
                 dataset_type=re.sub(r"\W+", "-", split),
-                dataset_name=f"{split} ({figures['n']} questions)",
+                dataset_name=f"{split} ({metrics['n']} questions)",
                 metric_type=metric,
-                metric_name=f"{metric} (grader {figures['grader']})",
+                metric_name=f"{metric} (grader {metrics['grader']})",
                 metric_value=estimate["value"],
                 metric_args=None if estimate["low"] is None else {"interval_95": [estimate["low"], estimate["high"]]},
             )
@@ -141,7 +141,7 @@ def _parts(
     yield f"## Training\n\n{_training(card)}"
     yield f"```text\n{card['divergence']['formula']}\n```"
     yield f"All settings, prompts, hashes and versions: [{CARD_PAGE}]({CARD_PAGE}), [{CARD}]({CARD})."
-    if summary.get("figures"):
+    if summary.get("metrics"):
         yield "## Evaluation\n\nWith 95 % intervals over questions.\n\n```text\n" + "\n".join(lines(summary)) + "\n```"
     yield f"## Sources\n\n{_sources(card)}"
 
