@@ -138,7 +138,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         if self.bf16 is None:
             self.bf16, self.bf16_is_default = not self.fp16 and choose_bf16(self.use_cpu), True
             if self.bf16 and not torch.accelerator.is_available():
-                self.use_cpu = True  # transformers takes bf16 on a CPU only from those who said that they mean the CPU
+                self.use_cpu = True  # transformers accepts bf16 on a CPU only where use_cpu is set
         super().__post_init__()
         self._warn()
 
@@ -201,8 +201,9 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         self._warn_no_effect()
         if self.lmbda < LOW_LMBDA and self.control is None:
             warnings.warn(
-                f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's own. It "
-                "is then trained on prefixes it will not meet at inference (exposure bias); 1 is on-policy.",
+                f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's. It is "
+                "then trained on prefixes that do not occur at its inference (exposure bias). Set lmbda to 1 for "
+                "on-policy training.",
                 OPSDWarning,
                 stacklevel=5,
             )
