@@ -1,17 +1,17 @@
 """The loss against TRL's kernel, full logits and bare matrix products: seconds, peak memory, agreement.
 
 Measures  forward and backward of one loss from the same last hidden states, in one run. Every round runs each contender
-          once, in an order that rotates, so that noise hits all alike; ratios are taken within a round.
+          once, in an order that rotates, so that noise affects all alike; ratios are taken within a round.
           Peak memory is that of one forward and backward over the inputs, with the gradients that are returned: in a
           fresh process each on a CPU, by torch's allocator on a GPU.
 Does not  measure a training step: no model runs, and no optimizer. Inputs are random (logits of deviation 2), every
           token weighs the same, and "products alone" is no loss but a bound: the 4 products (3 where the head is
-          frozen) that a loss cannot do without, each into fresh memory, with nothing computed between them.
+          frozen) that every loss needs, each into fresh memory, with nothing computed between them.
 Run:      python benchmarks/losses.py [--only cpu|cuda] [--rounds 12] [--quick] [--output FOLDER]
 Writes:   losses.json and losses.svg in benchmarks/results; what was measured on a device not run now is kept
-Takes:    the better part of an hour on two slow cores; --quick (tiny, says nothing about speed) some seconds
+Takes:    most of an hour on two slow cores; some seconds with --quick, whose sizes are too small for speeds
 
-Who is compared, and on what: losses_contenders.py.
+The contenders and their cases: losses_contenders.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RATIO = "ratio to ours, with 95 % interval"
 
 
 def step(case: Case, x: Inputs, name: str) -> tuple[float, Tensor | None]:
-    """Run forward and backward; return seconds and loss. The gradients are left with the inputs."""
+    """Run forward and backward; return seconds and loss. The inputs hold the gradients afterwards."""
     x.hidden_ND.grad = x.weight_VD.grad = None
     wait = torch.cuda.synchronize if case.device == "cuda" else lambda: None
     wait()
@@ -65,30 +65,30 @@ def step(case: Case, x: Inputs, name: str) -> tuple[float, Tensor | None]:
 
 
 def gradients(x: Inputs) -> dict[str, Tensor]:
-    """What a step left behind."""
+    """The gradients after a step, by name."""
     return {k: v.grad for k, v in {"hidden": x.hidden_ND, "head": x.weight_VD}.items() if v.grad is not None}
 
 
 def agree(case: Case, x: Inputs, names: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the largest differences from ours, and who had memory enough; refuse to time what disagrees."""
-    found: dict[str, Any] = {}
+    """Return the largest differences from ours, and the contenders that fit in memory; refuse wrong ones."""
+    differences: dict[str, Any] = {}
     reference: dict[str, Tensor] = {}
     for name in names:
         try:
             _, loss = step(case, x, name)
         except torch.OutOfMemoryError:
-            found[name] = OUT_OF_MEMORY
+            differences[name] = OUT_OF_MEMORY
             continue
         if loss is not None:
             result = {"loss": loss.detach(), **gradients(x)}
             reference = reference or {key: value.clone() for key, value in result.items()}
             pairs = {key: (result[key].float(), value.float()) for key, value in reference.items()}
-            found[name] = {key: float((a - b).abs().max() / b.abs().max()) for key, (a, b) in pairs.items()}
-    for name, differences in found.items():
-        close = name == "Liger" or isinstance(differences, str) or max(differences.values()) < TOLERANCE[case.dtype]
-        assert close, f"{case}: {name} differs from ours by {differences}"
-    fits = [name for name in names if found.get(name) != OUT_OF_MEMORY]
-    return {name: differences for name, differences in found.items() if name != "ours"}, fits
+            differences[name] = {key: float((a - b).abs().max() / b.abs().max()) for key, (a, b) in pairs.items()}
+    for name, largest in differences.items():
+        close = name == "Liger" or isinstance(largest, str) or max(largest.values()) < TOLERANCE[case.dtype]
+        assert close, f"{case}: {name} differs from ours by {largest}"
+    fits = [name for name in names if differences.get(name) != OUT_OF_MEMORY]
+    return {name: largest for name, largest in differences.items() if name != "ours"}, fits
 
 
 def peak(case: Case, name: str) -> float:
@@ -118,7 +118,7 @@ def resident(field: str) -> int:
 
 
 def peak_in_child(case: Case, name: str) -> float:
-    """Return `peak` of a fresh process, whose allocator gives large blocks back at once."""
+    """Return `peak` of a fresh process, whose allocator returns large blocks at once."""
     command = [sys.executable, __file__, "--child", json.dumps({"case": asdict(case), "name": name})]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MEBIBYTE)}
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -132,7 +132,7 @@ def median_interval(values: list[float]) -> list[float]:
 
 
 def measure(case: Case, rounds: int, children: int) -> dict[str, Any]:
-    """Return one case's record."""
+    """Return the record of one case."""
     x = make(case)
     differences, names = agree(case, x, contenders(case))
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -153,11 +153,11 @@ def measure(case: Case, rounds: int, children: int) -> dict[str, Any]:
     }
 
 
-# ---- what is written ------------------------------------------------------------------------------------------------
+# ---- output ------------------------------------------------------------------------------------------------
 
 
 def hardware(device: str) -> dict[str, object]:
-    """What the figures were made on."""
+    """The hardware and packages of the measurement."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     liger = version("liger_kernel") if find_spec("liger_kernel") else "not installed"
     return {
@@ -174,14 +174,14 @@ def hardware(device: str) -> dict[str, object]:
 
 
 def targets(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what was aimed at, what the worst case reached and whether that meets it."""
+    """Return each target, the value that was reached, and whether it meets the target."""
     whole = [r for r in records if r["loss"] == "reverse KL" and "full logits" in r["seconds"]]
     if not whole:
         return {}
     geometric = float(np.exp(np.mean([np.log(r[RATIO]["TRL"][0]) for r in whole])))
     bounds = [1 / r[RATIO]["products alone"][0] for r in whole]
     full = [r[RATIO]["full logits"][0] for r in whole]
-    # Where the head is trained its gradient, which everyone returns, is most of it.
+    # Where the head is trained its gradient, which all contenders return, is most of the peak.
     frozen = [r["peak MiB"] for r in whole if r["peak MiB"] and r["head"] == "frozen"]
     memory = [peaks["ours"] / peaks["full logits"] for peaks in frozen]
     reached = {
@@ -198,7 +198,7 @@ def targets(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def plot(sections: dict[str, Any], path: Path) -> None:
-    """Draw the seconds of the reverse KL, one panel per case with all contenders."""
+    """Plot the seconds of the reverse KL, one panel per case with all contenders."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,7 +212,7 @@ def plot(sections: dict[str, Any], path: Path) -> None:
         axis.set_visible(False)
     for axis, record in zip(axes.flat, drawn, strict=False):
         names, seconds = zip(*reversed(record["seconds"].items()), strict=True)
-        # Blue, light blue and grey of Okabe and Ito's palette differ for every eye; names stand beside the bars anyway.
+        # Blue, light blue and grey of Okabe and Ito's palette, which colour-blind readers can tell apart.
         colours = [{"ours": "#0072B2", "ours, two-pass": "#56B4E9"}.get(name, "#999999") for name in names]
         bars = axis.barh(names, seconds, color=colours)
         axis.bar_label(bars, [f"{value:.3g} s" for value in seconds], padding=3)
@@ -228,7 +228,7 @@ def plot(sections: dict[str, Any], path: Path) -> None:
 
 
 def show(section: dict[str, Any]) -> None:
-    """Print what was measured."""
+    """Print a table of the measurements."""
     from rich.console import Console
     from rich.table import Table
 
@@ -243,24 +243,24 @@ def show(section: dict[str, Any]) -> None:
             table.add_row(f"  {name}", f"{seconds:.4g}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}", memory)
     console = Console(width=120)
     console.print(table)
-    for name, found in section["targets"].items():
-        console.print(f"{'met' if found['met'] else 'MISSED':>6}  {name}: {found['reached']:.2f}")
+    for name, target in section["targets"].items():
+        console.print(f"{'met' if target['met'] else 'MISSED':>6}  {name}: {target['reached']:.2f}")
 
 
-# ---- what is run ----------------------------------------------------------------------------------------------------
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def cases(device: str, quick: bool) -> list[Case]:
     """The reverse KL at every size and dtype, head trained and frozen; on a CPU the other losses at the first size."""
     sizes = QUICK_SIZES if quick else SIZES[device]
-    found = [Case(device, t, *size, head) for t in DTYPES[device] for size in sizes for head in ("trained", "frozen")]
+    every = [Case(device, t, *size, head) for t in DTYPES[device] for size in sizes for head in ("trained", "frozen")]
     if device == "cpu":
-        found += [Case(device, "float32", *sizes[0], "trained", loss) for loss in LOSSES if loss != "reverse KL"]
-    return found
+        every += [Case(device, "float32", *sizes[0], "trained", loss) for loss in LOSSES if loss != "reverse KL"]
+    return every
 
 
 def run(device: str, rounds: int, quick: bool) -> dict[str, Any]:
-    """Measure one device's cases; a quick run starts child processes for one of them only."""
+    """Measure the cases of one device; a quick run measures peak memory of one case only."""
     records = []
     for number, case in enumerate(cases(device, quick)):
         print(f"{time.strftime('%H:%M:%S')} {case}", flush=True)
@@ -271,11 +271,11 @@ def run(device: str, rounds: int, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what this machine has."""
+    """Measure on the devices of this machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(SIZES), help="leave the other device out")
     parser.add_argument("--rounds", type=int, help="12, or 2 with --quick; the first warms up and is not counted")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test that it runs")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -285,7 +285,7 @@ def main() -> None:
         print(peak(Case(**options.child["case"]), options.child["name"]))
         return
     if options.quick and options.output == RESULTS:
-        parser.error("--quick says nothing about speed and would overwrite the results. Name another --output folder.")
+        parser.error("--quick measures no useful speeds and would overwrite the results. Name another --output folder.")
     devices = [options.only] if options.only else ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rounds = options.rounds or (2 if options.quick else 12)
     options.output.mkdir(parents=True, exist_ok=True)

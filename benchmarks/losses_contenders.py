@@ -1,6 +1,6 @@
-"""What benchmarks/losses.py compares: the cases, their inputs, and everyone who computes a loss from them.
+"""The cases of benchmarks/losses.py, their inputs, and the contenders that compute a loss from them.
 
-It knows no clocks and no files. Inputs are random (logits of deviation 2), and every token weighs the same.
+It measures and writes nothing. Inputs are random (logits of deviation 2), and every token weighs the same.
 
 Shapes: N tokens · D hidden width · V vocabulary · K ids of a support.
 """
@@ -39,7 +39,7 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """Student and teacher, and what the tokens weigh."""
+    """Student and teacher, and the weights of the tokens."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
@@ -105,7 +105,7 @@ LOSSES: dict[str, tuple[Divergence, Callable[[Tensor, Tensor, Tokens], Tensor]]]
     "sampled": (Divergence(1.0, support="sampled", baseline="none"), sampled),
 }
 
-# ---- the contenders: a scalar loss to send backward, or None where the gradients are there already ------------------
+# ---- the contenders: a scalar loss to send backward, or None where gradients are set already ------------------
 
 
 def ours(x: Inputs, loss: str, *, recompute: bool = False) -> Tensor:
@@ -120,12 +120,12 @@ def trl(x: Inputs, loss: str) -> Tensor:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     teacher = x.teacher_ND, x.teacher_VD, None
-    found_N, _ = ChunkedDivergenceFunction.apply(x.hidden_ND, x.weight_VD, None, *teacher, LOSSES[loss][0].beta)
-    return (found_N * x.tokens.weight_N).sum()
+    values_N, _ = ChunkedDivergenceFunction.apply(x.hidden_ND, x.weight_VD, None, *teacher, LOSSES[loss][0].beta)
+    return (values_N * x.tokens.weight_N).sum()
 
 
 def full_logits(x: Inputs, loss: str) -> Tensor:
-    """Both models' logits whole, and autograd."""
+    """Full logits of both models, and autograd."""
     log_s = torch.log_softmax((x.hidden_ND @ x.weight_VD.T).float(), -1)
     with torch.no_grad():
         log_t = torch.log_softmax((x.teacher_ND @ x.teacher_VD.T).float(), -1)
@@ -141,7 +141,7 @@ def liger(x: Inputs, loss: str) -> Tensor:
 
 @torch.no_grad()
 def products(x: Inputs, loss: str) -> None:
-    """The products with the sizes of the loss; what they compute is no gradient of it."""
+    """Products of the sizes that the loss needs; their results are not its gradients."""
     student_NV, _ = torch.mm(x.hidden_ND, x.weight_VD.T), torch.mm(x.teacher_ND, x.teacher_VD.T)
     x.hidden_ND.grad = torch.mm(student_NV, x.weight_VD)
     if x.weight_VD.requires_grad:
@@ -160,7 +160,7 @@ CONTENDERS: dict[str, Callable[[Inputs, str], Tensor | None]] = {
 
 
 def contenders(case: Case) -> list[str]:
-    """Who can compute the case, and is asked to."""
+    """The contenders for a case."""
     if case.loss != "reverse KL":
         return ["ours", *(["TRL"] if LOSSES[case.loss][0].support == "full" else []), "full logits"]
     if case.device == "cpu" and case.dtype == "bfloat16":

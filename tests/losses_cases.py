@@ -1,6 +1,6 @@
 """The tables that the tests of opsd/losses run over, and the problems they are run on.
 
-A new divergence, support, tail, head, signal or objective is tested by adding a line.
+A new support, tail, head, signal or objective is tested by adding a line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _table() -> list[dict]:
     return rows + [row | {"temperature": 1.7} for row in rows[:6] + rows[10:14] + rows[-8:]]
 
 
-DIVERGENCES = [Divergence(**row) for row in _table()]
+DIVERGENCE_CASES = [Divergence(**row) for row in _table()]
 
 HEADS = {
     "plain": {},
@@ -65,11 +65,11 @@ MIXTURES = {
 }
 SIGNALS = ("hidden", "top-k lists", *MIXTURES)
 
-# Sides whose head masks out ids through a bias of -inf, as some checkpoints do with reserved ids.
+# Sides whose head masks ids by a bias of -inf, as some checkpoints do with reserved ids.
 MASKED = {"neither": (), "the student's": ("student",), "the teacher's": ("teacher",), "both": ("student", "teacher")}
 
 OBJECTIVES = {
-    "anchor": {"ref_kl_coef": 0.4},
+    "reference policy": {"ref_kl_coef": 0.4},
     "importance": {"importance_clip": 1.5},
     "keep by entropy": {"keep_fraction": 0.4},
     "keep by disagreement": {"keep_fraction": 0.6, "keep_by": "disagreement"},
@@ -93,14 +93,14 @@ def name_of(divergence: Divergence) -> str:
 
 
 def objectives() -> list[tuple[str, Objective]]:
-    """Every objective with every divergence that it takes."""
-    found = []
-    for (name, settings), divergence in product(OBJECTIVES.items(), DIVERGENCES):
+    """Every objective with every divergence that it accepts."""
+    result = []
+    for (name, settings), divergence in product(OBJECTIVES.items(), DIVERGENCE_CASES):
         try:
-            found.append((f"{name}: {name_of(divergence)}", Objective(divergence, **settings)))
+            result.append((f"{name}: {name_of(divergence)}", Objective(divergence, **settings)))
         except ConfigError:
             assert divergence.beta != 1.0 and "reward_to_go" in settings
-    return found
+    return result
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -139,7 +139,7 @@ def problem(
     contrast_signal: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> Problem:
-    """A problem of N tokens in rollouts of five, with all that any objective asks for.
+    """A problem of N tokens in rollouts of five, with everything that any objective needs.
 
     Args:
         left_out: whether every fourth token has no weight.
@@ -185,7 +185,7 @@ def to(head: Head, dtype: torch.dtype) -> Head:
 
 
 def answers(divergence: Divergence, signal: object) -> bool:
-    """Whether the signal knows what the divergence compares."""
+    """Whether the signal has what the divergence compares."""
     try:
         divergence.check_signal(signal)  # type: ignore[arg-type]
     except ConfigError:

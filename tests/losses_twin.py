@@ -1,7 +1,7 @@
-"""The slow twin of opsd/losses: float64, token by token, from the definitions; and what the tests compare with it.
+"""The slow twin of opsd/losses: float64, token by token, from the definitions; and the comparison with it.
 
-It shares no code with opsd/losses. It reads the settings off an `Objective` and the numbers off heads and signals,
-which are data here; everything else is autograd over the formulas. `math_value` has no tensors at all.
+It shares no code with opsd/losses: it reads settings from an `Objective` and numbers from heads and signals, and takes
+autograd of the formulas. `math_value` uses no tensors at all.
 
 Shapes: N tokens · D width · V vocabulary · E entries that are compared: the vocabulary, or a support and its bucket.
 """
@@ -24,11 +24,11 @@ from opsd.signals import HiddenSignal, MixtureSignal, TopKSignal
 LOWEST = -100.0  # nats
 INF = float("inf")
 
-# What may differ, as a share of 1 + the largest number: (value, gradient). Sums are float64 or float32; a gradient of
+# Tolerance as a share of 1 + the largest number: (value, gradient). Sums are float64 or float32; a gradient of
 # bfloat16 states or weights is rounded to 8 bits at the end.
 TOLERANCE = {torch.float64: (1e-10, 1e-9), torch.float32: (2e-5, 2e-5), torch.bfloat16: (2e-5, 1e-2)}
 
-# ---- without tensors -----------------------------------------------------------------------------------------------
+# ---- without tensors ------------------------------------------------------------------------------------------------
 
 
 def math_logs(logits: Sequence[float]) -> list[float]:
@@ -52,7 +52,7 @@ def math_value(student: Sequence[float], teacher: Sequence[float], beta: float) 
     return beta * kl(t, m) + (1 - beta) * kl(s, m)
 
 
-# ---- distributions -------------------------------------------------------------------------------------------------
+# ---- distributions --------------------------------------------------------------------------------------------------
 
 
 class _Floored(torch.autograd.Function):
@@ -102,7 +102,7 @@ def teacher_distribution(signal: HiddenSignal | MixtureSignal, n: int, vocab_siz
     return log_normalised(torch.stack(powers).double())
 
 
-# ---- entries -------------------------------------------------------------------------------------------------------
+# ---- terms of vocabulary entries ------------------------------------------------------------------------------------
 
 
 def weighted(log_p: Tensor, nats: Tensor) -> Tensor:
@@ -136,15 +136,15 @@ def log_mass(log_p: Tensor, ids: list[int]) -> Tensor:
 
 
 def listed(signal: TopKSignal, n: int) -> tuple[list[int], Tensor, Tensor]:
-    """The ids of a list, their log-probabilities and the log of what is left."""
+    """The ids of a list, their log-probabilities and the log of the mass outside."""
     kept = [j for j in range(signal.ids_NK.shape[1]) if signal.logprobs_NK[n, j] > -INF]
     log_t = signal.logprobs_NK[n, kept].double()
     rest = max(1.0 - math.fsum(log_t.exp().tolist()), 1e-6)
     return signal.ids_NK[n, kept].tolist(), log_t, torch.tensor(math.log(rest), dtype=torch.float64)
 
 
-def compared(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, records: dict[str, float]) -> tuple[Tensor, Tensor]:
-    """The two (E,) sides of a top-k support after its tail is dealt with."""
+def compared(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, metrics: dict[str, float]) -> tuple[Tensor, Tensor]:
+    """Student and teacher, (E,) each, over a top-k support and its tail."""
     if isinstance(teacher, Tensor):
         ids = support_ids(d, log_s, teacher)
         outside = [v for v in range(len(log_s)) if v not in ids]
@@ -154,7 +154,7 @@ def compared(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, records: dic
         outside = [v for v in range(len(log_s)) if v not in ids]
         log_t = log_t / d.temperature
     rest_s = log_mass(log_s, outside)
-    records["support/student"], records["support/teacher"] = (1 - x.exp().item() for x in (rest_s, rest_t))
+    metrics["support/student"], metrics["support/teacher"] = (1 - x.exp().item() for x in (rest_s, rest_t))
     if d.tail == "none":
         return log_s[ids], log_t
     if d.tail == "renormalise":
@@ -163,25 +163,25 @@ def compared(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, records: dic
 
 
 class Token(NamedTuple):
-    """What one token says: its value, what has its gradient, and log s(y), log t(y), H(s)."""
+    """One token: its value, a number with its gradient, log s(y), log t(y), H(s), and its metrics."""
 
     value: Tensor
     with_gradient: Tensor
     log_s_y: Tensor
     log_t_y: Tensor
     entropy: Tensor
-    records: dict[str, float]
+    metrics: dict[str, float]
 
 
-def distribution_value(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, records: dict[str, float]) -> Tensor:
-    sides = (log_s, teacher) if d.support == "full" else compared(d, log_s, teacher, records)
+def distribution_value(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, metrics: dict[str, float]) -> Tensor:
+    sides = (log_s, teacher) if d.support == "full" else compared(d, log_s, teacher, metrics)
     each = entry_values(*sides, d.beta)
     if d.entropy_gate is not None:
         entropy = -weighted(sides[1], floored(sides[1])).sum().item()
-        records["gated"] = float(entropy > d.entropy_gate)
-        each = each + records["gated"] * entry_values(*sides, 0.0)
+        metrics["gated"] = float(entropy > d.entropy_gate)
+        each = each + metrics["gated"] * entry_values(*sides, 0.0)
     if d.entry_clip is not None:
-        records["clipped/entries"] = float(any(x > d.entry_clip for x in each.tolist()))
+        metrics["clipped/entries"] = float(any(x > d.entry_clip for x in each.tolist()))
         each = torch.stack([x if x <= d.entry_clip else x.detach() * 0 + d.entry_clip for x in each])
     return each.sum()
 
@@ -201,21 +201,21 @@ def baseline_of(d: Divergence, log_s: Tensor, teacher: Tensor | tuple) -> float:
 
 
 def token(d: Divergence, log_s: Tensor, teacher: Tensor | tuple, y: int, log_t_y: Tensor) -> Token:
-    records: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if d.support == "sampled":
         value = (log_s[y].clamp(min=LOWEST) - log_t_y.clamp(min=LOWEST)).detach()
         with_gradient = (value - baseline_of(d, log_s.detach(), teacher)) * log_s[y]
     else:
-        value = with_gradient = distribution_value(d, log_s, teacher, records)
+        value = with_gradient = distribution_value(d, log_s, teacher, metrics)
     if d.token_clip is not None:
-        records["clipped/tokens"] = float(value.item() > d.token_clip)
-        if records["clipped/tokens"]:
+        metrics["clipped/tokens"] = float(value.item() > d.token_clip)
+        if metrics["clipped/tokens"]:
             value, with_gradient = torch.full_like(value, d.token_clip), 0.0 * log_s.sum().nan_to_num(0, 0, 0)
     entropy = -weighted(log_s, floored(log_s)).sum()
-    return Token(value, with_gradient, log_s[y], log_t_y, entropy, records)
+    return Token(value, with_gradient, log_s[y], log_t_y, entropy, metrics)
 
 
-# ---- the whole objective -------------------------------------------------------------------------------------------
+# ---- the whole objective --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -229,30 +229,30 @@ class Problem:
     reference: HiddenSignal | None = None
     contrast_signal: HiddenSignal | None = None
 
-    def vocab_size(self, is_anchored: bool) -> int:
-        """The ids that every head has which is used."""
+    def vocab_size(self, has_reference: bool) -> int:
+        """The number of ids that all used heads share."""
         others = [self.signal] if isinstance(self.signal, HiddenSignal) else getattr(self.signal, "signals", [])
         others = [
             *others,
-            *([self.reference] if is_anchored else []),
+            *([self.reference] if has_reference else []),
             *([] if self.contrast_signal is None else [self.contrast_signal]),
         ]
         return min(len(head.weight_VD) for head in (self.head, *(o.head for o in others)))
 
 
 @dataclass
-class Found:
-    """What is compared: numbers by name, and gradients by name."""
+class Result:
+    """Values and gradients by name."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 def rollouts(tokens: Tokens, places: Sequence[int]) -> list[list[int]]:
-    found: dict[int, list[int]] = defaultdict(list)
+    result: dict[int, list[int]] = defaultdict(list)
     for n in places:
-        found[0 if tokens.row_N is None else int(tokens.row_N[n])].append(n)
-    return list(found.values())
+        result[0 if tokens.row_N is None else int(tokens.row_N[n])].append(n)
+    return list(result.values())
 
 
 def kept_weights(objective: Objective, rows: list[list[int]], each: dict[int, Token]) -> dict[int, float]:
@@ -266,7 +266,7 @@ def kept_weights(objective: Objective, rows: list[list[int]], each: dict[int, To
 
 
 def cost(objective: Objective, row: list[int], n: int, each: dict[int, Token]) -> float:
-    """What the later tokens of a rollout say against token n."""
+    """The reward to go of token n, with its sign turned: what later tokens of its rollout cost."""
     r = {m: (each[m].log_s_y.clamp(min=LOWEST) - each[m].log_t_y.clamp(min=LOWEST)).item() for m in row if m > n}
     if objective.reward_to_go == "discounted":
         return sum(objective.discount ** (row.index(m) - row.index(n)) * r[m] for m in r)
@@ -287,7 +287,7 @@ def contrast(problem: Problem, rows: list[list[int]], vocab_size: int) -> dict[i
     return factors
 
 
-def reference(objective: Objective, problem: Problem) -> Found:
+def reference(objective: Objective, problem: Problem) -> Result:
     """The objective by its definition."""
     d, tokens = objective.divergence, problem.tokens
     v = problem.vocab_size(objective.ref_kl_coef > 0)
@@ -316,10 +316,10 @@ def reference(objective: Objective, problem: Problem) -> Found:
         weight = {n: weight[n] * factors[n] for n in weight if factors[n]}
     loss, steered = leaves["states"].sum().nan_to_num(0, 0, 0) * 0, leaves["states"].sum().nan_to_num(0, 0, 0) * 0
     columns: dict[str, dict[int, float]] = defaultdict(dict)
-    # Where all tokens were looked at before some were left out, all of them are in the records.
-    looked = objective.keep_fraction < 1 or objective.reward_to_go != "none"
-    for n in places if looked else weight:
-        for name, value in told(objective, tokens, n, each[n]).items():
+    # A pass over all tokens before some were left out leaves the metrics of all of them.
+    has_statistics_pass = objective.keep_fraction < 1 or objective.reward_to_go != "none"
+    for n in places if has_statistics_pass else weight:
+        for name, value in metrics_of(objective, tokens, n, each[n]).items():
             columns[name][n] = value
     for n, w in weight.items():
         one = each[n]
@@ -335,33 +335,33 @@ def reference(objective: Objective, problem: Problem) -> Found:
         loss, steered = loss + w * total, steered + w * steer
     steered.backward()
     values = {"loss": loss.detach()} | {name: scattered(x, len(tokens.weight_N)) for name, x in columns.items() if x}
-    return Found(values, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+    return Result(values, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
 
 
-def told(objective: Objective, tokens: Tokens, n: int, one: Token) -> dict[str, float]:
-    """What a token that was looked at leaves in the records."""
-    found = {"divergence": one.value.item(), "entropy": one.entropy.item(), **one.records}
-    found |= {"logprob": one.log_s_y.item(), "teacher_logprob": one.log_t_y.item()}
+def metrics_of(objective: Objective, tokens: Tokens, n: int, one: Token) -> dict[str, float]:
+    """The metrics of a token."""
+    result = {"divergence": one.value.item(), "entropy": one.entropy.item(), **one.metrics}
+    result |= {"logprob": one.log_s_y.item(), "teacher_logprob": one.log_t_y.item()}
     if objective.importance_clip is not None and tokens.rollout_logprobs_N is not None:
         sampler = float(tokens.rollout_logprobs_N[n])
         ratio = 1.0 if math.isnan(sampler) else math.exp(min(one.log_s_y.item() - sampler, 700.0))
-        found["importance/truncated"] = float(ratio > objective.importance_clip)
-        found["importance/ratio"] = min(ratio, objective.importance_clip)
+        result["importance/truncated"] = float(ratio > objective.importance_clip)
+        result["importance/ratio"] = min(ratio, objective.importance_clip)
     if objective.divergence.support == "sampled" or objective.reward_to_go != "none":
         r = one.log_s_y.clamp(min=LOWEST).item() - one.log_t_y.clamp(min=LOWEST).item()
-        found |= {"k1": r, "k2": r * r / 2, "k3": math.exp(-r) - 1 + r}
-    return found
+        result |= {"k1": r, "k2": r * r / 2, "k3": math.exp(-r) - 1 + r}
+    return result
 
 
 def scattered(column: dict[int, float], count: int) -> Tensor:
     return torch.tensor([column.get(n, 0.0) for n in range(count)], dtype=torch.float64)
 
 
-# ---- the comparison ------------------------------------------------------------------------------------------------
+# ---- the comparison -------------------------------------------------------------------------------------------------
 
 
-def measured(objective: Objective, problem: Problem, factor: float = 1.0) -> Found:
-    """What opsd says of the same problem."""
+def measured(objective: Objective, problem: Problem, factor: float = 1.0) -> Result:
+    """Values and gradients of opsd for the same problem."""
     leaves = {"states": problem.hidden_ND, "weight": problem.head.weight_VD, "bias": problem.head.bias_V}
     leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items() if x is not None}
     head = replace(problem.head, weight_VD=leaves["weight"], bias_V=leaves.get("bias"))
@@ -375,21 +375,21 @@ def measured(objective: Objective, problem: Problem, factor: float = 1.0) -> Fou
     )
     (record.loss * factor).backward()
     values = {"loss": record.loss.detach(), "divergence": record.divergence_N, "entropy": record.entropy_N}
-    return Found(values | dict(record.metrics), {name: leaf.grad for name, leaf in leaves.items()})
+    return Result(values | dict(record.metrics), {name: leaf.grad for name, leaf in leaves.items()})
 
 
-def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
+def is_close(result: Tensor, expected: Tensor, tolerance: float) -> bool:
     size = 1.0 + (expected.abs().max().item() if expected.numel() else 0.0)
-    return found.shape == expected.shape and bool(((found.double() - expected).abs() <= tolerance * size).all())
+    return result.shape == expected.shape and bool(((result.double() - expected).abs() <= tolerance * size).all())
 
 
 def agrees(objective: Objective, problem: Problem, dtype: torch.dtype | None = None) -> None:
-    """Assert that every value, record and gradient is what the twin finds."""
-    found, expected = measured(objective, problem), reference(objective, problem)
+    """Assert that every value, metric and gradient equals the twin's."""
+    result, expected = measured(objective, problem), reference(objective, problem)
     of_value, of_gradient = TOLERANCE[dtype or problem.hidden_ND.dtype]
     for name, value in expected.values.items():
-        # Records are float32 whatever the states are.
+        # Metrics are float32 for states of any dtype.
         tolerance = of_value if name == "loss" else max(of_value, 1e-6)
-        assert is_close(found.values[name], value, tolerance), (name, found.values[name], value)
+        assert is_close(result.values[name], value, tolerance), (name, result.values[name], value)
     for name, gradient in expected.gradients.items():
-        assert is_close(found.gradients[name], gradient, of_gradient), (name, found.gradients[name], gradient)
+        assert is_close(result.gradients[name], gradient, of_gradient), (name, result.gradients[name], gradient)

@@ -1,4 +1,4 @@
-"""The fused kernel: chunks, blocks, memory, recomputation, dtypes; and that the comparison notices what is broken."""
+"""The fused kernel: chunks, blocks, memory, recomputation, dtypes; and broken code that the comparison must notice."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from losses_cases import DIVERGENCES, HEADS, SIZES, name_of, objectives, problem
+from losses_cases import DIVERGENCE_CASES, HEADS, SIZES, name_of, objectives, problem
 from losses_twin import agrees, measured, reference
 
 from opsd.losses import Divergence, Objective, divergence, kernel, pointwise, rule, supports
@@ -65,14 +65,14 @@ def test_the_compiled_rule_computes_the_same_for_every_size() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-# ---- dtypes --------------------------------------------------------------------------------------------------------
+# ---- dtypes ---------------------------------------------------------------------------------------------------------
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 @every_dtype
-@pytest.mark.parametrize("divergence", DIVERGENCES[::3], ids=name_of)
+@pytest.mark.parametrize("divergence", DIVERGENCE_CASES[::3], ids=name_of)
 def test_states_of_every_dtype(divergence: Divergence, dtype: torch.dtype) -> None:
     agrees(Objective(divergence, loss_budget_mb=0.001), problem(9, dtype=dtype, head="all of it"))
 
@@ -85,48 +85,48 @@ def test_heads_of_every_dtype_widened_in_parts(head: str, dtype: torch.dtype, mo
 
 
 def test_float32_states_over_a_bfloat16_head() -> None:
-    asked = problem(9, dtype=torch.bfloat16, head="bias")
-    agrees(Objective(), replace(asked, hidden_ND=asked.hidden_ND.float()), torch.bfloat16)
+    case = problem(9, dtype=torch.bfloat16, head="bias")
+    agrees(Objective(), replace(case, hidden_ND=case.hidden_ND.float()), torch.bfloat16)
 
 
 @every_support
 def test_autocast_changes_nothing(divergence: Divergence) -> None:
-    asked, objective = problem(9, dtype=torch.float32, head="bias"), Objective(divergence)
-    without = measured(objective, asked)
+    case, objective = problem(9, dtype=torch.float32, head="bias"), Objective(divergence)
+    without = measured(objective, case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        within = measured(objective, asked)
+        within = measured(objective, case)
     assert all(torch.equal(within.gradients[name], g) for name, g in without.gradients.items())
     assert all(torch.equal(within.values[name], x) for name, x in without.values.items())
 
 
 def test_gradients_have_the_dtype_of_what_they_belong_to() -> None:
-    asked = problem(5, dtype=torch.bfloat16, head="bias")
-    found = measured(Objective(), replace(asked, hidden_ND=asked.hidden_ND.float()))
-    assert [g.dtype for g in found.gradients.values()] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    assert found.values["loss"].dtype == torch.float32
+    case = problem(5, dtype=torch.bfloat16, head="bias")
+    result = measured(Objective(), replace(case, hidden_ND=case.hidden_ND.float()))
+    assert [g.dtype for g in result.gradients.values()] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert result.values["loss"].dtype == torch.float32
 
 
-# ---- recomputation and memory --------------------------------------------------------------------------------------
+# ---- recomputation and memory ---------------------------------------------------------------------------------------
 
 SOME = objectives()[::5]
 
 
 @pytest.mark.parametrize("objective", [o for _, o in SOME], ids=[name for name, _ in SOME])
 def test_recomputing_gives_exactly_the_same(objective: Objective) -> None:
-    asked = problem(12, dtype=torch.float32, head="all of it", left_out=True, contrast_signal=True)
-    kept = measured(replace(objective, loss_budget_mb=0.001), asked)
-    again = measured(replace(objective, loss_budget_mb=0.001, recompute_loss=True), asked)
+    case = problem(12, dtype=torch.float32, head="all of it", left_out=True, contrast_signal=True)
+    kept = measured(replace(objective, loss_budget_mb=0.001), case)
+    again = measured(replace(objective, loss_budget_mb=0.001, recompute_loss=True), case)
     assert all(torch.equal(again.values[name], x) for name, x in kept.values.items())
     assert all(torch.equal(again.gradients[name], g) for name, g in kept.gradients.items())
 
 
 def test_recomputing_under_autocast_uses_the_products_of_the_forward_pass() -> None:
-    asked = problem(9, dtype=torch.float32)
-    hidden = asked.hidden_ND.requires_grad_()
+    case = problem(9, dtype=torch.float32)
+    hidden = case.hidden_ND.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = Objective(recompute_loss=True)(hidden, asked.head, asked.signal, asked.tokens).loss
+        loss = Objective(recompute_loss=True)(hidden, case.head, case.signal, case.tokens).loss
     loss.backward()
-    assert torch.equal(hidden.grad, measured(Objective(), asked).gradients["states"])
+    assert torch.equal(hidden.grad, measured(Objective(), case).gradients["states"])
 
 
 MEMORY = """
@@ -152,7 +152,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompute: bool) -> None:
     """Logits exist a chunk at a time: peak memory after 100 tokens and after 3,200 is nearly the same.
 
-    Small records kept from every block once pinned the heap between the large tensors: 990 MiB here.
+    Small tensors kept from every block once pinned the heap between the large tensors: 990 MiB here.
     """
     command = [sys.executable, "-c", MEMORY, "3200", support, str(recompute)]
     grown = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -160,7 +160,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompu
     assert grown < 0.3 * one_side, f"{grown:.0f} MiB more, and logits of one side are {one_side:.0f}"
 
 
-# ---- sabotage ------------------------------------------------------------------------------------------------------
+# ---- sabotage -------------------------------------------------------------------------------------------------------
 
 real_scatter, real_transform = supports.scatter_to_vocab, Head.backward_transform
 real_choose, real_clip = supports.choose, pointwise.clip_terms
@@ -186,10 +186,10 @@ def row(name: str, change: Callable[..., Any]) -> tuple[Any, str, Any]:
     return table, name, replace(table[name], terms=change(table[name].terms))
 
 
-def without_tail_slope(found: PointwiseTerms, *rest: Any) -> Any:
-    grad_log_s = found.grad_log_s.clone()
+def without_tail_gradient(result: PointwiseTerms, *rest: Any) -> Any:
+    grad_log_s = result.grad_log_s.clone()
     grad_log_s[:, -1] = 0.0
-    return real_scatter(found._replace(grad_log_s=grad_log_s), *rest)
+    return real_scatter(result._replace(grad_log_s=grad_log_s), *rest)
 
 
 def all_used(*args: Any) -> tuple:
@@ -227,9 +227,9 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
     "forward KL in a gate": (divergence, "forward_kl", flipped(pointwise.forward_kl), of(entropy_gate=2.0)),
     "JSD's mixture the other way round": (pointwise, "_log_mixture", lambda gap, b: (gap * 0, gap * 0), of(beta=0.3)),
     "weights dropped": (rule.TrainingRule, "_corrected", lambda s, w, *a: w * 0 + 1, of()),
-    "costs dropped": (rule.TrainingRule, "_with_policy_gradient", lambda self, slope, tokens: slope, of(**FUTURE)),
-    "the bucket's slope": (divergence, "scatter_to_vocab", without_tail_slope, of(**UNION)),
-    "the bucket's slope, forward": (divergence, "scatter_to_vocab", without_tail_slope, of(beta=0.0, **UNION)),
+    "advantages dropped": (rule.TrainingRule, "_with_policy_gradient", lambda self, grad, tokens: grad, of(**FUTURE)),
+    "the bucket's gradient": (divergence, "scatter_to_vocab", without_tail_gradient, of(**UNION)),
+    "the bucket's gradient, forward": (divergence, "scatter_to_vocab", without_tail_gradient, of(beta=0.0, **UNION)),
     "ids counted twice": (divergence, "choose", all_used, of(**UNION, tail="renormalise")),
     "ids counted twice, bucket": (divergence, "choose", all_used, of(beta=0.3, **UNION)),
     "the wrong side's ids": (
@@ -255,15 +255,15 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
         lambda self, grad, z: real_transform(self, grad, z) / self.scale,
         of(),
     ),
-    "a cost's sign": (objective_module, "discounted_reward_to_go", lambda *a: -real_return(*a), of(**FUTURE)),
-    "a cost of the past": (objective_module, "discounted_reward_to_go", reversed_time, of(**FUTURE)),
-    "a cost of oneself": (
+    "a reward's sign": (objective_module, "discounted_reward_to_go", lambda *a: -real_return(*a), of(**FUTURE)),
+    "rewards of earlier tokens": (objective_module, "discounted_reward_to_go", reversed_time, of(**FUTURE)),
+    "the token's reward counted twice": (
         objective_module,
         "discounted_reward_to_go",
         lambda r, row, d: r + real_return(r, row, d),
         of(**FUTURE),
     ),
-    "a cost across rollouts": (
+    "rewards across rollouts": (
         objective_module,
         "discounted_reward_to_go",
         lambda r, row, d: real_return(r, row * 0, d),
@@ -328,24 +328,24 @@ SABOTAGE: dict[str, tuple[Any, str, Any, Objective]] = {
 
 
 class TestSabotage:
-    """What is broken on purpose is noticed by the comparison that the tests above use."""
+    """The comparison that the tests above use notices code that is broken on purpose."""
 
     @pytest.fixture
-    def asked(self) -> Any:
+    def case(self) -> Any:
         return problem(12, v=23, head="all of it", contrast_signal=True, dtype=torch.float32)
 
     @pytest.mark.parametrize(("place", "name", "broken", "objective"), SABOTAGE.values(), ids=SABOTAGE)
     def test_is_noticed(
-        self, place: Any, name: str, broken: Any, objective: Objective, asked: Any, monkeypatch: pytest.MonkeyPatch
+        self, place: Any, name: str, broken: Any, objective: Objective, case: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        agrees(objective, asked)
+        agrees(objective, case)
         (monkeypatch.setitem if isinstance(place, dict) else monkeypatch.setattr)(place, name, broken)
         with pytest.raises(AssertionError):
-            agrees(objective, asked)
+            agrees(objective, case)
 
-    def test_a_loss_without_its_gradient_is_noticed(self, asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        expected = reference(Objective(), asked)
+    def test_a_loss_without_its_gradient_is_noticed(self, case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        expected = reference(Objective(), case)
         monkeypatch.setattr(Head, "hidden_grad_into", lambda self, grad, out: out.zero_())
         assert not torch.allclose(
-            measured(Objective(), asked).gradients["states"].double(), expected.gradients["states"]
+            measured(Objective(), case).gradients["states"].double(), expected.gradients["states"]
         )

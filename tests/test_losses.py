@@ -10,7 +10,7 @@ import pytest
 import torch
 from losses_cases import (
     BETAS,
-    DIVERGENCES,
+    DIVERGENCE_CASES,
     HEADS,
     MASKED,
     SIGNALS,
@@ -28,7 +28,7 @@ from opsd.models.head import Head
 from opsd.signals import HiddenSignal
 
 OBJECTIVES = objectives()
-every_divergence = pytest.mark.parametrize("divergence", DIVERGENCES, ids=name_of)
+every_divergence = pytest.mark.parametrize("divergence", DIVERGENCE_CASES, ids=name_of)
 
 
 @every_divergence
@@ -40,9 +40,9 @@ def test_value_and_gradient_equal_the_definition(n: int, divergence: Divergence)
 @every_divergence
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_every_signal_that_a_divergence_takes(signal: str, divergence: Divergence) -> None:
-    asked = problem(signal=signal, left_out=True)
-    if answers(divergence, asked.signal):
-        agrees(Objective(divergence), asked)
+    case = problem(signal=signal, left_out=True)
+    if answers(divergence, case.signal):
+        agrees(Objective(divergence), case)
 
 
 @every_divergence
@@ -67,37 +67,37 @@ def test_ids_that_a_head_masks_out_add_no_nan(masked: tuple[str, ...], divergenc
 @pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED)
 @pytest.mark.parametrize("beta", BETAS)
 def test_ids_that_a_head_masks_out_in_a_mixture(beta: float, masked: tuple[str, ...], signal: str) -> None:
-    # Where the wrong context alone masks an id, p^1.5 / p'^0.5 has no value; in both it is masked out.
-    asked = problem(6, masked=masked, signal=signal)
+    # Where the second context alone masks an id, p^1.5 / p'^0.5 has no value; masked in both, it is left out.
+    case = problem(6, masked=masked, signal=signal)
     if signal == "geometric, pushed away" and "teacher" in masked:
-        one, two = asked.signal.signals
+        one, two = case.signal.signals
         same = replace(two, head=replace(two.head, bias_V=one.head.bias_V))
-        asked = replace(asked, signal=replace(asked.signal, signals=[one, same]))
+        case = replace(case, signal=replace(case.signal, signals=[one, same]))
     divergence = Divergence(beta)
-    if answers(divergence, asked.signal):
-        agrees(Objective(divergence), asked)
+    if answers(divergence, case.signal):
+        agrees(Objective(divergence), case)
 
 
 @every_divergence
-def test_a_teacher_with_the_students_own_head_gives_it_no_gradient(divergence: Divergence) -> None:
+def test_a_teacher_that_shares_the_students_head_gives_it_no_gradient(divergence: Divergence) -> None:
     agrees(Objective(divergence), problem(tied=True, head="bias"))
 
 
-def logits_of(asked: Problem) -> tuple[list[list[float]], list[list[float]]]:
-    student = asked.head.logits(asked.hidden_ND)
-    return student.tolist(), asked.signal.head.logits(asked.signal.hidden_ND).tolist()
+def logits_of(case: Problem) -> tuple[list[list[float]], list[list[float]]]:
+    student = case.head.logits(case.hidden_ND)
+    return student.tolist(), case.signal.head.logits(case.signal.hidden_ND).tolist()
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("masked", MASKED.values(), ids=MASKED)
 def test_values_equal_a_twin_without_tensors(masked: tuple[str, ...], beta: float) -> None:
-    asked = problem(9, masked=masked)
-    found = measured(Objective(Divergence(beta)), asked).values["divergence"]
-    expected = [math_value(s, t, beta) for s, t in zip(*logits_of(asked), strict=True)]
-    assert is_close(found, torch.tensor(expected, dtype=torch.float64), 1e-6)
+    case = problem(9, masked=masked)
+    result = measured(Objective(Divergence(beta)), case).values["divergence"]
+    expected = [math_value(s, t, beta) for s, t in zip(*logits_of(case), strict=True)]
+    assert is_close(result, torch.tensor(expected, dtype=torch.float64), 1e-6)
 
 
-# ---- extremes ------------------------------------------------------------------------------------------------------
+# ---- extremes -------------------------------------------------------------------------------------------------------
 
 BIG = 1e4
 EXTREME = {
@@ -121,16 +121,16 @@ def test_extreme_logits_equal_the_definition(temperature: float, beta: float, lo
 @every_extreme
 @every_divergence
 def test_extreme_logits_give_finite_numbers_in_float32(divergence: Divergence, logits: tuple) -> None:
-    asked = of_logits(*logits)
+    case = of_logits(*logits)
     eye = Head(torch.eye(4))
-    asked = replace(asked, hidden_ND=asked.hidden_ND.float(), head=eye)
-    asked = replace(asked, signal=HiddenSignal(asked.signal.hidden_ND.float(), eye))
-    found = measured(Objective(divergence), asked)
-    for numbers in (*(found.values[x] for x in ("loss", "divergence", "entropy")), *found.gradients.values()):
+    case = replace(case, hidden_ND=case.hidden_ND.float(), head=eye)
+    case = replace(case, signal=HiddenSignal(case.signal.hidden_ND.float(), eye))
+    result = measured(Objective(divergence), case)
+    for numbers in (*(result.values[x] for x in ("loss", "divergence", "entropy")), *result.gradients.values()):
         assert numbers.isfinite().all()
 
 
-# ---- worked by hand ------------------------------------------------------------------------------------------------
+# ---- worked by hand -------------------------------------------------------------------------------------------------
 
 LN = math.log
 HALF, QUARTER = [0.0, 0.0], [LN(3.0), 0.0]  # student (1/2, 1/2), teacher (3/4, 1/4)
@@ -160,23 +160,23 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("settings", "value", "slope"), BY_HAND.values(), ids=BY_HAND)
 def test_a_case_worked_by_hand(settings: dict, value: float, slope: float) -> None:
-    asked = of_logits([HALF], [QUARTER])
-    found = measured(Objective(Divergence(**settings)), asked)
-    assert found.values["loss"].item() == pytest.approx(value, abs=1e-12)
-    assert found.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
+    case = of_logits([HALF], [QUARTER])
+    result = measured(Objective(Divergence(**settings)), case)
+    assert result.values["loss"].item() == pytest.approx(value, abs=1e-12)
+    assert result.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
 
 
 def test_the_twin_itself_gives_the_case_worked_by_hand() -> None:
     for settings, value, slope in BY_HAND.values():
-        found = reference(Objective(Divergence(**settings)), of_logits([HALF], [QUARTER]))
-        assert found.values["loss"].item() == pytest.approx(value, abs=1e-12)
-        assert found.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
+        result = reference(Objective(Divergence(**settings)), of_logits([HALF], [QUARTER]))
+        assert result.values["loss"].item() == pytest.approx(value, abs=1e-12)
+        assert result.gradients["states"][0].tolist() == pytest.approx([slope, -slope], abs=1e-12)
 
 
-# ---- tokens that do not count --------------------------------------------------------------------------------------
+# ---- tokens without weight ------------------------------------------------------------------------------------------
 
 
-def poisoned(asked: Problem) -> Problem:
+def poisoned(case: Problem) -> Problem:
     """NaN wherever a token of weight 0 could leak from."""
 
     def nan_where(x: torch.Tensor, places: slice) -> torch.Tensor:
@@ -184,15 +184,15 @@ def poisoned(asked: Problem) -> Problem:
         x[places] = torch.nan
         return x
 
-    out, tokens = slice(1, None, 4), asked.tokens
+    out, tokens = slice(1, None, 4), case.tokens
     parts = {
         name: replace(signal, hidden_ND=nan_where(signal.hidden_ND, out))
         for name in ("signal", "reference", "contrast_signal")
-        if isinstance(signal := getattr(asked, name), HiddenSignal)
+        if isinstance(signal := getattr(case, name), HiddenSignal)
     }
     return replace(
-        asked,
-        hidden_ND=nan_where(asked.hidden_ND, out),
+        case,
+        hidden_ND=nan_where(case.hidden_ND, out),
         tokens=replace(tokens, rollout_logprobs_N=nan_where(tokens.rollout_logprobs_N, out)),
         **parts,
     )
@@ -201,8 +201,8 @@ def poisoned(asked: Problem) -> Problem:
 @pytest.mark.parametrize("contrast_signal", [False, True], ids=["", "contrastive"])
 @pytest.mark.parametrize(
     "objective",
-    [o for _, o in OBJECTIVES[:: len(DIVERGENCES) // 9]],
-    ids=[x for x, _ in OBJECTIVES[:: len(DIVERGENCES) // 9]],
+    [o for _, o in OBJECTIVES[:: len(DIVERGENCE_CASES) // 9]],
+    ids=[x for x, _ in OBJECTIVES[:: len(DIVERGENCE_CASES) // 9]],
 )
 def test_nan_in_a_token_of_weight_zero_changes_nothing(objective: Objective, contrast_signal: bool) -> None:
     clean = problem(11, left_out=True, contrast_signal=contrast_signal)
@@ -220,42 +220,42 @@ EMPTY = {"no tokens": 0, "no token of weight": 4}
 def test_nothing_to_train_on_is_a_loss_of_zero_that_reaches_every_input(
     objective: Objective, recompute: bool, n: int
 ) -> None:
-    asked = problem(n, contrast_signal=True, head="bias")
-    asked = replace(asked, tokens=replace(asked.tokens, weight_N=torch.zeros(n)))
-    found = measured(replace(objective, recompute_loss=recompute), asked)
-    assert found.values["loss"].item() == 0.0
-    assert set(found.gradients) == {"states", "weight", "bias"}
-    assert all(g is not None and g.abs().sum().item() == 0.0 for g in found.gradients.values())
-    assert all(column.shape == (n,) for name, column in found.values.items() if name != "loss")
+    case = problem(n, contrast_signal=True, head="bias")
+    case = replace(case, tokens=replace(case.tokens, weight_N=torch.zeros(n)))
+    result = measured(replace(objective, recompute_loss=recompute), case)
+    assert result.values["loss"].item() == 0.0
+    assert set(result.gradients) == {"states", "weight", "bias"}
+    assert all(g is not None and g.abs().sum().item() == 0.0 for g in result.gradients.values())
+    assert all(column.shape == (n,) for name, column in result.values.items() if name != "loss")
 
 
-# ---- what carries a gradient ---------------------------------------------------------------------------------------
+# ---- what carries a gradient ----------------------------------------------------------------------------------------
 
-SMOOTH = [d for d in DIVERGENCES if d.support != "sampled" and d.entry_clip is None and d.token_clip is None]
+SMOOTH = [d for d in DIVERGENCE_CASES if d.support != "sampled" and d.entry_clip is None and d.token_clip is None]
 
 
 @pytest.mark.parametrize("divergence", SMOOTH, ids=name_of)
 def test_the_gradient_is_that_of_the_value(divergence: Divergence) -> None:
-    """Finite differences: the only comparison here that knows no formula of a gradient at all."""
-    asked = problem(3, v=9, d=3, head="all of it")
+    """Finite differences: the only comparison here that uses no formula of a gradient."""
+    case = problem(3, v=9, d=3, head="all of it")
     objective = Objective(divergence, ref_kl_coef=0.3, recompute_loss=True)  # gradcheck goes backward more than once
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        head = replace(asked.head, weight_VD=weight, bias_V=bias)
-        return objective(hidden, head, asked.signal, asked.tokens, reference=asked.reference).loss
+        head = replace(case.head, weight_VD=weight, bias_V=bias)
+        return objective(hidden, head, case.signal, case.tokens, reference=case.reference).loss
 
-    inputs = [x.clone().requires_grad_() for x in (asked.hidden_ND, asked.head.weight_VD, asked.head.bias_V)]
+    inputs = [x.clone().requires_grad_() for x in (case.hidden_ND, case.head.weight_VD, case.head.bias_V)]
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(("states", "weight"), list(product([True, False], repeat=2))[:3])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_only_what_is_trained_gets_a_gradient(recompute: bool, states: bool, weight: bool) -> None:
-    asked, objective = problem(9, head="bias"), Objective(recompute_loss=recompute)
-    expected = reference(objective, asked)
-    hidden = asked.hidden_ND.clone().requires_grad_(states)
-    head = replace(asked.head, weight_VD=asked.head.weight_VD.clone().requires_grad_(weight))
-    objective(hidden, head, asked.signal, asked.tokens).loss.backward()
+    case, objective = problem(9, head="bias"), Objective(recompute_loss=recompute)
+    expected = reference(objective, case)
+    hidden = case.hidden_ND.clone().requires_grad_(states)
+    head = replace(case.head, weight_VD=case.head.weight_VD.clone().requires_grad_(weight))
+    objective(hidden, head, case.signal, case.tokens).loss.backward()
     for leaf, name, is_trained in ((hidden, "states", states), (head.weight_VD, "weight", weight)):
         assert (leaf.grad is not None) == is_trained
         assert not is_trained or is_close(leaf.grad, expected.gradients[name], 1e-9)
@@ -264,33 +264,33 @@ def test_only_what_is_trained_gets_a_gradient(recompute: bool, states: bool, wei
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_loss_that_is_scaled_before_it_goes_back_scales_its_gradients(recompute: bool) -> None:
-    asked, objective = problem(9, head="bias"), Objective(recompute_loss=recompute)
-    one, three = measured(objective, asked), measured(objective, asked, factor=3.0)
+    case, objective = problem(9, head="bias"), Objective(recompute_loss=recompute)
+    one, three = measured(objective, case), measured(objective, case, factor=3.0)
     assert all(is_close(three.gradients[name], 3.0 * g, 1e-12) for name, g in one.gradients.items())
 
 
 def test_a_second_backward_pass_is_refused() -> None:
-    asked = problem(3)
-    loss = Objective()(asked.hidden_ND.requires_grad_(), asked.head, asked.signal, asked.tokens).loss
+    case = problem(3)
+    loss = Objective()(case.hidden_ND.requires_grad_(), case.head, case.signal, case.tokens).loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match=r"backward was called twice.*Compute the loss again"):
         loss.backward()
 
 
 def test_a_second_backward_pass_of_a_recomputed_loss_gives_the_same_again() -> None:
-    asked = problem(3)
-    hidden = asked.hidden_ND.requires_grad_()
-    loss = Objective(recompute_loss=True)(hidden, asked.head, asked.signal, asked.tokens).loss
+    case = problem(3)
+    hidden = case.hidden_ND.requires_grad_()
+    loss = Objective(recompute_loss=True)(hidden, case.head, case.signal, case.tokens).loss
     once, again = (torch.autograd.grad(loss, hidden, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(once, again)
 
 
 @every_divergence
 def test_without_gradients_the_values_are_the_same(divergence: Divergence) -> None:
-    asked, objective = problem(9), Objective(divergence)
+    case, objective = problem(9), Objective(divergence)
     with torch.no_grad():
-        record = objective(asked.hidden_ND, asked.head, asked.signal, asked.tokens)
-    assert torch.equal(record.loss, measured(objective, asked).values["loss"]) and not record.loss.requires_grad
+        record = objective(case.hidden_ND, case.head, case.signal, case.tokens)
+    assert torch.equal(record.loss, measured(objective, case).values["loss"]) and not record.loss.requires_grad
 
 
 def test_tokens_are_selected_together() -> None:

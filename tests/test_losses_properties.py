@@ -1,4 +1,4 @@
-"""What divergences are whatever the numbers: bounds, limits, unbiased estimates, settings that are refused, words."""
+"""Properties of divergences: bounds, limits, unbiased estimates, refused settings, descriptions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_cases import BETAS, DIVERGENCES, OBJECTIVES, TOP_K, name_of, of_logits, problem, random
+from losses_cases import BETAS, DIVERGENCE_CASES, OBJECTIVES, TOP_K, name_of, of_logits, problem, random
 from losses_twin import measured
 
 from opsd.errors import ConfigError
-from opsd.losses import Divergence, Objective, Tokens
+from opsd.losses import Divergence, Objective
 from opsd.losses.estimators import ESTIMATORS
 from opsd.losses.supports import TAILS
 from opsd.models.head import Head
@@ -23,7 +23,7 @@ from opsd.signals import HiddenSignal, MixtureSignal, TopKSignal
 
 NEVER_NEGATIVE = [
     d
-    for d in DIVERGENCES
+    for d in DIVERGENCE_CASES
     if d.support != "sampled" and d.entry_clip is None and (d.support == "full" or d.tail != "none")
 ]
 quick = settings(max_examples=8, deadline=None, derandomize=True)
@@ -38,20 +38,20 @@ def logits(seed: int, spread: float = 1.0, n: int = 4, v: int = 11) -> tuple[tor
     return spread * random(n, v, seed=seed), spread * random(n, v, seed=seed + 1)
 
 
-# ---- bounds --------------------------------------------------------------------------------------------------------
+# ---- bounds ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("divergence", NEVER_NEGATIVE, ids=name_of)
 @quick
 @given(seed=seeds, spread=spreads)
 def test_a_divergence_is_never_negative(divergence: Divergence, seed: int, spread: float) -> None:
-    found = values_of(divergence, *logits(seed, spread))
-    assert (found >= -1e-6).all() and found.isfinite().all()
+    result = values_of(divergence, *logits(seed, spread))
+    assert (result >= -1e-6).all() and result.isfinite().all()
 
 
 @quick
 @given(beta=st.floats(0, 1), seed=seeds, spread=st.floats(0.1, 30.0))
-def test_it_is_zero_where_both_are_equal_and_only_there(beta: float, seed: int, spread: float) -> None:
+def test_a_divergence_is_zero_where_both_are_equal_and_only_there(beta: float, seed: int, spread: float) -> None:
     beta = min(max(beta, 1e-2), 1 - 1e-2) if 0 < beta < 1 else beta
     student, teacher = logits(seed, spread)
     assert (values_of(Divergence(beta), student, student + 7.0).abs() <= 1e-6).all()
@@ -63,22 +63,22 @@ EQUAL_IS_STILL = [d for d in NEVER_NEGATIVE if d.support != "sampled"]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "divergence", [d for d in DIVERGENCES if d.support == "full" or d.tail == "bucket"], ids=name_of
+    "divergence", [d for d in DIVERGENCE_CASES if d.support == "full" or d.tail == "bucket"], ids=name_of
 )
 def test_equal_sides_have_a_gradient_of_exactly_zero(divergence: Divergence, dtype: torch.dtype) -> None:
     if divergence.support == "sampled" or divergence.entry_clip is not None:
         return
-    asked = problem(9, dtype=dtype, head="all of it")
-    asked = replace(asked, signal=HiddenSignal(asked.hidden_ND, asked.head))
-    found = measured(Objective(divergence), asked)
-    assert all(g.abs().max().item() == 0.0 for g in found.gradients.values())
+    case = problem(9, dtype=dtype, head="all of it")
+    case = replace(case, signal=HiddenSignal(case.hidden_ND, case.head))
+    result = measured(Objective(divergence), case)
+    assert all(g.abs().max().item() == 0.0 for g in result.gradients.values())
 
 
 @pytest.mark.parametrize("divergence", EQUAL_IS_STILL, ids=name_of)
 def test_equal_sides_have_hardly_any_gradient_on_any_support(divergence: Divergence) -> None:
-    asked = problem(9)
-    found = measured(Objective(divergence), replace(asked, signal=HiddenSignal(asked.hidden_ND, asked.head)))
-    assert all(g.abs().max().item() < 1e-13 for g in found.gradients.values())
+    case = problem(9)
+    result = measured(Objective(divergence), replace(case, signal=HiddenSignal(case.hidden_ND, case.head)))
+    assert all(g.abs().max().item() < 1e-13 for g in result.gradients.values())
 
 
 @quick
@@ -100,7 +100,7 @@ def test_the_divided_jsd_tends_to_the_kls(beta: float, end: float) -> None:
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("support", TOP_K)
 def test_a_support_with_its_bucket_grows_to_the_whole_vocabulary(support: str, beta: float) -> None:
-    """Coarsening never adds divergence, and the teacher's own order adds entries one by one."""
+    """Coarsening never adds divergence, and the order of the teacher adds entries one by one."""
     student, teacher = logits(5, 2.0)
     of_k = [values_of(Divergence(beta, support=support, support_k=k), student, teacher) for k in (1, 3, 6, 10, 11, 99)]
     whole = values_of(Divergence(beta), student, teacher)
@@ -111,8 +111,8 @@ def test_a_support_with_its_bucket_grows_to_the_whole_vocabulary(support: str, b
 
 def test_a_clipped_forward_kl_may_be_negative() -> None:
     """t = (.9, .1), s = (.5, .5): .529 is capped at .05, and .1·log .2 = -.161 stands."""
-    found = values_of(Divergence(0.0, entry_clip=0.05), torch.zeros(1, 2), torch.tensor([[math.log(9.0), 0.0]]))
-    assert found.item() == pytest.approx(0.05 + 0.1 * math.log(0.2), abs=1e-6)
+    result = values_of(Divergence(0.0, entry_clip=0.05), torch.zeros(1, 2), torch.tensor([[math.log(9.0), 0.0]]))
+    assert result.item() == pytest.approx(0.05 + 0.1 * math.log(0.2), abs=1e-6)
 
 
 def test_mass_that_leaves_the_support_makes_tail_none_negative() -> None:
@@ -125,19 +125,19 @@ def test_mass_that_leaves_the_support_makes_tail_none_negative() -> None:
 @pytest.mark.parametrize("gap", [80.0, 110.0, 1e3, 1e4, math.inf])
 def test_a_teachers_probability_that_underflows_is_bounded(gap: float, beta: float, dtype: torch.dtype) -> None:
     student = torch.tensor([[0.0, 0.0, 0.0]], dtype=dtype)
-    asked = of_logits(student, torch.tensor([[0.0, -gap, 1.0]]))
+    case = of_logits(student, torch.tensor([[0.0, -gap, 1.0]]))
     eye = Head(torch.eye(3, dtype=dtype))
-    asked = replace(asked, hidden_ND=student, head=eye)
+    case = replace(case, hidden_ND=student, head=eye)
     if gap == math.inf:  # as states they would be 0 · inf
         masked = Head(eye.weight_VD, torch.tensor([0.0, -gap, 1.0], dtype=dtype))
-        asked = replace(asked, signal=HiddenSignal(student, masked))
-    found = measured(Objective(Divergence(beta)), asked)
-    assert found.values["loss"].item() <= 100.0 and found.gradients["states"].abs().max().item() <= 100.0
+        case = replace(case, signal=HiddenSignal(student, masked))
+    result = measured(Objective(Divergence(beta)), case)
+    assert result.values["loss"].item() <= 100.0 and result.gradients["states"].abs().max().item() <= 100.0
 
 
-# ---- estimates from sampled tokens ---------------------------------------------------------------------------------
+# ---- estimates from sampled tokens ----------------------------------------------------------------------------------
 
-SAMPLES, ERROR_RATE = 20_000, 1e-4  # chance that a right implementation fails one of these tests, Bonferroni over z
+SAMPLES, ERROR_RATE = 20_000, 1e-4  # chance that a correct implementation fails one of these tests, Bonferroni over z
 STUDENT, TEACHER = [0.3, -0.5, 1.0, 0.0, -2.0], [1.0, 0.0, -0.5, 0.4, 0.2]
 FAR_TEACHER = [-3.0, -2.0, -3.0, -3.5, 4.0]
 
@@ -145,13 +145,13 @@ FAR_TEACHER = [-3.0, -2.0, -3.0, -3.5, 4.0]
 def sampled(
     baseline: str, sampler: list[float] | None = None, teacher: list[float] = TEACHER
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """One gradient per sampled token, all of one distribution; and the records."""
+    """One gradient per sampled token, all of one distribution; and the metrics."""
     drawn_from = torch.tensor(sampler or STUDENT, dtype=torch.float64).log_softmax(-1)
     ids = torch.multinomial(drawn_from.exp(), SAMPLES, replacement=True, generator=torch.Generator().manual_seed(1))
-    asked = of_logits([STUDENT] * SAMPLES, [teacher] * SAMPLES, ids_N=ids, rollout_logprobs_N=drawn_from[ids].float())
+    case = of_logits([STUDENT] * SAMPLES, [teacher] * SAMPLES, ids_N=ids, rollout_logprobs_N=drawn_from[ids].float())
     clip = None if sampler is None else 1e6
-    found = measured(Objective(Divergence(support="sampled", baseline=baseline), importance_clip=clip), asked)
-    return found.gradients["states"], found.values
+    result = measured(Objective(Divergence(support="sampled", baseline=baseline), importance_clip=clip), case)
+    return result.gradients["states"], result.values
 
 
 def assert_unbiased(samples: torch.Tensor, expected: torch.Tensor) -> None:
@@ -161,8 +161,8 @@ def assert_unbiased(samples: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def exact(beta: float = 1.0) -> tuple[torch.Tensor, float]:
-    found = measured(Objective(Divergence(beta)), of_logits([STUDENT], [TEACHER]))
-    return found.gradients["states"][0], found.values["loss"].item()
+    result = measured(Objective(Divergence(beta)), of_logits([STUDENT], [TEACHER]))
+    return result.gradients["states"][0], result.values["loss"].item()
 
 
 @pytest.mark.parametrize("sampler", [None, [0.0, 0.0, 0.5, 0.2, -1.0]], ids=["student", "another, corrected"])
@@ -173,13 +173,13 @@ def test_the_policy_gradient_is_unbiased(baseline: str, sampler: list[float] | N
 
 def test_no_other_baseline_varies_less() -> None:
     """The mean of the log-ratio, the usual baseline, does worse than none here."""
-    found, records = sampled("none")
-    size = found / records["k1"].double()[:, None]  # ∇log s(y)
+    result, metrics = sampled("none")
+    size = result / metrics["k1"].double()[:, None]  # ∇log s(y)
     at_best = sampled("optimal")[0].var(0).sum().item()
-    usual = (records["k1"].double() - exact()[1])[:, None] * size
-    assert at_best < found.var(0).sum().item() < usual.var(0).sum().item()
+    usual = (metrics["k1"].double() - exact()[1])[:, None] * size
+    assert at_best < result.var(0).sum().item() < usual.var(0).sum().item()
     for other in torch.linspace(-1.0, 1.0, 21, dtype=torch.float64):
-        assert at_best <= 1.01 * ((records["k1"].double() - other)[:, None] * size).var(0).sum().item()
+        assert at_best <= 1.01 * ((metrics["k1"].double() - other)[:, None] * size).var(0).sum().item()
 
 
 @pytest.mark.parametrize("name", ["k1", "k3"])
@@ -187,7 +187,7 @@ def test_estimators_are_unbiased(name: str) -> None:
     assert_unbiased(sampled("none")[1][name].double()[:, None], torch.tensor([exact()[1]]))
 
 
-def test_a_biased_estimator_is_told_from_an_unbiased_one() -> None:
+def test_the_test_of_bias_rejects_a_biased_estimator() -> None:
     with pytest.raises(AssertionError):
         assert_unbiased(sampled("none")[1]["k2"].double()[:, None], torch.tensor([exact()[1]]))
 
@@ -203,7 +203,7 @@ def test_k3_is_never_negative_and_varies_less_than_k1() -> None:
     [Divergence(), Divergence(support="sampled"), Divergence(support="sampled", baseline="none")],
     ids=name_of,
 )
-def test_costs_of_the_future_give_the_gradient_of_whole_rollouts(divergence: Divergence) -> None:
+def test_rewards_to_go_give_the_gradient_of_whole_rollouts(divergence: Divergence) -> None:
     """Exactly: all rollouts of two tokens, each weighed by its probability, against autograd of the rollouts' KL."""
     v = 3
     first, second = random(1, v, seed=1)[0].requires_grad_(), random(v, v, seed=2).requires_grad_()
@@ -213,22 +213,22 @@ def test_costs_of_the_future_give_the_gradient_of_whole_rollouts(divergence: Div
     (log_s.exp() * (log_s - log_t)).sum().backward()
     pairs = list(itertools.product(range(v), repeat=2))
     stack = lambda one, two: torch.stack([x for a, _ in pairs for x in (one, two[a])]).detach()  # noqa: E731
-    asked = of_logits(
+    case = of_logits(
         stack(first, second),
         stack(teacher_first, teacher_second),
         weight_N=torch.stack([log_s[a, b].exp().detach() for a, b in pairs for _ in range(2)]),
         ids_N=torch.tensor(pairs).flatten(),
         row_N=torch.arange(len(pairs)).repeat_interleave(2),
     )
-    found = measured(Objective(divergence, reward_to_go="discounted"), asked).gradients["states"]
-    assert torch.allclose(found[0::2].sum(0), first.grad, atol=1e-12)
+    result = measured(Objective(divergence, reward_to_go="discounted"), case).gradients["states"]
+    assert torch.allclose(result[0::2].sum(0), first.grad, atol=1e-12)
     by_first = torch.stack(
-        [sum(found[2 * i + 1] for i, (a, _) in enumerate(pairs) if a == first_id) for first_id in range(v)]
+        [sum(result[2 * i + 1] for i, (a, _) in enumerate(pairs) if a == first_id) for first_id in range(v)]
     )
     assert torch.allclose(by_first, second.grad, atol=1e-12)
 
 
-# ---- refused -------------------------------------------------------------------------------------------------------
+# ---- refused --------------------------------------------------------------------------------------------------------
 
 NONE = {"support": "union", "tail": "none"}
 REFUSED = [
@@ -276,15 +276,15 @@ REFUSED = [
 
 
 def objective_of(settings: dict) -> Objective:
-    own = {k: v for k, v in settings.items() if k in Divergence.__dataclass_fields__}
-    return Objective(Divergence(**own), **{k: v for k, v in settings.items() if k not in own})
+    inner = {k: v for k, v in settings.items() if k in Divergence.__dataclass_fields__}
+    return Objective(Divergence(**inner), **{k: v for k, v in settings.items() if k not in inner})
 
 
 @pytest.mark.parametrize(("refused", "rule", "reason", "way_out"), REFUSED, ids=[str(r[0]) for r in REFUSED])
 def test_what_cannot_work_is_refused(refused: dict, rule: str, reason: str, way_out: str) -> None:
     with pytest.raises(ConfigError) as caught:
         objective_of(refused)
-    assert all(said in str(caught.value) for said in (rule, reason, way_out)), str(caught.value)
+    assert all(part in str(caught.value) for part in (rule, reason, way_out)), str(caught.value)
 
 
 LISTS = problem(3, signal="top-k lists")
@@ -303,7 +303,7 @@ REFUSED_FOR_LISTS = [
 def test_what_a_teacher_of_lists_does_not_know_is_refused(refused: dict, rule: str, reason: str, way_out: str) -> None:
     with pytest.raises(ConfigError) as caught:
         measured(objective_of(refused), LISTS)
-    assert all(said in str(caught.value) for said in (rule, reason, way_out)), str(caught.value)
+    assert all(part in str(caught.value) for part in (rule, reason, way_out)), str(caught.value)
 
 
 @pytest.mark.parametrize("tail", TAILS)
@@ -313,30 +313,30 @@ def test_a_teacher_of_lists_answers_for_its_own_support(tail: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "kind", "said"),
+    ("weights", "kind", "message"),
     [
         ((1.0, 1.0), "arithmetic", "adding up to 1"),
         ((1.5, -0.5), "arithmetic", "geometric"),
         ((0.5, 0.5), "mean", "one of"),
     ],
 )
-def test_mixtures_that_are_no_distribution_are_refused(weights: tuple, kind: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_mixtures_that_are_no_distribution_are_refused(weights: tuple, kind: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         MixtureSignal([LISTS.reference, LISTS.reference], weights, kind)
 
 
-# ---- in words ------------------------------------------------------------------------------------------------------
+# ---- descriptions ---------------------------------------------------------------------------------------------------
 
 
-def test_words_and_formula_are_distinct_for_distinct_settings() -> None:
-    said = [(d.describe(), d.formula) for d in DIVERGENCES]
-    assert len(set(said)) == len(said)
+def test_descriptions_and_formulas_are_distinct_for_distinct_settings() -> None:
+    texts = [(d.describe(), d.formula) for d in DIVERGENCE_CASES]
+    assert len(set(texts)) == len(texts)
     objectives = [Objective(**settings) for settings in ({}, *OBJECTIVES.values())]
     assert len({o.describe() for o in objectives}) == len(objectives)
 
 
 @pytest.mark.parametrize(("beta", "direction"), [(1.0, "KL(student ‖ teacher)"), (0.0, "KL(teacher ‖ student)")])
-def test_words_name_the_direction(beta: float, direction: str) -> None:
+def test_descriptions_name_the_direction(beta: float, direction: str) -> None:
     assert direction in Divergence(beta).describe() and direction in Objective(Divergence(beta)).describe()
 
 
@@ -353,7 +353,3 @@ def test_a_divergence_by_name_is_the_one_that_beta_chooses(name: str, beta: floa
     a, b = (measured(Objective(d), problem(5)) for d in (named, chosen))
     assert torch.equal(a.values["loss"], b.values["loss"])
     assert torch.equal(a.gradients["states"], b.gradients["states"])
-
-
-def test_a_token_knows_no_more_than_it_was_told() -> None:
-    assert vars(Tokens(torch.ones(1))).keys() >= {"weight_N", "ids_N", "row_N", "rollout_logprobs_N", "advantage_N"}

@@ -1,4 +1,4 @@
-"""A divergence of one's own: a function and a row of the table; exact on every support, and it trains."""
+"""A divergence that a user adds with a function and a row of the table: exact on every support, and it trains."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SETTINGS = [
 def test_value_and_gradient_equal_autograd_over_the_definition(settings: dict, spread: float) -> None:
     student, teacher = (spread * random(7, 11, seed=seed) for seed in (1, 2))
     divergence = Divergence(divergence="alpha", **settings)
-    found = measured(Objective(divergence), of_logits(student, teacher))
+    result = measured(Objective(divergence), of_logits(student, teacher))
     leaf = student.clone().requires_grad_()
     top_k = divergence.support_k if divergence.support == "teacher_top_k" else None
     temperature = divergence.temperature
@@ -71,22 +71,22 @@ def test_value_and_gradient_equal_autograd_over_the_definition(settings: dict, s
     expected = by_definition(leaf / temperature, teacher / temperature, divergence.beta, top_k, clip)
     expected.sum().backward()
     assert leaf.grad is not None
-    assert torch.allclose(found.values["divergence"].double(), expected.detach(), atol=1e-6)
-    assert torch.allclose(found.gradients["states"], leaf.grad, atol=1e-9)
+    assert torch.allclose(result.values["divergence"].double(), expected.detach(), atol=1e-6)
+    assert torch.allclose(result.gradients["states"], leaf.grad, atol=1e-9)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:3], ids=str)
 def test_equal_sides_have_no_gradient(settings: dict) -> None:
     logits = random(5, 9, seed=3)
-    found = measured(Objective(Divergence(divergence="alpha", **settings)), of_logits(logits, logits))
-    assert found.gradients["states"].abs().max() < 1e-15
+    result = measured(Objective(Divergence(divergence="alpha", **settings)), of_logits(logits, logits))
+    assert result.gradients["states"].abs().max() < 1e-15
 
 
 def test_half_is_four_times_the_squared_hellinger_distance_worked_by_hand() -> None:
     """s = (1/2, 1/2), t = (4/5, 1/5): Σ √(s·t) = √0.4 + √0.1."""
-    asked = of_logits([[0.0, 0.0]], [[math.log(4.0), 0.0]])
-    found = measured(Objective(Divergence(0.5, divergence="alpha")), asked)
-    assert found.values["loss"].item() == pytest.approx(4 * (1 - math.sqrt(0.4) - math.sqrt(0.1)))
+    case = of_logits([[0.0, 0.0]], [[math.log(4.0), 0.0]])
+    result = measured(Objective(Divergence(0.5, divergence="alpha")), case)
+    assert result.values["loss"].item() == pytest.approx(4 * (1 - math.sqrt(0.4) - math.sqrt(0.1)))
 
 
 SUPPORTS = {"full": {}, "top-k with a bucket": {"support": "teacher_top_k", "support_k": 5}}
@@ -124,6 +124,6 @@ def test_the_example_in_the_documentation_of_the_table_adds_a_row(monkeypatch: p
     exec("\n".join(line[12:] for line in example.splitlines()), {})
     divergence = Divergence(divergence="hellinger")
     assert name_of(divergence) == "divergence=hellinger"
-    asked = of_logits([[0.0, 0.0]], [[math.log(4.0), 0.0]])
-    found = measured(Objective(divergence), asked).values["loss"].item()
-    assert found == pytest.approx(1 - math.sqrt(0.4) - math.sqrt(0.1))
+    case = of_logits([[0.0, 0.0]], [[math.log(4.0), 0.0]])
+    result = measured(Objective(divergence), case).values["loss"].item()
+    assert result == pytest.approx(1 - math.sqrt(0.4) - math.sqrt(0.1))

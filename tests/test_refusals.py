@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,13 @@ from helpers import (
 )
 
 from opsd import (
+    OPSDConfig,
     PrivilegedContext,
     SameCheckpointTeacher,
 )
+from opsd.cli import main
 from opsd.errors import ConfigError, DataError, NonFiniteLossError, OPSDWarning
+from opsd.training.config import RENAMED, RENAMED_VALUES
 
 
 def test_nan_in_the_loss_stops_before_the_update_and_names_step_and_rows(tmp_path: Path) -> None:
@@ -101,6 +105,54 @@ def test_settings_outside_their_range_are_refused(tmp_path: Path, setting: dict,
 def test_settings_that_are_probably_not_meant_warn(tmp_path: Path, setting: dict, message: str) -> None:
     with pytest.warns(OPSDWarning, match=message):
         make_args(tmp_path, **setting)
+
+
+RENAMED_VALUE_CASES = [(name, old, new) for name, values in RENAMED_VALUES.items() for old, new in values.items()]
+
+
+def refused(folder: Path, setting: dict[str, str], way: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Give a setting to a run in one of three ways; returns the message of the error."""
+    if way == "OPSDConfig":
+        with pytest.raises(ConfigError) as caught:
+            make_args(folder, **setting)
+        return str(caught.value)
+    (name, value), path = next(iter(setting.items())), folder / "run.yaml"
+    path.write_text("model_name_or_path: none\ndataset_name: none\n" + (f"{name}: {value}\n" if way == "YAML" else ""))
+    flags = [] if way == "YAML" else [f"--{name.replace('_', '-') if way == 'dashes' else name}", value]
+    assert main(["train", str(path), *flags]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["OPSDConfig", "YAML", "command line", "dashes"])
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_of_a_setting_is_refused_with_the_new_one(
+    tmp_path: Path, old: str, new: str, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(tmp_path, {old: "1"}, way, capsys)
+    assert f"the setting '{old}' is now called '{new}'" in message and f"Write {new}" in message
+    names = OPSDConfig.__dataclass_fields__
+    assert old not in names and new in names
+
+
+@pytest.mark.parametrize("way", ["OPSDConfig", "YAML", "command line"])
+@pytest.mark.parametrize(("name", "old", "new"), RENAMED_VALUE_CASES)
+def test_an_old_value_of_a_setting_is_refused_with_the_new_one(
+    tmp_path: Path, name: str, old: str, new: str, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"{name} is '{old}', which is now called '{new}'" in refused(tmp_path, {name: old}, way, capsys)
+
+
+def test_a_warning_names_the_line_that_made_the_config(tmp_path: Path) -> None:
+    with pytest.warns(OPSDWarning, match="has no effect|nearly vanish") as caught:
+        OPSDConfig(str(tmp_path), use_cpu=True, bf16=False, keep_by="disagreement", beta=0.01)
+    assert [warning.filename for warning in caught if warning.category is OPSDWarning] == [__file__] * 2
+
+
+def test_a_config_is_the_same_after_it_was_pickled(tmp_path: Path) -> None:
+    """transformers pickles it into every checkpoint."""
+    args = make_args(tmp_path, ref_kl_coef=0.1, divergence="forward_kl")
+    again = pickle.loads(pickle.dumps(args))
+    assert again == args and again.objective == args.objective
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:

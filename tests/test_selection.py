@@ -81,7 +81,7 @@ def test_a_pass_rate_that_is_none_is_an_error_that_names_the_column(value: Any) 
         TokenSelection(pass_rate_column="p").apply(replace(ROLLOUTS, rows=rows))
 
 
-def test_pass_rates_are_looked_at_before_a_model_loads(tmp_path: Path) -> None:
+def test_pass_rates_are_checked_before_a_model_loads(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**row, "p": 0.5 if i else 7.0} for i, row in enumerate(make_rows())])
     for column in ("p", "no such column"):
         with pytest.raises(DataError, match=f"row 0: column '{column}' holds no pass rate"):
@@ -90,16 +90,16 @@ def test_pass_rates_are_looked_at_before_a_model_loads(tmp_path: Path) -> None:
 
 
 def test_passes_end_at_the_last_token_that_is_trained_on() -> None:
-    """What comes after is not seen by it: the batch is shorter, and the states are the same."""
+    """Later tokens do not change earlier states, so the batch can be shorter."""
     whole, short = ROLLOUTS.pad("cpu"), TokenSelection(first_tokens_only=2).apply(ROLLOUTS).pad("cpu")
     assert whole.ids_BL.shape[1] == 2 + 5 and short.ids_BL.shape[1] == 2 + 2
     assert short.scored_ids_N.tolist() == [10, 11, 10, 11, END]
     assert short.row_N.tolist() == [0, 0, 1, 1, 2]
 
 
-def test_words_say_what_is_left_out() -> None:
-    said = {TokenSelection(**settings).describe() for settings, _ in CASES.values()}
-    assert len(said) == len(CASES) and "all" in said
+def test_descriptions_differ_for_what_is_left_out() -> None:
+    texts = {TokenSelection(**settings).describe() for settings, _ in CASES.values()}
+    assert len(texts) == len(CASES) and "all" in texts
 
 
 def test_tokens_are_named_as_the_vocabulary_writes_them_or_as_text() -> None:
@@ -107,8 +107,8 @@ def test_tokens_are_named_as_the_vocabulary_writes_them_or_as_text() -> None:
     special = set(tokenizer.all_special_ids)
     named = next(token for token, i in tokenizer.get_vocab().items() if i not in special)
     args = make_args("unused", mask_tokens=[named], mask_special_tokens=True)
-    found = TokenSelection.from_config(args, tokenizer, [])
-    assert found.left_out_ids == special | {tokenizer.get_vocab()[named]}
+    selection = TokenSelection.from_config(args, tokenizer, [])
+    assert selection.left_out_ids == special | {tokenizer.get_vocab()[named]}
 
 
 def test_a_named_token_that_is_several_is_refused() -> None:
@@ -126,7 +126,7 @@ def test_a_run_counts_what_it_leaves_out_and_divides_by_what_is_left(tmp_path: P
     assert "without the first 2" in trainer.scorer.describe()
 
 
-def test_a_run_whose_every_token_is_left_out_says_so_and_changes_nothing(tmp_path: Path) -> None:
+def test_a_run_whose_every_token_is_left_out_logs_it_and_changes_nothing(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), skip_first_tokens=100)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()

@@ -1,4 +1,4 @@
-"""From settings to a step: every objective trains a real model, and does what its words say."""
+"""From settings to a step: every objective trains a real model, and is described in the log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from opsd.errors import ConfigError, OPSDWarning, TemplateError
 from opsd.losses import Divergence, Objective
 from opsd.training.vllm_logprobs import EngineLogprobs
 
-# One line per objective that published systems use: settings, and what their words must say.
+# One line per objective of a published system: settings, and a part of the description in the log.
 OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "reverse KL": ({}, "reverse KL"),
     "OPSD": ({"beta": 0.0, "entry_clip": 0.05}, "each entry at most 0.05"),
@@ -31,7 +31,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "Thinking Machines": ({"support": "sampled", "baseline": "none"}, "the sampled token"),
     "discounted": ({"support": "sampled", "reward_to_go": "discounted", "discount": 0.5}, "discounted by 0.5"),
     "MiniLLM": ({"reward_to_go": "mean"}, "the mean reward of later tokens"),
-    "anchored": ({"ref_kl_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
+    "reference policy": ({"ref_kl_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
     "RLCSD": ({"contrast_context": "worked_solution"}, "worked_solution does not say"),
     "token clip": ({"token_clip": 0.5}, "each token at most 0.5"),
     "two passes": ({"recompute_loss": True, "loss_budget_mb": 0.01}, "reverse KL"),
@@ -50,18 +50,18 @@ def test_every_objective_trains_and_is_named_in_the_log(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("student", ["full", "lora", "arriving adapter"])
-def test_the_anchor_is_the_student_at_step_0_with_the_plain_prompt(tmp_path: Path, student: str) -> None:
+def test_the_reference_policy_is_the_student_at_step_0_with_the_plain_prompt(tmp_path: Path, student: str) -> None:
     trainer = make_trainer(
         tmp_path, SameCheckpointTeacher(context="answer_only"), student, ref_kl_coef=1.0, max_steps=3
     )
     trainer.train()
     drift = logged(trainer, "ref_kl")
     assert drift[0] == pytest.approx(0.0, abs=1e-6) and drift[-1] > 0.0
-    assert logged(trainer, "divergence")[0] > 0.0, "the teacher was shown something, the anchor was not"
+    assert logged(trainer, "divergence")[0] > 0.0, "the teacher has a context, the reference policy has none"
 
 
-def test_an_anchor_holds_the_student_back(tmp_path: Path) -> None:
-    """Two students that moved alike: the anchored one's gradient points more towards where it began."""
+def test_the_reference_kl_pulls_the_student_back(tmp_path: Path) -> None:
+    """Two students that moved alike: with the term the gradient points more towards step 0."""
     pulls = []
     for coef in (0.0, 1.0):
         teacher = SameCheckpointTeacher(context="answer_only")
@@ -77,8 +77,8 @@ def test_an_anchor_holds_the_student_back(tmp_path: Path) -> None:
     assert pulls[1] > pulls[0] + 1e-4
 
 
-def test_a_token_that_the_wrong_context_moves_as_much_has_no_weight(tmp_path: Path) -> None:
-    """With the same template as right and as wrong context there is nothing that only the right one says."""
+def test_a_token_that_the_contrast_context_changes_as_much_has_no_weight(tmp_path: Path) -> None:
+    """With the same template as context and contrast context no token differs between them."""
     trainer = make_trainer(
         tmp_path, SameCheckpointTeacher(context="answer_only"), contrast_context="answer_only", max_steps=1
     )
@@ -87,7 +87,7 @@ def test_a_token_that_the_wrong_context_moves_as_much_has_no_weight(tmp_path: Pa
     assert not changed(trainer, before)
 
 
-def test_the_wrong_context_is_scored_by_the_teacher_as_it_moves(tmp_path: Path) -> None:
+def test_the_contrast_context_is_scored_with_the_teachers_current_weights(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, EMATeacher(0.5, context="answer_only"), contrast_context="worked_solution")
     trainer.train()
     loss = trainer.scorer
@@ -95,7 +95,7 @@ def test_the_wrong_context_is_scored_by_the_teacher_as_it_moves(tmp_path: Path) 
     assert loss.contrast.prompts.context.name == "worked_solution" and loss.teacher.context.name == "answer_only"
 
 
-def test_a_column_that_only_the_wrong_context_needs_is_asked_for_before_a_model_loads(tmp_path: Path) -> None:
+def test_a_column_that_only_the_contrast_context_needs_is_checked_before_a_model_loads(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in make_rows()])
     with pytest.raises(TemplateError, match="solution"):
         make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), "no such model", rows,
@@ -118,7 +118,7 @@ def test_the_settings_are_the_objective(tmp_path: Path) -> None:
 
 
 class Engine:
-    """What TRL's VLLMGeneration looks like from outside: settings, and `generate` with its four answers."""
+    """The interface of TRL's VLLMGeneration: settings, and `generate` with its four results."""
 
     def __init__(self, completions: list[list[int]], logprobs: list[Any]):
         self.logprobs = None
@@ -129,7 +129,7 @@ class Engine:
         return prompts, completions, logprobs if self.logprobs == 0 else None, None
 
 
-def test_what_the_engine_says_of_its_samples_is_kept() -> None:
+def test_the_engines_logprobs_of_its_samples_are_kept() -> None:
     engine = Engine([[5, 6], [7]], [[[-0.5], [None]], [[-2.0]]])
     listener = EngineLogprobs(engine)
     assert engine.generate(prompts=[[1], [2]])[1] == [[5, 6], [7]]
@@ -144,15 +144,15 @@ def test_what_the_engine_says_of_its_samples_is_kept() -> None:
 def test_the_loss_is_weighted_by_the_truncated_ratio(
     tmp_path: Path, shift: float, ratio: float, truncated: float
 ) -> None:
-    """The engine's log-probabilities are the student's own, moved by `shift` nats."""
+    """The engine's log-probabilities are the student's, moved by `shift` nats."""
     with pytest.warns(OPSDWarning, match="importance_clip has no effect"):
         trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), importance_clip=2.0)
     loss = trainer.scorer
     rollouts = loss.prepare_rollouts(make_rollouts(4))
     cpu = torch.device("cpu")
     plain = loss(trainer.model, loss.score(rollouts), cpu, 1)
-    own = iter(plain.metrics["logprob"].tolist())
-    sampled = [[next(own) + shift if kept else 0.0 for kept in mask] for mask in rollouts.loss_mask]
+    logprobs = iter(plain.metrics["logprob"].tolist())
+    sampled = [[next(logprobs) + shift if kept else 0.0 for kept in mask] for mask in rollouts.loss_mask]
     object.__setattr__(rollouts, "rollout_logprobs", sampled)
     corrected = loss(trainer.model, loss.score(rollouts), cpu, 1)
     assert corrected.loss.item() == pytest.approx(ratio * plain.loss.item(), rel=1e-4)
@@ -160,7 +160,7 @@ def test_the_loss_is_weighted_by_the_truncated_ratio(
     assert corrected.metrics["importance/truncated"].mean().item() == truncated
 
 
-# ---- refused, or said to do nothing ---------------------------------------------------------------------------------
+# ---- refused, or without effect -------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"support": "sampled", "lmbda": 0.5}, "Set lmbda to 1"),

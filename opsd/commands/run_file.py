@@ -17,7 +17,7 @@ from trl import ModelConfig, TrlParser
 from opsd.errors import ConfigError, did_you_mean
 from opsd.teachers import Recipe, recipe_of
 from opsd.teachers.recipes import read_yaml
-from opsd.training.config import OPSDConfig
+from opsd.training.config import OPSDConfig, check_renamed
 
 
 @dataclass
@@ -101,6 +101,8 @@ class RunParser(TrlParser):
 
     def check(self, names: Iterable[str], where: str) -> None:
         """Refuse a key that nothing reads."""
+        names = list(names)
+        check_renamed(names, where)
         for name in names:
             if name not in self.keys and name != "env":
                 raise ConfigError(

@@ -7,7 +7,10 @@ teacher and its context are not settings: they are arguments of the trainer, and
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
 
 import torch
 from trl import DistillationConfig
@@ -25,7 +28,39 @@ LOW_LMBDA = 0.5
 # Nearer to an end than this the generalised JSD is close to 0, whatever the two models predict.
 NEAR_AN_END = 0.05
 
+# Old name -> new name, of settings and of their values. An old name is refused with the new one.
+RENAMED = {"anchor_coef": "ref_kl_coef", "future_cost": "reward_to_go", "route": "distill_on"}
+RENAMED_VALUES = {"baseline": {"least_variance": "optimal"}, "reward_to_go": {"length_normalised": "mean"}}
 
+
+def check_renamed(names: Iterable[str], where: str) -> None:
+    """Refuse names that settings no longer have.
+
+    Raises:
+        ConfigError: gives the new name.
+    """
+    for name in names:
+        if name in RENAMED:
+            raise ConfigError(
+                f"{where}: the setting {name!r} is now called {RENAMED[name]!r}, and the old name is not read. Write "
+                f"{RENAMED[name]} in its place; it means the same."
+            )
+
+
+def _with_new_names(config: type) -> type:
+    """Make the constructor of a settings class refuse old names of settings."""
+    init = config.__init__  # type: ignore[misc]
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        check_renamed(kwargs, config.__name__)
+        init(self, *args, **kwargs)
+
+    config.__init__ = checked  # type: ignore[misc]
+    return config
+
+
+@_with_new_names
 @dataclass
 class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, GroupSettings, DistillationConfig):
     """Settings of an opsd run; every field of TRL's DistillationConfig and transformers' TrainingArguments is here too.
@@ -103,7 +138,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         if self.bf16 is None:
             self.bf16, self.bf16_is_default = not self.fp16 and choose_bf16(self.use_cpu), True
             if self.bf16 and not torch.accelerator.is_available():
-                self.use_cpu = True  # transformers takes bf16 on a CPU only from those who said that they mean the CPU
+                self.use_cpu = True  # transformers accepts bf16 on a CPU only where use_cpu is set
         super().__post_init__()
         self._warn()
 
@@ -113,6 +148,12 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         return Objective.from_config(self)
 
     def _check(self) -> None:
+        for name, renamed in RENAMED_VALUES.items():
+            if (value := getattr(self, name)) in renamed:
+                raise ConfigError(
+                    f"{name} is {value!r}, which is now called {renamed[value]!r}, and the old name is not read. Write "
+                    f"{renamed[value]} in its place; it means the same."
+                )
         self._check_on_policy(self.objective)
         self.check_token_selection()
         self.check_groups()
@@ -160,20 +201,21 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         self._warn_no_effect()
         if self.lmbda < LOW_LMBDA and self.control is None:
             warnings.warn(
-                f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's own. It "
-                "is then trained on prefixes it will not meet at inference (exposure bias); 1 is on-policy.",
+                f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's. It is "
+                "then trained on prefixes that do not occur at its inference (exposure bias). Set lmbda to 1 for "
+                "on-policy training.",
                 OPSDWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
         if self.seq_kd and self.lmbda == 1.0:
-            warnings.warn("seq_kd has no effect where lmbda is 1: no row is off-policy.", OPSDWarning, stacklevel=4)
+            warnings.warn("seq_kd has no effect where lmbda is 1: no row is off-policy.", OPSDWarning, stacklevel=5)
         kind = self.objective.divergence.kind
         if kind.vanishes_near_ends and min(self.beta, 1.0 - self.beta) < NEAR_AN_END:
             warnings.warn(
-                f"beta is {self.beta:g}: the {kind.describe(self.beta)} goes to 0 at both ends, so the loss and its "
+                f"beta is close to an end: the {kind.describe(self.beta)} goes to 0 at both ends, so the loss and its "
                 "gradient nearly vanish. For the exact KLs use beta 0 (forward) or 1 (reverse).",
                 OPSDWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _warn_no_effect(self) -> None:
@@ -190,4 +232,4 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "importance_clip": self.importance_clip is not None and not self.use_vllm,
         }
         for name in (name for name, has_no_effect in idle.items() if has_no_effect):
-            warnings.warn(f"{name} has no effect in this combination of settings.", OPSDWarning, stacklevel=5)
+            warnings.warn(f"{name} has no effect in this combination of settings.", OPSDWarning, stacklevel=6)
