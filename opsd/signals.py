@@ -1,7 +1,7 @@
-"""What a teacher answers: a distribution over the vocabulary for every scored token.
+"""Signals: what a teacher returns, a distribution over the vocabulary for every scored token.
 
-One record stands between teachers and losses, so neither knows the other. It knows nothing of prompts, rollouts or
-divergences; it only says how what it holds becomes log-probabilities.
+One record stands between teachers and losses, so that neither knows the other. It knows how to become
+log-probabilities, and nothing of prompts, rollouts or divergences.
 
 Shapes: N scored tokens of a micro-batch (packed, padding gone) · R of them · D hidden width · V vocabulary · K ids.
 """
@@ -20,13 +20,13 @@ from torch import Tensor
 from opsd.errors import ConfigError, not_one_of
 from opsd.models.head import Head
 
-ROWS_PER_CHUNK = 512  # logits of this many tokens exist at once when a signal is asked for log-probabilities
+ROWS_PER_CHUNK = 512  # logits of this many tokens exist at once while a signal computes log-probabilities
 KINDS = ("arithmetic", "geometric")
 
 
 @runtime_checkable
 class TeacherSignal(Protocol):
-    """What every signal can answer, whatever it is made of."""
+    """The methods of every signal."""
 
     def __len__(self) -> int:
         """Return N."""
@@ -41,17 +41,17 @@ class TeacherSignal(Protocol):
         ...
 
     def groups(self) -> Sequence[tuple[Tensor | slice, DenseSignal | TopKSignal]]:
-        """Return which tokens one plain signal answers for, and that signal; most answer for all."""
+        """Return (tokens, plain signal) pairs: a plain signal has one pair, a routed one a pair per teacher."""
         ...
 
 
 class DenseSignal(ABC):
-    """A signal that knows the whole vocabulary; the base of the two that do."""
+    """A signal over the whole vocabulary; the base of HiddenSignal and MixtureSignal."""
 
     @property
     @abstractmethod
     def parts(self) -> Sequence[HiddenSignal]:
-        """The states whose logits it is made of."""
+        """The states whose logits it combines."""
 
     @abstractmethod
     def combine(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
@@ -63,29 +63,29 @@ class DenseSignal(ABC):
 
     @abstractmethod
     def narrow(self, vocab_size: int) -> DenseSignal:
-        """Return the signal over the first ids only."""
+        """Return the signal over the first `vocab_size` ids."""
 
     def __len__(self) -> int:
         return self.parts[0].hidden_ND.shape[0]
 
     def groups(self) -> Sequence[tuple[slice, DenseSignal]]:
-        """Return all tokens, and itself."""
+        """Return one pair: all tokens, and this signal."""
         return [(slice(None), self)]
 
     @property
     def vocab_size(self) -> int:
-        """The ids that all parts have: heads that are padded to different sizes differ in it."""
+        """The number of ids that all parts have; heads that are padded to different sizes differ."""
         return min(part.head.vocab_size for part in self.parts)
 
     def logprobs(self, token_ids_N: Tensor) -> Tensor:
         """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
-        found = []
+        chunks = []
         for start in range(0, len(self), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             logits = [part.head.logits(part.hidden_ND[rows]) for part in self.narrow(self.vocab_size).parts]
             log_t = self.combine(logits, temperature=1.0)
-            found.append(log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float())
-        return torch.cat(found) if found else self.parts[0].hidden_ND.new_zeros(0, dtype=torch.float32)
+            chunks.append(log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float())
+        return torch.cat(chunks) if chunks else self.parts[0].hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +93,12 @@ class HiddenSignal(DenseSignal):
     """Last hidden states and the head above them; the full distribution exists only chunk by chunk inside the loss.
 
     Args:
-        hidden_ND: float, without gradient; row n predicts scored token n.
-        head: the teacher's head.
+        hidden_ND: floating point, without gradient; row n predicts scored token n.
+        head: the teacher's head, detached.
+
+    Example:
+        >>> signal = HiddenSignal(hidden_ND, Head.from_model(model).detach())
+        >>> signal.logprobs(token_ids_N)  # (N,) nats
     """
 
     hidden_ND: Tensor
@@ -114,7 +118,7 @@ class HiddenSignal(DenseSignal):
         return replace(self, hidden_ND=self.hidden_ND[index])
 
     def narrow(self, vocab_size: int) -> HiddenSignal:
-        """Return the signal over the first ids only."""
+        """Return the signal over the first `vocab_size` ids."""
         return replace(self, head=self.head.narrow(vocab_size))
 
 
@@ -125,11 +129,15 @@ class MixtureSignal(DenseSignal):
     Args:
         signals: of the same tokens.
         weights: of the signals, adding up to 1. A geometric mixture may have negative ones, which push away from a
-            signal: (2, -1) over a right and a wrong context keeps what only the right one says (contrastive decoding).
+            signal: (2, -1) over a right and a wrong context amplifies what only the right one adds (contrastive
+            decoding).
         kind: "arithmetic", Σ w·p, or "geometric", ∏ p^w normalised.
 
     Raises:
         ConfigError: weights that do not fit the signals or the kind.
+
+    Example:
+        >>> MixtureSignal([first, second], [0.3, 0.7]).logprobs(token_ids_N)
     """
 
     signals: Sequence[HiddenSignal]
@@ -145,10 +153,10 @@ class MixtureSignal(DenseSignal):
         return self.signals
 
     def combine(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
-        """Return the mixture's log-probabilities; each part has the temperature, the mixture has none of its own."""
+        """Return the mixture's log-probabilities; the temperature applies to each part, not to the mixture."""
         each = [part.combine([z], temperature) for part, z in zip(self.signals, logits, strict=True)]
         if self.kind == "geometric":
-            # -inf · 0 and -inf · -1 have no meaning: what a head masks out stays out through the floor.
+            # -inf · 0 and -inf · -1 are undefined: a floor keeps masked ids at a probability of 0.
             floor = torch.finfo(each[0].dtype).min / (2 * sum(abs(w) for w in self.weights))
             blend = sum(w * log_p.clamp(min=floor) for w, log_p in zip(self.weights, each, strict=True))
             return torch.log_softmax(blend, dim=-1)  # type: ignore[arg-type]
@@ -163,12 +171,12 @@ class MixtureSignal(DenseSignal):
         return replace(self, signals=[signal.select(index) for signal in self.signals])
 
     def narrow(self, vocab_size: int) -> MixtureSignal:
-        """Return the signal over the first ids only."""
+        """Return the signal over the first `vocab_size` ids."""
         return replace(self, signals=[signal.narrow(vocab_size) for signal in self.signals])
 
 
 def check_mixture(parts: int, weights: Sequence[float], kind: str) -> None:
-    """Refuse weights that make no distribution of `parts` distributions.
+    """Refuse weights that do not combine `parts` distributions into one.
 
     Raises:
         ConfigError: weights that do not fit the parts or the kind.
@@ -178,7 +186,7 @@ def check_mixture(parts: int, weights: Sequence[float], kind: str) -> None:
     if len(weights) != parts or not math.isclose(sum(weights), 1.0, abs_tol=1e-6):
         raise ConfigError(
             f"a mixture of {parts} has the weights {list(weights)}. It needs one weight for each, adding up to 1, or "
-            "the target would be no distribution."
+            "the result would be no distribution."
         )
     if kind == "arithmetic" and min(weights) < 0:
         raise ConfigError(
@@ -189,12 +197,16 @@ def check_mixture(parts: int, weights: Sequence[float], kind: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class TopKSignal:
-    """The likeliest ids of a teacher and their log-probabilities: what a served or cached teacher can give.
+    """The likeliest ids of a teacher and their log-probabilities, as a served or cached teacher returns them.
 
     Args:
         ids_NK: int64, distinct ids of each token.
         logprobs_NK: float32, nats, at temperature 1 over the whole vocabulary; -inf fills a shorter list (with any id).
-        sampled_logprobs_N: float32, nats, of the scored tokens themselves.
+        sampled_logprobs_N: float32, nats, of the scored tokens.
+
+    Example:
+        >>> log_p, ids = logits_NV.log_softmax(-1).topk(20)
+        >>> TopKSignal(ids, log_p, logits_NV.log_softmax(-1).gather(-1, token_ids_N[:, None])[:, 0])
     """
 
     ids_NK: Tensor
@@ -205,7 +217,7 @@ class TopKSignal:
         return self.ids_NK.shape[0]
 
     def logprobs(self, token_ids_N: Tensor) -> Tensor:
-        """Return log p of the scored tokens; it knows no others."""
+        """Return log p of the scored tokens; others are not known, so `token_ids_N` is not read."""
         return self.sampled_logprobs_N
 
     def select(self, index: Tensor | slice) -> TopKSignal:
@@ -213,17 +225,20 @@ class TopKSignal:
         return TopKSignal(self.ids_NK[index], self.logprobs_NK[index], self.sampled_logprobs_N[index])
 
     def groups(self) -> Sequence[tuple[slice, TopKSignal]]:
-        """Return all tokens, and itself."""
+        """Return one pair: all tokens, and this signal."""
         return [(slice(None), self)]
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedSignal:
-    """Several teachers, each for tokens of its own.
+    """Several teachers, each for some of the tokens.
 
     Args:
         signals: one per teacher, of its tokens in order.
-        indices: int64, the positions of each one's tokens among the N; together they are 0 … N-1.
+        indices: int64, the positions of each teacher's tokens among the N; together they are 0 … N-1.
+
+    Example:
+        >>> RoutedSignal([first, second], [torch.tensor([0, 2]), torch.tensor([1])])
     """
 
     signals: Sequence[DenseSignal | TopKSignal]
@@ -244,7 +259,7 @@ class RoutedSignal:
         return out_N
 
     def narrow(self, vocab_size: int) -> RoutedSignal:
-        """Return the signal over the first ids only, of those who know the whole vocabulary."""
+        """Return the signal with its dense parts over the first `vocab_size` ids."""
         narrowed = [each.narrow(vocab_size) if isinstance(each, DenseSignal) else each for each in self.signals]
         return replace(self, signals=narrowed)
 
@@ -256,6 +271,6 @@ class RoutedSignal:
         owner_N, place_N = owner_N[index], place_N[index]
         chosen = [owner_N == number for number in range(len(self.signals))]
         return RoutedSignal(
-            [signal.select(place_N[mine]) for signal, mine in zip(self.signals, chosen, strict=True)],
-            [mine.nonzero()[:, 0] for mine in chosen],
+            [signal.select(place_N[is_own]) for signal, is_own in zip(self.signals, chosen, strict=True)],
+            [is_own.nonzero()[:, 0] for is_own in chosen],
         )

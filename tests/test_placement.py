@@ -64,7 +64,7 @@ def test_a_placement_that_cannot_work_is_refused_at_once(settings: dict[str, Any
 
 
 def test_a_device_that_is_not_here_is_refused_before_the_weights_are_read(llama_folder: str) -> None:
-    with pytest.raises(ConfigError, match="was to live on cuda:97"):
+    with pytest.raises(ConfigError, match="a teacher's device is cuda:97"):
         prepared(SiblingTeacher(llama_folder, device="cuda:97"), make_llama())
 
 

@@ -76,7 +76,7 @@ def test_the_engine_answers_with_logprobs_where_they_are_expected() -> None:
 
 
 def test_a_call_can_be_sent_through_a_models_forward() -> None:
-    """Teachers that FSDP2 shards score inside their model's forward pass (`opsd.models.sharding.inside`)."""
+    """Teachers that FSDP2 shards score inside their model's forward pass (`opsd.models.sharding.run_in_forward`)."""
     parameters = inspect.signature(_ForwardRedirection.__call__).parameters
     assert list(parameters) == ["self", "wrapper_module", "original_module", "method", "args", "kwargs"]
 

@@ -1,8 +1,8 @@
-"""The one forward pass, used for the student and for every local teacher.
+"""The forward pass of the student and of every local teacher: last hidden states at the positions that are scored.
 
-Knows a model, token ids and which positions to keep; knows nothing of rollouts, teachers or losses.
+Knows a model, token ids and positions; nothing of rollouts, teachers or losses.
 
-Shapes: B rows · L tokens of a padded sequence · N kept positions (packed) · D hidden width.
+Shapes: B rows · L tokens of a padded sequence · N scored positions (packed) · D hidden width.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def language_model(model: nn.Module) -> nn.Module:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """Return how many tokens a model's positions reach, or None where its config sets no limit."""
+    """Return the longest sequence of a model, in tokens, or None where its config sets no limit."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
 
 
 def embedded_tokens(model: nn.Module) -> int:
-    """Return how many ids a model can read."""
+    """Return the number of token ids that a model embeds."""
     return model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
 
 
@@ -63,21 +63,21 @@ def check_lengths(
 
 
 def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, predicts_scored_BL: Tensor) -> Tensor:
-    """Return the last hidden states (before the head) at the kept positions, packed row by row.
+    """Return the last hidden states (after the final norm, before the head) at the scored positions, row by row.
 
-    Position ids are given, so that a row's states do not depend on the side or the amount of its padding: models with
+    Passes position ids, so that a row's states do not depend on the side or the amount of its padding: models with
     learned positions count padding otherwise.
 
     Args:
         ids_BL: int64 token ids.
         mask_BL: int64, 1 for tokens, 0 for padding.
-        keep_BL: bool, the positions whose next token is scored.
+        predicts_scored_BL: bool, the positions whose next token is scored.
 
     Returns:
-        Tensor of shape (N, D), N = keep_BL.sum(), in the model's dtype.
+        Tensor of shape (N, D), N = predicts_scored_BL.sum(), in the model's dtype.
     """
-    for counted in _COUNTERS:
-        counted.append(len(ids_BL))
+    for sequences in _COUNTERS:
+        sequences.append(len(ids_BL))
     backbone: nn.Module = language_model(model).base_model  # type: ignore[assignment]
     inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
     if "position_ids" in inspect.signature(backbone.forward).parameters:
@@ -87,18 +87,18 @@ def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, predicts_scor
 
 @contextmanager
 def counting_passes() -> Iterator[list[int]]:
-    """Count passes for the length of the block: yields a list that gets the sequences of each."""
-    counted: list[int] = []
-    _COUNTERS.append(counted)
+    """Count forward passes for the length of the block: yields a list of the number of sequences of each pass."""
+    sequences: list[int] = []
+    _COUNTERS.append(sequences)
     try:
-        yield counted
+        yield sequences
     finally:
-        _COUNTERS.remove(counted)
+        _COUNTERS.remove(sequences)
 
 
 @contextmanager
 def keeping_modes(model: nn.Module) -> Iterator[None]:
-    """Give every module the mode back that it had before the block."""
+    """Restore the mode (train or eval) of every module after the block."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -109,9 +109,9 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run a block in eval mode without gradient, then give every module back the mode it had.
+    """Run a block in eval mode without gradient, then restore the mode of every module.
 
-    Dropout alone moves two passes of one LoRA model by half a nat, and TRL reads `model.training`.
+    With dropout two passes of one LoRA model differ by half a nat, and TRL reads `model.training`.
     """
     with keeping_modes(model), torch.no_grad():
         model.eval()
@@ -125,16 +125,17 @@ def probe(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 
 def check_model(model: nn.Module, vocab_size: int) -> None:
-    """Refuse a model whose logits are not what its last hidden states and head say.
+    """Refuse a model whose logits cannot be computed from its last hidden states and its head.
 
-    Heads with extra transforms or masked logits exist; a loss on them would train another model than the one sampled.
+    Some heads apply extra transforms or mask logits; a loss without these would train another distribution than the
+    model samples from.
 
     Args:
         model: the model, in the state in which it will be used (adapter on or off).
         vocab_size: ids below it may appear in the probe.
 
     Raises:
-        UnsupportedModelError: the two disagree, naming the model's class and by how much.
+        UnsupportedModelError: the two differ; names the model's class and the difference.
     """
     ids_BL, mask_BL = probe(model, vocab_size)
     with evaluating(model):

@@ -1,7 +1,7 @@
 """Loads a model and its tokenizer for a command: a folder, a hub id, or an adapter on its base.
 
-Weights come from safetensors only (a pickle can run code when it is opened), and no code that came with them runs
-unless asked for.
+Reads weights from safetensors only (a pickle can run code when it is opened), and runs no code that came with them
+unless the user allows it.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ def check_model_name(model: str) -> str:
 def without_autocast(model: nn.Module) -> nn.Module:
     """Return a model without the mixed-precision wrapper that an earlier trainer left on its `forward`.
 
-    accelerate wraps `forward` of the very object it prepares, and the wrapper stays: a model that comes from TRL's
-    SFTTrainer would sample and score in another precision than this run's.
+    accelerate wraps `forward` of the object it prepares, and the wrapper stays: a model from TRL's SFTTrainer would
+    sample and score in another precision than this run's.
     """
     return extract_model_from_parallel(model, keep_fp32_wrapper=False)
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
-    """Return a model that drops nothing while it trains.
+    """Set every dropout probability of a model to 0, and return the model.
 
-    TRL's `disable_dropout` finds modules; Llama and most others also keep the dropout of attention as a number, which
-    they use in train mode.
+    TRL's `disable_dropout` changes modules; Llama and most others also keep attention dropout as a number, which they
+    use in train mode.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):
@@ -76,8 +76,11 @@ def load_model(
     Args:
         model: a folder, a hub id, or a folder with an adapter.
         trust_remote_code: whether code that came with the weights may run.
-        trainable: whether an adapter is loaded to be trained.
-        kwargs: for `from_pretrained`; dtype is float32 unless given.
+        trainable: whether a loaded adapter is trainable.
+        kwargs: for `from_pretrained`; dtype is float32 by default.
+
+    Returns:
+        The model, on the GPU where there is one, and its tokenizer, which pads on the left.
 
     Raises:
         ConfigError: no such model.
@@ -97,17 +100,17 @@ def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str 
     """Return a student as TRL's trainer takes it, and its tokenizer if it had to be loaded here.
 
     Args:
-        model: a model id, a folder, or a loaded model; a folder with an adapter is loaded to be trained on.
+        model: a model id, a folder, or a loaded model; a folder with an adapter is loaded as a trainable PEFT model.
         tokenizer: the user's, or None.
-        args: training arguments; how TRL is to load a model by its name becomes safe.
+        args: training arguments; `model_init_kwargs` is set, so that TRL loads safetensors only.
     """
     if not isinstance(model, str):
         return without_autocast(model), tokenizer
-    # safetensors only, unless asked otherwise: a pickle can run code when it is opened.
+    # safetensors only, unless the user sets another value: a pickle can run code when it is opened.
     args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
     if not is_adapter(check_model_name(model)):
         return model, tokenizer
     kwargs = {key: value for key, value in args.model_init_kwargs.items() if value is not None}
     args.model_init_kwargs = None
-    loaded, own = load_model(model, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)
-    return loaded, tokenizer or own
+    loaded, its_tokenizer = load_model(model, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)
+    return loaded, tokenizer or its_tokenizer

@@ -1,8 +1,8 @@
-"""What FSDP2 changes for whoever holds a second set of weights or calls less than a whole model.
+"""Works with models that FSDP2 shards: names, shards and full tensors of parameters, passes over a part of a model.
 
-Parameters become DTensors after teachers took hold of the model, a model's own embeddings and head are whole only
-inside its forward pass, and what a pass gathered stays gathered. Knows torch's distributed tensors; nothing of
-teachers, rollouts or losses.
+FSDP2 replaces parameters by DTensors after teachers were made, gathers a model's embeddings and head only inside its
+forward pass, and keeps gathered what a pass gathered. Knows torch's distributed tensors; nothing of teachers, rollouts
+or losses.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from trl.models.utils import _ForwardRedirection
 
-# What wrappers put into parameters' names after teachers wrote them down.
+# Added to parameters' names by wrappers, after teachers stored the names.
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 T = TypeVar("T")
@@ -30,29 +30,29 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's name without what wrappers added."""
+    """Return a parameter's name without the prefixes of wrappers."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def run_in_forward(model: nn.Module, function: Callable[[], T]) -> T:
-    """Call a function inside a sharded model's forward pass, where the model's own parameters are whole.
+    """Call a function inside a sharded model's forward pass, where embeddings, norm and head are gathered.
 
-    Its result must be one opaque object: FSDP2 casts tensors that it finds on the way out.
+    The function must return one opaque object: FSDP2 casts tensors that leave a forward pass.
     """
     return _ForwardRedirection()(model, model, function) if is_sharded(model) else function()
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop what earlier passes of a sharded model gathered, so that the next gathers again; sends nothing."""
+    """Free the parameters that earlier passes of a sharded model gathered; no communication."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def shard_like_param(value: Tensor, parameter: Tensor) -> Tensor:
-    """Return a whole value cut as a parameter is cut; each process takes its part of what it has already."""
+    """Return a full value sharded like a parameter; each process takes its shard of its own copy, no communication."""
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
@@ -60,13 +60,13 @@ def shard_like_param(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor, sharing its memory."""
+    """Return this process's shard of a tensor, sharing its memory; the tensor itself where it is not sharded."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Return a tensor put together; a collective where it is sharded."""
+    """Return the full tensor; a collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -84,12 +84,16 @@ def shard_like(model: nn.Module, student: nn.Module) -> None:
 
 @contextmanager
 def swapped_shards(pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iterator[None]:
-    """Let sharded parameters hold other values for the length of the block: (parameter, value) pairs.
+    """Let sharded parameters hold other values for the length of the block.
 
-    The values are copied in and out, shard by shard: FSDP2 gathers from memory of its own, which a swapped pointer
-    would not reach.
+    Values are copied in and out, shard by shard: FSDP2 gathers from its own memory, which a swapped pointer would not
+    reach.
+
+    Args:
+        pairs: (parameter, value), sharded alike.
+        model: the model of the parameters.
     """
-    own = [local_shard(parameter).clone() for parameter, _ in pairs]
+    originals = [local_shard(parameter).clone() for parameter, _ in pairs]
     with torch.no_grad():
         for parameter, value in pairs:
             local_shard(parameter).copy_(local_shard(value))
@@ -98,8 +102,8 @@ def swapped_shards(pairs: list[tuple[Tensor, Tensor]], model: nn.Module) -> Iter
     finally:
         reshard(model)
         with torch.no_grad():
-            for (parameter, _), before in zip(pairs, own, strict=True):
-                local_shard(parameter).copy_(before)
+            for (parameter, _), original in zip(pairs, originals, strict=True):
+                local_shard(parameter).copy_(original)
 
 
 def from_first_process(value: Any) -> Any:

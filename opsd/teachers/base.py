@@ -39,9 +39,11 @@ def constructor_parameters(cls: type[Teacher]) -> dict[str, inspect.Parameter]:
     """Return the settings that a strategy's constructor takes, without its context; **kwargs stand for its parent's."""
     parameters: dict[str, inspect.Parameter] = {}
     for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
-        _, *own = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        parameters |= {p.name: p for p in own if p.kind not in VARIABLE and p.name not in ("context", *parameters)}
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in own):
+        _, *arguments = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        parameters |= {
+            p.name: p for p in arguments if p.kind not in VARIABLE and p.name not in ("context", *parameters)
+        }
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in arguments):
             break
     return parameters
 
@@ -104,11 +106,11 @@ class Teacher(ABC):
             cls.strategy = f"{cls.__module__}:{cls.__qualname__}"
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuse a class without `score`, in words."""
+        """Refuse a class that lacks a required method."""
         if missing := sorted(cls.__abstractmethods__):
             methods = " and ".join(f"{name}()" for name in missing)
             raise TeacherError(
-                f"{cls.__name__} is no teacher yet: it lacks {methods}. A teacher must say what it thinks of each "
+                f"{cls.__name__} is no teacher yet: it lacks {methods}. A teacher returns a distribution for each "
                 f"scored token. Write {methods}; docs/your_own_teacher.md has an example of 30 lines."
             )
         return super().__new__(cls)
@@ -353,11 +355,11 @@ class TeacherView:
 
     @contextmanager
     def _swapped_in(self) -> Iterator[None]:
-        own, self.teacher.prompts = self.teacher.prompts, self.prompts
+        original, self.teacher.prompts = self.teacher.prompts, self.prompts
         try:
             yield
         finally:
-            self.teacher.prompts = own
+            self.teacher.prompts = original
 
     def score(self, rollouts: Rollouts) -> TeacherSignal:
         """Return the teacher's signal for rollouts that these prompts were rendered into.

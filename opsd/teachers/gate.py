@@ -1,4 +1,4 @@
-"""May a snapshot be renewed? Decided from what the run has logged, so a resumed run decides alike.
+"""Decides from logged metrics whether a snapshot may be renewed, so that a resumed run decides alike.
 
 Knows names and numbers of a log; nothing of teachers.
 """
@@ -20,20 +20,23 @@ Log = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Gate:
-    """Conditions on logged metrics; values are means over the steps since the teacher could last have been renewed.
+    """Conditions on logged metrics, as means over a window of steps, for renewing a snapshot.
 
-    Gates keep a student that has begun to fail from becoming its own teacher (CGTR, arXiv 2606.03532: refresh only on
-    a gain and a safe length).
+    A gate keeps a student that gets worse from becoming the teacher (CGTR, arXiv 2606.03532: refresh only on a gain and
+    a safe length).
 
     Args:
         metric: a metric that must not have got worse since the last renewal: `reward`, `eval_loss`, …; None for none.
         better: whether "higher" or "lower" is better; None takes lower for losses and divergences, higher otherwise.
-        tolerance: by how much it may be worse, in its own unit.
-        bounds: metric -> (lowest, highest) as multiples of what it was in the first window of the run, such as
-            {"completions/mean_length": (0.7, 1.5), "entropy": (0.5, 2.0)}; of a negative start the other way round.
+        tolerance: by how much it may be worse, in the metric's unit.
+        bounds: metric -> (lowest, highest) as multiples of its value in the first window of the run, such as
+            {"completions/mean_length": (0.7, 1.5), "entropy": (0.5, 2.0)}; for a negative value the other way round.
 
     Raises:
         ConfigError: conditions that cannot work.
+
+    Example:
+        >>> SnapshotTeacher(50, gate=Gate("reward", tolerance=0.02, bounds={"entropy": (0.5, 2.0)}))
     """
 
     metric: str | None = None
@@ -101,19 +104,21 @@ class Gate:
         return None
 
     def describe(self) -> str:
-        """The conditions in words."""
-        said = [f"{name} stays within {low:g} to {high:g} times its start" for name, (low, high) in self.bounds.items()]
+        """Return the conditions in words."""
+        conditions = [
+            f"{name} stays within {low:g} to {high:g} times its start" for name, (low, high) in self.bounds.items()
+        ]
         if self.metric:
             by = f" by more than {self.tolerance:g}" if self.tolerance else ""
-            said.insert(0, f"{self.metric} does not {'fall' if self.better == 'higher' else 'rise'}{by}")
-        return " and ".join(said)
+            conditions.insert(0, f"{self.metric} does not {'fall' if self.better == 'higher' else 'rise'}{by}")
+        return " and ".join(conditions)
 
 
 def mean(log: Log, name: str, steps: range) -> float | None:
     """Return the mean of a metric's entries at these steps, or None if there are none.
 
-    An entry counts for the steps since the one before it: a run that was stopped logged once more, and decides alike.
-    One that covers no steps (an evaluation before step 1) counts where there are no others, and NaN never.
+    Entries are weighted by the steps since the entry before: a run that was stopped logged once more, and must decide
+    alike. An entry that covers no steps (an evaluation before step 1) counts where there are no others; NaN never does.
     """
     values, shares, before = [], [], 0
     for entry in log:

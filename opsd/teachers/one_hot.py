@@ -1,4 +1,4 @@
-"""Teachers without a model, of which controls are made: what they say of a token depends on the token alone.
+"""Teachers without a model, for controls: their distribution for a token depends on that token alone.
 
 All mass on the scored token turns the forward KL into the negative log-likelihood, so that supervised fine-tuning runs
 through the same trainer, loss and log as distillation.

@@ -1,4 +1,4 @@
-"""Where another model's weights go, in which precision, and whether they fit; decided before they are loaded.
+"""Loads another model as teacher: its device, precision and quantisation, and whether it fits, before it is loaded.
 
 Knows configs, devices and memory; nothing of teachers.
 """
@@ -22,17 +22,20 @@ GIGABYTE = 2**30
 
 @dataclass(frozen=True)
 class Placement:
-    """How a model is loaded and where it lives.
+    """The device, precision and quantisation of a model that is loaded beside the student.
 
     Args:
         dtype: dtype to load in, such as "bfloat16"; "auto" takes the checkpoint's.
-        device: where it lives, such as "cuda:1"; None is the student's device.
-        offload: keep it in CPU memory; it visits its device only while it scores.
+        device: the device it scores on, such as "cuda:1"; None is the student's device.
+        offload: keep it in CPU memory; it is moved to its device only while it scores.
         quantize: "8bit" or "4bit" by bitsandbytes, which must be installed; None loads it as it is.
         attn_implementation: "sdpa", "flash_attention_2", …; None lets transformers choose.
 
     Raises:
-        ConfigError: settings that cannot work together, or here.
+        ConfigError: settings that cannot work together, or not on this machine.
+
+    Example:
+        >>> Placement(dtype="bfloat16", device="cuda:1").load("Qwen/Qwen3-8B", student)
     """
 
     dtype: str | torch.dtype = "auto"
@@ -64,32 +67,32 @@ class Placement:
                 "or load the teacher in bfloat16: dtype='bfloat16'."
             )
 
-    def on(self, student: nn.Module) -> torch.device:
+    def device_for(self, student: nn.Module) -> torch.device:
         """Return the device on which the model scores.
 
         Raises:
-            ConfigError: it is not here.
+            ConfigError: this machine has no such device.
         """
         device = torch.device(self.device) if self.device else next(student.parameters()).device
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ConfigError(
-                f"a teacher was to live on {device}, and {torch.cuda.device_count()} GPUs are here. Name another "
+                f"a teacher's device is {device}, and this machine has {torch.cuda.device_count()} GPUs. Name another "
                 "device, or leave it out: the student's."
             )
         return device
 
     def load(self, source: str, student: nn.Module, **kwargs: Any) -> nn.Module:
-        """Load a model, frozen, in eval mode, where it belongs.
+        """Load a model, frozen, in eval mode, onto its device.
 
         Args:
             source: a folder or a hub id.
-            student: the model beside which it will live.
+            student: the student, whose device is the default.
             kwargs: `revision`, `trust_remote_code`.
 
         Raises:
-            ConfigError: it does not fit, said from its config before a weight is read.
+            ConfigError: it does not fit, which its config tells before a weight is read.
         """
-        device = self.on(student)
+        device = self.device_for(student)
         self.check_fits(source, device, **kwargs)
         if self.quantize:
             kwargs["quantization_config"] = BitsAndBytesConfig(**{f"load_in_{self.quantize}": True})
@@ -101,25 +104,25 @@ class Placement:
         return self.put(model, student)
 
     def put(self, model: nn.Module, student: nn.Module) -> nn.Module:
-        """Freeze a model and move it to where it rests between passes."""
+        """Freeze a model and move it to the device where it is kept between passes."""
         model.requires_grad_(False).eval()
-        # A model that was split over devices, or quantised, already is where it belongs.
+        # A model that was split over devices, or quantised, is placed already.
         if hasattr(model, "hf_device_map") or getattr(model, "is_quantized", False):
             return model
-        return model.to("cpu" if self.offload else self.on(student))
+        return model.to("cpu" if self.offload else self.device_for(student))
 
     def check_fits(self, source: str, device: torch.device, **kwargs: Any) -> None:
-        """Compare what a config says the weights will take with the memory that is free.
+        """Compare the size of the weights, computed from the config, with the free memory.
 
         Raises:
-            ConfigError: too little is free.
+            ConfigError: too little memory is free.
         """
         try:
             config = AutoConfig.from_pretrained(source, **kwargs)
         except (OSError, ValueError):
-            return  # a folder with an adapter only has its base's config elsewhere; loading will say what is wrong
+            return  # the config of an adapter's folder is its base's, elsewhere; loading names what is wrong
         if getattr(config, "quantization_config", None):
-            return  # quantised already: it takes less than its config's dtype says, and how much only its method knows
+            return  # quantised already: smaller than its config's dtype suggests, by a factor only its method knows
         needed = self.bytes_of(config, trust_remote_code=bool(kwargs.get("trust_remote_code")))
         where = torch.device("cpu") if self.offload else device
         free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
@@ -131,12 +134,12 @@ class Placement:
             )
 
     def bytes_of(self, config: Any, *, trust_remote_code: bool = False) -> float:
-        """Return the size of a model's weights, from its config alone."""
+        """Return the size of a model's weights in bytes, from its config alone."""
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         head = model.get_output_embeddings()
-        kept = {id(p) for module in (head, model.get_input_embeddings()) if module for p in module.parameters()}
+        unquantised = {id(p) for module in (head, model.get_input_embeddings()) if module for p in module.parameters()}
         dtype = self.dtype if isinstance(self.dtype, torch.dtype) else getattr(torch, self.dtype, None)
         each = (dtype or config.dtype or torch.float32).itemsize
         small = QUANTISED.get(self.quantize or "", each)
-        return sum(p.numel() * (each if id(p) in kept else small) for p in model.parameters())
+        return sum(p.numel() * (each if id(p) in unquantised else small) for p in model.parameters())

@@ -1,4 +1,4 @@
-"""Reads recipes: ten-line YAML files that say which teacher, with which numbers, shown what, trained how.
+"""Reads recipes: ten-line YAML files with a teacher's strategy and numbers, its context, and training arguments.
 
 Knows the form of a recipe and nothing of what a strategy does with its numbers.
 """
@@ -19,7 +19,7 @@ from opsd.errors import ConfigError, did_you_mean
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe.
+    """A recipe: a teacher with its numbers and context, and the training arguments of its source.
 
     Args:
         about: what it is for, in a sentence.
@@ -28,6 +28,10 @@ class Recipe:
         context: template name, or the arguments of PrivilegedContext, or None.
         args: training arguments (learning rate, lengths, …) that `opsd train` takes as defaults.
         differences: what the published method does and this recipe does not.
+
+    Example:
+        >>> read_recipe(find_recipe("sdft")).teacher
+        {"strategy": "ema", "decay": 0.99}
     """
 
     about: str
@@ -53,7 +57,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read a recipe file.
 
     Raises:
-        ConfigError: no YAML, an unknown or a missing key.
+        ConfigError: invalid YAML, an unknown or a missing key.
     """
     content = read_yaml(path)
     known = [f.name for f in fields(Recipe)]
@@ -82,7 +86,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        ConfigError: the file is missing, is no YAML (with line and column), or holds no mapping.
+        ConfigError: the file is missing, is invalid YAML (with line and column), or holds no mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

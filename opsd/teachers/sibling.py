@@ -128,7 +128,7 @@ class SiblingTeacher(LocalTeacher):
 
     @contextmanager
     def _on_its_device(self) -> Iterator[None]:
-        self.model.to(self.placement.on(self.student.model))
+        self.model.to(self.placement.device_for(self.student.model))
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""A copy of the student, renewed every n steps if a gate lets it pass."""
+"""A copy of the student, renewed every n steps if a gate accepts."""
 
 from __future__ import annotations
 

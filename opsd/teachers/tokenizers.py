@@ -1,7 +1,7 @@
-"""Whether two tokenizers mean the same by the same ids.
+"""Checks whether two tokenizers use the same ids for the same tokens.
 
-A loss compares two distributions id by id. Sizes alone prove nothing (Qwen pads one tokenizer to heads of 151,936 and
-152,064), and equal sizes can hide different words.
+A loss compares two distributions id by id. Sizes alone prove nothing: Qwen pads one tokenizer to heads of 151,936 and
+152,064, and vocabularies of equal size can hold different tokens.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     if difference is not None:
         raise TokenizerMismatchError(
             f"student and teacher must share a tokenizer, and {difference}. The loss compares their distributions id "
-            "by id, so it would compare different words. Use a teacher of the student's family (for other tokenizers, "
+            "by id, so it would compare different tokens. Use a teacher of the student's family (for other tokenizers, "
             "TRL's GOLD trainer aligns text)."
         )
     if student.chat_template != teacher.chat_template:
