@@ -137,19 +137,18 @@ def test_the_guide_to_the_doctor_names_every_check_format_and_limit() -> None:
     assert f"end at {LONGEST} tokens" in DOCTOR
 
 
+def test_the_readme_stays_short() -> None:
+    assert len(README.splitlines()) <= 150
+
+
 def test_the_table_names_every_teacher() -> None:
     for cls in TEACHERS.values():
         assert f"| `{cls.__name__}(" in README
 
 
-DOCUMENTS = [
-    "README.md",
-    "templates/README.md",
-    "teachers/README.md",
-    "examples/README.md",
-    "docs/losses.md",
-    "docs/doctor.md",
-]
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
