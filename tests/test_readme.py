@@ -13,6 +13,7 @@ import yaml
 from conftest import make_rows, make_tokenizer
 from helpers import make_args
 from jinja2.sandbox import MAX_RANGE
+from test_layout import ORDER
 
 from opsd import OPSDConfig
 from opsd.cli import main
@@ -193,3 +194,19 @@ def test_the_speeds_in_the_guide_to_losses_are_those_of_the_result_file() -> Non
     reached = record["targets"]["TRL / ours, geometric mean, at least 3"]["reached"]
     assert f"**{reached:.1f} times**" in LOSSES and f"**{reached:.1f} times**" in README
     assert record["rounds"] >= 10 and f"{record['rounds']} rounds" in LOSSES
+
+
+def test_the_way_of_a_row_stops_at_each_file_once_and_every_stop_is_there() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    stops = re.findall(r"^\| \d+ \| `(.+?)` \| (?:`(.+?)`)?", text, flags=re.M)
+    files = [file for file, _ in stops]
+    assert len(files) == len(set(files)) > 20
+    for file, name in stops:
+        source = (ROOT / file).read_text()
+        assert all(re.search(rf"\b{part}\b", source) for part in name.split(".")), (file, name)
+
+
+def test_the_picture_of_the_rooms_is_the_order_that_the_layout_test_checks() -> None:
+    picture = re.findall(r"```\n(commands.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)[0]
+    drawn = [set(line[:32].split()) for line in picture.splitlines()]
+    assert drawn == [set(level) for level in ORDER if not set(level) & {"__main__", "cli", "__init__"}]
