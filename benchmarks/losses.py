@@ -36,6 +36,8 @@ import torch
 from losses_contenders import CONTENDERS, LOSSES, Case, Inputs, contenders, make
 from torch import Tensor
 
+from opsd import __version__
+
 RESULTS = Path(__file__).parent / "results"
 SIZES = {"cpu": [(512, 576, 49152), (256, 1024, 151936)], "cuda": [(8192, 2048, 151936)]}
 QUICK_SIZES = [(12, 16, 199), (8, 24, 501)]
@@ -168,7 +170,7 @@ def hardware(device: str) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name(0) if device == "cuda" else None,
-        "packages": {**{name: version(name) for name in ("torch", "trl", "opsd")}, "liger_kernel": liger},
+        "packages": {**{name: version(name) for name in ("torch", "trl")}, "opsd": __version__, "liger_kernel": liger},
         "date": date.today().isoformat(),
     }
 

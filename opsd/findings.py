@@ -1,4 +1,4 @@
-"""What an examination found: one finding per thing that was looked at, with what was seen and what to do about it."""
+"""Findings of doctor and lint: one per thing that was checked, with what was seen and what to do about it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Status = Literal["pass", "warn", "fail", "skip"]
+STATUSES: tuple[Status, ...] = ("pass", "warn", "fail", "skip")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
+
+    >>> Finding("cost", "warn", "one step takes 40 minutes", do="Lower max_completion_length.")
 
     Args:
         check: the name of the check.
-        status: pass; warn, allowed and probably not meant; fail, training would be wrong; skip, could not look.
+        status: pass; warn (allowed, probably not meant); fail (training would be wrong); skip (could not be checked).
         saw: what was seen, in one or two sentences.
         do: what to do about it, where there is something to do.
         detail: more to look at, such as the tokens at a boundary, one line each.
@@ -32,12 +35,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Examination:
-    """Everything that was found.
+    """All findings about a run.
+
+    >>> Examination([Finding("cost", "pass", "one step takes 2 s")], rows=16, seconds=3.0).verdict
+    '1 pass (16 rows, 3 s)'
 
     Args:
         findings: in the order of the checks.
-        rows: how many rows were looked at.
-        seconds: what it took.
+        rows: rows that were examined.
+        seconds: that the checks took.
     """
 
     findings: list[Finding]
@@ -55,13 +61,13 @@ class Examination:
 
     @property
     def verdict(self) -> str:
-        """How it went, in a line."""
-        counts = {word: len(self.with_status(word)) for word in ("pass", "warn", "fail", "skip")}
-        told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        return f"{told} ({self.rows} rows, {self.seconds:.0f} s)"
+        """The number of findings by status, in one line."""
+        counts = {status: len(self.with_status(status)) for status in STATUSES}
+        text = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        return f"{text} ({self.rows} rows, {self.seconds:.0f} s)"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it in plain values, for machines."""
+        """Return plain values, for JSON."""
         return {
             "verdict": self.verdict,
             "failed": self.failed,
@@ -72,7 +78,7 @@ class Examination:
 
 
 def listed(values: Iterable[Any], most: int = 5) -> str:
-    """Return values in a row, the first few of many."""
+    """Return values separated by commas, at most the first `most`."""
     values = list(values)
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(map(str, values[:most])) + more

@@ -1,252 +1,43 @@
 """Set-ups that are broken as users broke them, each with its healthy twin; `test_gallery.py` shows them to the doctor.
 
-Small real models and tokenizers. The source of each is an entry of the field's bug trackers or papers.
+The source of each is an entry of the field's bug trackers or papers. `gallery_parts.py` has what they are made of.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-import torch
 from conftest import CHATML, make_llama, make_rows, make_tokenizer
-from datasets import Dataset
-from helpers import make_args
-from transformers import PreTrainedTokenizerFast
-
-from opsd import EMATeacher, LiveTeacher, OPSDTrainer, PrivilegedContext, SameCheckpointTeacher, SiblingTeacher
-
-ROWS = 16
-
-
-@dataclass
-class Setup:
-    """What a run is made of.
-
-    Args:
-        teacher: makes the teacher.
-        tokenizer: the student's.
-        model: the student.
-        rows: its dataset.
-        settings: of OPSDConfig, where they are not the usual ones.
-    """
-
-    teacher: Callable[[], Any] = lambda: SameCheckpointTeacher(context="answer_only")
-    tokenizer: Callable[[], Any] = make_tokenizer
-    model: Callable[[], Any] = make_llama
-    rows: list[dict[str, Any]] = field(default_factory=lambda: make_rows(ROWS))
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def trainer(self, folder: Path) -> OPSDTrainer:
-        """Build it."""
-        return OPSDTrainer(
-            self.model(),
-            self.teacher(),
-            args=make_args(folder, **self.settings),
-            train_dataset=Dataset.from_list(self.rows),
-            processing_class=self.tokenizer(),
-        )
-
-
-@dataclass
-class Case:
-    """A broken set-up and its healthy twin.
-
-    Args:
-        source: where it was met.
-        broken: the set-up.
-        healthy: the same without the mistake.
-        check: the check that has to name it; "settings" where it is refused before a model is ready.
-        words: a pattern that what it says has to match.
-        status: how bad it is.
-    """
-
-    source: str
-    broken: Setup
-    healthy: Setup
-    check: str
-    words: str
-    status: str = "warn"
-
-
-class CuttingTokenizer(PreTrainedTokenizerFast):
-    """Cuts whatever it is given at a number of tokens, without a word, as a `max_prompt_length` does."""
-
-    limit, side = 10**9, "left"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().__call__(*args, **kwargs)
-        if found["input_ids"] and isinstance(found["input_ids"][0], int):
-            for name in found:
-                found[name] = found[name][-self.limit :] if self.side == "left" else found[name][: self.limit]
-        return found
-
-
-def cutting(limit: int, side: str) -> Callable[[], Any]:
-    def make() -> CuttingTokenizer:
-        plain = make_tokenizer()
-        tokenizer = CuttingTokenizer(
-            tokenizer_object=plain.backend_tokenizer,
-            bos_token="<|im_start|>",
-            eos_token="<|im_end|>",
-            pad_token="<|pad|>",
-        )
-        tokenizer.chat_template = CHATML
-        tokenizer.limit, tokenizer.side = limit, side
-        return tokenizer
-
-    return make
-
-
-def with_template(chat_template: str, **tokens: str) -> Callable[[], Any]:
-    def make() -> PreTrainedTokenizerFast:
-        tokenizer = make_tokenizer()
-        tokenizer.chat_template = chat_template
-        for name, value in tokens.items():
-            setattr(tokenizer, name, value)
-        return tokenizer
-
-    return make
-
-
-def with_begin(adds: bool) -> Callable[[], Any]:
-    """A tokenizer that begins every text with its first token, as Llama's does, or one that does not."""
-
-    def make() -> PreTrainedTokenizerFast:
-        from tokenizers.processors import TemplateProcessing
-
-        tokenizer = make_tokenizer()
-        if adds:
-            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-                single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
-            )
-        return tokenizer
-
-    return make
-
-
-def context(user: str = "{{ prompt }} {{ answer }}", **settings: Any) -> Callable[[], Any]:
-    source = "{% extends 'base.jinja' %}{% block user %}" + user + "{% endblock %}" + settings.pop("more", "")
-    return lambda: SameCheckpointTeacher(context=PrivilegedContext.from_string(source, **settings))
-
-
-def sibling(
-    seed: int = 0, near: bool = True, vocab_size: int = 400, tokenizer: Callable[[], Any] = make_tokenizer, eos: int = 2
-) -> Callable[[], Any]:
-    """A teacher that is another model: a little moved, as a larger sibling's distribution is, or unrelated."""
-
-    def make() -> SiblingTeacher:
-        model = make_llama(seed if near else seed + 5, vocab_size)
-        if near:
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(0.02 * torch.randn(p.shape, generator=generator))
-        else:
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(1.6)
-        model.generation_config.eos_token_id = eos
-        return SiblingTeacher(model, tokenizer=tokenizer(), context="answer_only")
-
-    return make
-
-
-def resized(size: int, lively: float = 0.0) -> Callable[[], Any]:
-    """A student whose head has another number of rows than its tokenizer has words."""
-
-    def make() -> Any:
-        model = make_llama(vocab_size=size, tie=False)
-        if size > 400:
-            with torch.no_grad():  # padding rows are as training leaves them: far below every word
-                model.lm_head.weight[400:] = 0.0
-                model.model.norm.weight.fill_(1.0)
-        if lively:
-            with torch.no_grad():
-                model.lm_head.weight[400:] = lively * model.lm_head.weight[:400].mean(0)
-                model.lm_head.weight[400:] += torch.randn(size - 400, 32, generator=torch.Generator().manual_seed(0))
-        return model
-
-    return make
-
-
-@functools.cache
-def _taught() -> dict[str, torch.Tensor]:
-    """Weights of a model that has learned to think where it is asked to: a few seconds of real training."""
-    tokenizer, model = make_tokenizer(), make_llama(3)
-    texts = [
-        tokenizer.apply_chat_template(
-            row["prompt"],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=thinks,  # type: ignore[arg-type]
-        )
-        + (
-            "hint hint hint 7 - 7 = 0 the sum of the ones"
-            if thinks
-            else "The correct answer is nineteen. The correct answer"
-        )
-        for row in make_rows(ROWS)
-        for thinks in (False, True)
-    ]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(80):
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.state_dict()
-
-
-def taught() -> Any:
-    model = make_llama(3)
-    model.load_state_dict(_taught())
-    return model
-
-
-def rows(**changes: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
-    return [{**row, **{name: change(row) for name, change in changes.items()}} for row in make_rows(ROWS)]
-
-
-def asked(text: str, system: str | None = None) -> list[dict[str, str]]:
-    turns = [{"role": "user", "content": text}]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
-
-
-def long_word(row: dict[str, Any]) -> str:
-    return "thermodynamics" + question(row)[8:11].replace(" ", "x")
-
-
-def nested(row: dict[str, Any]) -> dict[str, Any]:
-    return {"ground_truth": row["answer"]}
-
-
-def question(row: dict[str, Any]) -> str:
-    return row["prompt"][-1]["content"]
-
-
-VERL = {"template": "answer_only", "fields": {"answer": "reward_model.ground_truth"}}
-MERGING = (  # Gemma's way: no system turn, its words go into the user's
-    "{% set first = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
-    "{% for message in messages if message['role'] != 'system' %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{{ first if loop.first }}{{ message['content'] + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+from gallery_parts import (
+    DEFAULT,
+    DROPPING,
+    HEADLESS,
+    LONG,
+    MERGING,
+    OTHER_END,
+    ROWS,
+    RULE,
+    RULED,
+    SHORTENING,
+    USUAL,
+    VERL,
+    Case,
+    Setup,
+    asked,
+    context,
+    cutting,
+    long_word,
+    nested,
+    question,
+    resized,
+    restless,
+    rows,
+    shifted,
+    sibling,
+    taught,
+    with_begin,
+    with_template,
 )
-DEFAULT = (
-    "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}" + CHATML
-)
-DROPPING = MERGING.replace("{{ first if loop.first }}", "")
-HEADLESS = CHATML.replace("{% if add_generation_prompt %}", "{% if false %}")
-SHORTENING = CHATML.replace("message['content'] +", "message['content'][-40:] +")
-RULE = rows(rule=lambda row: "Answer with a number and nothing else.")
-RULED = Setup(teacher=lambda: SameCheckpointTeacher(context="system_rule"), rows=RULE)
-OTHER_END = CHATML.replace("<|im_end|>", "<|pad|>")
-LONG = rows(solution=lambda row: "First one thing, then another. " * 9)
-USUAL = Setup()
+
+from opsd import EMATeacher, LiveTeacher, SameCheckpointTeacher
 
 GALLERY: dict[str, Case] = {
     "thinking on one side only": Case(
@@ -268,7 +59,7 @@ GALLERY: dict[str, Case] = {
         ),
         Setup(context(), model=taught, settings={"max_completion_length": 9}),
         "divergence",
-        "disagree about how an answer begins",
+        "open answers differently",
     ),
     "teacher prompt cut from the left": Case(
         "TRL PR 5862, 5883: the SDFT teacher's prompt cut to the student's limit",
@@ -330,7 +121,7 @@ GALLERY: dict[str, Case] = {
         Setup(RULED.teacher, with_template(DEFAULT), rows=RULE),
         Setup(RULED.teacher, with_template(DEFAULT), rows=RULE, settings={"student_system_prompt": "You help."}),
         "prompts",
-        "writes a system turn where a prompt has none.*You help",
+        "has a default system turn.*You help",
     ),
     "turns end where sampling does not stop": Case(
         "modelscope/ms-swift #9526; a base model with a chat template of its own",
@@ -351,7 +142,7 @@ GALLERY: dict[str, Case] = {
         Setup(model=resized(448, lively=1.0)),
         Setup(model=make_llama),
         "tokenizers",
-        "padded by 48 rows.*ids that mean nothing will be sampled",
+        "padded by 48 rows.*ids without a token will be sampled",
     ),
     "a head smaller than the vocabulary": Case(
         "huggingface/trl PR 6252: verify ids, not just sizes; tokens added after training",
@@ -363,7 +154,7 @@ GALLERY: dict[str, Case] = {
     ),
     "another vocabulary of the same size": Case(
         "huggingface/trl #2215, #3028; LMOps PR 331; torchtune #2119",
-        Setup(sibling(tokenizer=lambda: _shifted(make_tokenizer()))),
+        Setup(sibling(tokenizer=lambda: shifted(make_tokenizer()))),
         Setup(sibling()),
         "settings",
         "TokenizerMismatchError.*must share a tokenizer",
@@ -390,7 +181,7 @@ GALLERY: dict[str, Case] = {
         ),
         Setup(context("{{ prompt }} {{ solution }}")),
         "leaks",
-        "holds all of 'solution' in 16 of 16 rows",
+        "contains all of 'solution' in 16 of 16 rows",
         "fail",
     ),
     "the answer in the question": Case(
@@ -410,7 +201,7 @@ GALLERY: dict[str, Case] = {
         ),
         Setup(context("{{ prompt }} {{ solution }}")),
         "leaks",
-        "holds all of 'solution' in 16 of 16 rows",
+        "contains all of 'solution' in 16 of 16 rows",
         "fail",
     ),
     "a word of an answer in the question": Case(
@@ -428,7 +219,7 @@ GALLERY: dict[str, Case] = {
         ),
         Setup(lambda: SameCheckpointTeacher(context=VERL), rows=rows(reward_model=nested)),
         "leaks",
-        "'reward_model.ground_truth' stands in the prompt in",
+        "the prompt contains its own 'reward_model.ground_truth' in",
     ),
     "the answer in the system turn": Case(
         "a system turn per row, made from the row's own columns",
@@ -442,14 +233,14 @@ GALLERY: dict[str, Case] = {
         Setup(context(more="{% block assistant %}The answer is {{ answer }}. {% endblock %}")),
         Setup(context(more="{% block system %}The answer is {{ answer }}.{% endblock %}")),
         "leaks",
-        "lets the assistant itself say answer",
+        "puts answer into the assistant's prefill",
     ),
     "a context that is always empty": Case(
         "NousResearch/atropos #456: teacher data dropped is a no-op; TRL PR 5573",
         Setup(context("{{ prompt }}{% if answer | length > 99 %} It is {{ answer }}.{% endif %}")),
         Setup(context("{{ prompt }}{% if answer | length < 99 %} It is {{ answer }}.{% endif %}")),
         "prompts",
-        "its context is always empty",
+        "the context is always empty",
         "fail",
     ),
     "a context that is empty in some rows": Case(
@@ -457,7 +248,7 @@ GALLERY: dict[str, Case] = {
         Setup(context("{{ prompt }}{% if domain == 'odd' %} It is {{ answer }}.{% endif %}")),
         Setup(context("{{ prompt }}{% if domain != 'x' %} It is {{ answer }}.{% endif %}")),
         "prompts",
-        "just what the student sees in 8 of 16 prompts",
+        "equals the student's in 8 of 16 prompts",
     ),
     "an average the wrong way round": Case(
         "TRL PR 4935: the EMA's rate inverted; PR 5862: an update rate of 0.6 by default",
@@ -486,14 +277,14 @@ GALLERY: dict[str, Case] = {
         Setup(context("The answer is {{ answer }}. Say it.")),
         Setup(context("{{ prompt }} The answer is {{ answer }}. Say it.")),
         "prompts",
-        "does not show the question in 16 rows",
+        "leaves out the question in 16 rows",
     ),
     "a placeholder that nobody filled": Case(
         "str.format templates of TRL, SDPO and prime-rl: a field that is no field",
         Setup(rows=rows(prompt=lambda r: asked(question(r) + " Use {{ hint }}."))),
         USUAL,
         "prompts",
-        "to the letter",
+        "contain the literal text",
     ),
     "most contexts shortened": Case(
         "modelscope/ms-swift #6956; SDPO's reprompts at max_reprompt_len",
@@ -530,11 +321,11 @@ GALLERY: dict[str, Case] = {
         Setup(model=lambda: make_llama(attention_dropout=0.3).eval(), settings={"disable_dropout": False}),
         Setup(model=lambda: make_llama(attention_dropout=0.3)),
         "alignment",
-        "without a context the teacher is the student, and they differ",
+        "without a context the teacher is the student, and KL is",
     ),
     "a forward pass that is never the same twice": Case(
         "noise in a layer of one's own that eval mode does not switch off",
-        Setup(model=lambda: _restless(make_llama(0))),
+        Setup(model=lambda: restless(make_llama(0))),
         USUAL,
         "settings",
         "UnsupportedModelError",
@@ -590,41 +381,3 @@ HEALTHY: dict[str, Setup] = {
     "thinking bridged on request": Setup(context(bridge_thinking=True)),
     "checkpointed gradients": Setup(settings={"gradient_checkpointing": True}),
 }
-
-
-def _shifted(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The same words under other ids."""
-    import json
-
-    from tokenizers import Tokenizer
-
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    words = raw["model"]["vocab"]
-    raw["model"]["vocab"] = {
-        word: (i if i < 10 else 10 + (i - 10 + 1) % (len(words) - 10)) for word, i in words.items()
-    }
-    changed = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(raw)),
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|pad|>",
-    )
-    changed.chat_template = tokenizer.chat_template
-    return changed
-
-
-class _Restless(torch.nn.Module):
-    """Noise in the forward pass that eval mode does not switch off, as of a layer written by hand."""
-
-    def __init__(self, inner: torch.nn.Module):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.dropout(self.inner(hidden), 0.3, training=True)
-
-
-def _restless(model: Any) -> Any:
-    for layer in model.model.layers:
-        layer.mlp = _Restless(layer.mlp)
-    return model

@@ -1,4 +1,4 @@
-"""From a run's configuration to a trainer that is ready for step 1; `opsd train` and `opsd doctor` begin here."""
+"""Builds the trainer of a run file, ready for step 1; `opsd train` and `opsd doctor` start here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def rows_of(run: Run, split: str) -> Any:
-    """Return a split of a run's dataset, its columns under our names."""
+    """Return a split of a run's dataset, its columns under opsd's names."""
     data = run.run
     loaded = load_rows(data.dataset_name or "", split=split, name=data.dataset_config, streaming=data.dataset_streaming)
     return import_columns(loaded, data.columns)
@@ -23,7 +23,7 @@ def build_trainer(run: Run) -> OPSDTrainer:
     """Load the rows, the teacher and the student.
 
     Raises:
-        OPSDError: whatever cannot work.
+        OPSDError: settings, rows or models that cannot work.
     """
     from trl import get_peft_config, get_quantization_config
 

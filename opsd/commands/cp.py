@@ -19,21 +19,19 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("name", help="a name from `opsd templates` or `opsd teachers`")
     parser.add_argument("folder", nargs="?", default=".", help="where to (default: here)")
     options = parser.parse_args(arguments)
-    found = [path for kind in sources.SUFFIX if (path := sources.find(kind, options.name))]
-    if not found:
+    paths = [path for kind in sources.SUFFIX if (path := sources.find(kind, options.name))]
+    if not paths:
         known = [name for kind in sources.SUFFIX for name in sources.names(kind)]
         raise ConfigError(
             f"no template or recipe is called {options.name!r}.{did_you_mean(options.name, known)} "
             f"There are: {', '.join(known)}."
         )
-    for path in found:
+    for path in paths:
         target = Path(options.folder) / path.name
         if not target.parent.is_dir():
             raise ConfigError(f"there is no folder {options.folder}. Make it first.")
         if target.exists():
-            raise ConfigError(
-                f"{target} exists, and your edits in it would be lost. Move it, or choose another folder."
-            )
+            raise ConfigError(f"{target} exists, and copying would lose your edits. Move it, or name another folder.")
         shutil.copyfile(path, target)
         print(target)
     return 0

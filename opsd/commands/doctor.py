@@ -1,4 +1,4 @@
-"""`opsd doctor CONFIG.yaml`: what is wrong with a run, before it runs."""
+"""`opsd doctor CONFIG.yaml`: check a run before step 1."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TITLES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the options of `opsd doctor`; what it does not know are settings of the run."""
+    """Return the options of `opsd doctor`; every other option is a setting of the run."""
     parser = argparse.ArgumentParser(
         prog="opsd doctor",
         usage="opsd doctor [CONFIG.yaml] [options] [--key value …]",
         allow_abbrev=False,
         description="Examine a run before step 1: tokenizers and turns, alignment, where student and teacher differ, "
-        "prompts, leaks, whether the teacher is any good, cost, environment. Each check says what it saw and what to "
-        "do. Exit status 1 if one fails. `opsd train` does the same before it begins.",
+        "prompts, leaks, how good the teacher is, cost, environment. Each finding says what was seen and what to do. "
+        "Exit status 1 if a check fails. `opsd train` runs the same checks before step 1.",
         epilog="Settings of the run may follow: opsd doctor run.yaml --context hint --learning_rate 3e-5",
     )
     parser.add_argument("--rows", type=int, default=16, help="rows to look at (default: 16)")
@@ -94,15 +94,15 @@ def _examined(run: Any, options: argparse.Namespace) -> Examination:
             max_new_tokens=options.max_new_tokens,
             progress=lambda name: status.update(TITLES[name]),
         )
-    if not was_there and not any(output.iterdir()):  # made to see whether it can be written to
+    if not was_there and not any(output.iterdir()):  # made by the check that it can be written to
         output.rmdir()
     return examination
 
 
 def with_warnings(examination: Examination, caught: Sequence[warnings.WarningMessage]) -> Examination:
-    """Return an examination with what opsd warned of while the run was made ready."""
-    said = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, OPSDWarning))
-    first = [Finding("settings", "warn", text) for text in said]
+    """Return an examination with opsd's warnings about the settings as its first findings."""
+    messages = dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, OPSDWarning))
+    first = [Finding("settings", "warn", message) for message in messages]
     return Examination([*first, *examination.findings], examination.rows, examination.seconds)
 
 
@@ -119,7 +119,7 @@ def show(examination: Examination, console: Console) -> None:
 
 
 def print_finding(finding: Finding, console: Console) -> None:
-    """Print what was seen and what to do."""
+    """Print one finding: what was seen, and what to do."""
     mark, style = MARKS[finding.status]
     console.print(_hanging(f"  {mark} ", style, finding.saw, "dim" if finding.status == "skip" else "", console))
     for line in finding.detail:

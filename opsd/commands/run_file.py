@@ -1,7 +1,7 @@
-"""The one place that reads a run's configuration: YAML, then overrides from the command line.
+"""Reads a run's configuration: a recipe's `args`, over them the YAML file, over both the command line.
 
-The convention and the names are those of TRL's own command line (TrlParser): flat keys, `--key value` on top. A
-recipe's `args` lie beneath both. It reads; it loads no data and no model.
+Convention and names are those of TRL's command line (TrlParser): flat keys, and `--key value` overrides. Loads no data
+and no model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from opsd.training.config import OPSDConfig, check_renamed
 
 @dataclass
 class RunArguments:
-    """What a run needs beside its training arguments and its model."""
+    """Data, teacher, context, rewards and evaluation of a run."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Training rows: a .jsonl, .json, .parquet or .csv file, a folder, or a hub id."}
@@ -36,8 +36,8 @@ class RunArguments:
     columns: str | None = field(
         default=None,
         metadata={
-            "help": "Names of columns, where they are another system's: trl, ms-swift, verl or prime-rl; or in YAML a "
-            "mapping from our names to yours, such as {answer: reward_model.ground_truth}."
+            "help": "Column names of another system: trl, ms-swift, verl or prime-rl; or in YAML a mapping from opsd's "
+            "names to yours, such as {answer: reward_model.ground_truth}."
         },
     )
     teacher: str | None = field(
@@ -50,35 +50,39 @@ class RunArguments:
     context: str | None = field(
         default=None,
         metadata={
-            "help": "What the teacher is shown: a template's name or path, or in YAML a mapping such as "
+            "help": "The teacher's context: a template's name or path, or in YAML a mapping such as "
             "{template: worked_solution, truncate: solution, max_prompt_tokens: 2048}. See `opsd templates`."
         },
     )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What grades rollouts: a grader's name such as last_number, reasoning_gym:DATASET, or "
-            "module:function with TRL's signature; several are summed by reward_weights."
+            "help": "Reward functions: a grader's name such as last_number, reasoning_gym:DATASET, or module:function "
+            "with TRL's signature; several are summed by reward_weights."
         },
     )
     evaluation: str | None = field(
         default=None,
         metadata={
-            "help": "What is measured before, during and after training: in YAML a mapping such as {test: test.jsonl, "
-            "grader: last_number}, or the path of a YAML file that holds one. docs/evaluation.md has its keys."
+            "help": "Evaluation before, during and after training: in YAML a mapping such as {test: test.jsonl, "
+            "grader: last_number}, or the path of a YAML file with one. docs/evaluation.md has its keys."
         },
     )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration as it was resolved.
+    """A run's resolved configuration.
+
+    >>> run = read_run(Path("run.yaml"), ["--learning_rate", "3e-5"])
+    >>> run.args.learning_rate
+    3e-05
 
     Args:
-        run: data, teacher, context and reward functions.
+        run: data, teacher, context, rewards and evaluation.
         args: training arguments.
         model: TRL's model arguments (name, dtype, LoRA, quantisation).
-        recipe: the recipe that `teacher` named, if any.
+        recipe: the recipe that `teacher` names, if any.
     """
 
     run: RunArguments
@@ -88,10 +92,10 @@ class Run:
 
 
 class RunParser(TrlParser):
-    """TRL's parser; a mistake is an error with a hint, not two pages of usage."""
+    """TRL's parser; a mistake is an error with a hint instead of two pages of usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage of three hundred options."""
+        """Raise ConfigError instead of printing the usage of three hundred options."""
         raise ConfigError(f"{message}. See `opsd train --help`.")
 
     @property
@@ -106,8 +110,8 @@ class RunParser(TrlParser):
         for name in names:
             if name not in self.keys and name != "env":
                 raise ConfigError(
-                    f"{where}: there is no setting {name!r}.{did_you_mean(name, self.keys)} It would be ignored, and a "
-                    "setting you meant would not be in force. All settings: `opsd train --help-all`."
+                    f"{where}: there is no setting {name!r}.{did_you_mean(name, self.keys)} It would be ignored, and "
+                    "the setting you meant would keep its default. All settings: `opsd train --help-all`."
                 )
 
 
@@ -135,7 +139,7 @@ def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
     if recipe is not None:
         parser.check(recipe.args, "the recipe's args")
         parser.set_defaults_with_config(**recipe.args)
-    # Mappings pass through as they are: the trainer reads a recipe or a context from one.
+    # Mappings pass through unchanged: the trainer reads a recipe or a context from one.
     config.pop("env", None)
     parser.set_defaults_with_config(**config)
     run, args, model = parser.parse_args_into_dataclasses(args=list(overrides))

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     for name, cls in TEACHERS.items():
         strategies.add_row(name, cls.__name__, (cls.__doc__ or "").split("\n")[0])
     console.print(strategies, "")
-    recipes = Table("recipe", "strategy", "is shown", "about", box=None, header_style="bold", pad_edge=False)
+    recipes = Table("recipe", "strategy", "context", "about", box=None, header_style="bold", pad_edge=False)
     for name in sources.names("teachers"):
         path = find_recipe(name)
         assert path is not None

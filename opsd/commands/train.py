@@ -27,28 +27,28 @@ also be given, or changed, on the command line.
   opsd train run.yaml --resume_from_checkpoint true      newest checkpoint of output_dir, or a checkpoint's path
   torchrun --nproc_per_node 2 -m opsd train run.yaml     several processes (also: accelerate launch -m opsd train …)
 
-Before step 1 the doctor examines the run (`opsd doctor run.yaml` does only that); what it finds is printed and stands
-in run_card.md of the output folder. If a check fails, nothing is trained.
-  --skip-doctor                                          train without it; the run card says so
+Before step 1 the doctor examines the run (`opsd doctor run.yaml` does only that). Its findings are printed, and written
+into run_card.md of the output folder. If a check fails, nothing is trained.
+  --skip-doctor                                          train without it; the run card records that
 
-  --control wrong-context                                a control of the same run: no-context, wrong-context,
-                                                         off-policy, seq-kd, sft, constant-advantage; then
-                                                         `opsd compare RUNS…` says whether the method beat them
+  --control wrong-context                                train a control of the same run: no-context, wrong-context,
+                                                         off-policy, seq-kd, sft, constant-advantage; compare it with
+                                                         the method: `opsd compare RUNS…`
 
 often used keys
-  evaluation       {test: test.jsonl, grader: last_number, …}: measured before, during and after (docs/evaluation.md)
+  evaluation       {test: test.jsonl, grader: last_number, …}: before, during and after training (docs/evaluation.md)
   beta             1 reverse KL (default), 0 forward KL, between them the generalised JSD
   support, tail    full (default), teacher_top_k, student_top_k, union, sampled; bucket, renormalise
   entry_clip       nats per vocabulary entry at most; token_clip per token
   skip_first_tokens, keep_fraction, ref_kl_coef, …      docs/losses.md has all of them
-  num_generations, reward_funcs, distill_on, grpo_coef  several rollouts per prompt, graded, and who learns how
+  num_generations, reward_funcs, distill_on, grpo_coef  rollouts per prompt, their rewards, which are distilled
   lmbda            share of rows trained on-policy (default 1)
   temperature      of sampling and of the divergence
   max_completion_length, per_device_train_batch_size, gradient_accumulation_steps
   use_peft, lora_r, lora_alpha, lora_target_modules, dtype
   log_completions, report_to, save_steps, seed
 
-  --help-all       every key (those of transformers' TrainingArguments and TRL's DistillationConfig are all here)
+  --help-all       every key, those of transformers' TrainingArguments and TRL's DistillationConfig among them
 """
 
 
@@ -75,22 +75,22 @@ def main(arguments: Sequence[str]) -> int:
     checkpoints.check_writable(args.output_dir)
     checkpoints.resolve(args.output_dir, resume)
     trainer = build_trainer(run)
-    # The doctor examines the method; a control of it is meant to have little to teach.
-    if not resume and not skip_doctor and args.control is None and not _is_well(trainer):
+    # The teacher of a control teaches little on purpose, which the doctor would fail.
+    if not resume and not skip_doctor and args.control is None and not _passes_doctor(trainer):
         return 1
     trainer.train(resume_from_checkpoint=resume)
     if trainer.stopped_by is not None:
         return 128 + signal.Signals(trainer.stopped_by).value
     trainer.save_model()
-    trainer.accelerator.print(f"saved the trained model in {args.output_dir}")
+    trainer.accelerator.print(f"saved the trained model, its model card and run card in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()
     return 0
 
 
-def _is_well(trainer: Any) -> bool:
-    """Let the doctor look, in every process, and say what was found; returns whether training may begin."""
+def _passes_doctor(trainer: Any) -> bool:
+    """Examine the run in every process, print the findings, and return whether training may begin."""
     from accelerate.utils import gather_object
     from rich.console import Console
 
@@ -98,16 +98,16 @@ def _is_well(trainer: Any) -> bool:
     from opsd.doctor import examine
 
     is_main = trainer.accelerator.is_main_process
-    with Console(stderr=True, quiet=not is_main).status("the doctor looks") as status:
-        trainer.examination = examine(trainer, progress=lambda name: status.update(f"the doctor looks: {TITLES[name]}"))
+    with Console(stderr=True, quiet=not is_main).status("doctor") as status:
+        trainer.examination = examine(trainer, progress=lambda name: status.update(f"doctor: {TITLES[name]}"))
     if is_main:
         show(trainer.examination, Console())
     failed = any(gather_object([trainer.examination.failed]))
     if failed:
-        trainer.accelerator.print("nothing was trained. Mend what failed, or train regardless: --skip-doctor")
+        trainer.accelerator.print("nothing was trained: fix what failed, or train regardless with --skip-doctor")
     return not failed
 
 
 def _as_resume(value: str | bool | None) -> str | bool | None:
-    """YAML gives a bool, the command line the words "true" and "false"; anything else is a path."""
+    """Return a bool, which the command line gives as "true" or "false", or a checkpoint's path."""
     return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value

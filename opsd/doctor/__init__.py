@@ -1,6 +1,7 @@
-"""The doctor: looks at a run before step 1, and says what is wrong with it, what it saw, and what to do.
+"""The doctor: checks a run before step 1, and reports what is wrong, what was seen, and what to do.
 
-One file per check, one visible table. A check takes a `Patient` and yields findings; it changes nothing.
+One file per check, one table. A check takes a `Patient` (the run under examination) and yields findings; it changes
+nothing.
 """
 
 from __future__ import annotations
@@ -49,31 +50,34 @@ def examine(
     max_new_tokens: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Examination:
-    """Examine a run before its first step. Weights, counters and random states are as before afterwards.
+    """Examine a run before its first step; weights, counters and random states stay as they are.
+
+    >>> examination = examine(trainer, only=["tokenizers", "lift"])
+    >>> examination.failed, examination.verdict
 
     Args:
         trainer: ready for step 1.
-        rows: how many rows to look at.
-        only: checks to run, keys of `CHECKS`; none given runs all.
-        grader: what tells right answers from wrong ones, see `opsd eval --grader`; None takes the run's reward
-            functions, else what fits a column `answer`.
-        max_new_tokens: of the rollouts made here; None takes the run's.
-        progress: is told the name of each check before it runs.
+        rows: rows to examine.
+        only: checks to run, keys of `CHECKS`; empty runs all.
+        grader: tells right answers from wrong ones, see `opsd eval --grader`; None takes the run's reward functions,
+            else a grader that fits the column `answer`.
+        max_new_tokens: longest rollout sampled here; None takes the run's.
+        progress: called with the name of each check before it runs.
 
     Raises:
         ConfigError: no such check, or the run is a control.
     """
     if trainer.args.control is not None:
         raise ConfigError(
-            f"the doctor examines a method, and this run is its control {trainer.args.control!r}, which is meant to "
-            "have little to teach. Leave --control out."
+            f"this run is the control {trainer.args.control!r}, whose teacher is meant to teach little, and the doctor "
+            "would fail it for that. Examine the method itself: leave --control out."
         )
     start, chosen = time.perf_counter(), list(only) or list(CHECKS)
     for name in chosen:
         if name not in CHECKS:
             raise ConfigError(not_one_of("a check", name, CHECKS))
     if rows < 1:
-        raise ConfigError(f"the doctor looks at one row at least, and not at {rows}.")
+        raise ConfigError(f"rows is {rows}, and the doctor examines 1 row at least. Raise it; 16 is the default.")
     states = random.getstate(), np.random.get_state()
     patient = Patient(trainer, rows=rows, grader=grader, max_new_tokens=max_new_tokens)
     findings: list[Finding] = []
@@ -83,7 +87,7 @@ def examine(
             for name in chosen:
                 if progress:
                     progress(name)
-                findings += _looked(name, patient)
+                findings += _findings_of(name, patient)
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -91,23 +95,21 @@ def examine(
     return Examination(findings, len(patient.rows), time.perf_counter() - start)
 
 
-def _looked(name: str, patient: Patient) -> list[Finding]:
-    """Return what a check finds, or why it could not finish: what earlier checks found is not lost for it."""
-    found: list[Finding] = []
+def _findings_of(name: str, patient: Patient) -> list[Finding]:
+    """Return the findings of a check; an error in it becomes one more, so that those before it are kept."""
+    findings: list[Finding] = []
     try:
         for finding in CHECKS[name](patient):
-            found.append(finding)
+            findings.append(finding)
     except OPSDError as error:
-        found.append(Finding(name, "fail", str(error)))
+        findings.append(Finding(name, "fail", str(error)))
     except torch.OutOfMemoryError as error:
-        told = f"this check ran out of memory: {error}"
-        found.append(
-            Finding(name, "warn", told, "Look at fewer rows (--rows 4), or at shorter rollouts (--max_new_tokens).")
-        )
+        do = "Examine fewer rows (--rows 4), or shorter rollouts (--max_new_tokens)."
+        findings.append(Finding(name, "warn", f"this check ran out of memory: {error}", do))
     except Exception as error:  # a reward function's, or a model's: training would meet it as well
-        told = f"this check could not finish: {type(error).__name__}: {error}"
-        found.append(Finding(name, "fail", told, "Training would most likely stop at the same. Mend it first."))
-    return found
+        saw = f"this check could not finish: {type(error).__name__}: {error}"
+        findings.append(Finding(name, "fail", saw, "Training would most likely stop at the same error. Fix it first."))
+    return findings
 
 
 def refused(error: OPSDError) -> Examination:

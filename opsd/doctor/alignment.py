@@ -1,4 +1,4 @@
-"""Check 2: are the same ids scored at the same positions on both sides, and do the same weights agree?"""
+"""Check 2: student and teacher score the same ids at the same positions, and equal weights give equal distributions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ find = functools.partial(Finding, "alignment")
 
 
 def check_alignment(patient: Patient) -> Iterator[Finding]:
-    """Compare ids, positions and, where the teacher begins as the student, distributions."""
+    """Compare ids and positions, and the distributions where the teacher starts as the student."""
     yield _same_ids(patient)
     yield _identity(patient)
 
@@ -31,29 +31,29 @@ def _same_ids(patient: Patient) -> Finding:
         rows = [n for n, row in enumerate(patient.rows) if prompts in patient.teacher.prompts.leaves_of(row)]
         if prompts not in rollouts.teacher_prompt_ids or not rows:
             continue
-        own, theirs = (_predicted(rollouts.select(rows).pad(torch.device("cpu"), side)) for side in (None, prompts))
-        compared += len(own)
-        if own != theirs:
+        student, teacher = (_predicted(rollouts.select(rows).pad(torch.device("cpu"), of)) for of in (None, prompts))
+        compared += len(student)
+        if student != teacher:
             return find(
                 "fail",
-                f"the teacher (shown {prompts.describe()}) scores other tokens than the student sampled.",
-                "This is a bug in opsd or in a custom teacher: a completion's ids must reach both sides unchanged.",
+                f"the teacher (context {prompts.describe()}) scores other tokens than the student sampled.",
+                "This is a bug of opsd or of a custom teacher: both must get the ids of the completion unchanged.",
             )
-    side = next((side for side in patient.teachers if side.row == 0), None)
-    detail = [f"student: {boundary(patient.students[0], patient.sampled[0][0])}"]
-    if side is not None:
-        detail.append(f"teacher: {boundary(side, patient.sampled[0][0])}")
+    prompt = next((prompt for prompt in patient.teacher_prompts if prompt.row == 0), None)
+    detail = [f"student: {boundary(patient.student_prompts[0], patient.sampled[0][0])}"]
+    if prompt is not None:
+        detail.append(f"teacher: {boundary(prompt, patient.sampled[0][0])}")
     count = len(rollouts.scored_ids)
     return find(
         "pass",
-        f"{count:,} scored ids are the same on both sides, each at its position in the completion.",
+        f"{count:,} scored ids are the same for both, each at its position in the completion.",
         detail=tuple(detail),
         figures={"tokens": count, "compared": compared},
     )
 
 
 def _predicted(batch: PaddedBatch) -> list[list[int]]:
-    """Return, per row, the ids that stand behind the positions whose next token is scored."""
+    """Return, per row, the ids after the positions whose next token is scored."""
     return [
         ids_L[1:][keep_L[:-1]].tolist() for ids_L, keep_L in zip(batch.ids_BL, batch.predicts_scored_BL, strict=True)
     ]
@@ -61,20 +61,20 @@ def _predicted(batch: PaddedBatch) -> list[list[int]]:
 
 def _identity(patient: Patient) -> Finding:
     if not patient.teacher.starts_as_student:
-        return find("skip", "the teacher is another model: that it says what the student says cannot be expected.")
+        return find("skip", "the teacher is another model: its distributions differ from the student's anyway.")
     plain = TeacherView(patient.teacher, patient.teacher.prompts.with_context(None))
     largest = max((float(v.max()) for v in patient.divergence(plain) if len(v)), default=0.0)
     dtype = torch.bfloat16 if patient.args.bf16 else next(patient.student.model.parameters()).dtype
     tolerance = IDENTITY.get(dtype, IDENTITY_HALF)
     figures = {"largest_kl": largest, "tolerance": tolerance}
     if largest <= tolerance:
-        saw = f"without a context the teacher says what the student says: KL at most {largest:.1g} nats at any token."
+        saw = f"without a context teacher and student agree: KL is {largest:.1g} nats at most, at any token."
         return find("pass", saw, figures=figures)
     return find(
         "fail" if patient.args.disable_dropout else "warn",  # whoever leaves dropout on has chosen this
-        f"without a context the teacher is the student, and they differ by {largest:.2g} nats at some token: "
-        "weights, dropout, precision or positions differ between the two passes.",
+        f"without a context the teacher is the student, and KL is {largest:.2g} nats at some token: weights, dropout, "
+        "precision or positions differ between the two passes.",
         "Check disable_dropout (rollouts and teacher have none), that the model is the one the teacher was made of, "
-        "and that its precision is the run's. Until this is 0, every loss has it on top.",
+        "and that its precision is the run's. Until this is 0, the loss contains this difference.",
         figures=figures,
     )

@@ -1,4 +1,4 @@
-"""Check 7: what will it cost: memory, seconds per step, rows and time to finish, from two measured micro-batches."""
+"""Check 7: memory, seconds per step, rows and time to finish, from two measured micro-batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ find = functools.partial(Finding, "cost")
 
 
 def check_cost(patient: Patient) -> Iterator[Finding]:
-    """Measure sampling and two backward passes, and say what a run of them takes."""
+    """Measure sampling and two backward passes, and estimate the run from them."""
     args = patient.args
     sampling = patient.sampled[1] / len(patient.rows)
     training, probed = _probe(patient)
@@ -47,12 +47,12 @@ def check_cost(patient: Patient) -> Iterator[Finding]:
 
 
 def _probe(patient: Patient) -> tuple[float, int]:
-    """Return the seconds of the second of two micro-batches, and its rows; gradients are thrown away."""
+    """Return the seconds of the second of two micro-batches, and its rows; gradients are discarded."""
     trainer, model = patient.trainer, patient.student.model
     count = min(PROBED, patient.args.per_device_train_batch_size, len(patient.rows))
     batch = trainer.scorer.prepare_rollouts(patient.rollouts.select(range(count)))
     device, seconds = next(model.parameters()).device, 0.0
-    if device.type == "cuda":  # what the doctor took before is not what training takes
+    if device.type == "cuda":  # memory of the checks before is not training's
         torch.cuda.reset_peak_memory_stats(device)
     with as_it_trains(model, patient.args):
         for _ in range(2):
@@ -68,7 +68,7 @@ def _probe(patient: Patient) -> tuple[float, int]:
 
 
 def planned_steps(patient: Patient) -> int:
-    """Return the optimizer steps of a run, 0 where a stream does not say."""
+    """Return the optimizer steps of a run, 0 where the length of a stream is unknown."""
     args, dataset = patient.args, patient.trainer.train_dataset
     if args.max_steps > 0:
         return args.max_steps
@@ -100,7 +100,7 @@ def _optimizer_megabytes(patient: Patient) -> float:
     trained = sum(p.numel() for p in patient.student.model.parameters() if p.requires_grad)
     name = str(getattr(patient.args.optim, "value", patient.args.optim))
     size = next((size for kind, size in STATES.items() if kind in name), 8)
-    # and a gradient each, gone again by now
+    # plus a gradient each, freed by now
     return trained * (size / (4 if "8bit" in name else 1) + 4) / 2**20
 
 

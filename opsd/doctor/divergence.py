@@ -1,4 +1,4 @@
-"""Check 3: where in a rollout do student and teacher differ: at its first tokens, or everywhere?"""
+"""Check 3: where student and teacher differ in a rollout: at its first tokens, or everywhere."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ find = functools.partial(Finding, "divergence")
 
 
 def check_divergence(patient: Patient) -> Iterator[Finding]:
-    """Compare the KL of the first tokens with the rest, and the rest with what a useful teacher shows."""
+    """Compare the KL of the first tokens with the rest, and the rest with a useful teacher's."""
     values = patient.disagreement
     rest = torch.cat([row[FIRST:] for row in values])
     if not any(map(len, values)):
         yield find("skip", "every rollout is empty.")
         return
     if not len(rest):
-        yield find("skip", f"no rollout is longer than {FIRST} tokens: nothing to compare the first ones with.")
+        yield find("skip", f"no rollout is longer than {FIRST} tokens: nothing to compare the first tokens with.")
         return
     # Medians over rollouts, position by position: a mismatch moves one position of nearly all of them.
     first = [float(torch.stack([row[at] for row in values if len(row) > at]).median()) for at in range(FIRST)]
     spike, usual = max(first), float(rest.median())
     where = ("first", "second", "third")[first.index(spike)]
     figures = {"first_tokens": first, "median_of_the_rest": usual}
-    detail = tuple(_first_words(patient, values))
+    detail = tuple(_first_tokens(patient, values))
     if spike > max(LEAST, SPIKE * usual):
         yield find(
             "warn",
-            f"KL at the {where} token is {spike:.2f} nats, and {usual:.2f} at those behind it (medians): the two sides "
-            "disagree about how an answer begins.",
-            "Look at how each side opens the answer (check tokenizers), or leave these tokens out: "
+            f"KL at the {where} token is {spike:.2f} nats, and {usual:.2f} after the first {FIRST} (medians): student "
+            "and teacher open answers differently.",
+            "Compare how student and teacher open the answer (check tokenizers), or leave these tokens out: "
             f"skip_first_tokens: {FIRST}.",
             detail,
             figures,
@@ -47,8 +47,8 @@ def check_divergence(patient: Patient) -> Iterator[Finding]:
         yield find(
             "warn",
             f"KL is {usual:.1f} nats at the median token: student and teacher disagree about ordinary tokens. The "
-            "alignment is broken, or the teacher is out of its depth.",
-            "Look at both prompts with `opsd show`; try the teacher on the plain prompt; use a teacher nearer to the "
+            "prompts are misaligned, or the teacher cannot do this task.",
+            "Compare both prompts with `opsd show`; try the teacher without its context; use a teacher closer to the "
             "student.",
             detail,
             figures,
@@ -56,12 +56,12 @@ def check_divergence(patient: Patient) -> Iterator[Finding]:
     else:
         yield find(
             "pass",
-            f"KL is {spike:.2f} nats at the {where} token and {usual:.2f} at those behind the first {FIRST} (medians).",
+            f"KL is {spike:.2f} nats at the {where} token and {usual:.2f} after the first {FIRST} (medians).",
             figures=figures,
         )
 
 
-def _first_words(patient: Patient, values: list[torch.Tensor], most: int = 3) -> Iterator[str]:
+def _first_tokens(patient: Patient, values: list[torch.Tensor], most: int = 3) -> Iterator[str]:
     for completion, row in list(zip(patient.sampled[0], values, strict=True))[:most]:
-        words = [repr(patient.tokenizer.decode([token])) for token in completion[: FIRST + 3]]
-        yield "  ".join(f"{word} {value:.2f}" for word, value in zip(words, row.tolist(), strict=False))
+        tokens = [repr(patient.tokenizer.decode([token])) for token in completion[: FIRST + 3]]
+        yield "  ".join(f"{token} {value:.2f}" for token, value in zip(tokens, row.tolist(), strict=False))

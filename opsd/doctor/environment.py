@@ -1,4 +1,4 @@
-"""Check 8: does the environment fit: versions that were tested, attention, determinism, space for checkpoints."""
+"""Check 8: the environment: tested versions, attention, determinism, disk space for checkpoints."""
 
 from __future__ import annotations
 
@@ -18,38 +18,46 @@ from opsd.findings import Finding, listed
 from opsd.models.forward import language_model
 from opsd.teachers.weight_copy import megabytes
 
+DISTRIBUTION = "opsd-toolkit"  # `opsd` on the package index is another project
 find = functools.partial(Finding, "environment")
 
 
 def check_environment(patient: Patient) -> Iterator[Finding]:
-    """Look at versions, settings that change numbers, the teacher's own words of caution, and the disk."""
+    """Check versions, settings that change numbers, the teacher's cautions, and the disk."""
     yield _versions()
     yield _numerics(patient)
     for caution in patient.teacher.cautions:
-        yield find("warn", caution, "`opsd teachers` says what each is for.")
+        yield find("warn", caution, "`opsd teachers` lists what each strategy is for.")
     yield from _disk(patient)
 
 
 def requirements() -> list[Requirement]:
-    """Return what opsd needs itself, with the versions that were tested."""
-    needed = [Requirement(line) for line in metadata.requires("opsd") or []]
-    return [each for each in needed if each.marker is None or each.marker.evaluate({"extra": ""})]
+    """Return the packages that opsd requires, with the versions that were tested; none where it is not installed."""
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return []
+    required = [Requirement(line) for line in lines]
+    return [each for each in required if each.marker is None or each.marker.evaluate({"extra": ""})]
 
 
 def _versions() -> Finding:
     wrong: list[str] = []
     right: list[str] = []
-    for each in requirements():
+    required = requirements()
+    if not required:
+        return find("skip", f"{DISTRIBUTION} is not installed but run from a folder: tested versions are unknown.")
+    for each in required:
         version = metadata.version(each.name)
         fits = each.specifier.contains(version, prereleases=True)
         (right if fits else wrong).append(f"{each.name} {version}" + ("" if fits else f" (tested: {each.specifier})"))
     if wrong:
         return find(
             "warn",
-            f"outside the range that was tested: {listed(wrong, 20)}.",
-            "Install with -c constraints.txt; or run the tests, which name the seam that moved.",
+            f"versions outside the tested range: {listed(wrong, 20)}.",
+            "Install with -c constraints.txt; or run the tests, which name what changed.",
         )
-    return find("pass", f"versions are in the range that was tested: {listed(right, 20)}.")
+    return find("pass", f"versions are in the tested range: {listed(right, 20)}.")
 
 
 def _numerics(patient: Patient) -> Finding:
@@ -90,6 +98,6 @@ def _disk(patient: Patient) -> Iterator[Finding]:
     figures = {"checkpoints": count, "megabytes_each": each, "megabytes_free": free}
     if count * each > free:
         do = "Keep fewer (save_total_limit), save less often (save_steps), or write elsewhere (output_dir)."
-        yield find("fail", f"the disk is too small: {saw}.", do, figures=figures)
+        yield find("fail", f"disk space is too small: {saw}.", do, figures=figures)
     else:
-        yield find("pass", f"space for checkpoints: {saw}.", figures=figures)
+        yield find("pass", f"disk space is enough: {saw}.", figures=figures)

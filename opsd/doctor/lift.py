@@ -1,7 +1,7 @@
-"""Check 6: is the teacher any good? What it answers with and without its context, and what it says of rollouts.
+"""Check 6: how good the teacher is: its answers with and without its context, its scores of right and wrong rollouts.
 
-A context that does not change what the teacher can do has nothing to teach (methods: F13); one that lets it repeat an
-answer may teach where the answer goes and nothing of how it is found.
+A context that does not change the teacher's answers teaches nothing. A context that lets it repeat a given answer may
+teach where the answer stands, and not how it is found.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from opsd.rollouts import Ids
 from opsd.teachers import TeacherView
 
 find = functools.partial(Finding, "lift")
-FEW = 4  # rollouts of a kind, below which their mean says nothing
-ROWS = 8  # below which a bootstrap says nothing
-LEAST = 0.05  # a lift that would be worth having
+FEW = 4  # rollouts of a kind, below which their mean is noise
+ROWS = 8  # rows, below which a bootstrap is noise
+LEAST = 0.05  # lift worth confirming with more rows
 
 
 @dataclass(frozen=True)
 class Lift:
-    """What was measured.
+    """Measurements of the teacher.
+
+    >>> verdict(Lift(student=[False] * 16, teacher=[True] * 16))[1]
+    'the context lifts this model from 0% to 100%: expect learning'
 
     Args:
-        student: whether each row is answered right by the student, greedily.
-        teacher: by the teacher with its context.
-        without: by the teacher on the plain prompt; None where that is the student.
+        student: whether the student's greedy answer is right, per row.
+        teacher: the same for the teacher with its context.
+        without: the same for the teacher on the plain prompt; None where that is the student.
         separation: by how many nats per token the context widens the gap between wrong and right rollouts; None where
             there are too few of either.
         answer_share: KL per token on the answers of wrong rollouts over KL per token on the rest of them; None where
-            nothing says which tokens those are.
+            the answer's tokens are not known.
     """
 
     student: Sequence[bool]
@@ -49,67 +52,66 @@ class Lift:
 
     @property
     def copies(self) -> bool:
-        """Whether its context helps the teacher to answer, and not to tell right rollouts from wrong ones."""
+        """Whether the context helps the teacher to answer, but not to tell right rollouts from wrong ones."""
         if self.answer_share is not None:
             return self.answer_share < 1
         return self.separation is not None and self.separation <= 0
 
 
 def verdict(lift: Lift) -> tuple[str, str, str]:
-    """Return status, what it comes to, and what to do."""
-    found = paired_difference(lift.student, lift.teacher)
-    shares = [sum(right) / len(right) for right in (lift.student, lift.teacher)]
-    what = f"from {shares[0]:.0%} to {shares[1]:.0%}"
-    if len(lift.student) < ROWS:
-        return "warn", f"too few rows to tell ({what}, {len(lift.student)} rows)", "Look at more: --rows 16."
-    if found.low > 0 and lift.copies:
+    """Return status, what was seen, and what to do."""
+    gain = paired_difference(lift.student, lift.teacher)
+    accuracies = [sum(right) / len(right) for right in (lift.student, lift.teacher)]
+    change, rows = f"from {accuracies[0]:.0%} to {accuracies[1]:.0%}", len(lift.student)
+    if rows < ROWS:
+        return "warn", f"too few rows for a verdict ({change}, {rows} rows)", "Examine more: --rows 16."
+    if gain.low > 0 and lift.copies:
         return (
             "warn",
-            f"the teacher copies the answer ({what}), and blames wrong rollouts for their style and not for their "
-            "answers: expect style, not skill",
-            "Show a hint, an outline or a part of the solution instead of the answer (levels of a schedule).",
+            f"the teacher copies the answer ({change}): expect style, not skill. In wrong rollouts it penalises the "
+            "style and not the answer",
+            "Use a hint, an outline or a part of the solution instead of the answer (levels of a schedule).",
         )
-    if found.low > 0:
-        who = "the context" if lift.without is None else "the teacher"
-        return "pass", f"{who} lifts this model {what}: expect learning", ""
-    if found.high < 0:
+    if gain.low > 0:
+        cause = "the context" if lift.without is None else "the teacher"
+        return "pass", f"{cause} lifts this model {change}: expect learning", ""
+    if gain.high < 0:
         return (
             "warn",
-            f"the teacher answers worse than the student ({what}): it would teach the student to be wrong",
-            "Look at what it is shown with `opsd show`; try it without the context, or use another teacher.",
+            f"the teacher answers worse than the student ({change}): it would teach wrong answers",
+            "Look at its prompts with `opsd show`; try it without the context, or use another teacher.",
         )
-    if min(shares) > 0.9:
-        return "warn", f"the student knows this already ({what}): there is little to teach", "Use harder rows."
-    if found.difference > LEAST:
-        told = f"a lift that {len(lift.student)} rows cannot tell from chance ({what})"
-        return "warn", told, "Look at more rows: --rows 64."
+    if min(accuracies) > 0.9:
+        return "warn", f"the student knows this already ({change}): little is left to teach", "Use harder rows."
+    if gain.difference > LEAST:
+        return "warn", f"the lift ({change}) may be chance with {rows} rows", "Examine more rows: --rows 64."
     return (
         "warn",
-        f"no lift ({what}): this teacher cannot teach this, as far as {len(lift.student)} rows can tell",
-        "Show it more (answer, solution), use a larger sibling, or look at more rows: --rows 64.",
+        f"no lift ({change}): with {rows} rows, no sign that this teacher can teach this",
+        "Give its context more (answer, solution), use a larger sibling, or examine more rows: --rows 64.",
     )
 
 
 def check_lift(patient: Patient) -> Iterator[Finding]:
-    """Let both sides answer, and let the teacher judge the student's rollouts with and without its context."""
-    made = set(patient.trainer.groups.rollout_fields) - set(patient.rows[0])
-    needs = {n for c in patient.teacher.prompts.contexts for n in c.fields | c.optional_fields} & made
+    """Grade answers of student and teacher, and score the student's rollouts with and without the teacher's context."""
+    provided = set(patient.trainer.groups.rollout_fields) - set(patient.rows[0])
+    needs = {n for c in patient.teacher.prompts.contexts for n in c.fields | c.optional_fields} & provided
     if patient.grader_name is None:
         yield find(
             "skip",
-            "nothing can grade answers here: no reward function, and no column answer with short answers.",
+            "no grader for the answers: there is no reward function, and no column `answer` with short answers.",
             "Name a grader: --grader last_number, or module:function.",
         )
         return
     if not patient.teacher.can_sample:
-        yield find("skip", f"teacher {patient.teacher.strategy!r} is no single model that could answer by itself.")
+        yield find("skip", f"teacher {patient.teacher.strategy!r} is no single model that could answer.")
         return
     if needs:
-        yield find("skip", f"the teacher is shown {', '.join(sorted(needs))}, which rollouts make during training.")
+        yield find("skip", f"the context needs {', '.join(sorted(needs))}, which rollouts provide during training.")
         return
     lift, figures = _measure(patient)
-    status, words, do = verdict(lift)
-    yield find(status, words + ".", do, tuple(_table(patient, lift, figures)), figures)  # type: ignore[arg-type]
+    status, saw, do = verdict(lift)
+    yield find(status, saw + ".", do, tuple(_table(patient, lift, figures)), figures)  # type: ignore[arg-type]
 
 
 def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
@@ -131,16 +133,16 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     share = (
         figures["kl_answer"] / figures["kl_rest"] if figures["kl_answer"] is not None and figures["kl_rest"] else None
     )
-    own = patient.grade(_answers(patient, plain)) if not patient.teacher.starts_as_student else None
-    lift = Lift(patient.grade(patient.greedy), patient.grade(_answers(patient, teacher)), own, separation, share)
-    for name, graded in (("student", lift.student), ("teacher", lift.teacher), ("teacher_without_context", own)):
+    bare = patient.grade(_answers(patient, plain)) if not patient.teacher.starts_as_student else None
+    lift = Lift(patient.grade(patient.greedy), patient.grade(_answers(patient, teacher)), bare, separation, share)
+    for name, graded in (("student", lift.student), ("teacher", lift.teacher), ("teacher_without_context", bare)):
         if graded is not None:
             figures[name] = {"right": sum(graded), "of": len(graded), "interval": proportion_interval(graded)}
     return lift, figures
 
 
 def _answers(patient: Patient, teacher: TeacherView) -> list[Ids]:
-    longest = max((side.ids for side in patient.sides), key=len)
+    longest = max((prompt.ids for prompt in patient.prompts), key=len)
     with patient.trainer.accelerator.autocast():
         return teacher.sample(patient.rows, max_new_tokens=patient.room([longest]), batch_size=BATCH)
 
@@ -150,7 +152,7 @@ def _kl_on_answers(
 ) -> tuple[float | None, float | None]:
     """Return KL per token on the answers of wrong rollouts, and on their other tokens; None where there are too few.
 
-    What a wrong rollout answers is its last number, where answers are numbers; elsewhere nobody can tell.
+    The answer is the rollout's last number, where answers are numbers; elsewhere its tokens are not known.
     """
     on: list[float] = []
     off: list[float] = []
@@ -171,8 +173,8 @@ def _kl_on_answers(
 
 
 def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator[str]:
-    asked = {"student": lift.student, "teacher without context": lift.without, "teacher with context": lift.teacher}
-    for name, graded in asked.items():
+    answers = {"student": lift.student, "teacher without context": lift.without, "teacher with context": lift.teacher}
+    for name, graded in answers.items():
         if graded is not None:
             low, high = proportion_interval(graded)
             yield f"{name:<24} {sum(graded)} of {len(graded)} right ({low:.0%} to {high:.0%}, 95 %)"

@@ -1,6 +1,6 @@
-"""What checks look at: a trainer that is ready for step 1, some of its rows, and what is made of them once for all.
+"""The run under examination: a trainer ready for step 1, some of its rows, their prompts, rollouts and scores.
 
-Checks change nothing of it: no weight, no counter, no random state.
+Checks change nothing: no weight, no counter, no random state.
 """
 
 from __future__ import annotations
@@ -35,46 +35,50 @@ from opsd.training.trainer import OPSDTrainer
 
 Row = Mapping[str, Any]
 BATCH = 16  # rows of a forward pass at most
-WORDS = 8  # of an answer that may be looked for in a text; a longer one is a solution
-LONGEST = 512  # tokens of a rollout made here, unless asked otherwise: minutes even for a model that thinks
+WORDS = 8  # of a short answer, which the grader `contains` looks for; a longer one is a solution
+LONGEST = 512  # tokens of a rollout sampled here by default: minutes even for a model that thinks
 
 
 @dataclass(frozen=True)
-class Side:
-    """One prompt as one side sees it.
+class RenderedPrompt:
+    """One prompt, as messages and as ids, of the student or of a teacher.
+
+    >>> patient.teacher_prompts[0].name, patient.teacher_prompts[0].text
 
     Args:
-        name: student, or the teacher and what it is shown.
-        row: the row's number among those looked at.
-        renderer: how it became ids, keywords and all.
-        prompt: messages or text.
-        prefill: what the assistant has begun to say.
-        ids: the prompt's ids.
-        context: what it is shown beside the prompt.
+        name: "student", or "teacher" with its context.
+        row: number of the row among `Patient.rows`.
+        renderer: turned the messages into ids.
+        messages: messages or text.
+        prefill: start of the assistant's turn.
+        ids: of the prompt.
+        context: of the teacher; None for the student.
     """
 
     name: str
     row: int
     renderer: PromptRenderer
-    prompt: Prompt
+    messages: Prompt
     prefill: str
     ids: Ids
     context: PrivilegedContext | None = None
 
     @property
     def text(self) -> str:
-        """The prompt as its tokens say it."""
+        """The decoded ids, special tokens included."""
         return self.renderer.tokenizer.decode(self.ids, skip_special_tokens=False)
 
 
 class Patient:
-    """A trainer and some of its rows.
+    """A trainer and some of its rows, with everything that several checks need, computed once.
+
+    >>> list(check_lift(Patient(trainer, rows=16)))
 
     Args:
         trainer: ready for step 1.
-        rows: how many rows to look at; drawn by the run's seed.
-        grader: what tells a right answer from a wrong one; None takes the reward functions, else what fits `answer`.
-        max_new_tokens: of rollouts made here; None takes the run's, LONGEST at most.
+        rows: rows to examine; drawn by the run's seed.
+        grader: tells right answers from wrong ones; None takes the reward functions, else a grader that fits `answer`.
+        max_new_tokens: longest rollout sampled here; None takes the run's, LONGEST at most.
     """
 
     def __init__(
@@ -99,52 +103,44 @@ class Patient:
     # ---- prompts ----------------------------------------------------------------------------------------------
 
     def rollout_fields(self, row: Row) -> dict[str, Any]:
-        """Return what stands for what training makes for contexts."""
+        """Return placeholders for the fields that rollouts provide."""
         return placeholders(self.trainer.groups.rollout_fields, row)
 
     @cached_property
-    def students(self) -> list[Side]:
+    def student_prompts(self) -> list[RenderedPrompt]:
         """The student's prompts."""
         renderer = self.student.renderer
         return [
-            Side("student", number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
+            RenderedPrompt("student", number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
             for number, row in enumerate(self.rows)
         ]
 
     @cached_property
-    def teachers(self) -> list[Side]:
+    def teacher_prompts(self) -> list[RenderedPrompt]:
         """The prompts of every teacher that scores a row."""
         return [
-            self._side(leaf, number, row)
+            self._teacher_prompt(leaf, number, row)
             for number, row in enumerate(self.rows)
             for leaf in self.teacher.prompts.leaves_of(row)
         ]
 
     @property
-    def sides(self) -> list[Side]:
-        """Both."""
-        return [*self.students, *self.teachers]
+    def prompts(self) -> list[RenderedPrompt]:
+        """The prompts of both."""
+        return [*self.student_prompts, *self.teacher_prompts]
 
-    def _side(self, prompts: TeacherPrompts, number: int, row: Row) -> Side:
+    def _teacher_prompt(self, prompts: TeacherPrompts, number: int, row: Row) -> RenderedPrompt:
         context, renderer = prompts.context, prompts.renderer
         if context is not None:
             context = context.pick(row, self.rollout_fields(row))
         if context is None:
-            name = "teacher (shown the student's own prompt)"
-            return Side(name, number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
+            name = "teacher (without context)"
+            return RenderedPrompt(name, number, renderer, row["prompt"], "", renderer.ids(row["prompt"]))
         assert isinstance(context, PrivilegedContext)
         renderer = context.with_kwargs(renderer)
-        prompt, prefill = context.messages(row, self.rollout_fields(row), renderer=renderer)
+        messages, prefill = context.messages(row, self.rollout_fields(row), renderer=renderer)
         ids = context.render(row, self.rollout_fields(row), renderer=renderer)
-        return Side(
-            f"teacher (shown {context.name})",
-            number,
-            renderer,
-            prompt,
-            prefill,
-            ids,
-            context,
-        )
+        return RenderedPrompt(f"teacher (context {context.name})", number, renderer, messages, prefill, ids, context)
 
     # ---- rollouts and scores ----------------------------------------------------------------------------------
 
@@ -157,11 +153,11 @@ class Patient:
 
     @cached_property
     def greedy(self) -> list[Ids]:
-        """The student's likeliest answers."""
+        """The student's greedy answers."""
         return self._generate()
 
     def _generate(self, **sampling: Any) -> list[Ids]:
-        prompts = [side.ids for side in self.students]
+        prompts = [prompt.ids for prompt in self.student_prompts]
         with self.trainer.accelerator.autocast():
             return generate(
                 self.student.model,
@@ -185,14 +181,11 @@ class Patient:
     @cached_property
     def rollouts(self) -> Rollouts:
         """The student's rollouts with every teacher's prompts."""
-        made = Rollouts(self.rows, [side.ids for side in self.students], self.sampled[0], rollout_fields=self._made)
+        prompts, fields = [prompt.ids for prompt in self.student_prompts], [self.rollout_fields(r) for r in self.rows]
+        rollouts = Rollouts(self.rows, prompts, self.sampled[0], rollout_fields=fields)
         for view in self.trainer.scorer.views:
-            made = view.prompts.render(made)
-        return made
-
-    @property
-    def _made(self) -> list[dict[str, Any]]:
-        return [self.rollout_fields(row) for row in self.rows]
+            rollouts = view.prompts.render(rollouts)
+        return rollouts
 
     def signal(self, view: TeacherView) -> list[TeacherSignal]:
         """Return a teacher's signal of the rollouts, batch by batch."""
@@ -206,8 +199,8 @@ class Patient:
     def divergence(self, view: TeacherView) -> list[Tensor]:
         """Return KL(student ‖ teacher) in nats at every token, a (C,) tensor per rollout; the student as it trains."""
         values: list[Tensor] = []
-        own = self.args.objective  # how it is computed is the run's, what is computed is not
-        plain = Objective(Divergence(beta=1.0), loss_budget_mb=own.loss_budget_mb, compile_loss=own.compile_loss)
+        run = self.args.objective  # the run's memory budget and compilation, and a plain reverse KL
+        plain = Objective(Divergence(beta=1.0), loss_budget_mb=run.loss_budget_mb, compile_loss=run.compile_loss)
         for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
             padded = batch.pad(next(self.student.model.parameters()).device)
             with torch.no_grad(), self._training(), self.trainer.accelerator.autocast():
@@ -232,15 +225,15 @@ class Patient:
         values = []
         for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
             device = next(self.student.model.parameters()).device
-            found = signal.logprobs(torch.tensor(batch.scored_ids, device=device)).cpu()
-            values += list(found.split([len(ids) for ids in batch.completion_ids]))
+            logprobs_N = signal.logprobs(torch.tensor(batch.scored_ids, device=device)).cpu()
+            values += list(logprobs_N.split([len(ids) for ids in batch.completion_ids]))
         return values
 
     # ---- answers ----------------------------------------------------------------------------------------------
 
     @cached_property
     def grader_name(self) -> str | None:
-        """What grades here, or None where nothing could."""
+        """The grader's name, or None where nothing can grade."""
         rewards = self.trainer.groups.rewards
         if self._grader is not None:
             return self._grader
@@ -249,7 +242,7 @@ class Patient:
         answers = [str(row["answer"]).strip() for row in self.rows if row.get("answer") not in (None, "")]
         if len(answers) < len(self.rows):
             return None
-        # GSM8K's end in "#### 72", and the last number is the answer.
+        # Answers of GSM8K end in "#### 72": the last number is the answer.
         if all(NUMBER.fullmatch(answer.rpartition("####")[2].strip()) for answer in answers):
             return "last_number"
         return "contains" if all(len(answer.split()) <= WORDS for answer in answers) else None
@@ -261,13 +254,15 @@ class Patient:
             verdicts = groups.verdicts(self.rows, texts, list(completions), self.trainer.state)
             return [reward >= groups.success_reward for reward in verdicts.rewards]
         if self.grader_name is None:
-            raise ConfigError("nothing can grade these rows: no reward function, no grader, no column 'answer'.")
+            raise ConfigError(
+                "no grader for these rows: there is no reward function and no column 'answer'. Name one: --grader."
+            )
         return grade_rows(load_grader(self.grader_name), texts, self.rows)[0]
 
 
 @contextmanager
 def as_it_trains(model: nn.Module, args: Any) -> Iterator[None]:
-    """Run a block in the mode that trains, dropout and checkpointing and all, then give everything back as it was."""
+    """Run a block in training mode, with the run's dropout and checkpointing, and restore the modes afterwards."""
     checkpoints = args.gradient_checkpointing and not getattr(model, "is_gradient_checkpointing", True)
     with keeping_modes(model):
         model.train()
@@ -280,8 +275,8 @@ def as_it_trains(model: nn.Module, args: Any) -> Iterator[None]:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
 
 
-def boundary(side: Side, completion: Ids, before: int = 8, after: int = 4) -> str:
-    """Return the tokens around the place where a completion begins, each between marks."""
-    decode = side.renderer.tokenizer.decode
-    pieces = [[decode([token]) for token in ids] for ids in (side.ids[-before:], completion[:after])]
+def boundary(prompt: RenderedPrompt, completion: Ids, before: int = 8, after: int = 4) -> str:
+    """Return the tokens around the start of a completion, each between marks."""
+    decode = prompt.renderer.tokenizer.decode
+    pieces = [[decode([token]) for token in ids] for ids in (prompt.ids[-before:], completion[:after])]
     return " ▏▏ ".join("".join(f"⟨{piece}⟩" for piece in part).replace("\n", "⏎") for part in pieces)

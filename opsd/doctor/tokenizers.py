@@ -1,4 +1,4 @@
-"""Check 1: do both sides write and read the same tokens: vocabularies, special tokens, turns, openings of answers."""
+"""Check 1: student and teacher use the same tokens: vocabularies, special tokens, turns, openings of answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jinja2 import meta
 
 from opsd.contexts.renderer import THINK, PromptRenderer
-from opsd.doctor.patient import Patient, Side
+from opsd.doctor.patient import Patient, RenderedPrompt
 from opsd.findings import Finding, listed
 from opsd.models.forward import evaluating, language_model, last_hidden
 from opsd.models.head import Head
@@ -20,7 +20,7 @@ from opsd.teachers.tokenizers import first_difference
 
 # Padding rows of a head are never trained; above this they would be sampled now and then.
 PADDING_MASS = 1e-3
-# Words that transformers gives every chat template.
+# Names that transformers gives every chat template.
 _GIVEN = {
     "messages",
     "tools",
@@ -35,7 +35,7 @@ find = functools.partial(Finding, "tokenizers")
 
 
 def check_tokenizers(patient: Patient) -> Iterator[Finding]:
-    """Look at vocabularies, heads, special tokens, ends of turns, keywords, and how an answer is opened."""
+    """Check vocabularies, heads, special tokens, ends of turns, keywords, and how an answer is opened."""
     yield from _vocabularies(patient)
     yield from _heads(patient)
     yield from _begins(patient)
@@ -51,12 +51,12 @@ def _vocabularies(patient: Patient) -> Iterator[Finding]:
             yield find(
                 "fail", f"the two tokenizers differ: {difference}.", "Use a teacher with the student's tokenizer."
             )
-        own, theirs = patient.student.renderer, view
-        templates = [side.chat_template or side.tokenizer.chat_template for side in (own, theirs)]
+        renderers = (patient.student.renderer, view)
+        templates = [renderer.chat_template or renderer.tokenizer.chat_template for renderer in renderers]
         if templates[0] != templates[1]:
             yield find(
                 "warn",
-                "student and teacher have different chat templates, and each renders its own.",
+                "student and teacher have different chat templates, and each renders its prompts with its own.",
                 "Compare the two prompts with `opsd show`; if only the wording of turns differs, give the teacher the "
                 "student's: save its tokenizer with the student's chat template.",
             )
@@ -85,7 +85,7 @@ def _heads(patient: Patient) -> Iterator[Finding]:
 
 def _padding(patient: Patient, name: str, model: Any, padding: int) -> Finding:
     """Tell whether a padded head gives its padding any probability."""
-    vocabulary, ids = len(patient.tokenizer), patient.students[0].ids
+    vocabulary, ids = len(patient.tokenizer), patient.student_prompts[0].ids
     ids_BL = torch.tensor([ids], device=next(model.parameters()).device)
     mask_BL = torch.ones_like(ids_BL)
     with evaluating(model):
@@ -96,49 +96,49 @@ def _padding(patient: Patient, name: str, model: Any, padding: int) -> Finding:
     if mass > PADDING_MASS:
         return find(
             "warn",
-            f"{saw} at one prompt: ids that mean nothing will be sampled.",
+            f"{saw} at one prompt: ids without a token will be sampled.",
             "Give the padding rows of the head a bias of -inf, or resize the model to the tokenizer.",
             figures=figures,
         )
-    return find("pass", f"{saw} at most: nothing.", figures=figures)
+    return find("pass", f"{saw} at most.", figures=figures)
 
 
 def _begins(patient: Patient) -> Iterator[Finding]:
     begin = patient.tokenizer.bos_token_id
-    twice = [side for side in patient.sides if begin is not None and side.ids[:2] == [begin, begin]]
+    twice = [prompt for prompt in patient.prompts if begin is not None and prompt.ids[:2] == [begin, begin]]
     if twice:
         yield find(
             "fail",
             f"{len(twice)} prompts begin with {patient.tokenizer.bos_token!r} twice, first that of the "
-            f"{twice[0].name}: the tokenizer writes one, and so does the text.",
-            "Take the token out of the chat template or the prompts, or make a tokenizer with add_bos_token=False.",
+            f"{twice[0].name}: the tokenizer adds one, and the text has one.",
+            "Remove the token from the chat template or the prompts, or load the tokenizer with add_bos_token=False.",
             (_head(twice[0]),),
         )
     if begin is None:
         return
-    first = {side.name.split(" ")[0]: side.ids[0] == begin for side in patient.sides}
+    first = {prompt.name.split(" ")[0]: prompt.ids[0] == begin for prompt in patient.prompts}
     if len(set(first.values())) > 1:
         yield find(
             "warn",
-            f"prompts of one side begin with {patient.tokenizer.bos_token!r} and those of the other do not: {first}.",
+            f"only prompts of student or of teacher begin with {patient.tokenizer.bos_token!r}, not both: {first}.",
             "Render both with one tokenizer configuration.",
         )
 
 
-def _head(side: Side) -> str:
-    return f"{side.name}: {[side.renderer.tokenizer.decode([token]) for token in side.ids[:6]]}"
+def _head(prompt: RenderedPrompt) -> str:
+    return f"{prompt.name}: {[prompt.renderer.tokenizer.decode([token]) for token in prompt.ids[:6]]}"
 
 
 def _ends(patient: Patient) -> Iterator[Finding]:
     stops = set(patient.trainer.eos_token_ids)
-    words = {patient.tokenizer.decode([token]) for token in stops}
-    asks_in_turns = not isinstance(patient.students[0].prompt, str)
-    end = _end_of_turn(patient.student.renderer) if asks_in_turns else None
+    stop_tokens = listed(sorted({patient.tokenizer.decode([token]) for token in stops}))
+    is_chat = not isinstance(patient.student_prompts[0].messages, str)
+    end = _end_of_turn(patient.student.renderer) if is_chat else None
     if end is not None and end not in stops:
         yield find(
             "warn",
             f"the chat template ends an assistant's turn with {patient.tokenizer.decode([end])!r}, and sampling stops "
-            f"at {listed(sorted(words))} only: rollouts would run on into turns of their own until they are cut.",
+            f"at {stop_tokens} only: rollouts would go on with further turns until they are cut.",
             f"Set model.generation_config.eos_token_id = {sorted({*stops, end})}.",
         )
     elif end is not None:
@@ -147,20 +147,20 @@ def _ends(patient: Patient) -> Iterator[Finding]:
         if not isinstance(teacher, LocalTeacher) or teacher.model is patient.student.model:
             continue
         config: Any = language_model(teacher.model).generation_config
-        own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-        theirs = {token for token in own if token is not None}
-        if theirs and not theirs & stops:
+        ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        ends = {token for token in ids if token is not None}
+        if ends and not ends & stops:
             yield find(
                 "warn",
-                f"the teacher ends its answers with {listed(patient.tokenizer.decode([t]) for t in sorted(theirs))} "
-                f"and the student with {listed(sorted(words))}: at every end the teacher will ask for another token.",
-                "Give both models the same end: generation_config.eos_token_id and the chat template must agree, or "
+                f"the teacher ends its answers with {listed(patient.tokenizer.decode([t]) for t in sorted(ends))} "
+                f"and the student with {stop_tokens}: at the end of every answer the teacher expects another token.",
+                "Give both models the same end: generation_config.eos_token_id and the chat template must agree; or "
                 "leave the end out of the loss: mask_special_tokens: true.",
             )
 
 
 def _end_of_turn(renderer: PromptRenderer) -> int | None:
-    """Return the special token that a chat template writes behind an assistant's words, or None."""
+    """Return the special token that a chat template writes after an assistant's text, or None."""
     word = "opsd"
     try:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
@@ -173,12 +173,12 @@ def _end_of_turn(renderer: PromptRenderer) -> int | None:
 
 def _keywords(patient: Patient) -> Iterator[Finding]:
     checked = set()
-    for side in patient.sides:
-        template = side.renderer.chat_template or side.renderer.tokenizer.chat_template
-        keywords = set(side.renderer.chat_template_kwargs)
-        if not isinstance(template, str) or not keywords or (side.name, *sorted(keywords)) in checked:
+    for prompt in patient.prompts:
+        template = prompt.renderer.chat_template or prompt.renderer.tokenizer.chat_template
+        keywords = set(prompt.renderer.chat_template_kwargs)
+        if not isinstance(template, str) or not keywords or (prompt.name, *sorted(keywords)) in checked:
             continue
-        checked.add((side.name, *sorted(keywords)))
+        checked.add((prompt.name, *sorted(keywords)))
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"])
         try:
             known = meta.find_undeclared_variables(environment.parse(template))
@@ -188,60 +188,66 @@ def _keywords(patient: Patient) -> Iterator[Finding]:
         if ignored:
             yield find(
                 "warn",
-                f"the chat template of the {side.name} does not read {listed(ignored)}: the keyword changes nothing.",
-                f"It reads: {listed(sorted(known - _GIVEN)) or 'no keywords'}. Check the spelling.",
+                f"the chat template of the {prompt.name} does not read {listed(ignored)}: the keyword changes nothing.",
+                f"Check the spelling. It reads: {listed(sorted(known - _GIVEN)) or 'no keywords'}.",
             )
 
 
 def _openings(patient: Patient) -> Iterator[Finding]:
-    """Compare what stands between the last turn and the first token of a rollout."""
+    """Compare the text between the last turn and the first token of a rollout."""
     student = patient.student.renderer.opening
-    header = _unsaid_header(patient)
+    header = _missing_header(patient)
     if header:
         yield find(
             "fail",
-            f"the chat template writes no generation prompt, and opens an assistant's turn with {header!r}: a rollout "
-            "would continue the user's turn, on both sides.",
+            f"the chat template writes no generation prompt, and opens an assistant's turn with {header!r}: every "
+            "rollout would continue the user's turn.",
             "Use a chat template that reads add_generation_prompt, as those of instruction models do.",
         )
         return
-    different: dict[str, Side] = {}
-    bridged = [side for side in patient.teachers if side.context is not None and side.context.bridge_thinking]
+    different: dict[str, RenderedPrompt] = {}
+    bridged = [
+        prompt for prompt in patient.teacher_prompts if prompt.context is not None and prompt.context.bridge_thinking
+    ]
     if bridged:
-        yield find("pass", f"the {bridged[0].name} opens a thinking block that the rollout continues.")
-    for side in patient.teachers:
-        if not isinstance(side.prompt, str) and side not in bridged and side.renderer.opening + side.prefill != student:
-            different.setdefault(side.renderer.opening + side.prefill, side)
-    for opening, side in different.items():
+        yield find("pass", f"the prompt of the {bridged[0].name} opens a thinking block that the rollout continues.")
+    for prompt in patient.teacher_prompts:
+        if (
+            not isinstance(prompt.messages, str)
+            and prompt not in bridged
+            and prompt.renderer.opening + prompt.prefill != student
+        ):
+            different.setdefault(prompt.renderer.opening + prompt.prefill, prompt)
+    for opening, prompt in different.items():
         thinks = [THINK in text.rpartition("</think>")[2] for text in (student, opening)]
-        modes = "thinks" if thinks[1] else "answers at once"
-        what = f"one {modes} and the other does not" if thinks[0] != thinks[1] else "they open answers differently"
+        mode = "thinks" if thinks[1] else "answers at once"
+        what = f"one {mode} and the other does not" if thinks[0] != thinks[1] else "they open answers differently"
         yield find(
             "warn",
-            f"the student's rollouts begin behind {student!r} and the {side.name} expects them behind {opening!r}: "
-            f"{what}. Its first tokens will be graded for what they are not meant to be.",
-            "Use the same chat_template_kwargs on both sides; or bridge_thinking: true, for a student that reasons in "
-            "plain text under a teacher that thinks; or leave the first tokens out: skip_first_tokens.",
+            f"the student's rollouts begin after {student!r} and the {prompt.name} expects them after {opening!r}: "
+            f"{what}. The first tokens will be penalised for not opening the way the teacher expects.",
+            "Use the same chat_template_kwargs for both; or bridge_thinking: true, for a student that reasons in plain "
+            "text under a teacher that thinks; or leave the first tokens out: skip_first_tokens.",
         )
     if not different and not bridged and student:
-        yield find("pass", f"on both sides the answer begins behind {student!r}.")
+        yield find("pass", f"the answer begins after {student!r} for both.")
 
 
-def _unsaid_header(patient: Patient) -> str:
-    """Return what stands between a user's turn and the assistant's words and is missing from prompts, or ""."""
+def _missing_header(patient: Patient) -> str:
+    """Return the text between a user's turn and the assistant's that is missing from prompts, or ""."""
     renderer, word = patient.student.renderer, "opsd"
-    if renderer.opening or isinstance(patient.students[0].prompt, str):
+    if renderer.opening or isinstance(patient.student_prompts[0].messages, str):
         return ""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
     try:
-        whole, asked = renderer.transcript(turns).rpartition(word)[0], renderer.transcript(turns[:1])
+        both, user = renderer.transcript(turns).rpartition(word)[0], renderer.transcript(turns[:1])
     except (ValueError, jinja2.TemplateError):
         return ""
-    return whole.removeprefix(asked).strip() if whole.startswith(asked) else ""
+    return both.removeprefix(user).strip() if both.startswith(user) else ""
 
 
 def _distinct_renderers(patient: Patient) -> list[PromptRenderer]:
     """Return the renderers of teachers that have a tokenizer of their own."""
-    found = {id(leaf.renderer.tokenizer): leaf.renderer for leaf in patient.teacher.prompts.leaves}
-    found.pop(id(patient.tokenizer), None)
-    return list(found.values())
+    renderers = {id(leaf.renderer.tokenizer): leaf.renderer for leaf in patient.teacher.prompts.leaves}
+    renderers.pop(id(patient.tokenizer), None)
+    return list(renderers.values())
