@@ -162,20 +162,21 @@ def check_settings(settings: Any, name: str) -> None:
         )
 
 
-def check_state(state: Any, name: str) -> None:
-    """Refuse a state that a checkpoint cannot hold.
+def saved_state(teacher: Any) -> Mapping[str, Tensor]:
+    """Return a teacher's state for a checkpoint.
 
     Raises:
-        TeacherError: it is no mapping of names to tensors.
+        TeacherError: `state_dict` returned something else than tensors by name.
     """
-    if not isinstance(state, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
-        kinds = {key: type(value).__name__ for key, value in state.items()} if isinstance(state, Mapping) else state
+    state = teacher.state_dict()
+    items = list(state.items()) if isinstance(state, Mapping) else [(None, state)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
+        kinds = {key: type(value).__name__ for key, value in items}
         raise TeacherError(
-            f"teacher {name!r}: state_dict returned {kinds!r:.200}. A checkpoint stores it as tensors by name. Return "
-            "{name: tensor}; a number becomes torch.tensor(number)."
+            f"teacher {teacher.strategy!r}: state_dict returned {kinds!r:.200}. A checkpoint stores it as tensors by "
+            "name. Return {name: tensor}; a number becomes torch.tensor(number)."
         )
+    return state
 
 
 def load_state(teacher: Any, state: Mapping[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ from opsd.models.loading import broadcast_parameters, ready_model, without_dropo
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
-from opsd.teachers.checks import check_state, load_state
+from opsd.teachers.checks import load_state, saved_state
 from opsd.training import checkpoints, checks
 from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
@@ -354,8 +354,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
-        state = self.teacher.state_dict()  # in every process: a collective where values are sharded
-        check_state(state, self.teacher.strategy)
+        state = saved_state(self.teacher)  # in every process: a collective where values are sharded
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
