@@ -62,7 +62,7 @@ def show_tokens() -> None:
         student, teacher = ("  ".join(f"{p:.2f}" for p in side) for side in PAIRS[n])
         print(f"{n + 1:>5}   {student}  {teacher}  {signals_N[n]:>20.4f}   {forward:>20.4f}")
     print(f"{len(PAIRS)} tokens give {signals_N.size} signals, one for each.")
-    print("Never negative, 0 only where both are equal (token 1), not symmetric (tokens 3 and 4 are one pair, swapped).")
+    print("Never negative, 0 only where both are equal (token 1), not symmetric (3 and 4 are one pair, swapped).")
 
 
 def show_blow_up() -> None:
