@@ -1,10 +1,10 @@
-"""A teacher that follows: the moving average of a LoRA adapter, shown a worked solution.
+"""Distil from a moving average of the student's LoRA adapter, with a worked solution in the teacher's prompt.
 
-The teacher starts as the student and moves 5 % of the way to it after every step, so it improves with the student and
-does not chase each of its moves. It costs one more adapter: both sides share the base model.
+The teacher starts as the student and moves 5 % of the way towards it after every step. It costs one more adapter in
+memory: student and teacher share the base model.
 
 Run:    python examples/ema_with_lora.py
-Needs:  the Hugging Face Hub once, for a model of 0.6B parameters; a GPU, or patience.
+Needs:  the Hugging Face Hub once, for a model of 0.6B parameters; a GPU (it also runs on a CPU, slowly).
 """
 
 import argparse
@@ -39,7 +39,7 @@ trainer = OPSDTrainer(
         max_steps=options.steps,
         per_device_train_batch_size=4,
         max_completion_length=128,
-        chat_template_kwargs={"enable_thinking": False},  # Qwen3 would fill 128 tokens with its thoughts
+        chat_template_kwargs={"enable_thinking": False},  # Qwen3 would spend all 128 tokens on thinking
         learning_rate=1e-4,
         logging_steps=1,
         report_to="none",

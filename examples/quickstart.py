@@ -1,4 +1,4 @@
-"""The smallest run: a model learns from itself, because its teacher (the same weights, frozen) is shown the answer.
+"""The smallest run: the teacher is the student at step 0, frozen, with the answer in its prompt.
 
 Run:    python examples/quickstart.py
 Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU (a step is about 20 s of one slow core).
@@ -16,7 +16,7 @@ parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
 parser.add_argument("--output", default="runs/quickstart", help="folder for checkpoints and the trained model")
 options = parser.parse_args()
 
-# The student sees `prompt` and nothing else; every other column is for the teacher.
+# The student's prompt is `prompt` alone; other columns reach the teacher only, through its context.
 sums = [(12, 7), (25, 8), (31, 46), (9, 58), (64, 17), (5, 37), (73, 19), (28, 44)]
 rows = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"What is {a} + {b}?"}], "answer": str(a + b)} for a, b in sums]

@@ -1,7 +1,7 @@
-"""Sharpen after fine-tuning: SFT teaches an adapter the form, then the same adapter learns from its own rollouts.
+"""Train an adapter by SFT, then the same adapter by on-policy self-distillation.
 
-The teacher is that very SFT checkpoint, frozen and shown the answer. It keeps the fine-tuned style and knows
-one thing more, so only what it would have said differently changes.
+The teacher of the second stage is the SFT checkpoint, frozen, with the answer in its prompt. It has the style that SFT
+trained, so the second stage changes the tokens that the answer makes more or less likely.
 
 Run:    python examples/sharpen_after_sft.py
 Needs:  the Hugging Face Hub once, for a model of 135M parameters; no GPU.
@@ -22,7 +22,7 @@ parser.add_argument("--steps", type=int, default=20, help="optimizer steps of ea
 parser.add_argument("--output", default="runs/sharpened", help="folder for both stages: sft/ and opsd/")
 options = parser.parse_args()
 
-# SFT imitates `completion`; opsd lets the student write its own and shows `answer` to the teacher.
+# SFT trains on `completion`. opsd samples completions from the student; the teacher's prompt contains `answer`.
 sums = [(12, 7), (25, 8), (31, 46), (9, 58), (64, 17), (5, 37), (73, 19), (28, 44)]
 rows = Dataset.from_list(
     [
@@ -41,7 +41,7 @@ sft = SFTTrainer(
     args=SFTConfig(
         output_dir=f"{options.output}/sft",
         learning_rate=2e-4,
-        bf16=is_torch_bf16_gpu_available(),  # TRL's default, True, is refused without a GPU; OPSDConfig asks by itself
+        bf16=is_torch_bf16_gpu_available(),  # TRL's default, True, is refused without a GPU; OPSDConfig chooses itself
         **shared,
     ),
     train_dataset=rows,
@@ -51,7 +51,7 @@ sft.train()
 sft.save_model()
 
 trainer = OPSDTrainer(
-    model=sft.model,  # the PeftModel with the trained adapter: no new one is made, none is merged
+    model=sft.model,  # the PeftModel with the trained adapter: no new adapter is made, none is merged
     teacher=SameCheckpointTeacher(context="answer_only"),
     args=OPSDConfig(output_dir=f"{options.output}/opsd", max_completion_length=32, learning_rate=1e-4, **shared),
     train_dataset=rows,

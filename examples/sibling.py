@@ -1,7 +1,7 @@
-"""Strong to weak: a larger model of the same family grades every token that the small one writes.
+"""Distil a larger model of the same family: it scores every token that the small model samples.
 
-The teacher sees the student's own prompt and knows more by its size alone, so rows need no answers. The two must share
-a tokenizer; this is checked before the first step.
+The teacher has the student's own prompt, so rows need no answers. Both models must have the same tokenizer; this is
+checked before the first step.
 
 Run:    python examples/sibling.py
 Needs:  the Hugging Face Hub once, for models of 0.6B and 1.7B parameters; a GPU (weights and optimizer: 13 GB).
@@ -30,16 +30,16 @@ rows = Dataset.from_list([{"prompt": [{"role": "user", "content": question}]} fo
 
 trainer = OPSDTrainer(
     model=options.model,
-    # A sibling takes a context as well. Give the rows a column `hint`, and it sees what the student does not:
+    # A sibling takes a context as well, for example with a column `hint` in the rows:
     # teacher=SiblingTeacher(options.teacher, context="hint"),
     teacher=SiblingTeacher(options.teacher),
     args=OPSDConfig(
         output_dir=options.output,
-        beta=1.0,  # reverse KL: write what the teacher would write; 0 is forward KL, between them the JSD
+        beta=1.0,  # reverse KL(student ‖ teacher); 0 is the forward KL, between them the generalised JSD
         max_steps=options.steps,
         per_device_train_batch_size=4,
         max_completion_length=128,
-        chat_template_kwargs={"enable_thinking": False},  # Qwen3 would fill 128 tokens with its thoughts
+        chat_template_kwargs={"enable_thinking": False},  # Qwen3 would spend all 128 tokens on thinking
         learning_rate=1e-5,
         logging_steps=1,
         report_to="none",

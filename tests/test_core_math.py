@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 FOLDER = Path(__file__).parents[1] / "examples" / "core_math"
 KEY_LINES = {
-    "reverse_kl": "5 tokens give 5 signals: one for each, whatever the length.",
+    "reverse_kl": "5 tokens give 5 signals, one for each.",
     "generalised_jsd": "forward KL(teacher||student) = 0.899775: what loss/(beta(1-beta)) tends to as beta -> 0.",
     "lmbda_mix": " 0.30                  1 1 1 1 2 1 1 1 1 2           0.250   0.300   0.300",
     "dense_vs_sparse": "       1               1                1                1",

@@ -1,12 +1,12 @@
-"""GKD's generalised Jensen-Shannon divergence (Agarwal et al., arXiv 2306.13649), and what its two ends are.
+"""GKD's generalised Jensen-Shannon divergence (Agarwal et al., arXiv 2306.13649) and its limits at both ends.
 
     M      = β · teacher + (1-β) · student
     JSD(β) = β · KL(teacher ‖ M) + (1-β) · KL(student ‖ M)          for 0 < β < 1
 
 As β -> 0, M becomes the student: JSD/β -> KL(teacher ‖ student), forward KL. As β -> 1, M becomes the teacher:
-JSD/(1-β) -> KL(student ‖ teacher), reverse KL. JSD itself goes to 0 at both ends, so there is a jump by convention:
-β = 0 *is defined as* forward KL and β = 1 as reverse KL, unscaled. A β of 0.999 is not "almost reverse KL": it is
-a thousandth of it. It knows two distributions per token and nothing of models, sampling or gradients.
+JSD/(1-β) -> KL(student ‖ teacher), reverse KL. JSD itself goes to 0 at both ends. By convention β = 0 is the forward KL
+and β = 1 the reverse KL, unscaled, so the loss jumps there: at β = 0.999 it is a thousandth of the reverse KL.
+Knows two distributions per token; nothing of models, sampling or gradients.
 
 Shapes: `N` tokens, `V` vocabulary. Run: python examples/core_math/generalised_jsd.py
 """
@@ -20,7 +20,7 @@ from reverse_kl import Floats, forward_kl, kl, log_probs, reverse_kl
 
 
 def generalised_jsd(student_NV: Floats, teacher_NV: Floats, beta: float) -> Floats:
-    """The divergence that `beta` names, of each token, in nats.
+    """Return the divergence of each token at this `beta`, in nats.
 
     Args:
         student_NV: log-probabilities of the student.
@@ -41,7 +41,7 @@ def generalised_jsd(student_NV: Floats, teacher_NV: Floats, beta: float) -> Floa
 
 
 STUDENT_V, TEACHER_V = log_probs([0.70, 0.20, 0.10]), log_probs([0.15, 0.25, 0.60])
-HERE_V, THERE_V = log_probs([1.0, 0.0]), log_probs([0.0, 1.0])  # two sides without a common token: the worst case
+HERE_V, THERE_V = log_probs([1.0, 0.0]), log_probs([0.0, 1.0])  # no token has mass on both sides: the largest value
 
 
 def show_sweep() -> None:

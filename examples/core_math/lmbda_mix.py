@@ -1,13 +1,13 @@
-"""lmbda, the share of rows that train on the student's own rollouts: a convex mix, a coin and a counting rule.
+"""lmbda, the share of rows trained on the student's own rollouts: a convex mix, a coin per row, and a counting rule.
 
     expected loss = lmbda · mean(on-policy loss) + (1-lmbda) · mean(off-policy loss)
 
 On-policy rows are completions that the student sampled; off-policy rows come from the data (or from the teacher).
 Three ways to mix them, equal in expectation: the formula itself; a coin per row (GKD's Algorithm 1, arXiv 2306.13649,
-throws one per batch); and the rule of opsd's trainer, in which each rank takes floor(lmbda · B + carry) rows on-policy
-and carries the fraction to the next step. The rule throws no coin, so all ranks take the same count at every step:
-a rank that skipped generation while others wait for it in a collective would hang the run.
-It knows one loss per row and nothing of how the rows were made.
+tosses one per batch); and the rule of opsd's trainer, in which each rank takes floor(lmbda · B + carry) rows on-policy
+and carries the fraction to the next step. The rule tosses no coin, so all ranks take the same number at every step: if
+one rank skipped generation while others wait for it in a collective, the run would hang.
+Knows one loss per row; nothing of how rows are made.
 
 Shapes: `B` rows, `T` steps. Run: python examples/core_math/lmbda_mix.py
 """
@@ -23,7 +23,7 @@ Floats = NDArray[np.float64]
 
 
 def check_lmbda(lmbda: float) -> None:
-    """Refuse what is not a share.
+    """Refuse an lmbda that is no share.
 
     Raises:
         ValueError: lmbda is outside [0, 1] or not a number.
@@ -33,20 +33,20 @@ def check_lmbda(lmbda: float) -> None:
 
 
 def expected_loss(on_policy_B: Floats, off_policy_B: Floats, lmbda: float) -> float:
-    """The convex mix: each row counts on-policy with weight lmbda and off-policy with weight 1-lmbda."""
+    """Return the convex mix: each row counts on-policy with weight lmbda and off-policy with weight 1-lmbda."""
     check_lmbda(lmbda)
     return float(lmbda * on_policy_B.mean() + (1.0 - lmbda) * off_policy_B.mean())
 
 
 def sampled_loss(on_policy_B: Floats, off_policy_B: Floats, lmbda: float, rng: np.random.Generator) -> float:
-    """The Monte-Carlo twin: a coin per row decides which of its two losses counts in this step."""
+    """Return a Monte-Carlo sample of it: a coin per row decides which of its two losses counts in this step."""
     check_lmbda(lmbda)
     heads_B = rng.random(on_policy_B.size) < lmbda  # random() is below 1 and may be 0: lmbda 1 is always, 0 is never
     return float(np.where(heads_B, on_policy_B, off_policy_B).mean())
 
 
 def on_policy_counts(lmbda: float, rows: int, steps: int) -> list[int]:
-    """The trainer's rule: how many of `rows` are on-policy at each step, the fraction left over carried forward."""
+    """Return how many of `rows` are on-policy at each step by the trainer's rule, which carries fractions forward."""
     check_lmbda(lmbda)
     counts_T, carry = [], 0.0
     for _ in range(steps):
@@ -65,7 +65,7 @@ def show_twin(draws: int = 4000) -> None:
         error = sampled.std() / math.sqrt(draws)
         print(f"{lmbda:>5.2f}   {expected_loss(on_policy_B, off_policy_B, lmbda):>13.4f}", end="   ")
         print(f"{sampled.mean():>30.4f}   {error:>14.4f}")
-    print("The mix is a straight line from the off-policy to the on-policy loss, and the coin agrees on average.")
+    print("The mix is linear in lmbda, from the off-policy to the on-policy loss; the coin agrees with it on average.")
 
 
 def show_rule(rows: int = 4) -> None:
@@ -74,7 +74,7 @@ def show_rule(rows: int = 4) -> None:
         counts = on_policy_counts(lmbda, rows, 1000)
         shares = "   ".join(f"{sum(counts[:t]) / (rows * t):.3f}" for t in (1, 10, 1000))
         print(f"{lmbda:>5.2f}   {' '.join(map(str, counts[:10])):>34}   {shares:>29}")
-    print("The rule is never a whole row behind lmbda in total, so the share tends to lmbda, the same on every rank.")
+    print("In total the rule is less than one row behind lmbda, so the share tends to lmbda, the same on every rank.")
 
 
 if __name__ == "__main__":
