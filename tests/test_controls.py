@@ -249,7 +249,7 @@ def test_sft_imitates_the_most_telling_column(columns: list[str], source: str) -
 
 def test_sft_reads_numbers_and_refuses_rows_with_nothing_to_imitate() -> None:
     assert with_completions(Dataset.from_list([{"prompt": "q", "answer": 19}]))["completion"] == ["19"]
-    with pytest.raises(DataError, match=r"sft .* hint\. It takes the first of completion"):
+    with pytest.raises(DataError, match=r"sft imitates one of the columns completion.* hint\."):
         with_completions(Dataset.from_list([{"prompt": "q", "hint": "h"}]))
     with pytest.raises(DataError, match="stream"):
         with_completions(IterableDataset.from_generator(lambda: iter([{"prompt": "q", "answer": "1"}])))
@@ -296,7 +296,7 @@ def test_a_nested_column_is_another_rows_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["no-context", "wrong-context"])
 def test_control_of_a_context_is_refused_where_there_is_none(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="shown nothing beside the prompt"):
+    with pytest.raises(ConfigError, match="this teacher has none"):
         make_trainer(tmp_path, SameCheckpointTeacher(), control=name)
 
 
@@ -315,7 +315,7 @@ def test_unknown_control_is_refused_with_the_nearest_and_what_each_asks(tmp_path
 def test_the_doctor_is_not_asked_about_a_control(tmp_path: Path) -> None:
     from opsd.doctor import examine
 
-    with pytest.raises(ConfigError, match="examines a method"):
+    with pytest.raises(ConfigError, match="this run is the control"):
         examine(make_trainer(tmp_path, SameCheckpointTeacher(context="worked_solution"), control="sft"))
 
 

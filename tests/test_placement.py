@@ -144,7 +144,7 @@ ZERO_2 = {"zero_optimization": {"stage": 2}}
 REFUSED = [
     ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, {}, "FSDP 1 flattens"),
     ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1 flattens"),
-    ({"fsdp": "full_shard", "fsdp_config": {"version": 2}, "seq_kd": True}, {}, "lets the teacher sample"),
+    ({"fsdp": "full_shard", "fsdp_config": {"version": 2}, "seq_kd": True}, {}, "with seq_kd the teacher samples"),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {}, "ZeRO-3 empties parameters"),
 ]
 

@@ -82,7 +82,7 @@ class Later:
 NO_REWARDS = [
     (later, "a plain function"),
     (Later(), "a plain function"),
-    (make_llama(), "LlamaForCausalLM. Reward models"),
+    (make_llama(), "LlamaForCausalLM. opsd calls neither reward models"),
     (5, "is a int"),
     ("last_numbr", "Did you mean 'last_number'"),
     ("no_such_module:f", "Check both names"),

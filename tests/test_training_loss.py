@@ -32,7 +32,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "discounted": ({"support": "sampled", "reward_to_go": "discounted", "discount": 0.5}, "discounted by 0.5"),
     "MiniLLM": ({"reward_to_go": "mean"}, "the mean reward of later tokens"),
     "reference policy": ({"ref_kl_coef": 0.5}, "0.5·KL(student ‖ student at step 0)"),
-    "RLCSD": ({"contrast_context": "worked_solution"}, "worked_solution does not say"),
+    "RLCSD": ({"contrast_context": "worked_solution"}, "weighted against the context worked_solution"),
     "token clip": ({"token_clip": 0.5}, "each token at most 0.5"),
     "two passes": ({"recompute_loss": True, "loss_budget_mb": 0.01}, "reverse KL"),
 }

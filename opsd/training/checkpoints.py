@@ -1,7 +1,7 @@
-"""What opsd adds to a checkpoint, and which checkpoint a run resumes from.
+"""The teacher's files in a checkpoint, the number format of a run, and which checkpoint a run resumes from.
 
-The teacher's state lies beside the student's: tensors as safetensors, the rest as JSON, each written under a temporary
-name and then renamed, and both before the trainer's own files. Knows files and plain dictionaries only.
+The teacher's tensors are written as safetensors, the rest as JSON; each file under a temporary name and then renamed,
+both before the trainer's files. Knows files and plain dictionaries only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRAINER_STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin",
            "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # fmt: skip
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0")  # the last is FSDP's folder of shards
-UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own mark of an interrupted save
+UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' mark of an interrupted save
 
 
 def write(
@@ -44,13 +44,13 @@ def write(
     Args:
         folder: the checkpoint.
         tensors: the teacher's state.
-        facts: what the run is.
+        facts: what a resumed run must have in common with this one.
         step: optimizer steps done.
-        processes: of the run; each writes a random state of its own.
-        pending: metrics since the last log entry, which the next one will average.
+        processes: number of processes; each writes its random state.
+        pending: metrics since the last log entry, which the next entry averages.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # A folder that is written again, after a resume from before it, is no whole checkpoint until that is done.
+    # A folder that is written again, after a resume from an earlier step, is incomplete until the trainer has written.
     (folder / TRAINER_STATE).unlink(missing_ok=True)
     temporary = folder / f".{TENSORS}"
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
@@ -63,23 +63,23 @@ def read(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
 
     Args:
         folder: the checkpoint.
-        facts: what this run is (teacher, context, divergence); must be what the checkpoint was made with.
+        facts: of this run (teacher, context, divergence); must equal those of the checkpoint.
 
     Raises:
-        CheckpointError: no opsd checkpoint, or one of another run; says what differs.
+        CheckpointError: not a checkpoint of opsd, or one of another run; names what differs.
     """
     if not (folder / FACTS).is_file():
         raise CheckpointError(
-            f"{folder} is not a checkpoint of opsd: it has no {FACTS}. The teacher's state would be missing, and the "
-            "run would go on with another teacher. Start a new run from its weights instead: model_name_or_path."
+            f"{folder} is not a checkpoint of opsd: it has no {FACTS}. Without the teacher's state the run would "
+            "continue with another teacher. Start a new run from its weights instead: model_name_or_path."
         )
     stored = json.loads((folder / FACTS).read_text("utf-8"))
     step, pending = stored.pop("step", None), stored.pop("pending", {})
-    stored.pop("processes", None)  # more or fewer is another random state, and transformers warns of it
+    stored.pop("processes", None)  # another number has another random state, of which transformers warns
     if folder.name != f"checkpoint-{step}" and re.fullmatch(r"checkpoint-\d+", folder.name):
         raise CheckpointError(
-            f"the teacher's state in {folder} is that of step {step}. Student and teacher would belong to different "
-            "steps. Put the folder's own files back, or resume from another checkpoint."
+            f"the teacher's state in {folder} is of step {step}. Student and teacher would belong to different steps. "
+            "Restore the folder's files, or resume from another checkpoint."
         )
     stored, wanted = _flat(stored), _flat(json.loads(json.dumps(facts)))
     differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
@@ -118,7 +118,7 @@ def problem(folder: Path) -> str | None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Tell whether a file's own form says that nothing of it is missing; forms that say nothing pass."""
+    """Tell whether a file is complete, as far as its format tells; other formats pass."""
     if path.name.startswith("."):  # a temporary file of a save that never ended
         return True
     try:
@@ -136,8 +136,8 @@ def _is_whole(path: Path) -> bool:
 
 def saved(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoint folders of a run, newest step first."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
+    folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(folders, key=lambda p: -int(p.name.split("-")[1]))
 
 
 def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tuple[Path | None, list[str]]:
@@ -168,8 +168,8 @@ def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tu
         reason = problem(Path(resume)) if (Path(resume) / FACTS).is_file() else None
         if reason is not None:
             raise CheckpointError(
-                f"{resume} cannot be resumed from: {reason}. Name another (here: {_names(checkpoints)}), or let the "
-                "newest that is whole be found: resume_from_checkpoint=True."
+                f"{resume} cannot be resumed from: {reason}. Name another (here: {_names(checkpoints)}), or resume "
+                "from the newest complete one: resume_from_checkpoint=True."
             )
         return Path(resume), []
     passed_over: list[str] = []
@@ -179,16 +179,16 @@ def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tu
             return folder, passed_over
         passed_over.append(f"{folder.name} was passed over: {reason}")
     raise CheckpointError(
-        f"{output_dir} has no checkpoint to resume from. " + "; ".join(passed_over) + " Start anew without "
+        f"{output_dir} has no checkpoint to resume from. " + "; ".join(passed_over) + " Start a new run without "
         "resume_from_checkpoint (in an empty folder), or name a checkpoint by its path."
     )
 
 
 def model_folder(model: str) -> str:
-    """Return the folder to load a model from: a run that has not ended stands for its newest checkpoint that is whole.
+    """Return the folder to load a model from: for a run that has not ended, its newest complete checkpoint.
 
     Raises:
-        CheckpointError: a run's folder with neither a model nor a checkpoint that could be loaded.
+        CheckpointError: a run's folder with neither a model nor a complete checkpoint.
     """
     folder = Path(model)
     if any((folder / name).is_file() for name in WEIGHTS) or not (folder / CARD).is_file():
@@ -196,8 +196,8 @@ def model_folder(model: str) -> str:
     whole = next((checkpoint for checkpoint in saved(folder) if problem(checkpoint) is None), None)
     if whole is None:
         raise CheckpointError(
-            f"{model} is a run without a model: it was stopped before its end, and has no checkpoint that is whole "
-            f"(here: {_names(saved(folder))}). Resume it: --resume_from_checkpoint true; or name a model."
+            f"{model} is a run without a model: it was stopped before its end, and has no complete checkpoint (here: "
+            f"{_names(saved(folder))}). Resume it: --resume_from_checkpoint true; or name a model."
         )
     return str(whole)
 
@@ -241,7 +241,7 @@ def restore_number_format(args: Any) -> None:
 
 
 def check_writable(output_dir: str | os.PathLike[str]) -> None:
-    """Make the output folder, or say why it cannot be used.
+    """Make the output folder.
 
     Raises:
         CheckpointError: the folder cannot be made or written to.
@@ -255,5 +255,5 @@ def check_writable(output_dir: str | os.PathLike[str]) -> None:
     except OSError as error:
         raise CheckpointError(
             f"output_dir {folder} cannot be written to ({error.strerror}). Checkpoints would be lost after training. "
-            "Choose a folder you own."
+            "Choose a folder that you can write to."
         ) from error

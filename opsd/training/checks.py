@@ -67,26 +67,25 @@ def check_sharding(args: Any, evaluates: bool = False) -> None:
     version = str((args.fsdp_config or {}).get("version") or os.environ.get("FSDP_VERSION") or 1)
     if fsdp and version != "2":
         raise ConfigError(
-            "FSDP 1 flattens parameters, and a teacher made of the student could not find its own among them. Use "
+            "FSDP 1 flattens parameters, and a self-teacher could not swap its copies for them. Use "
             "FSDP 2: fsdp_version: 2 (examples/accelerate/fsdp2.yaml), or fsdp_config: {version: 2}."
         )
     if fsdp and args.seq_kd:
         raise ConfigError(
-            "seq_kd lets the teacher sample, and with FSDP each process would gather its weights token by token, as "
-            "often as its own longest completion asks for: one would wait for the others. Sample before the run, into "
-            "a column `completion`, and leave seq_kd out."
+            "with seq_kd the teacher samples, and under FSDP each process would gather its weights once per token of "
+            "its longest completion: processes with shorter completions would hang. Sample before the run, into a "
+            "column `completion`, and leave seq_kd out."
         )
     if fsdp and evaluates:
         raise ConfigError(
-            "evaluation lets each process answer its own share of the questions, and with FSDP it would gather weights "
-            "token by token, as often as its own longest answer asks for: one would wait for the others. Evaluate "
-            "saved checkpoints instead: `opsd eval RUN/checkpoint-N`."
+            "in an evaluation each process answers a share of the questions, and under FSDP it would gather weights "
+            "once per token of its longest answer: processes with shorter answers would hang. Evaluate saved "
+            "checkpoints instead: `opsd eval RUN/checkpoint-N`."
         )
     if _zero_stage(args) == 3:
         raise ConfigError(
-            "DeepSpeed's ZeRO-3 empties parameters between passes, and a teacher made of the student would copy "
-            "nothing. Use FSDP 2, which shards as much (examples/accelerate/fsdp2.yaml), or ZeRO-2 "
-            "(examples/accelerate/zero2.yaml)."
+            "DeepSpeed's ZeRO-3 empties parameters between passes, and a self-teacher would copy empty tensors. Use "
+            "FSDP 2, which shards as much (examples/accelerate/fsdp2.yaml), or ZeRO-2 (examples/accelerate/zero2.yaml)."
         )
 
 
@@ -101,15 +100,15 @@ def _zero_stage(args: Any) -> int:
 
 
 def check_adapter(config: PeftConfig) -> None:
-    """Refuse adapters that the loss would go around.
+    """Refuse adapters that the loss would bypass.
 
     Raises:
         ConfigError: virtual tokens, or an adapter on the head.
     """
     if getattr(config, "is_prompt_learning", False):
         raise ConfigError(
-            f"{type(config).__name__} learns virtual tokens in front of the prompt. Sampling would use them, and the "
-            "loss, which calls the model below, would not: it would train nothing. Use LoRA."
+            f"{type(config).__name__} trains virtual tokens before the prompt. Sampling would use them, and the loss, "
+            "which calls the model without its adapter's wrapper, would not: nothing would be trained. Use LoRA."
         )
     targets = getattr(config, "target_modules", None) or []
     if isinstance(targets, str):  # a pattern over whole names
@@ -118,8 +117,8 @@ def check_adapter(config: PeftConfig) -> None:
         on_the_head = any(name.split(".")[-1] in HEADS for name in targets)
     if on_the_head:
         raise ConfigError(
-            "the adapter is on the head (lm_head), whose weight the loss reads directly: what the adapter adds there "
-            "would be sampled from and never trained. Leave the head out of target_modules, or train it whole: "
+            "the adapter is on the head (lm_head), whose weight the loss reads directly: the adapter's part would be "
+            "sampled from and never trained. Leave the head out of target_modules, or train all of it: "
             "modules_to_save=['lm_head']."
         )
 
@@ -151,7 +150,7 @@ def check_settings(
     check_gate_metrics(teacher, args, eval_dataset, groups, EvaluationPlan.parse(evaluation))
     if args.seq_kd and not teacher.can_sample:
         raise ConfigError(
-            f"seq_kd takes the teacher's own samples, and teacher {teacher.strategy!r} is no single model that could "
+            f"seq_kd trains on the teacher's samples, and teacher {teacher.strategy!r} is no single model that could "
             "sample. Use another teacher, or set seq_kd to false."
         )
     spread = args.accelerator_config
@@ -163,10 +162,10 @@ def check_settings(
 
 
 def check_importance(clip: float | None, has_tools: bool) -> None:
-    """Refuse importance correction of completions that several calls of the engine made.
+    """Refuse importance correction of completions that were sampled in several calls.
 
     Raises:
-        ConfigError: it is on, and so are tools.
+        ConfigError: importance_clip is set, and the student has tools.
     """
     if clip is not None and has_tools:
         raise ConfigError(

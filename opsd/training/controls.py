@@ -1,7 +1,7 @@
-"""Controls: the same run with one thing taken away, so that a gain can be blamed on that thing.
+"""Controls: the same run with one thing changed, so that a gain can be attributed to that thing.
 
-A control keeps model, questions, seeds, steps and learning rate of a run, and changes its teacher, what that is shown
-or what the loss is. Most published gains of self-distillation shrink beside one of them (OP2SD, arXiv 2608.09228;
+A control keeps model, questions, seeds, steps and learning rate of a run, and changes its teacher, the teacher's
+context or the loss. Most published gains of self-distillation shrink beside one of them (OP2SD, arXiv 2608.09228;
 AMPLE-Math, arXiv 2609.20612; "Does on-policy distillation really distill?", arXiv 2608.31046). Knows settings, teachers
 and contexts; nothing of training.
 """
@@ -19,9 +19,9 @@ from opsd.errors import ConfigError, DataError, not_one_of
 if TYPE_CHECKING:
     from opsd.teachers import Teacher
 
-# What a row may hold that can be imitated, the most telling first.
+# Columns that can be imitated, the most complete first.
 DEMONSTRATIONS = ("completion", "completion_ids", "demonstration", "solution", "answer")
-# The listed token and no other rule of the method's loss; how the student samples stays the run's.
+# The listed token and none of the method's other loss settings; sampling stays as in the run.
 _ONE_TOKEN: dict[str, Any] = {
     "divergence": None,
     "beta": 0.0,
@@ -36,20 +36,23 @@ _ONE_TOKEN: dict[str, Any] = {
     "contrast_context": None,
 }
 _LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "ref_kl_coef": 0.0}
-# Nothing is earned by tokens of others; a group is as many completions of one prompt, so that questions stay the run's.
+# No reward for off-policy tokens; a group is as many completions of one prompt, so that the questions stay the same.
 _NOT_SAMPLED: dict[str, Any] = {"lmbda": 0.0, "distill_on": "all", "grpo_coef": 0.0}
-CONSTANT_ADVANTAGE = -1.0  # its size is lost in Adam; the sign is the paper's
+CONSTANT_ADVANTAGE = -1.0  # Adam normalises its size away; the sign is the paper's
 
 
 @dataclass(frozen=True)
 class Control:
     """One control.
 
+    >>> control = CONTROLS["wrong-context"]
+    >>> control.teacher(SameCheckpointTeacher(context="answer_only")).describe()
+
     Args:
-        asks: the question it answers, in words.
+        asks: the question that it answers.
         teacher: the run's teacher -> the control's.
         settings: of OPSDConfig, in place of the run's.
-        imitates: whether rows are trained on as they are, so that each needs something to imitate.
+        imitates: whether it trains on the rows' own completions, so that each row needs one.
     """
 
     asks: str
@@ -61,7 +64,7 @@ class Control:
         """Return the training rows as this control uses them.
 
         Raises:
-            DataError: there is nothing in them to imitate.
+            DataError: they have no column to imitate.
         """
         return with_completions(dataset) if self.imitates else dataset
 
@@ -87,12 +90,12 @@ def with_completions(dataset: Any) -> Any:
         DataError: none of them is, or they are a stream.
     """
     if not isinstance(dataset, Dataset):
-        raise DataError("the control sft reads what rows hold to imitate, and these are a stream. Load a Dataset.")
+        raise DataError("the control sft needs all rows for their completions, and these are a stream. Load a Dataset.")
     source = next((name for name in DEMONSTRATIONS if name in dataset.column_names), None)
     if source is None:
         raise DataError(
-            f"the control sft imitates what a row holds, and the dataset has: {', '.join(dataset.column_names)}. It "
-            f"takes the first of {', '.join(DEMONSTRATIONS)}. Rename a column, or leave this control out."
+            f"the control sft imitates one of the columns {', '.join(DEMONSTRATIONS)}, and the dataset has: "
+            f"{', '.join(dataset.column_names)}. Rename a column, or leave this control out."
         )
     if source in ("completion", "completion_ids"):
         return dataset
@@ -100,20 +103,20 @@ def with_completions(dataset: Any) -> Any:
 
 
 def _without_context(teacher: Teacher) -> Teacher:
-    _check_shown(teacher, "no-context takes the teacher's context away")
+    _check_has_context(teacher, "no-context removes the teacher's context")
     return teacher.copy_with(teacher.prompts.with_contexts(lambda context: None))
 
 
 def _with_wrong_context(teacher: Teacher) -> Teacher:
-    _check_shown(teacher, "wrong-context shows the teacher what belongs to another row")
+    _check_has_context(teacher, "wrong-context fills the teacher's context from another row")
     return teacher.copy_with(teacher.prompts.with_contexts(lambda context: context and context.of_other_rows()))
 
 
-def _check_shown(teacher: Teacher, rule: str) -> None:
+def _check_has_context(teacher: Teacher, rule: str) -> None:
     if not teacher.prompts.contexts:
         raise ConfigError(
-            f"{rule}, and this one is shown nothing beside the prompt: the control would be the run itself. Leave it "
-            "out, or give the run a context."
+            f"{rule}, and this teacher has none: the control would be the run itself. Leave the control out, or give "
+            "the run a context."
         )
 
 
@@ -135,18 +138,22 @@ def _constant(teacher: Teacher) -> Teacher:
     return ConstantAdvantageTeacher(CONSTANT_ADVANTAGE)
 
 
-def _itself(teacher: Teacher) -> Teacher:
+def _unchanged(teacher: Teacher) -> Teacher:
     return teacher
 
 
 CONTROLS: dict[str, Control] = {
-    "no-context": Control("is it what the teacher is shown, or any teacher at all?", _without_context),
-    "wrong-context": Control("is it the information, or only the form of the help?", _with_wrong_context),
+    "no-context": Control("does the gain come from the context, or would any teacher do?", _without_context),
+    "wrong-context": Control(
+        "does the gain come from the information, or from the form of the context?", _with_wrong_context
+    ),
     "off-policy": Control(
-        "is it the student's own tokens, or would the teacher's do?", _itself, {**_NOT_SAMPLED, "seq_kd": True}
+        "does it need the student's own tokens, or would the teacher's do?",
+        _unchanged,
+        {**_NOT_SAMPLED, "seq_kd": True},
     ),
     "seq-kd": Control(
-        "is it the teacher's whole distribution, or would its samples do (cross-entropy)?",
+        "does it need the teacher's distribution, or would its samples do (cross-entropy)?",
         _imitating_samples,
         {**_LIKELIHOOD, **_NOT_SAMPLED, "seq_kd": True},
     ),
@@ -157,9 +164,9 @@ CONTROLS: dict[str, Control] = {
         imitates=True,
     ),
     "constant-advantage": Control(
-        "does the teacher say anything that one fixed negative advantage does not?",
+        "does the teacher add anything to one fixed negative advantage?",
         _constant,
-        # Renormalised, one listed token is certain on both sides: no divergence, and the advantage is all there is.
+        # Renormalised, one listed token has probability 1 on both sides: the divergence is 0, the advantage trains.
         {**_ONE_TOKEN, "tail": "renormalise", "lmbda": 1.0, "seq_kd": False},
     ),
 }

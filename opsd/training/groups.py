@@ -26,7 +26,7 @@ DISTILL_ON = {
 }
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
 # Values of rollout fields in prompts that are rendered before training.
-PLACEHOLDERS = {**{name: f"(the {name}, made during training)" for name in ROLLOUT_FIELDS}, "pass_rate": 0.0}
+PLACEHOLDERS = {**{name: f"(the {name}, from training)" for name in ROLLOUT_FIELDS}, "pass_rate": 0.0}
 STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer; a group of equal rewards has no advantage anyway
 
 Decode = Callable[[Sequence[Ids]], Sequence[str]]

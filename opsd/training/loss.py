@@ -1,7 +1,7 @@
-"""From rollouts and a teacher to a loss: which tokens count, who scores them, what training minimises.
+"""Scorer: rollouts and a teacher in, a loss out.
 
-Stands between the trainer, which knows steps, and the losses, which know tensors. It is blind to which teacher and
-which divergence it runs.
+Selects the tokens to train on, renders the teacher's prompts, collects the teacher's signal, and calls the objective.
+Knows no steps (the trainer's) and no formulas (the losses').
 
 Shapes: N scored tokens of a micro-batch (packed).
 """
@@ -30,13 +30,16 @@ from opsd.training.token_selection import TokenSelection, row_weight
 
 @dataclass(frozen=True)
 class Scored:
-    """A micro-batch with every answer that its loss needs; crosses FSDP's wrapper as one opaque object.
+    """A micro-batch with the signals that its loss needs; crosses FSDP's wrapper as one opaque object.
+
+    >>> scored = scorer.score(rollouts)  # a Scored
+    >>> scorer(student, scored, device, processes=1).loss.backward()
 
     Args:
         rollouts: the micro-batch.
-        signal: the teacher's answer.
-        anchor: the anchor's answer, where the student is held to one.
-        wrong: the teacher's answer under the wrong context, where tokens are contrasted.
+        signal: the teacher's.
+        reference: of the student at step 0, with ref_kl_coef.
+        contrast_signal: of the teacher under contrast_context, if that is set.
     """
 
     rollouts: Rollouts
@@ -46,11 +49,16 @@ class Scored:
 
 
 class Scorer:
-    """The loss of a run.
+    """Computes the loss of a run.
+
+    >>> scorer = Scorer(args, teacher)
+    >>> scorer.prepare(student, end_ids)
+    >>> scored = scorer.score(scorer.prepare_rollouts(rollouts))
+    >>> scorer(student.model, scored, device, processes=1).loss.backward()
 
     Args:
         args: settings.
-        teacher: scores rollouts.
+        teacher: the teacher.
     """
 
     def __init__(self, args: OPSDConfig, teacher: Teacher):
@@ -62,7 +70,7 @@ class Scorer:
         if args.contrast_context is not None:
             self.contrast = TeacherView(teacher, teacher.prompts.with_context(args.contrast_context))
         self.selection = TokenSelection()
-        self._counted = ContextCounts()  # what contexts had counted when it was last logged
+        self._logged_counts = ContextCounts()  # of the contexts, at the last log entry
 
     @property
     def views(self) -> list[TeacherView]:
@@ -71,30 +79,30 @@ class Scorer:
 
     @property
     def contexts(self) -> list[Context]:
-        """What any of them is shown."""
+        """The contexts of all views."""
         return [context for view in self.views for context in view.prompts.contexts]
 
     def forget_counts(self) -> None:
-        """Let all contexts count from here."""
+        """Set the counts of all contexts to zero."""
         for view in self.views:
             view.prompts.forget_counts()
 
     @property
     def columns(self) -> set[str]:
-        """The columns of rows that contexts and weights read, beside the prompt."""
+        """The columns that contexts and row weights read, beside the prompt."""
         fields = (context.fields | context.optional_fields for context in self.contexts)
         return set().union(*fields, (self._args.pass_rate_column and {self._args.pass_rate_column}) or ())
 
     def check_rows(self, dataset: Dataset | IterableDataset, rollout_fields: Sequence[str] = ()) -> None:
-        """Check that rows have what contexts and weights read, before a model loads; streams: when they are used.
+        """Check that rows have the columns that contexts and row weights read; rows of a stream when they are used.
 
         Args:
             dataset: prepared rows.
-            produced: names that training adds for contexts.
+            rollout_fields: names of fields that rollouts provide to contexts.
 
         Raises:
             TemplateError: a template needs a column that is not there.
-            DataError: a pass rate that is none, a row that no teacher can score.
+            DataError: an invalid pass rate, or a row that no teacher can score.
         """
         columns = row_columns(dataset)
         for view in self.views:
@@ -106,13 +114,13 @@ class Scorer:
                 row_weight(rate, column, number)
 
     def describe(self) -> str:
-        """What training minimises, on which tokens; a resumed run must minimise the same."""
+        """The objective and the tokens it is computed on; a resumed run must have the same."""
         text = f"{self.objective.describe()}; tokens: {self.selection.describe()}"
         contrast = self.contrast and self.contrast.prompts.leaves[0].context
-        return f"{text}; each weighed by what {contrast.name} does not say" if contrast else text
+        return f"{text}, weighted against the context {contrast.name}" if contrast else text
 
     def prepare(self, student: StudentHandle, end_ids: Sequence[int]) -> None:
-        """Get ready, once, after the student is in place."""
+        """Prepare teacher, reference and token selection, once, for this student."""
         self.selection = TokenSelection.from_config(self._args, student.tokenizer, end_ids)
         self.teacher.prepare(student)
         if self.reference is not None and isinstance(self.teacher, SameCheckpointTeacher):
@@ -122,23 +130,24 @@ class Scorer:
             self.reference.teacher.prepare(student)
 
     def prepare_rollouts(self, rollouts: Rollouts) -> Rollouts:
-        """Select the tokens to train on, and render everyone's prompts; before any sort or split."""
+        """Select the tokens to train on, and render the prompts of all views; before any sort or split."""
         rollouts = self.selection.apply(rollouts)
         for view in self.views:
             rollouts = view.prompts.render(rollouts)
         return self.teacher.adjust_rollouts(rollouts)
 
-    def shares(self, sampled: Rollouts, shown: Rollouts) -> dict[str, float]:
-        """Return what was left out or shortened on the way from rollouts to tokens that are trained on, as shares."""
+    def metrics(self, sampled: Rollouts, prepared: Rollouts) -> dict[str, float]:
+        """Return the context metrics since the last call, and the share of tokens that the selection left out."""
         contexts = {id(context): context for context in self.teacher.prompts.contexts}.values()
         counts = sum((context.counts for context in contexts), ContextCounts())
-        shares, self._counted = (counts - self._counted).metrics if contexts else {}, counts
+        metrics = (counts - self._logged_counts).metrics if contexts else {}
+        self._logged_counts = counts
         if self.selection.leaves_out:
-            shares["tokens/left_out"] = 1.0 - shown.num_scorable / max(sampled.num_scorable, 1)
-        return shares
+            metrics["tokens/left_out"] = 1.0 - prepared.num_scorable / max(sampled.num_scorable, 1)
+        return metrics
 
     def score(self, rollouts: Rollouts) -> Scored:
-        """Ask everyone for their answer on a micro-batch that went through `show`."""
+        """Return a micro-batch with the signals of all views; it went through `prepare_rollouts`."""
         signal = TeacherView(self.teacher).score(rollouts)
         reference: Any = None if self.reference is None else self.reference.score(rollouts)
         contrast_signal = None if self.contrast is None else self.contrast.score(rollouts)
@@ -149,10 +158,10 @@ class Scorer:
 
         Args:
             student: the model that trains.
-            scored: a micro-batch and the answers to it.
-            device: the student's.
-            processes: over which gradients are averaged: DDP takes the mean, and the normaliser counts the tokens of
-                all of them.
+            scored: a micro-batch with its signals.
+            device: of the student.
+            processes: number of processes. DDP averages gradients over them, and num_loss_tokens counts the tokens of
+                all of them, so the loss is multiplied by it.
         """
         batch = scored.rollouts.pad(device)
         hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
@@ -168,7 +177,7 @@ class Scorer:
             processes / rollouts.num_loss_tokens if rollouts.num_loss_tokens else 1.0 / max(rollouts.num_scorable, 1)
         )
         device = batch.ids_BL.device
-        sampler = rollouts.scored_rollout_logprobs
+        logprobs = rollouts.scored_rollout_logprobs
 
         def of_row(values: Sequence[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float32, device=device)[batch.row_N]
@@ -177,7 +186,7 @@ class Scorer:
             weight_N=share * of_row(rollouts.row_weights),
             ids_N=batch.scored_ids_N,
             row_N=batch.row_N,
-            rollout_logprobs_N=None if sampler is None else torch.tensor(sampler, dtype=torch.float32, device=device),
+            rollout_logprobs_N=None if logprobs is None else torch.tensor(logprobs, dtype=torch.float32, device=device),
             advantage_N=of_row(rollouts.advantages) if any(rollouts.advantages) else None,
             distill_weight_N=None if all(rollouts.distill_weight) else of_row(rollouts.distill_weight),
         )

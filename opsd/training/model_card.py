@@ -185,4 +185,4 @@ def _sources(card: Mapping[str, Any]) -> str:
 def _linked(source: str) -> str:
     """Return a recipe's source with its papers and repositories as links."""
     text = _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", source)
-    return _GITHUB.sub(lambda found: f"[{found[0]}](https://{found[0]})", text)
+    return _GITHUB.sub(lambda match: f"[{match[0]}](https://{match[0]})", text)

@@ -1,4 +1,4 @@
-"""Rows that are not sampled from the student: how many of a step, and with which completions.
+"""Off-policy rows: how many of a step, and with which completions.
 
 Knows rows, a tokenizer and a teacher; nothing of losses.
 """
@@ -31,7 +31,7 @@ def on_policy_rows(rows: int, lmbda: float, step: int) -> int:
 
 
 def completion_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Return a row's own completion as ids; text gets its end of turn."""
+    """Return a row's completion as ids; text gets an end-of-turn token."""
     completion = completion_of(row)
     if isinstance(completion, str):
         return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -42,7 +42,7 @@ def completion_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
 def off_policy_completions(
     rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Ids], float]:
-    """Return completions for off-policy rows, and the share of them that was cut at the longest allowed."""
+    """Return completions for off-policy rows, and the share of them that was cut at max_completion_length."""
     limit = args.max_completion_length
     assert limit is not None
     if args.seq_kd:

@@ -1,4 +1,4 @@
-"""Reward functions: how good a whole rollout is, and what its verifier has to say.
+"""Reward functions: one number for a whole rollout, and the verifier's feedback on it.
 
 Any function with TRL's signature works, and every grader of `opsd eval` by its name. Knows functions, rows and texts;
 nothing of groups, teachers or losses.
@@ -35,7 +35,7 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
             a function with TRL's signature.
 
     Raises:
-        ConfigError: nothing has that name, or it is no plain function.
+        ConfigError: nothing has that name, or it is not a plain function.
     """
     if isinstance(value, str):
         if is_function_name(value):
@@ -45,8 +45,8 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
     if not is_plain or any(map(inspect.iscoroutinefunction, (value, type(value).__call__))):
         raise ConfigError(
             f"a reward function is a plain function (prompts, completions, completion_ids, **columns) -> rewards, and "
-            f"this is a {type(value).__name__}. Reward models and async functions are not called by opsd: wrap them in "
-            "such a function."
+            f"this is a {type(value).__name__}. opsd calls neither reward models nor async functions: wrap it in a "
+            "plain function."
         )
     return value
 
@@ -74,8 +74,8 @@ class _GraderReward:
             return float(self._score(text, row))
         except Exception as error:
             warnings.warn(
-                f"the grader {self.__name__!r} failed on a rollout ({type(error).__name__}: {error}). It has no reward "
-                "from it, which is neither right nor wrong. Repair such rows, or pick another grader.",
+                f"the grader {self.__name__!r} failed on a rollout ({type(error).__name__}: {error}). The rollout gets "
+                "no reward from it, and counts as neither right nor wrong. Fix such rows, or use another grader.",
                 OPSDWarning,
                 stacklevel=2,
             )
@@ -91,12 +91,16 @@ def completion_text(completion: Any) -> str:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What reward functions say of some rollouts.
+    """Rewards and feedback of some rollouts.
+
+    >>> rewards = Rewards.parse("last_number", None)
+    >>> rewards([{"prompt": "1 + 1?", "answer": "2"}], ["It is 2."], [[5, 6]], state=None).rewards
+    [1.0]
 
     Args:
         rewards: the weighted sum per rollout; NaN where no function gave one.
-        feedback: what the verifiers said of each, or None.
-        means: the mean of each function's rewards by its name, and what functions gave to `log_metric`.
+        feedback: the verifier's text on each, or None.
+        means: the mean of each function's rewards by name, and the values that functions gave to `log_metric`.
     """
 
     rewards: Sequence[float]
@@ -107,6 +111,9 @@ class Verdicts:
 @dataclass(frozen=True)
 class Rewards:
     """The reward functions of a run.
+
+    >>> Rewards.parse(["last_number", my_function], [1.0, 0.5]).describe()
+    'last_number, 0.5 × my_function'
 
     Args:
         functions: called in order.
@@ -121,7 +128,7 @@ class Rewards:
 
     @classmethod
     def parse(cls, functions: Any, weights: Sequence[float] | None) -> Rewards:
-        """Read what a user gave: one function, a name, a list of either, or None."""
+        """Return the reward functions that a user passed: one function, a name, a list of either, or None."""
         given = [] if functions is None else functions if isinstance(functions, list | tuple) else [functions]
         loaded = [load_reward(each) for each in given]
         if weights is not None and len(weights) != len(loaded):
@@ -133,7 +140,7 @@ class Rewards:
 
     @property
     def names(self) -> list[str]:
-        """What logs and checkpoints call the functions; namesakes are numbered."""
+        """The names of the functions in logs and checkpoints; equal names are numbered."""
         given = [getattr(each, "__name__", type(each).__name__) for each in self.functions]
         return [name if given.count(name) == 1 else f"{name}/{number}" for number, name in enumerate(given)]
 
@@ -143,10 +150,10 @@ class Rewards:
         return ", ".join(name if weight == 1.0 else f"{weight:g} × {name}" for name, weight in weighed)
 
     def check_columns(self, columns: Sequence[str]) -> None:
-        """Check that rows have what graders read.
+        """Check that rows have the columns that graders read.
 
         Raises:
-            DataError: they have not: every rollout would go without a reward.
+            DataError: a column is missing, so that no rollout would get a reward.
         """
         for function in self.functions:
             if isinstance(function, _GraderReward) and function.column not in columns:
@@ -159,7 +166,7 @@ class Rewards:
     def __call__(
         self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Ids], state: Any
     ) -> Verdicts:
-        """Ask every function about every rollout.
+        """Call every function on all rollouts.
 
         Args:
             rows: their dataset rows.
@@ -191,23 +198,26 @@ class Rewards:
             real = [value for value in values if not math.isnan(value)]
             means[f"rewards/{name}"] = sum(real) / len(real) if real else UNKNOWN
         rewards = [total if is_known else UNKNOWN for total, is_known in zip(totals, known, strict=True)]
-        said = extra.get(FEEDBACK, [None] * len(rows))
-        if len(said) != len(rows):
-            raise DataError(f"log_extra('feedback', …) got {len(said)} texts for {len(rows)} rollouts: one for each.")
-        return Verdicts(rewards, said, means)
+        feedback = extra.get(FEEDBACK, [None] * len(rows))
+        if len(feedback) != len(rows):
+            raise DataError(
+                f"log_extra('feedback', …) got {len(feedback)} texts for {len(rows)} rollouts. Pass one for each, in "
+                "order (None where there is none)."
+            )
+        return Verdicts(rewards, feedback, means)
 
 
-def _as_rewards(found: Any, name: str, count: int) -> list[float]:
-    """Return what a function gave as one finite number for each rollout, NaN for None.
+def _as_rewards(returned: Any, name: str, count: int) -> list[float]:
+    """Return the values of a function as one finite number for each rollout, NaN for None.
 
     Raises:
-        DataError: it is something else.
+        DataError: the function returned something else.
     """
     rule = f"It must return one finite number for each of {count} rollouts, in order (None where it has none)."
     try:
-        values = [UNKNOWN if value is None else float(value) for value in found]
+        values = [UNKNOWN if value is None else float(value) for value in returned]
     except (TypeError, ValueError) as error:
-        raise DataError(f"reward function {name!r} returned {found!r:.80}. {rule}") from error
+        raise DataError(f"reward function {name!r} returned {returned!r:.80}. {rule}") from error
     if len(values) != count:
         raise DataError(f"reward function {name!r} returned {len(values)} rewards. {rule}")
     if any(map(math.isinf, values)):

@@ -136,7 +136,7 @@ def _prompts(student: StudentHandle, scorer: Scorer, groups: Groups, rows: Any) 
 
 
 def _digest(texts: Iterable[str]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for text in texts:
-        found.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return found.hexdigest()[:16]
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:16]

@@ -76,8 +76,7 @@ class OPSDTrainer(DistillationTrainer):
         eval_dataset: like `train_dataset`, or a dict of such.
         processing_class: the tokenizer; None loads the model's.
         callbacks, optimizers: as in transformers' Trainer.
-        quantization_config: for a model given by id.
-        peft_config: wraps the model in an adapter.
+        quantization_config, peft_config: as in TRL's trainers; the latter wraps the model in an adapter.
         tools: functions the student may call while it samples, as in TRL.
         reward_funcs: grade rollouts: functions with TRL's signature, or names of graders ("last_number").
         evaluation: what is evaluated before, during and after training: an EvaluationPlan or a mapping of its fields.
@@ -222,7 +221,7 @@ class OPSDTrainer(DistillationTrainer):
         rollouts, rewards = self.groups.grade(rollouts, decode, self.teacher.prompts.has_fields, self.state)
         prepared = self.scorer.prepare_rollouts(rollouts)
         self._add_metrics(mean_over_processes(rewards) if rewards else {})
-        self._add_metrics(self.scorer.shares(rollouts, prepared))
+        self._add_metrics(self.scorer.metrics(rollouts, prepared))
         return prepared
 
     def _sample(self, rows: Sequence[Row], count: int) -> Rollouts:

@@ -1,4 +1,4 @@
-"""What a sampling engine says of its own samples, kept for importance correction.
+"""Keeps the log-probabilities that a sampling engine (vLLM) gives its samples, for importance correction.
 
 Knows TRL's wrapper around vLLM and nothing else of it: TRL's distillation trainer asks for no log-probabilities and
 drops those it gets.
@@ -14,7 +14,11 @@ UNKNOWN = float("nan")
 
 
 class EngineLogprobs:
-    """Listens to an engine and keeps the log-probabilities of the last completions that it sampled.
+    """Wraps an engine's `generate` and keeps the log-probabilities of the last completions.
+
+    >>> engine = EngineLogprobs(trainer.vllm_generation)
+    >>> trainer._generate(prompts)
+    >>> logprobs = engine.take(completion_ids)
 
     Args:
         engine: TRL's `VLLMGeneration`. Its log-probabilities are those after temperature and top-p, as it samples.
@@ -24,16 +28,16 @@ class EngineLogprobs:
         engine.logprobs = 0  # the sampled token's, and no others
         self._generate = engine.generate
         self._last: list[list[float]] = []
-        engine.generate = self._listen
+        engine.generate = self._generate_and_keep
 
-    def _listen(self, *args: Any, **kwargs: Any) -> Any:
-        answer = self._generate(*args, **kwargs)
-        logprobs = answer[2] or [[] for _ in answer[1]]
+    def _generate_and_keep(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._generate(*args, **kwargs)
+        logprobs = result[2] or [[] for _ in result[1]]
         self._last = [[UNKNOWN if t[0] is None else float(t[0]) for t in tokens] for tokens in logprobs]
-        return answer
+        return result
 
     def take(self, completion_ids: list[Ids]) -> list[list[float]]:
-        """Return what belongs to these completions, NaN for tokens that the engine did not answer for."""
+        """Return the log-probabilities of these completions, in nats; NaN for tokens that the engine gave none for."""
         last, self._last = self._last, []
-        found = last if len(last) == len(completion_ids) else [[] for _ in completion_ids]
-        return [(own + [UNKNOWN] * len(ids))[: len(ids)] for own, ids in zip(found, completion_ids, strict=True)]
+        known = last if len(last) == len(completion_ids) else [[] for _ in completion_ids]
+        return [(logps + [UNKNOWN] * len(ids))[: len(ids)] for logps, ids in zip(known, completion_ids, strict=True)]
