@@ -38,7 +38,7 @@ class DataError(OPSDError, ValueError):
 
 
 class TemplateError(OPSDError, ValueError):
-    """A template that does not parse, asks for what the rows lack, or shows the teacher nothing."""
+    """A template that does not parse, cannot be rendered for a row, or adds nothing to the student's prompt."""
 
 
 class UnsafeTemplateError(TemplateError):

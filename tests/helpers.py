@@ -98,6 +98,7 @@ def make_trainer(
     rows: Any = None,
     reward_funcs: Any = None,
     eval_rows: Any = None,
+    evaluation: Any = None,
     **changes: Any,
 ) -> OPSDTrainer:
     """A trainer on a tiny model; `student` is one of STUDENTS or a model."""
@@ -109,6 +110,7 @@ def make_trainer(
         eval_dataset=eval_rows,
         processing_class=make_tokenizer(),
         reward_funcs=reward_funcs,
+        evaluation=evaluation,
     )
 
 

@@ -13,8 +13,8 @@ from helpers import make_trainer
 
 from opsd import SameCheckpointTeacher, import_columns
 from opsd.data.columns import FORMATS
-from opsd.data.prepare import derived_columns, ready_rows
-from opsd.data.rows import prepare_rows, row_columns, with_system_prompt
+from opsd.data.prepare import made_columns, prepare_rows
+from opsd.data.rows import row_columns
 from opsd.errors import ConfigError, DataError
 
 ASKED = [{"role": "user", "content": "What is 1 + 1?"}]
@@ -91,9 +91,10 @@ def test_columns_that_are_not_there_are_named(columns: Any, error: type[Exceptio
 def test_the_students_system_turn_goes_to_rows_that_have_none(stream: bool) -> None:
     own = [{"role": "system", "content": "Own."}, *ASKED]
     rows: Any = Dataset.from_list([{"prompt": ASKED}, {"prompt": own}])
-    found = [row["prompt"] for row in with_system_prompt(rows.to_iterable_dataset() if stream else rows, "Be kind.")]
-    assert found == [[{"role": "system", "content": "Be kind."}, *ASKED], own]
-    assert with_system_prompt(rows, None) is rows
+    prepared = prepare_rows(rows.to_iterable_dataset() if stream else rows, system_prompt="Be kind.")
+    assert [row["prompt"] for row in prepared] == [[{"role": "system", "content": "Be kind."}, *ASKED], own]
+    only_own = rows.select([1])
+    assert prepare_rows(only_own, system_prompt="Be kind.") is only_own
 
 
 def test_each_side_has_its_own_system_turn(tmp_path: Path) -> None:
@@ -117,37 +118,35 @@ def test_a_system_turn_for_plain_text_is_refused(tmp_path: Path) -> None:
 
 def test_wrong_answers_are_near_misses_of_numbers_and_other_rows_answers_of_words() -> None:
     rows = make_rows(30)
-    made = ready_rows(
-        Dataset.from_list(rows), name="train", system_prompt=None, needed=["wrong_answer", "other_solution"]
-    )
+    made = prepare_rows(Dataset.from_list(rows), reads=["wrong_answer", "other_solution"])
     assert set(row_columns(made)) == {*rows[0], "wrong_answer", "other_solution"}
     for row in made:
         assert 0 < abs(int(row["wrong_answer"]) - int(row["answer"])) < 10
         assert row["other_solution"] != row["solution"]
         assert row["other_solution"] in {other["solution"] for other in rows}
     words = [{"prompt": f"{i}?", "answer": word} for i, word in enumerate(["Paris", "Rome", "Oslo"])]
-    again = ready_rows(Dataset.from_list(words), name="train", system_prompt=None, needed=["wrong_answer"])
+    again = prepare_rows(Dataset.from_list(words), reads=["wrong_answer"])
     assert all(
         row["wrong_answer"] != row["answer"] and row["wrong_answer"] in ("Paris", "Rome", "Oslo") for row in again
     )
 
 
 def test_a_column_of_that_name_wins_and_nothing_is_made_unasked() -> None:
-    assert derived_columns(["wrong_answer", "other_answer", "hint"], ["prompt", "answer"]) == [
+    assert list(made_columns(["wrong_answer", "other_answer", "hint"], ["prompt", "answer"])) == [
         "other_answer",
         "wrong_answer",
     ]
-    assert derived_columns(["wrong_answer", "other_hint"], ["prompt", "answer", "wrong_answer"]) == []
-    assert derived_columns(["answer"], ["prompt", "answer"]) == []
+    assert made_columns(["wrong_answer", "other_hint"], ["prompt", "answer", "wrong_answer"]) == {}
+    assert made_columns(["answer"], ["prompt", "answer"]) == {}
 
 
 def test_controls_need_rows_that_differ_and_that_can_be_looked_up() -> None:
     alike = Dataset.from_list([{"prompt": f"{i}?", "answer": "yes"} for i in range(4)])
     with pytest.raises(DataError, match="no other row has a 'answer' that differs"):
-        ready_rows(alike, name="train", system_prompt=None, needed=["other_answer"])
+        prepare_rows(alike, reads=["other_answer"])
     stream: IterableDataset = Dataset.from_list(make_rows(4)).to_iterable_dataset()
     with pytest.raises(DataError, match="a stream knows one at a time"):
-        ready_rows(stream, name="train", system_prompt=None, needed=["other_answer"])
+        prepare_rows(stream, reads=["other_answer"])
 
 
 def test_a_run_can_be_told_other_rows_answers(tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ def test_a_run_can_be_told_other_rows_answers(tmp_path: Path) -> None:
 
 def test_a_near_miss_needs_no_other_row() -> None:
     for rows in (make_rows(1), [{**row, "answer": "7"} for row in make_rows(4)]):
-        made = ready_rows(Dataset.from_list(rows), name="eval", system_prompt=None, needed=["wrong_answer"])
+        made = prepare_rows(Dataset.from_list(rows), reads=["wrong_answer"])
         assert all(row["wrong_answer"] != row["answer"] for row in made)
 
 

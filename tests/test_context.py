@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from conftest import make_tokenizer
+from datasets import Dataset
 from transformers import ByT5Tokenizer
 
 from opsd import sources
 from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.reading import as_context, parse_context
 from opsd.contexts.renderer import PromptRenderer
+from opsd.data.needs import check_columns, check_rows
 from opsd.errors import ConfigError, DataError, TemplateError
 
 README = (sources.folder("templates") / "README.md").read_text()
@@ -86,16 +88,16 @@ def test_base_alone_is_refused_unless_the_chat_template_makes_the_difference(ren
 def test_feedback_needs_one_of_its_two_columns() -> None:
     context = PrivilegedContext("feedback")
     assert (context.fields, context.optional_fields) == (frozenset(), {"solution", "feedback"})
-    with pytest.raises(TemplateError, match=r"'feedback' or 'solution'.*has: prompt, answer"):
-        context.check_columns(["prompt", "answer"])
-    with pytest.raises(TemplateError, match="'feedback' or 'solution'"):
-        PrivilegedContext("feedback", chat_template_kwargs={"enable_thinking": True}).check_columns(["prompt"])
-    context.check_columns(["prompt"], rollout_fields=["feedback"])
-    context.check_columns(["prompt", "solution"])
-    with pytest.raises(TemplateError, match="2 rows: 0, 3"):
-        context.check_rows(
-            [{"solution": None}, {"solution": "s"}, {"feedback": "f"}, {"solution": "", "feedback": " "}]
-        )
+    with pytest.raises(DataError, match=r"'feedback' or 'solution'.*has: prompt, answer"):
+        check_columns(["prompt", "answer"], context.needs)
+    thinking = PrivilegedContext("feedback", chat_template_kwargs={"enable_thinking": True})
+    with pytest.raises(DataError, match="'feedback' or 'solution'"):
+        check_columns(["prompt"], thinking.needs)
+    assert context.missing(["feedback"]) == []
+    check_columns(["prompt", "solution"], context.needs)
+    rows = [{"solution": None}, {"solution": "s"}, {"feedback": "f"}, {"solution": "", "feedback": " "}]
+    with pytest.raises(DataError, match="2 rows of the train dataset: 0, 3"):
+        check_rows(Dataset.from_list([{"solution": None, "feedback": None, **row} for row in rows]), context.needs)
 
 
 def test_feedback_without_anything_to_show_leaves_the_prompt_alone_and_counts_it(renderer: PromptRenderer) -> None:
@@ -267,23 +269,17 @@ def test_prompt_that_cannot_be_used_is_named(prompt: Any, problem: str) -> None:
 
 
 def test_missing_column_is_named_with_the_nearest_and_the_templates_that_fit() -> None:
-    with pytest.raises(TemplateError) as error:
-        PrivilegedContext("worked_solution").check_columns(["prompt", "answer", "solutions"])
+    needs = PrivilegedContext("worked_solution").needs
+    with pytest.raises(DataError) as error:
+        check_columns(["prompt", "answer", "solutions"], needs)
     message = str(error.value)
-    assert "'worked_solution' needs the column 'solution', and the dataset has: prompt, answer, solutions." in message
+    assert (
+        "'worked_solution' needs the column 'solution', and the train dataset has: prompt, answer, solutions."
+        in message
+    )
     assert "Did you mean 'solutions'?" in message
     assert "know no more than the student" in message
     assert "pick a template for these columns: `opsd templates --columns prompt,answer,solutions`." in message
-    PrivilegedContext("worked_solution").check_columns(["prompt"], rollout_fields=["solution"])
-
-
-def test_empty_fields_are_found_with_their_row_numbers() -> None:
-    context = user_block("{{ a }} {{ b }}")
-    rows = [{"a": a, "b": 0} for a in ["x", None, " \n", [], False, None, "", {}, None]]
-    with pytest.raises(TemplateError, match=r"the column 'a', empty in 7 rows: 1, 2, 3, 5, 6 and 2 more\.\n"):
-        context.check_rows(rows)
-    context.check_rows(rows, rollout_fields=["a"])
-    context.check_rows(rows[:1])
 
 
 @pytest.mark.parametrize("row", [{"answer": None}, {"answer": "  "}, {"answers": "19"}])

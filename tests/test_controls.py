@@ -32,11 +32,12 @@ from opsd import (
     RoutedTeacher,
     SameCheckpointTeacher,
 )
-from opsd.errors import ConfigError, DataError, TemplateError
+from opsd.data.prepare import prepare_rows
+from opsd.errors import ConfigError, DataError
 from opsd.evaluation.run_folder import read_card
 from opsd.rollouts import Rollouts
 from opsd.teachers.one_hot import ConstantAdvantageTeacher
-from opsd.training.controls import CONTROLS, with_completions
+from opsd.training.controls import CONTROLS
 
 ROWS = 4
 LR = 0.5
@@ -137,7 +138,7 @@ def test_control_of_groups_keeps_steps_and_questions(tmp_path: Path, name: str) 
 
 @pytest.mark.parametrize("name", ["off-policy", "seq-kd"])
 def test_a_teacher_that_samples_cannot_be_shown_what_rollouts_make(tmp_path: Path, name: str) -> None:
-    with pytest.raises(TemplateError, match="own_success"):
+    with pytest.raises(DataError, match="own_success"):
         make_trainer(tmp_path, SameCheckpointTeacher(context="own_success"), reward_funcs="last_number", control=name)
 
 
@@ -244,15 +245,20 @@ def test_constant_advantage_pushes_down_whatever_was_sampled(tmp_path: Path) -> 
 )
 def test_sft_imitates_the_most_telling_column(columns: list[str], source: str) -> None:
     rows = Dataset.from_list([{"prompt": "q", **{name: f"the {name}" for name in columns}}] * 2)
-    assert with_completions(rows)["completion"] == [f"the {source}"] * 2
+    assert prepare_rows(rows, imitates=True)["completion"] == [f"the {source}"] * 2
 
 
 def test_sft_reads_numbers_and_refuses_rows_with_nothing_to_imitate() -> None:
-    assert with_completions(Dataset.from_list([{"prompt": "q", "answer": 19}]))["completion"] == ["19"]
-    with pytest.raises(DataError, match=r"sft imitates one of the columns completion.* hint\."):
-        with_completions(Dataset.from_list([{"prompt": "q", "hint": "h"}]))
+    numbers = prepare_rows(Dataset.from_list([{"prompt": "q", "answer": 19}]), imitates=True)
+    assert numbers["completion"] == ["19"]
+    needs = CONTROLS["sft"].needs
+    with pytest.raises(
+        DataError, match=r"imitates rows needs the column 'completion' or .* 'answer', .* has: prompt, h"
+    ):
+        prepare_rows(Dataset.from_list([{"prompt": "q", "hint": "h"}]), imitates=True, needs=needs)
+    stream = IterableDataset.from_generator(lambda: iter([{"prompt": "q", "answer": "1"}]))
     with pytest.raises(DataError, match="stream"):
-        with_completions(IterableDataset.from_generator(lambda: iter([{"prompt": "q", "answer": "1"}])))
+        prepare_rows(stream, imitates=True, needs=needs)
 
 
 def test_every_part_of_a_composed_teacher_loses_its_context() -> None:

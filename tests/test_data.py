@@ -11,7 +11,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value
 
-from opsd.data.rows import completion_of, prepare_rows, row_columns
+from opsd.data.prepare import prepare_rows
+from opsd.data.rows import completion_of, row_columns
 from opsd.errors import DataError
 
 TOOL_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}

@@ -12,7 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
 import opsd.data.files
-from opsd.data.rows import load_rows
+from opsd.data.files import load_rows
 from opsd.errors import DataError
 
 

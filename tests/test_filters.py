@@ -221,7 +221,7 @@ def test_an_empty_system_turn_is_refused() -> None:
 
 def test_a_value_for_all_rows_needs_no_column() -> None:
     context = PrivilegedContext("system_rule", values={"rule": "Answer in one word."})
-    context.check_columns(["prompt"])
+    assert context.needs == ()
     assert context.messages({"prompt": PROMPT})[0][0] == {"role": "system", "content": "Answer in one word."}
     with pytest.raises(ConfigError, match=r"values names 'rul'.*Did you mean 'rule'"):
         PrivilegedContext("system_rule", values={"rul": "Answer in one word."})

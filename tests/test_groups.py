@@ -24,7 +24,7 @@ from opsd import OPSDTrainer, PrivilegedContext, SameCheckpointTeacher
 from opsd.cli import main
 from opsd.commands.run_file import read_run
 from opsd.data.order import EpochSampler
-from opsd.errors import ConfigError, DataError, TemplateError
+from opsd.errors import ConfigError, DataError
 from opsd.rollouts import Rollouts
 from opsd.training.groups import Groups
 from opsd.training.metrics import gate_metrics
@@ -143,7 +143,7 @@ def test_own_success_needs_a_reward_function_and_no_column(tmp_path: Path) -> No
     assert context.missing(["prompt", "answer", "solution"])
     group = {"num_generations": 4}
     make_trainer(tmp_path, SameCheckpointTeacher(context=context), reward_funcs="last_number", **group)
-    with pytest.raises(TemplateError, match="'feedback' or 'sibling'"):
+    with pytest.raises(DataError, match="'feedback' or 'sibling'"):
         make_trainer(tmp_path, SameCheckpointTeacher(context=context), "no such model")
 
 

@@ -180,12 +180,12 @@ def test_a_question_is_the_same_whatever_its_case_its_spacing_and_its_system_tur
 
 
 def test_shared_questions_are_counted_and_quoted_for_every_two_splits() -> None:
-    splits = {"train": asked("a", "b", "c"), "test": asked("B ", "d", "c"), "selection": asked("d", "e")}
+    splits = {"train": ["a", "b", "c"], "test": ["b", "d", "c"], "selection": ["d", "e"]}
     with pytest.raises(DataError) as raised:
         check_disjoint(splits)
     assert "2 of the 3 questions of 'test' are also in 'train' (such as 'b', 'c')" in str(raised.value)
     assert "1 of the 2 questions of 'selection' are also in 'test' (such as 'd')" in str(raised.value)
-    check_disjoint({"train": asked("a", "a"), "test": asked("b", "b")})
+    check_disjoint({"train": ["a", "a"], "test": ["b", "b"]})
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from opsd import (
     SiblingTeacher,
 )
 from opsd.contexts.renderer import PromptRenderer
-from opsd.errors import ConfigError, DataError, TemplateError
+from opsd.errors import ConfigError, DataError
 from opsd.losses import Divergence, LossOutput, Objective, Tokens
 from opsd.models.forward import counting_passes, last_hidden
 from opsd.models.head import Head
@@ -291,16 +291,28 @@ def test_a_run_needs_a_teachers_context_on_that_teachers_rows_only(tmp_path: Pat
     trainer.train()
     assert all(value > 0 for value in logged(trainer, "divergence"))
     swapped = {"odd": EMATeacher(0.9, context="answer_only"), "even": LiveTeacher(context="worked_solution")}
-    with pytest.raises(TemplateError, match="'answer', empty in 6 rows"):
+    with pytest.raises(DataError, match="'answer', which is empty in 6 rows"):
         make_trainer(tmp_path, RoutedTeacher("domain", swapped), "no/such-model", rows=Dataset.from_list(rows))
 
 
 @pytest.mark.parametrize(
     ("column", "names", "message"),
     [
-        ("domain", ("even", "ood"), "row 1: column 'domain' holds 'odd', and no teacher is named for it. Did you mean"),
-        ("domain", ("a", "b"), "Teachers: a, b. Add one, or drop these rows"),
-        ("domains", ("even", "odd"), "column 'domains', and the dataset has: prompt, answer, solution, domain. Did"),
+        (
+            "domain",
+            ("even", "ood"),
+            "'domain', which holds 'odd' (Did you mean 'ood'?) in 6 rows of the train dataset: 1, 3",
+        ),
+        (
+            "domain",
+            ("a", "b"),
+            "Fill these rows, or drop them, or name a teacher for every value of the column, now: a, b.",
+        ),
+        (
+            "domains",
+            ("even", "odd"),
+            "column 'domains', and the train dataset has: prompt, answer, solution, domain. Did",
+        ),
     ],
 )
 def test_rows_that_no_teacher_would_score_are_refused_before_a_model_loads(

@@ -17,6 +17,7 @@ from opsd import ContextSchedule, EMATeacher, PrivilegedContext, SameCheckpointT
 from opsd.contexts.base import Context, ContextCounts
 from opsd.contexts.reading import as_context
 from opsd.contexts.renderer import PromptRenderer
+from opsd.data.needs import check_columns, check_rows
 from opsd.errors import ConfigError, DataError, TemplateError
 
 RENDERER = PromptRenderer(make_tokenizer())
@@ -159,8 +160,7 @@ def test_a_row_gets_the_next_level_in_order_that_it_can_fill_and_is_counted() ->
         for i, row in enumerate(ROWS)
     ]
     schedule = ContextSchedule(["worked_solution", "answer_only", "none"])
-    schedule.check_columns(["prompt"])
-    schedule.check_rows(rows)
+    check_rows(Dataset.from_list(rows), schedule.needs)
     for row in rows:
         level = "worked_solution" if row["solution"] else "answer_only" if row["answer"] else None
         expected = PrivilegedContext(level).render(row, renderer=RENDERER) if level else RENDERER.ids(row["prompt"])
@@ -212,12 +212,14 @@ def test_a_level_of_two_columns_or_a_later_one_of_one_column_needs_two_pairs() -
 
 def test_a_level_that_nothing_can_fill_is_an_error_before_training() -> None:
     schedule = ContextSchedule(["worked_solution", "answer_only"])
-    with pytest.raises(TemplateError, match=r"level 'worked_solution' .*'solution' or 'answer', (?s:.*)with none"):
-        schedule.check_columns(["prompt", "hint"])
-    with pytest.raises(TemplateError, match=r"'solution' or 'answer', empty in 1 row: 1\.\n(?s:.*)with none"):
-        schedule.check_rows([ROWS[0], {**ROWS[1], "solution": " ", "answer": None}])
-    with pytest.raises(TemplateError, match=r"by pass rate needs the column 'pass_rate'(?s:.*)Measure it"):
-        ContextSchedule(["none", "answer_only"], until_pass_rate={"none": 0.5}).check_columns(["prompt", "answer"])
+    with pytest.raises(DataError, match=r"level 'worked_solution' .*'solution' or 'answer', (?s:.*)with none"):
+        check_columns(["prompt", "hint"], schedule.needs)
+    rows = Dataset.from_list([ROWS[0], {**ROWS[1], "solution": " ", "answer": None}])
+    with pytest.raises(DataError, match=r"'solution' or 'answer', which is empty in 1 row .*: 1\.\n(?s:.*)with none"):
+        check_rows(rows, schedule.needs)
+    by_rate = ContextSchedule(["none", "answer_only"], until_pass_rate={"none": 0.5})
+    with pytest.raises(DataError, match=r"by pass rate needs the column 'pass_rate'(?s:.*)measure it"):
+        check_columns(["prompt", "answer"], by_rate.needs)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +305,7 @@ def test_a_schedule_in_yaml_is_the_schedule_in_python() -> None:
 
 def test_rows_are_checked_with_the_schedule_before_a_model_loads(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**row, "solution": None} for row in make_rows(8)])
-    with pytest.raises(TemplateError, match="empty in 8 rows: 0, 1, 2, 3, 4 and 3 more"):
+    with pytest.raises(DataError, match="empty in 8 rows of the train dataset: 0, 1, 2, 3, 4 and 3 more"):
         make_trainer(tmp_path, SameCheckpointTeacher(context={"levels": ["worked_solution", "hint"]}), rows=rows)
 
 

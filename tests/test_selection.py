@@ -77,14 +77,18 @@ def test_rows_weigh_most_where_half_of_the_attempts_pass() -> None:
 @pytest.mark.parametrize("value", [1.5, -0.1, None, "often", float("nan")])
 def test_a_pass_rate_that_is_none_is_an_error_that_names_the_column(value: Any) -> None:
     rows = [{**ROLLOUTS.rows[0], "p": value}, *ROLLOUTS.rows[1:]]
-    with pytest.raises(DataError, match=r"'p'.*between 0 and 1"):
+    with pytest.raises(DataError, match=r"'p'.*from 0 to 1"):
         TokenSelection(pass_rate_column="p").apply(replace(ROLLOUTS, rows=rows))
 
 
 def test_pass_rates_are_checked_before_a_model_loads(tmp_path: Path) -> None:
     rows = Dataset.from_list([{**row, "p": 0.5 if i else 7.0} for i, row in enumerate(make_rows())])
-    for column in ("p", "no such column"):
-        with pytest.raises(DataError, match=f"row 0: column '{column}' holds no pass rate"):
+    problems = {
+        "p": r"column 'p', which holds no pass rate \(7\.0\) in 1 row .*: 0\.",
+        "no such column": "needs the column 'no such column', and the train dataset has",
+    }
+    for column, problem in problems.items():
+        with pytest.raises(DataError, match=problem):
             make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), "no such model", rows,
                          pass_rate_column=column)  # fmt: skip
 

@@ -32,7 +32,7 @@ from opsd import (
     SameCheckpointTeacher,
     SiblingTeacher,
 )
-from opsd.errors import DataError, OPSDWarning, TemplateError
+from opsd.errors import DataError, OPSDWarning
 from opsd.training.off_policy import on_policy_rows
 
 
@@ -110,7 +110,7 @@ def test_a_streaming_dataset_trains_and_names_a_missing_column_before_step_one(t
     trainer = make_trainer(tmp_path / "a", SameCheckpointTeacher(context="answer_only"), rows=stream)
     trainer.train()
     assert trainer.state.global_step == 2
-    with pytest.raises(TemplateError, match="document"):
+    with pytest.raises(DataError, match="document"):
         make_trainer(tmp_path / "b", SameCheckpointTeacher(context="document"), rows=stream)
 
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from helpers import changed, logged, make_args, make_rollouts, make_trainer, move, snapshot
 
 from opsd import EMATeacher, OPSDConfig, SameCheckpointTeacher
-from opsd.errors import ConfigError, OPSDWarning, TemplateError
+from opsd.errors import ConfigError, DataError, OPSDWarning
 from opsd.losses import Divergence, Objective
 from opsd.training.vllm_logprobs import EngineLogprobs
 
@@ -97,7 +97,7 @@ def test_the_contrast_context_is_scored_with_the_teachers_current_weights(tmp_pa
 
 def test_a_column_that_only_the_contrast_context_needs_is_checked_before_a_model_loads(tmp_path: Path) -> None:
     rows = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in make_rows()])
-    with pytest.raises(TemplateError, match="solution"):
+    with pytest.raises(DataError, match="solution"):
         make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), "no such model", rows,
                      contrast_context="worked_solution")  # fmt: skip
 

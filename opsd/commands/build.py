@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from opsd.commands.run_file import Run
 from opsd.data.columns import import_columns
-from opsd.data.rows import load_rows
+from opsd.data.files import load_rows
 
 if TYPE_CHECKING:
     from opsd.training.trainer import OPSDTrainer

@@ -129,13 +129,17 @@ def _rows_and_context(
     options: argparse.Namespace, system_prompt: str | None
 ) -> tuple[list[Mapping[str, Any]], Context | None]:
     from opsd.contexts.reading import parse_context
-    from opsd.data.rows import load_rows, prepare_rows, row_columns, with_system_prompt
+    from opsd.data.files import load_rows
+    from opsd.data.needs import check_columns
+    from opsd.data.prepare import prepare_rows
+    from opsd.data.rows import row_columns
 
-    dataset = prepare_rows(load_rows(options.dataset_name, split=options.dataset_split), name=options.dataset_name)
+    loaded = load_rows(options.dataset_name, split=options.dataset_split)
+    dataset = prepare_rows(loaded, name=options.dataset_name, system_prompt=system_prompt)
     context = parse_context(options.context)
     if context is not None:
-        context.check_columns(row_columns(dataset))
-    rows = list(with_system_prompt(dataset, system_prompt))
+        check_columns(row_columns(dataset), context.needs, options.dataset_name)
+    rows = list(dataset)
     return rows[: None if options.limit is None else as_count("limit", options.limit)], context
 
 

@@ -38,7 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     columns = None if options.columns is None else [c.strip() for c in options.columns.split(",")]
     rows, renderer = [], None
     if options.dataset_name:
-        from opsd.data.rows import load_rows, prepare_rows, row_columns
+        from opsd.data.files import load_rows
+        from opsd.data.prepare import prepare_rows
+        from opsd.data.rows import row_columns
 
         dataset = prepare_rows(load_rows(options.dataset_name, split=options.dataset_split), name=options.dataset_name)
         columns = [*row_columns(dataset), *(columns or [])]

@@ -20,8 +20,8 @@ from opsd.commands.run_file import Run, read_run
 from opsd.contexts.base import ROLLOUT_FIELDS
 from opsd.contexts.reading import parse_context
 from opsd.contexts.renderer import PromptRenderer
-from opsd.data.prepare import ready_rows
-from opsd.data.rows import completion_of, row_columns
+from opsd.data.prepare import prepare_rows
+from opsd.data.rows import completion_of
 from opsd.errors import ConfigError
 from opsd.models.loading import check_model_name
 from opsd.teachers import Teacher, load_teacher
@@ -64,12 +64,13 @@ def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     run, teachers = _settings(options)
     rollout_fields = ROLLOUT_FIELDS if run.run.reward_funcs else ()
-    needed = {name for teacher in teachers for context in teacher.prompts.contexts for name in context.columns}
-    system = run.args.student_system_prompt
-    loaded = rows_of(run, run.run.dataset_train_split)
-    dataset = ready_rows(loaded, name=run.run.dataset_name or "", system_prompt=system, needed=needed)
-    for teacher in teachers:
-        teacher.prompts.check_rows(dataset, row_columns(dataset), rollout_fields)
+    dataset = prepare_rows(
+        rows_of(run, run.run.dataset_train_split),
+        name=run.run.dataset_name or "",
+        system_prompt=run.args.student_system_prompt,
+        reads={name for teacher in teachers for context in teacher.prompts.contexts for name in context.columns},
+        needs=[need for teacher in teachers for need in teacher.prompts.needs(rollout_fields)],
+    )
     rows = dataset if isinstance(dataset, Dataset) else list(islice(iter(dataset), max(options.row) + 1))
     for number in options.row:
         if not 0 <= number < len(rows):

@@ -1,4 +1,4 @@
-"""The interface of all contexts, what a context needs of a row, and what is counted of its prompts.
+"""The interface of all contexts, and what is counted of their prompts.
 
 A plain context renders one template (privileged.py); a schedule picks one of several plain contexts for a row and a
 step (schedule.py). Knows rows and needs; nothing of templates, teachers or training.
@@ -10,52 +10,14 @@ import dataclasses
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 from opsd.contexts.renderer import PromptRenderer
-from opsd.data.values import at_path, is_empty
-from opsd.errors import ConfigError, TemplateError, did_you_mean
-
-Row: TypeAlias = Mapping[str, Any]
+from opsd.data.needs import Need, Row
+from opsd.errors import ConfigError, did_you_mean
 
 # What training adds to a row for its contexts, one value per rollout (training/groups.py).
 ROLLOUT_FIELDS = ("sibling", "feedback", "attempt", "pass_rate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Need:
-    """Columns of which every row must fill at least one.
-
-    Args:
-        names: alternatives: columns, rollout fields, or dotted paths into nested columns.
-        needed_by: what needs them; the subject of an error.
-        reason: what goes wrong without, in a sentence.
-        way_out: what a user can do besides adding the column or filling the rows, in a sentence, or "".
-
-    Example:
-        >>> need = Need(("solution", "feedback"), "template 'feedback'", "Without it the teacher knows nothing more.")
-        >>> need.is_met_by({"solution": "", "feedback": "One too few."}), need.is_open(["prompt", "solution"])
-        (True, False)
-        >>> str(need)
-        "template 'feedback' needs the column 'solution' or 'feedback'"
-    """
-
-    names: tuple[str, ...]
-    needed_by: str
-    reason: str
-    way_out: str = ""
-
-    def is_open(self, available: Iterable[str]) -> bool:
-        """Return whether none of these columns is one of the names."""
-        have = set(available)
-        return not any(name in have or name.partition(".")[0] in have for name in self.names)
-
-    def is_met_by(self, values: Row) -> bool:
-        """Return whether one of the names has a value."""
-        return any(not is_empty(at_path(values, name)) for name in self.names)
-
-    def __str__(self) -> str:
-        return f"{self.needed_by} needs the column {' or '.join(map(repr, self.names))}"
 
 
 @dataclasses.dataclass
@@ -115,7 +77,7 @@ class Context(ABC):
     Example::
 
         context = as_context("answer_only")  # opsd.contexts.reading
-        context.check_columns(dataset.column_names)
+        check_columns(dataset.column_names, context.needs)  # opsd.data.needs
         prompt_ids = context.render(row, renderer=renderer)
     """
 
@@ -127,7 +89,7 @@ class Context(ABC):
     optional_fields: frozenset[str]
     """Columns that are read beside `fields`."""
     needs: tuple[Need, ...]
-    """What a row must have; a dataset can be checked against it in one pass over the rows."""
+    """What a row must have, unless rollouts provide it."""
     step: int = 0
     """Optimizer steps done; the trainer sets it before and after each step."""
     truncated_column: str | None = None
@@ -182,7 +144,7 @@ class Context(ABC):
         return self.fields | self.optional_fields
 
     def missing(self, available: Iterable[str]) -> list[Need]:
-        """Return the needs that none of these names meets."""
+        """Return the needs that none of these names can meet: columns, or what rollouts provide."""
         names = list(available)
         return [need for need in self.needs if need.is_open(names)]
 
@@ -190,40 +152,6 @@ class Context(ABC):
         """Return whether a row meets the needs of the context picked for it; rollout fields are among the values."""
         picked = self.pick(values)
         return picked is None or all(need.is_met_by(values) for need in picked.needs)
-
-    def check_columns(self, columns: Iterable[str], rollout_fields: Iterable[str] = ()) -> None:
-        """Check that a dataset with these columns, and training with these rollout fields, meet every need.
-
-        Raises:
-            TemplateError: a column is missing.
-        """
-        columns = list(columns)
-        missing = self.missing([*columns, *rollout_fields])
-        if missing:
-            hints = "".join(did_you_mean(name, columns) for need in missing for name in need.names)
-            raise TemplateError(
-                f"{'; '.join(map(str, missing))}, and the dataset has: {', '.join(columns)}.{hints}\n"
-                f"{missing[0].reason}\nRename a column, or pick a template for these columns: "
-                f"`opsd templates --columns {','.join(columns)}`. {missing[0].way_out}".rstrip()
-            )
-
-    def check_rows(self, rows: Iterable[Row], rollout_fields: Iterable[str] = ()) -> None:
-        """Check in one pass that every row meets every need that training does not meet.
-
-        Raises:
-            TemplateError: some rows do not; the message gives their numbers, counted from 0.
-        """
-        empty: dict[Need, list[int]] = {need: [] for need in self.missing(rollout_fields)}
-        for number, row in enumerate(rows):
-            for need in empty:
-                if not need.is_met_by(row):
-                    empty[need].append(number)
-        problems = [f"{need}, empty in {_list_rows(numbers)}" for need, numbers in empty.items() if numbers]
-        if problems:
-            first = next(need for need, numbers in empty.items() if numbers)
-            raise TemplateError(
-                f"{'; '.join(problems)}.\n{first.reason}\nFill these rows or drop them. {first.way_out}".rstrip()
-            )
 
     def untruncated_fields(self, names: Iterable[str]) -> set[str]:
         """Return which of `names` are inserted untruncated, so length checks must allow for their full size."""
@@ -261,10 +189,3 @@ def check_keys(settings: Mapping[str, Any], kind: type[Context]) -> None:
         if key not in known:
             hint = did_you_mean(str(key), known)
             raise ConfigError(f"a context has no setting {key!r}.{hint} It has: {', '.join(known)}.")
-
-
-def _list_rows(numbers: Sequence[int]) -> str:
-    """Return "7 rows: 1, 2, 3, 5, 6 and 2 more"."""
-    first = ", ".join(map(str, numbers[:5]))
-    more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
-    return f"{len(numbers)} row{'s' * (len(numbers) > 1)}: {first}{more}"

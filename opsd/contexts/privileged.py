@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from opsd.contexts.base import Context, ContextCounts, Need, Row, check_keys
+from opsd.contexts.base import Context, ContextCounts, check_keys
 from opsd.contexts.filters import as_text
 from opsd.contexts.messages import (
     Prompt,
@@ -29,10 +29,12 @@ from opsd.contexts.renderer import THINK, PromptRenderer
 from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
 from opsd.contexts.trial import render_in_subprocess, try_template
 from opsd.contexts.truncation import Boundary, Side, check_cut, first_share, longest_that_fits
+from opsd.data.needs import Need, Row
 from opsd.data.values import OTHER, at_path, is_empty, text_of
 from opsd.errors import ConfigError, DataError, TemplateError, UnsafeTemplateError, did_you_mean
 
 REASON = "Without it the teacher would know no more than the student and grade at random."
+WAY_OUT = "pick a template for these columns: `opsd templates --columns {columns}`"
 _QUESTION = "What is it?"
 _BARE_ROW = {"prompt": _QUESTION, "messages": [{"role": "user", "content": _QUESTION}], "system": ""}
 
@@ -319,9 +321,9 @@ class PrivilegedContext(Context):
         self.fields = frozenset(self._column(name) for name in self.template.fields - set(self._constants))
         self.optional_fields = frozenset(self._column(name) for name in self.template.optional_fields)
         self.truncated_column = None if self.truncate is None else self._column(self.truncate)
-        self.needs = tuple(Need((name,), needed_by, REASON) for name in sorted(self.fields))
+        self.needs = tuple(Need((name,), needed_by, REASON, WAY_OUT) for name in sorted(self.fields))
         if self.optional_fields and not self._adds_text:
-            self.needs = (*self.needs, Need(tuple(sorted(self.optional_fields)), needed_by, REASON))
+            self.needs = (*self.needs, Need(tuple(sorted(self.optional_fields)), needed_by, REASON, WAY_OUT))
 
     def _read_shares(self, share: float | Mapping[str, float] | None) -> dict[str, float]:
         if share is None or isinstance(share, Mapping):

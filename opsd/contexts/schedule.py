@@ -14,13 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from opsd.contexts.base import Context, ContextCounts, Need, Row
+from opsd.contexts.base import Context, ContextCounts
 from opsd.contexts.privileged import REASON, PrivilegedContext, as_plain_context
 from opsd.contexts.renderer import PromptRenderer
+from opsd.data.needs import Need, Row
 from opsd.errors import ConfigError, DataError, TemplateError, as_number, did_you_mean
 
 NONE = "none"  # the level that is the student's own prompt
-WAY_OUT = f"Or end `levels` with {NONE}, the student's own prompt."
+WAY_OUT = f"end `levels` with {NONE}, the student's own prompt"
 # Levels were once named by aliases; an error says how each is written now.
 OLD_LEVELS = {
     "rule": "system_rule",
@@ -152,7 +153,7 @@ class ContextSchedule(Context):
         if level is None:
             raise TemplateError(
                 f"a row has too little for level {scheduled!r} of a schedule and for every later level.\n{REASON}\n"
-                f"Fill the row or drop it. {WAY_OUT}"
+                f"Fill the row, drop it, or {WAY_OUT}."
             )
         context = self.levels[level]
         if context is None:
@@ -229,7 +230,7 @@ class ContextSchedule(Context):
                 (self._rate_column,),
                 "a schedule by pass rate",
                 "It picks a row's level by this column, the share of right answers to the row.",
-                "Measure it with several samples per row, or pick levels by step.",
+                "measure it with several samples per row, or pick levels by step",
             )
 
     def _check_settings(self) -> None:

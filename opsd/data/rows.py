@@ -1,23 +1,19 @@
-"""What a row must be to be trained on: every row gets a `prompt` that is there, well formed and to be answered.
+"""Checks and prepares one row: every row gets a `prompt` that is there, well formed and to be answered.
 
 Knows columns and messages. Knows no tokenizer, template, teacher or rank, and drops no row: what cannot be used is an
-error that names the rows. How files become datasets stands in `data_files.py`.
+error that names the rows. How a whole dataset is prepared stands in `prepare.py`, how files are read in `files.py`.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from opsd.data.files import load_rows
 from opsd.data.values import text_of
 from opsd.errors import DataError
-
-__all__ = ["completion_of", "load_rows", "prepare_rows", "row_columns", "with_system_prompt"]
 
 Row = dict[str, Any]
 
@@ -25,8 +21,7 @@ _IMAGE_COLUMNS = {"image", "images"}
 _NO_IMAGES = "version 1 of opsd is text only, and would train as if the images were not there"
 # Names under which published datasets keep what we call `prompt`.
 _PROMPT_NAMES = ("prompts", "question", "problem", "instruction", "query", "input", "text")
-_SHOWN = 5
-_BATCH = 1000
+SHOWN_PROBLEMS = 5
 
 
 def row_columns(dataset: Dataset | IterableDataset) -> list[str]:
@@ -41,62 +36,6 @@ def row_columns(dataset: Dataset | IterableDataset) -> list[str]:
     if first is None:
         raise DataError("the dataset is empty: its stream ended before the first row.")
     return list(first)
-
-
-def prepare_rows(dataset: Dataset | IterableDataset, *, name: str = "train") -> Dataset | IterableDataset:
-    """Return the dataset with a checked `prompt` in every row: text, or messages whose contents are strings.
-
-    Rows with chat `messages` give `prompt` and `completion` (the text of the last turn where that is the assistant's,
-    else None). In messages, lists of text parts are joined and keys that are None, with which Arrow fills up what
-    other rows have, are dropped; other keys stay. A map-style dataset is checked here and now, a stream as it is read.
-
-    Args:
-        dataset: map-style or streaming; returned as it is where nothing needs to change.
-        name: what errors call it.
-
-    Raises:
-        DataError: there is no `prompt`, or rows have a prompt that is missing, malformed, already answered, of another
-            kind (text or messages) than those before it, or that comes with images.
-    """
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise DataError(
-            f"the {name} dataset is a {type(dataset).__name__}, and must be a datasets.Dataset or IterableDataset. "
-            "Of a DatasetDict pass one split: dataset['train']."
-        )
-    if isinstance(dataset, Dataset) and not len(dataset):
-        raise DataError(f"the {name} dataset is empty: it has no rows to train on.")
-    checker = _RowChecker(name, _prompt_column(row_columns(dataset), name))
-    prepare = _prepare_stream if isinstance(dataset, IterableDataset) else _prepare_table
-    return prepare(dataset, checker)
-
-
-def with_system_prompt(dataset: Dataset | IterableDataset, text: str | None) -> Dataset | IterableDataset:
-    """Return prepared rows with a system turn where they have none of their own.
-
-    Args:
-        dataset: prepared rows.
-        text: what the turn says; None leaves rows as they are.
-
-    Raises:
-        DataError: prompts are plain text, which has no turns.
-    """
-    if text is None:
-        return dataset
-    first = next(iter(dataset), None)
-    if first is not None and isinstance(first["prompt"], str):
-        raise DataError(
-            "student_system_prompt is a turn of a chat, and this dataset's prompts are plain text, which has none. "
-            "Give prompts as messages, or write the words into the prompts."
-        )
-
-    def opened(row: Row) -> Row:
-        turns = [_without_none(turn) for turn in row["prompt"]]
-        own = any(turn["role"] == "system" for turn in turns)
-        return {"prompt": turns if own else [{"role": "system", "content": text}, *turns]}
-
-    features = dataset.features and Features({**dataset.features, "prompt": List(Json())})
-    cache = {"load_from_cache_file": False} if isinstance(dataset, Dataset) else {}
-    return dataset.map(opened, features=features, **cache)
 
 
 def completion_of(row: Mapping[str, Any]) -> str | list[int] | None:
@@ -121,32 +60,12 @@ def completion_of(row: Mapping[str, Any]) -> str | list[int] | None:
     return text_of(turns[-1])
 
 
-def check_completions(dataset: Dataset | IterableDataset, off_policy: float) -> None:
-    """Refuse rows without a completion where a share of them is used off-policy.
-
-    Args:
-        dataset: prepared rows.
-        off_policy: that share, 1 - lmbda.
-
-    Raises:
-        DataError: no column `completion` or `completion_ids`, or nothing in it in some rows.
-    """
-    if off_policy == 0.0:
-        return
-    columns = row_columns(dataset)
-    way_out = "set seq_kd to use the teacher's own samples, or set lmbda to 1."
-    if not {"completion", "completion_ids"} & set(columns):
-        raise DataError(
-            f"lmbda sends {off_policy:.0%} of the rows off-policy, and the dataset has no column `completion` or "
-            f"`completion_ids` (it has: {', '.join(columns)}). Add one, {way_out}"
-        )
-    if isinstance(dataset, Dataset):
-        empty = [number for number, row in enumerate(dataset) if not completion_of(row)]
-        if empty:
-            raise DataError(
-                f"lmbda sends {off_policy:.0%} of the rows off-policy, any row may be drawn, and {len(empty)} row(s) "
-                f"have no completion (first: {empty[:5]}). Fill them in, {way_out}"
-            )
+def completion_problem(row: Mapping[str, Any]) -> str | None:
+    """Return what keeps a row from being used off-policy, in words, or None."""
+    try:
+        return None if completion_of(row) else "is empty"
+    except DataError as error:
+        return f"cannot be used ({error})"
 
 
 def _prompt_column(columns: list[str], name: str) -> str:
@@ -173,95 +92,113 @@ def _prompt_column(columns: list[str], name: str) -> str:
     )
 
 
-class _RowChecker:
-    """Checks and normalises the rows of one dataset in order; all rows must be of the first one's kind."""
+class RowPreparation:
+    """Checks and prepares the rows of one dataset in order; all rows must be of the first one's kind.
 
-    def __init__(self, name: str, column: str) -> None:
-        self.name, self.column = name, column
-        self.first: tuple[str, int] | None = None
+    Args:
+        name: what errors call the dataset.
+        columns: its columns.
+        system_prompt: the student's system turn, for rows that have none; None leaves rows as they are.
 
-    def check(self, row: Row, number: int) -> str | None:
-        """Return what is wrong with a row, in words, or None."""
+    Raises:
+        DataError: columns from which no prompt can be made.
+
+    Example:
+        >>> preparation = RowPreparation("train", ["prompt", "answer"], system_prompt="Be kind.")
+        >>> row = {"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": "2"}
+        >>> preparation.find_problem(row, number=0)
+        >>> preparation.prepared(row)["prompt"][0]
+        {'role': 'system', 'content': 'Be kind.'}
+    """
+
+    def __init__(self, name: str, columns: list[str], system_prompt: str | None = None) -> None:
+        self.name, self.column = name, _prompt_column(columns, name)
+        self._columns, self._system_prompt = columns, system_prompt
+        self._first: tuple[str, int] | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of prepared rows."""
+        kept = [column for column in self._columns if column != "messages"]
+        return [*kept, "prompt", "completion"] if self.column == "messages" else kept
+
+    def check_system_prompt(self, first: Mapping[str, Any]) -> None:
+        """Refuse a system turn for prompts that are plain text, as the first row tells.
+
+        Raises:
+            DataError: they are.
+        """
+        if self._system_prompt is not None and isinstance(first.get("prompt"), str):
+            raise DataError(
+                "student_system_prompt is a turn of a chat, and this dataset's prompts are plain text, which has none. "
+                "Give prompts as messages, or write the words into the prompts."
+            )
+
+    def find_problem(self, row: Mapping[str, Any], number: int) -> str | None:
+        """Return what is wrong with a row's prompt, in words, or None."""
         problem = _check_row(row, self.column)
         if problem is None:
             kind = "text" if isinstance(row[self.column], str) else "messages"
-            self.first = self.first or (kind, number)
-            if kind != self.first[0]:
-                problem = f"`{self.column}` is {kind}, and in row {self.first[1]} it is {self.first[0]}"
+            self._first = self._first or (kind, number)
+            if kind != self._first[0]:
+                problem = f"`{self.column}` is {kind}, and in row {self._first[1]} it is {self._first[0]}"
         return problem and f"row {number}: {problem}"
 
-    def normalise_checked(self, row: Row, number: int) -> Row:
-        problem = self.check(row, number)
+    def prepared(self, row: Mapping[str, Any]) -> Row:
+        """Return the columns that a row without a problem gets."""
+        value = row[self.column]
+        if isinstance(value, str):
+            return {"prompt": value}
+        turns = [_normalise_message(message) for message in value]
+        if self.column == "prompt":
+            return {"prompt": self._open(turns)}
+        answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
+        return {"prompt": self._open(turns), "completion": answer}
+
+    def apply(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        """Return the dataset with prepared rows; those of a stream are checked as they are read."""
+        features = self._features(dataset.features)
+        gone = ["messages"] if self.column == "messages" else None
+        if isinstance(dataset, IterableDataset):
+            return dataset.map(self._prepare_checked, with_indices=True, features=features, remove_columns=gone)
+        # A cache made by another version of this file would be found by name.
+        return dataset.map(self.prepared, features=features, remove_columns=gone, load_from_cache_file=False)
+
+    def _prepare_checked(self, row: Row, number: int) -> Row:
+        problem = self.find_problem(row, number)
         if problem:
             raise self.error([problem], 1)
-        return self.normalise(row)
+        return self.prepared(row)
 
-    def normalise(self, row: Row) -> Row:
-        """Return the columns that preparing gives to a checked row."""
-        if isinstance(row[self.column], str):
-            return {"prompt": row["prompt"]}
-        turns = [_normalise_message(message) for message in row[self.column]]
-        if self.column == "prompt":
-            return {"prompt": turns}
-        answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
-        return {"prompt": turns, "completion": answer}
+    def _open(self, turns: list[Row]) -> list[Row]:
+        """Put the system turn before turns that have none."""
+        if self._system_prompt is None or any(turn["role"] == "system" for turn in turns):
+            return turns
+        return [{"role": "system", "content": self._system_prompt}, *turns]
 
     def error(self, problems: list[str], count: int) -> DataError:
+        """Return the error for `count` rows with a problem, of which the first few are given."""
         more = [f"... and {count - len(problems)} more"] if count > len(problems) else []
         return DataError(
             f"the {self.name} dataset has {count} row{'s' * (count > 1)} without a usable prompt "
             "(the first is row 0):\n  " + "\n  ".join(problems + more) + "\n"
             "Every row must ask something, all in one form, for the student to have something to answer. "
-            "Mend these rows, or drop them with dataset.filter(...)."
+            "Fix these rows, or drop them with dataset.filter(...)."
         )
 
-    def features(self, before: Features | None) -> Features | None:
-        """Return the features after `normalise`; messages become Json, as Arrow structs would get the Nones back."""
+    def _features(self, before: Features | None) -> Features | None:
+        """Return the features of prepared rows; messages become Json, as Arrow structs would get the Nones back."""
         if before is None:
             return None
         after = {column: feature for column, feature in before.items() if column != "messages"}
         if self.column == "messages":
             after |= {"prompt": List(Json()), "completion": Value("string")}
-        elif not isinstance(before["prompt"], Value | Json):
+        elif self._system_prompt is not None or not isinstance(before["prompt"], Value | Json):
             after["prompt"] = List(Json())
         return Features(after)
 
 
-def _prepare_stream(dataset: IterableDataset, checker: _RowChecker) -> IterableDataset:
-    return dataset.map(
-        checker.normalise_checked,
-        with_indices=True,
-        features=checker.features(dataset.features),
-        remove_columns=["messages"] if checker.column == "messages" else None,
-    )
-
-
-def _prepare_table(dataset: Dataset, checker: _RowChecker) -> Dataset:
-    problems: list[str] = []
-    count, changed = 0, checker.column == "messages"
-    batches = dataset.with_format(None).select_columns([checker.column]).iter(batch_size=_BATCH)
-    for number, value in enumerate(chain.from_iterable(batch[checker.column] for batch in batches)):
-        row = {checker.column: value}
-        problem = checker.check(row, number)
-        if problem:
-            count += 1
-            if count <= _SHOWN:
-                problems.append(problem)
-        else:
-            changed = changed or checker.normalise(row)["prompt"] != value
-    if count:
-        raise checker.error(problems, count)
-    if not changed:
-        return dataset
-    return dataset.map(
-        checker.normalise,
-        features=checker.features(dataset.features),
-        remove_columns=["messages"] if checker.column == "messages" else None,
-        load_from_cache_file=False,  # a cache made by another version of this file would be found by name
-    )
-
-
-def _check_row(row: Row, column: str) -> str | None:
+def _check_row(row: Mapping[str, Any], column: str) -> str | None:
     """Return what keeps a row from being answered, in words, or None."""
     if not _IMAGE_COLUMNS.isdisjoint(row):
         return f"it has images: {_NO_IMAGES}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from opsd.data.needs import Need
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.answers import Mathematics, read_choice, right_choice
 from opsd.sources import import_object
@@ -35,6 +36,7 @@ class Grader:
             grader, not a grade.
         read: returns the answer that a text gives, equal for texts that give the same answer; None where a text has no
             answer in the form asked for. `maj@k` and `format` need it. None if the grader cannot read answers.
+        needs: the columns that it reads.
 
     Example:
         >>> load_grader("last_number")("12 + 7 is 19.", {"answer": "19"})
@@ -46,6 +48,7 @@ class Grader:
     name: str
     is_right: Callable[[str, Row], bool]
     read: Callable[[str], Hashable | None] | None = None
+    needs: tuple[Need, ...] = ()
 
     def __call__(self, text: str, row: Row) -> bool:
         """Return whether the text is a right answer to the row.
@@ -223,7 +226,18 @@ def load_grader(name: str, column: str = "answer") -> Grader:
             f"grader {head!r} is not complete: it needs an argument after a colon, a pattern or the name of a "
             f"dataset.\nWrite it as in {COMPLETED[head]!r}."
         )
-    return GRADERS[head](name, column)
+    return dataclasses.replace(GRADERS[head](name, column), needs=(answer_need(name, column),))
+
+
+def answer_need(name: str, column: str) -> Need:
+    """Return the need of a column with right answers; rows that leave it empty are reported when they are graded."""
+    return Need(
+        (column,),
+        f"grader {name!r}",
+        "Without a right answer no text can be graded.",
+        "name another one (answer_column), or give a function of your own",
+        may_be_empty=True,
+    )
 
 
 def is_function_name(name: str) -> bool:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from datasets import Dataset
 
 from opsd.data.files import load_rows
-from opsd.data.rows import prepare_rows
+from opsd.data.prepare import prepare_rows
 from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, as_count, as_number, did_you_mean, not_one_of
 from opsd.evaluation.graders import Grader, load_grader
 from opsd.evaluation.questions import check_disjoint, question_of
@@ -143,42 +143,46 @@ class EvaluationPlan:
         if isinstance(self.samples, bool) or not isinstance(self.samples, int) or self.samples < 0:
             raise ConfigError(f"samples must be a whole number of at least 0, and is {self.samples!r}.")
 
-    def loaded(self, train: Any = None, ready: Callable[[Any, str], Any] | None = None) -> EvaluationPlan:
+    def loaded(self, train: Iterable[str] = (), prepare: Callable[..., Any] = prepare_rows) -> EvaluationPlan:
         """Return the plan with its rows read, prepared, and checked against each other and the training rows.
 
         Args:
-            train: prepared training rows; a stream is not checked.
-            ready: (rows, name) -> prepared rows; None is `prepare_rows`.
+            train: the questions of the training rows (`question_of`); of a stream none.
+            prepare: `opsd.data.prepare.prepare_rows`, or that with some arguments.
 
         Raises:
             DataError: unusable rows, or splits that share questions.
         """
-        prepare = ready or (lambda rows, name: prepare_rows(rows, name=name))
+        asked: dict[str, list[str]] = {"train": list(train)}
 
-        def read(name: str, rows: Any) -> Any:
-            return None if rows is None else _read(name, rows, prepare)
+        def read(name: str, source: Any, grader: str) -> Any:
+            questions = asked.setdefault(name, [])
+            needs = load_grader(grader, self.answer_column).needs
+            return _read(
+                name, source, partial(prepare, needs=needs, each_row=lambda row: questions.append(question_of(row)))
+            )
 
         plan = replace(
             self,
-            test=read("test", self.test),
-            selection=read("selection", self.selection),
+            test=read("test", self.test, self.grader),
+            selection=None if self.selection is None else read("selection", self.selection, self.grader),
             retention={name: self._read_retention(name, split, read) for name, split in self.retention.items()},
-            neutral=read("neutral", self.neutral),
+            neutral=None if self.neutral is None else _read("neutral", self.neutral, prepare),
         )
-        known = {} if not isinstance(train, Dataset) else {"train": train}
-        check_disjoint(known | {name: questions.rows for name, questions in plan.splits.items()})
+        check_disjoint(asked)
         for name, questions in plan.splits.items():
             _check_gradable(name, questions)
-            _warn_of_repeats(name, questions)
+            _warn_of_repeats(name, asked[name])
         return plan
 
-    def _read_retention(self, name: str, split: Any, read: Callable[[str, Any], Any]) -> Mapping[str, Any]:
+    def _read_retention(self, name: str, split: Any, read: Callable[[str, Any, str], Any]) -> Mapping[str, Any]:
         if not isinstance(split, Mapping) or not {"rows", "grader"} >= set(split) or "rows" not in split:
             raise ConfigError(
                 f"retention {name!r} must be a mapping {{rows: FILE, grader: NAME}} (grader is optional), and is "
                 f"{split!r:.80}."
             )
-        return {"rows": read(name, split["rows"]), "grader": split.get("grader", self.grader)}
+        grader = split.get("grader", self.grader)
+        return {"rows": read(f"retention {name}", split["rows"], grader), "grader": grader}
 
     @cached_property
     def splits(self) -> dict[str, Questions]:
@@ -201,12 +205,12 @@ class EvaluationPlan:
         return f"{test}; {checkpoint}{selection}{retention}"
 
 
-def _read(name: str, source: Any, prepare: Callable[[Any, str], Any]) -> Dataset:
+def _read(name: str, source: Any, prepare: Callable[..., Any]) -> Dataset:
     if isinstance(source, str):
         source = load_rows(source)
     elif isinstance(source, Sequence):
         source = Dataset.from_list(list(source))
-    rows = prepare(source, name)
+    rows = prepare(source, name=name)
     if not isinstance(rows, Dataset):
         raise DataError(
             f"the evaluation split {name!r} is a stream, and its questions are needed more than once. Give a dataset."
@@ -230,11 +234,11 @@ def _check_gradable(name: str, questions: Questions) -> None:
     raise DataError(f"none of the first {PROBED} rows of the split {name!r} can be graded: {failed}") from failed
 
 
-def _warn_of_repeats(name: str, questions: Questions) -> None:
-    repeated = len(questions.rows) - len(set(map(question_of, questions.rows)))
+def _warn_of_repeats(name: str, questions: Sequence[str]) -> None:
+    repeated = len(questions) - len(set(questions))
     if repeated:
         warnings.warn(
-            f"the split {name!r} repeats {repeated} of its {len(questions.rows)} questions. Repeated questions make "
+            f"the split {name!r} repeats {repeated} of its {len(questions)} questions. Repeated questions make "
             "intervals over questions too narrow. Keep each question once.",
             OPSDWarning,
             stacklevel=2,

@@ -12,8 +12,6 @@ import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from datasets import Dataset
-
 from opsd.contexts.messages import turns_of
 from opsd.data.values import text_of
 from opsd.errors import DataError
@@ -33,16 +31,16 @@ def question_of(row: Mapping[str, Any]) -> str:
     return re.sub(r" (?=[?!.,;:])", "", text).rstrip("?!.,;: ")
 
 
-def check_disjoint(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
+def check_disjoint(splits: Mapping[str, Iterable[str]]) -> None:
     """Refuse splits that share a question.
 
     Args:
-        splits: prepared rows by the name of their split, the training rows first.
+        splits: questions (`question_of` each row) by the name of their split, those of training first.
 
     Raises:
         DataError: some do; the message counts and quotes them for each pair of splits.
     """
-    questions = {name: dict.fromkeys(map(question_of, rows)) for name, rows in splits.items()}
+    questions = {name: dict.fromkeys(asked) for name, asked in splits.items()}
     overlaps = []
     for first, second in itertools.combinations(questions, 2):
         shared = [question for question in questions[second] if question in questions[first]]
@@ -54,22 +52,6 @@ def check_disjoint(splits: Mapping[str, Iterable[Mapping[str, Any]]]) -> None:
             "splits share questions:\n" + "\n".join(overlaps) + "\nOn questions that were used for training, or for "
             "choosing a checkpoint, an accuracy measures memory. Remove them from one of the splits."
         )
-
-
-def check_held_out(train: Any, evaluated: Any) -> None:
-    """Refuse evaluation rows that are also training rows; streams are not checked.
-
-    Args:
-        train: training rows.
-        evaluated: evaluation rows, or a dict of such by name.
-
-    Raises:
-        DataError: some questions are in both.
-    """
-    named = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
-    for name, rows in named.items():
-        if isinstance(train, Dataset) and isinstance(rows, Dataset):
-            check_disjoint({"train": train, name: rows})
 
 
 def name_few(questions: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 A strategy says whose weights score; the objects here say what those weights read. So any strategy takes any context,
 one set of weights can score several contexts, and whoever renders, checks columns or counts asks these objects and
-never a strategy. Knows contexts, renderers and rollouts; nothing of weights or signals.
+never a strategy. Knows contexts, needs, renderers and rollouts; nothing of weights or signals.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self, TypeAlias
 
-from datasets import Dataset
-
 from opsd.contexts.base import Context
 from opsd.contexts.reading import as_context
 from opsd.contexts.renderer import PromptRenderer
+from opsd.data.needs import Need, Row
 from opsd.errors import ConfigError
 from opsd.models.forward import check_lengths
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers.student import StudentHandle
 
-Row: TypeAlias = Mapping[str, Any]
 ContextLike: TypeAlias = Context | str | Mapping[str, Any] | None
 
 
@@ -116,22 +114,13 @@ class TeacherPrompts:
 
     # ---- rows -------------------------------------------------------------------------------------------------
 
-    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
-        """Check that rows have what the context reads, before a model loads; of a stream only the columns.
+    def needs(self, rollout_fields: Sequence[str] = ()) -> list[Need]:
+        """Return what a row must have for its context.
 
         Args:
-            dataset: prepared rows.
-            columns: their columns.
-            rollout_fields: names that training will add.
-
-        Raises:
-            TemplateError: a template needs a column that is missing or empty.
-            DataError: a row that no teacher scores.
+            rollout_fields: names that training adds, which rows need not have.
         """
-        if self.context is not None:
-            self.context.check_columns(columns, rollout_fields)
-            if isinstance(dataset, Dataset):
-                self.context.check_rows(dataset, rollout_fields)
+        return [] if self.context is None else self.context.missing(rollout_fields)
 
     def has_fields(self, row: Row, rollout_fields: Mapping[str, Any]) -> bool:
         """Tell whether every context of this row has the fields it needs."""
@@ -228,10 +217,9 @@ class CompositePrompts(TeacherPrompts):
             rollouts = part.render(rollouts)
         return rollouts
 
-    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
-        """Check every part's context."""
-        for part in self.distinct:
-            part.check_rows(dataset, columns, rollout_fields)
+    def needs(self, rollout_fields: Sequence[str] = ()) -> list[Need]:
+        """Return what a row must have for the contexts of every part."""
+        return [need for part in self.distinct for need in part.needs(rollout_fields)]
 
     def map(self, change: Callable[[TeacherPrompts], TeacherPrompts]) -> Self:
         """Return the same tree with each leaf replaced; a part that has two names stays one."""

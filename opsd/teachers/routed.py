@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from datasets import Dataset
 
+from opsd.data.needs import Need, Row
 from opsd.errors import ConfigError, DataError, did_you_mean
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import RoutedSignal
 from opsd.teachers.base import Teacher, TeacherView
 from opsd.teachers.composite import CompositeTeacher
-from opsd.teachers.prompting import CompositePrompts, ContextLike, PromptReader, Row, TeacherPrompts
+from opsd.teachers.prompting import CompositePrompts, ContextLike, PromptReader, TeacherPrompts
 
 
 class RoutedPrompts(CompositePrompts):
@@ -53,26 +54,30 @@ class RoutedPrompts(CompositePrompts):
         """Return the prompts that the row's teacher reads."""
         return self.parts[self.part_of(row)].leaves_of(row)
 
-    def check_rows(self, dataset: Any, columns: Sequence[str], rollout_fields: Sequence[str] = ()) -> None:
-        """Check that every row has a teacher, and the fields of that teacher's context."""
-        if self.column not in columns:
-            raise DataError(
-                f"teachers are chosen by the column {self.column!r}, and the dataset has: {', '.join(columns)}."
-                f"{did_you_mean(self.column, columns)}"
+    def needs(self, rollout_fields: Sequence[str] = ()) -> list[Need]:
+        """Return the need of a teacher for every row, and what that teacher's context needs of its rows."""
+        needs = [
+            Need(
+                (self.column,),
+                "a teacher per kind of row",
+                "Rows without a teacher could not be scored.",
+                f"name a teacher for every value of the column, now: {', '.join(self.parts)}",
+                find_problem=self._find_problem,
             )
-        if not isinstance(dataset, Dataset):
-            super().check_rows(dataset, columns, rollout_fields)
-            return
-        names = [self._numbered_part(number, value) for number, value in enumerate(dataset[self.column])]
-        for name, part in self.parts.items():
-            rows = [number for number, other in enumerate(names) if other == name]
-            part.check_rows(dataset.select(rows), columns, rollout_fields)
+        ]
+        for part in self.distinct:
+            needs += [need.only_where(partial(self._is_scored_by, part)) for need in part.needs(rollout_fields)]
+        return needs
 
-    def _numbered_part(self, number: int, value: Any) -> str:
-        try:
-            return self.part_of({self.column: value})
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
+    def _find_problem(self, row: Row) -> str | None:
+        value = str(row.get(self.column))
+        if value in self.parts:
+            return None
+        hint = did_you_mean(value, self.parts).strip()
+        return f"holds {value!r} ({hint})" if hint else f"holds {value!r}"
+
+    def _is_scored_by(self, part: TeacherPrompts, row: Row) -> bool:
+        return self.parts.get(str(row.get(self.column))) is part
 
     def render(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts with the prompt of each row's own teacher."""

@@ -12,15 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
-
-from opsd.errors import ConfigError, DataError, not_one_of
+from opsd.data.needs import Need
+from opsd.data.prepare import DEMONSTRATIONS
+from opsd.errors import ConfigError, not_one_of
 
 if TYPE_CHECKING:
     from opsd.teachers import Teacher
 
-# Columns that can be imitated, the most complete first.
-DEMONSTRATIONS = ("completion", "completion_ids", "demonstration", "solution", "answer")
 # The listed token and none of the method's other loss settings; sampling stays as in the run.
 _ONE_TOKEN: dict[str, Any] = {
     "divergence": None,
@@ -60,13 +58,13 @@ class Control:
     settings: Mapping[str, Any] = field(default_factory=dict)
     imitates: bool = False
 
-    def rows(self, dataset: Any) -> Any:
-        """Return the training rows as this control uses them.
-
-        Raises:
-            DataError: they have no column to imitate.
-        """
-        return with_completions(dataset) if self.imitates else dataset
+    @property
+    def needs(self) -> list[Need]:
+        """What a training row must have for it."""
+        if not self.imitates:
+            return []
+        way_out = "leave this control out"
+        return [Need(DEMONSTRATIONS, "a control that imitates rows", "It trains on them.", way_out, may_be_empty=True)]
 
 
 def control_of(name: str | None) -> Control | None:
@@ -81,25 +79,6 @@ def control_of(name: str | None) -> Control | None:
         known = "".join(f"\n  {known:<20} {control.asks}" for known, control in CONTROLS.items())
         raise ConfigError(f"{not_one_of('control', name, CONTROLS)}{known}")
     return CONTROLS[name]
-
-
-def with_completions(dataset: Any) -> Any:
-    """Return rows with a `completion` made of the first of DEMONSTRATIONS that is a column.
-
-    Raises:
-        DataError: none of them is, or they are a stream.
-    """
-    if not isinstance(dataset, Dataset):
-        raise DataError("the control sft needs all rows for their completions, and these are a stream. Load a Dataset.")
-    source = next((name for name in DEMONSTRATIONS if name in dataset.column_names), None)
-    if source is None:
-        raise DataError(
-            f"the control sft imitates one of the columns {', '.join(DEMONSTRATIONS)}, and the dataset has: "
-            f"{', '.join(dataset.column_names)}. Rename a column, or leave this control out."
-        )
-    if source in ("completion", "completion_ids"):
-        return dataset
-    return dataset.add_column("completion", [None if value is None else str(value) for value in dataset[source]])
 
 
 def _without_context(teacher: Teacher) -> Teacher:

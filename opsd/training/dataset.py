@@ -1,6 +1,7 @@
-"""The dataset of a run: checked against contexts and settings, prepared, and seen to fit the models.
+"""The datasets of a run: what the run needs of their rows, and whether prompts fit the models.
 
-Knows rows, contexts and settings. `prepare_dataset` runs before a model loads, `check_rows_fit` after.
+Knows needs, contexts and settings. `prepare_datasets` runs before a model loads; the passes over rows stand in
+`opsd/data/prepare.py`. `check_rows_fit` runs after, and is the third and last pass.
 """
 
 from __future__ import annotations
@@ -13,61 +14,67 @@ from typing import Any
 from datasets import Dataset
 
 from opsd.contexts.base import Context
-from opsd.data.prepare import ready_rows
-from opsd.data.rows import check_completions, row_columns
+from opsd.data.prepare import prepare_rows
 from opsd.errors import ConfigError, DataError, OPSDWarning
-from opsd.evaluation.questions import check_held_out
+from opsd.evaluation.questions import check_disjoint, question_of
 from opsd.models.forward import check_lengths, context_length, embedded_tokens
 from opsd.rollouts import Ids
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.prompting import TeacherPrompts
+from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
+from opsd.training.off_policy import completion_needs
 
 # Rows whose prompts are rendered for both sides before step 1: about ten seconds of one core.
 CHECKED_ROWS = 20_000
 
 
-def prepare_datasets(train: Any, evaluated: Any, args: Any, scorer: Scorer, groups: Groups) -> tuple[Any, Any]:
-    """Return training and evaluation rows as the run uses them; see `prepare_dataset`.
-
-    Raises:
-        DataError: a question is in both.
-    """
-    train = prepare_dataset(train, "train", args, scorer, groups)
-    evaluated = prepare_dataset(evaluated, "eval", args, scorer, groups)
-    check_held_out(train, evaluated)
-    return train, evaluated
-
-
-def prepare_dataset(dataset: Any, name: str, args: Any, scorer: Scorer, groups: Groups) -> Any:
-    """Return rows as the run uses them, checked against contexts and settings.
+def prepare_datasets(
+    train: Any, evaluated: Any, args: OPSDConfig, scorer: Scorer, groups: Groups, *, has_plan: bool = False
+) -> tuple[Any, Any, list[str]]:
+    """Return training and evaluation rows as the run uses them, and the questions of the training rows.
 
     Args:
-        dataset: map-style, streaming, None, or several by name.
-        name: "train", or what errors call it.
+        train: map-style, streaming, or None.
+        evaluated: the same, or several by name.
         args: training arguments.
         scorer: the loss, whose contexts and weights read columns.
         groups: how rollouts are graded.
+        has_plan: whether an evaluation plan will ask for the training questions; without one, and without `evaluated`,
+            none are returned.
 
     Raises:
-        OPSDError: rows that cannot be used, or that lack what a context, a grader or a setting reads.
+        OPSDError: rows that cannot be used, or that lack what something reads; a question in both, streams aside.
     """
-    if isinstance(dataset, dict) and name != "train":
-        return {each: prepare_dataset(rows, each, args, scorer, groups) for each, rows in dataset.items()}
-    if dataset is None:
-        return None
-    dataset = ready_rows(dataset, name=name, system_prompt=args.student_system_prompt, needed=scorer.columns)
-    control = control_of(args.control)
-    if control is not None and name == "train":
-        dataset = control.rows(dataset)
-    # With seq_kd the teacher samples before there is a rollout to take fields from.
-    scorer.check_rows(dataset, () if args.seq_kd else groups.rollout_fields)
-    check_groups(dataset, scorer.teacher, groups, trains=name == "train")
-    if name == "train" and not args.seq_kd:
-        check_completions(dataset, off_policy=1.0 - args.lmbda)
-    return dataset
+
+    def prepare(dataset: Any, name: str) -> tuple[Any, list[str]]:
+        control = control_of(args.control) if name == "train" else None
+        # With seq_kd the teacher samples before there is a rollout to take fields from.
+        needs = [*scorer.needs(() if args.seq_kd else groups.rollout_fields), *groups.rewards.needs]
+        if name == "train":
+            needs += [*(control.needs if control else ()), *completion_needs(args)]
+        questions: list[str] = []
+        dataset = prepare_rows(
+            dataset,
+            name=name,
+            system_prompt=args.student_system_prompt,
+            reads=scorer.columns,
+            imitates=control is not None and control.imitates,
+            needs=needs,
+            each_row=(lambda row: questions.append(question_of(row))) if has_plan or evaluated is not None else None,
+        )
+        check_groups(dataset, scorer.teacher, groups, trains=name == "train")
+        return dataset, questions
+
+    rows, asked = prepare(train, "train") if train is not None else (None, [])
+    several = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
+    prepared = {name: prepare(each, name) for name, each in several.items() if each is not None}
+    for name, (_, questions) in prepared.items():
+        check_disjoint({"train": asked, name: questions})
+    by_name = {name: prepared[name][0] if name in prepared else None for name in several}
+    return rows, by_name if isinstance(evaluated, dict) else by_name["eval"], asked
 
 
 def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool) -> None:
@@ -80,10 +87,9 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
         trains: whether these are the training rows.
 
     Raises:
-        DataError: groups of a stream, or rows without what a grader reads.
+        DataError: groups of a stream.
         ConfigError: a context that needs siblings, and groups of one.
     """
-    groups.rewards.check_columns(row_columns(dataset))
     if not trains:
         _warn_of_missing_siblings(teacher, groups)
     elif groups.num_generations == 1 and groups.rewards.functions:

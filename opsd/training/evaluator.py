@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from opsd.data.prepare import ready_rows
+from opsd.data.needs import check_rows
+from opsd.data.prepare import prepare_rows
 from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
@@ -48,20 +49,20 @@ from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.callbacks import GracefulStop
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import completion_ids
-from opsd.training.run_card import data_digest
+from opsd.training.run_card import data_digests
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
 UNCHECKED_STREAM = "whether test questions are trained on: the training rows are a stream"
 
 
-def planned(evaluation: Any, args: Any, scorer: Scorer, train: Any) -> EvaluationPlan | None:
+def planned(evaluation: Any, args: Any, scorer: Scorer, questions: Sequence[str]) -> EvaluationPlan | None:
     """Return an evaluation plan with its rows loaded and checked, and set how often the run evaluates and saves.
 
     Args:
         evaluation: a plan, a mapping of its arguments, or None.
         args: training arguments; the intervals of evaluation and saving, and the final checkpoint, become the plan's.
         scorer: the loss, whose contexts read columns.
-        train: prepared training rows.
+        questions: those of the training rows.
 
     Raises:
         OPSDError: the plan cannot work; training rows are among its questions.
@@ -70,8 +71,8 @@ def planned(evaluation: Any, args: Any, scorer: Scorer, train: Any) -> Evaluatio
     if plan is None:
         return None
     # A control's teacher answers none of these rows, so they need no columns for its context.
-    system, needed = args.student_system_prompt, () if args.control else scorer.columns
-    plan = plan.loaded(train, lambda rows, name: ready_rows(rows, name=name, system_prompt=system, needed=needed))
+    reads = () if args.control else scorer.columns
+    plan = plan.loaded(questions, partial(prepare_rows, system_prompt=args.student_system_prompt, reads=reads))
     if plan.every:
         if args.eval_strategy != "no" and args.eval_steps not in (None, plan.every):
             warnings.warn(
@@ -128,7 +129,7 @@ class Evaluator(TrainerCallback):
     @property
     def facts(self) -> dict[str, str]:
         """What the plan declares, which a resumed run must not change."""
-        return {"plan": self.plan.describe(), "test": data_digest(self.plan.test, "prompt")}
+        return {"plan": self.plan.describe(), "test": data_digests(self.plan.test)[1]}
 
     # ---- when --------------------------------------------------------------------------------------------------
 
@@ -220,7 +221,7 @@ class Evaluator(TrainerCallback):
     def _missing(self) -> str | None:
         """Why the teacher cannot answer the test rows, or None."""
         try:
-            self._teacher.prompts.check_rows(self.plan.test, self.plan.test.column_names)
+            check_rows(self.plan.test, self._teacher.prompts.needs(), "test")
         except OPSDError as error:
             return f"the test rows lack columns of the teacher's context: {error}"
         return None

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
 from torch import Tensor, nn
 
 from opsd.contexts.base import Context, ContextCounts
-from opsd.data.rows import row_columns
+from opsd.data.needs import Need
 from opsd.losses import LossOutput, Tokens
 from opsd.models.forward import last_hidden
 from opsd.models.head import Head
@@ -25,7 +24,7 @@ from opsd.rollouts import PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.config import OPSDConfig
-from opsd.training.token_selection import TokenSelection, row_weight
+from opsd.training.token_selection import TokenSelection, pass_rate_need
 
 
 @dataclass(frozen=True)
@@ -93,25 +92,14 @@ class Scorer:
         fields = (context.fields | context.optional_fields for context in self.contexts)
         return set().union(*fields, (self._args.pass_rate_column and {self._args.pass_rate_column}) or ())
 
-    def check_rows(self, dataset: Dataset | IterableDataset, rollout_fields: Sequence[str] = ()) -> None:
-        """Check that rows have the columns that contexts and row weights read; rows of a stream when they are used.
+    def needs(self, rollout_fields: Sequence[str] = ()) -> list[Need]:
+        """Return what a row must have for contexts, routes and weights.
 
         Args:
-            dataset: prepared rows.
-            rollout_fields: names of fields that rollouts provide to contexts.
-
-        Raises:
-            TemplateError: a template needs a column that is not there.
-            DataError: an invalid pass rate, or a row that no teacher can score.
+            rollout_fields: names that training adds for contexts, which rows need not have.
         """
-        columns = row_columns(dataset)
-        for view in self.views:
-            view.prompts.check_rows(dataset, columns, rollout_fields)
-        column = self._args.pass_rate_column
-        if column is not None and isinstance(dataset, Dataset):
-            rates = dataset[column] if column in columns else [None]
-            for number, rate in enumerate(rates):
-                row_weight(rate, column, number)
+        needs = [need for view in self.views for need in view.prompts.needs(rollout_fields)]
+        return needs if self._args.pass_rate_column is None else [*needs, pass_rate_need(self._args.pass_rate_column)]
 
     def describe(self) -> str:
         """The objective and the tokens it is computed on; a resumed run must have the same."""

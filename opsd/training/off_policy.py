@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from opsd.data.rows import completion_of
+from opsd.data.needs import Need
+from opsd.data.rows import completion_of, completion_problem
 from opsd.rollouts import Ids
 from opsd.teachers import Teacher, TeacherView
 from opsd.teachers.prompting import Row
@@ -28,6 +29,22 @@ def on_policy_rows(rows: int, lmbda: float, step: int) -> int:
     """
     share = lmbda * rows
     return int(share * (step + 1) + 1e-9) - int(share * step + 1e-9)
+
+
+def completion_needs(args: OPSDConfig) -> list[Need]:
+    """Return the need of a completion in every row, where some are trained on with their own."""
+    share = 1.0 - args.lmbda
+    if args.seq_kd or share == 0.0:
+        return []
+    return [
+        Need(
+            ("completion", "completion_ids"),
+            f"lmbda: {args.lmbda:g}",
+            f"It sends {share:.0%} of the rows off-policy, and any row may be drawn.",
+            "set seq_kd to use the teacher's own samples, or set lmbda to 1",
+            find_problem=completion_problem,
+        )
+    ]
 
 
 def completion_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from opsd.data.needs import Need
 from opsd.data.values import text_of
-from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
-from opsd.evaluation.graders import REASONING_GYM, is_function_name, load_grader, reasoning_gym_scorer
+from opsd.errors import ConfigError, DataError, OPSDWarning
+from opsd.evaluation.graders import REASONING_GYM, answer_need, is_function_name, load_grader, reasoning_gym_scorer
 from opsd.rollouts import Ids
 from opsd.sources import import_object
 
@@ -149,19 +150,10 @@ class Rewards:
         weighed = zip(self.names, self.weights, strict=True)
         return ", ".join(name if weight == 1.0 else f"{weight:g} × {name}" for name, weight in weighed)
 
-    def check_columns(self, columns: Sequence[str]) -> None:
-        """Check that rows have the columns that graders read.
-
-        Raises:
-            DataError: a column is missing, so that no rollout would get a reward.
-        """
-        for function in self.functions:
-            if isinstance(function, _GraderReward) and function.column not in columns:
-                raise DataError(
-                    f"the grader {function.__name__!r} reads the column {function.column!r}, and the dataset has: "
-                    f"{', '.join(columns)}.{did_you_mean(function.column, columns)} No rollout would get a reward. "
-                    "Rename the column, or give a function with TRL's signature."
-                )
+    @property
+    def needs(self) -> list[Need]:
+        """The columns that graders read; a row that leaves one empty has no reward."""
+        return [answer_need(each.__name__, each.column) for each in self.functions if isinstance(each, _GraderReward)]
 
     def __call__(
         self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Ids], state: Any

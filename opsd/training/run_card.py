@@ -64,6 +64,7 @@ def run_card(
         recipe: the recipe that the teacher was named by, if any.
     """
     contexts = {context.name: context.digest for context in scorer.contexts}
+    data, questions = data_digests(rows)
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
@@ -78,8 +79,8 @@ def run_card(
             "tokenizer": tokenizer_digest(student.tokenizer),
             "chat_template": _digest([student.renderer.chat_template or student.tokenizer.chat_template or ""]),
             "templates": contexts,
-            "data": data_digest(rows),
-            "questions": data_digest(rows, "prompt"),
+            "data": data,
+            "questions": questions,
         },
         "rows": len(rows) if isinstance(rows, Dataset) else "a stream",
         "prompts": list(_prompts(student, scorer, groups, rows)),
@@ -106,12 +107,15 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest([json.dumps(words), json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)])
 
 
-def data_digest(dataset: Any, column: str | None = None) -> str:
-    """Return a hash of every row, or of a column of it, in order; of a stream only that it is one."""
+def data_digests(dataset: Any) -> tuple[str, str]:
+    """Return a hash of all rows and one of their prompts, in order and in one pass; of a stream only that it is one."""
     if not isinstance(dataset, Dataset):
-        return "a stream"
-    plain = dataset.with_format(None) if column is None else dataset.with_format(None).select_columns(column)
-    return _digest(json.dumps(row, sort_keys=True, default=str) for row in plain)
+        return "a stream", "a stream"
+    whole, prompts = hashlib.sha256(), hashlib.sha256()
+    for row in dataset.with_format(None):
+        _add(whole, json.dumps(row, sort_keys=True, default=str))
+        _add(prompts, json.dumps({"prompt": row["prompt"]}, sort_keys=True, default=str))
+    return whole.hexdigest()[:16], prompts.hexdigest()[:16]
 
 
 def _without_secrets(value: Any) -> Any:
@@ -138,5 +142,9 @@ def _prompts(student: StudentHandle, scorer: Scorer, groups: Groups, rows: Any) 
 def _digest(texts: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+        _add(digest, text)
     return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, text: str) -> None:
+    digest.update(text.encode("utf-8", "surrogatepass") + b"\0")

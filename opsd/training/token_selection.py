@@ -6,13 +6,13 @@ counted in the number of loss tokens, and their share is logged.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from opsd.data.needs import Need
 from opsd.errors import ConfigError, DataError
 from opsd.rollouts import Ids, Rollouts
 
@@ -164,22 +164,39 @@ class TokenSelection(TokenSelectionSettings):
         return skip_first(mask, self.skip_first_tokens)
 
 
+def pass_rate_need(column: str) -> Need:
+    """Return the need of a pass rate in every row."""
+    return Need(
+        (column,),
+        f"pass_rate_column: {column}",
+        "Rows are weighed by 4·p·(1-p) of it, so it must be a number from 0 to 1 in every row.",
+        "leave pass_rate_column out",
+        find_problem=lambda row: _find_problem(row.get(column)),
+    )
+
+
 def row_weight(rate: Any, column: str, number: int) -> float:
     """Return the weight 4·p·(1-p) of a row with pass rate p: 1 where half of the attempts pass, 0 where all or none do.
 
     Raises:
         DataError: the rate is missing or not in [0, 1].
     """
-    try:
-        passed = float(rate)
-    except (TypeError, ValueError):
-        passed = math.nan
-    if not 0.0 <= passed <= 1.0:
+    if problem := _find_problem(rate):
         raise DataError(
-            f"row {number}: column {column!r} holds no pass rate ({rate!r}). Rows are weighed by 4·p·(1-p) of it, so "
-            "it must be a number between 0 and 1 in every row. Fill it, or leave pass_rate_column out."
+            f"row {number}: column {column!r} {problem}. Rows are weighed by 4·p·(1-p) of it, so it must be a number "
+            "from 0 to 1 in every row. Fill it, or leave pass_rate_column out."
         )
+    passed = float(rate)
     return 4.0 * passed * (1.0 - passed)
+
+
+def _find_problem(rate: Any) -> str | None:
+    """Return what is wrong with a pass rate, in words, or None."""
+    try:
+        is_rate = 0.0 <= float(rate) <= 1.0
+    except (TypeError, ValueError):
+        is_rate = False
+    return None if is_rate else f"holds no pass rate ({rate!r})"
 
 
 # ---- masks of one completion ----------------------------------------------------------------------------------------

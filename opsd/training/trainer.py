@@ -121,8 +121,10 @@ class OPSDTrainer(DistillationTrainer):
         self.groups = Groups.from_config(args, reward_funcs)
         checks.check_settings(args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, bool(tools))
         self.scorer = Scorer(args, self.teacher)
-        train_dataset, eval_dataset = prepare_datasets(train_dataset, eval_dataset, args, self.scorer, self.groups)
-        plan = planned(evaluation, args, self.scorer, train_dataset)
+        train_dataset, eval_dataset, questions = prepare_datasets(
+            train_dataset, eval_dataset, args, self.scorer, self.groups, has_plan=evaluation is not None
+        )
+        plan = planned(evaluation, args, self.scorer, questions)
         if plan is not None and eval_dataset is None:
             eval_dataset = plan.selection  # without a dataset transformers never calls `evaluate`
         model, processing_class = ready_model(model, processing_class, args)
