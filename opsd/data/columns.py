@@ -1,6 +1,6 @@
 """Columns under the names that other systems give them: one mapping from our names to theirs.
 
-Knows names and nested values; what a row must hold is `data.py`'s business.
+Knows names and nested values; what a row must hold is the business of `rows.py`.
 """
 
 from __future__ import annotations

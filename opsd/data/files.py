@@ -1,6 +1,6 @@
 """Where rows come from: a file, a folder or a hub id becomes a dataset.
 
-Knows files, splits and lines, not what is in a row (that is `data.py`, which gives out `load_rows` too).
+Knows files, splits and lines, not what is in a row (that is `rows.py`, which exports `load_rows` too).
 
 JSON and CSV are read here and stored by `datasets` with columns typed by what the file holds, because the inference
 of `load_dataset` rewrites privileged columns: "2024-01-01" becomes a datetime, "007" in a CSV becomes 7.
@@ -142,7 +142,7 @@ def _load_text(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
     try:
         return Dataset.from_generator(_rows_in, gen_kwargs={"paths": paths, "times": times}, features=features)
     except _LOAD_ERRORS as error:
-        raise DataError(f"{files[0]}: a value does not fit into a table: {_reason(error)}. Mend that value.") from error
+        raise DataError(f"{files[0]}: a value does not fit into a table: {_reason(error)}. Fix that value.") from error
 
 
 def _reason(error: Exception) -> BaseException:

@@ -76,7 +76,7 @@ def load_teacher(value: TeacherLike = None, *, context: ContextLike = None) -> T
             with a model or a hub id (= sibling); a mapping (`{"strategy": "ema", "decay": 0.99}`, or
             `{"recipe": "ema", "decay": 0.999}` to change a recipe's numbers), with its own `context` where it is part
             of a mixture or a route; or None for the same checkpoint, frozen.
-        context: what it is shown; wins over the context of a mapping or a recipe.
+        context: its context; wins over the context of a mapping or a recipe.
 
     Raises:
         ConfigError: nothing has that name, or the strategy has no such setting.

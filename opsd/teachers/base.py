@@ -82,8 +82,8 @@ class Teacher(ABC):
     A strategy extends `prepare`, writes `score`, and overrides other hooks where their defaults do not fit.
 
     Args:
-        context: what the teacher is shown beside the prompt: a PrivilegedContext, a shipped template's name, a path
-            to a template, or None for the student's own prompt.
+        context: what the teacher's prompt contains beside the student's: a PrivilegedContext, a shipped template's
+            name, a path to a template, or None for the student's own prompt.
 
     Example:
         >>> class FrozenStudent(Teacher):
@@ -125,7 +125,7 @@ class Teacher(ABC):
             name = type(self).__name__
             raise TeacherError(
                 f"{name}.__init__ does not call super().__init__(context=context), which gives a teacher its prompts. "
-                "Without them it could be shown nothing. Begin __init__ with that call."
+                "Without them it has no prompt to score. Begin __init__ with that call."
             )
         return self._prompts
 
@@ -295,7 +295,7 @@ class Teacher(ABC):
 
     @property
     def context(self) -> Context | None:
-        """The context it is shown; None for the student's own prompt, and for a composite, whose parts have theirs."""
+        """The context of its prompts; None for the student's own prompt, and for a composite."""
         return self.prompts.context
 
     @property

@@ -57,7 +57,7 @@ class CompositeTeacher(Teacher):
     Args:
         parts: the others by name; one object may have several names.
         prompts: what each part reads, where that is not its own; made of `parts` otherwise.
-        context: what those parts are shown that have no context.
+        context: the context of parts that have none.
 
     Raises:
         ConfigError: a part that is no Teacher object.

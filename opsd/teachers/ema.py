@@ -26,7 +26,7 @@ class EMATeacher(UpdatedSelfTeacher):
         warmup: begin with a smaller decay, min(decay, (1 + n) / (10 + n)) at update n = 1, 2, …, so that the first
             weights are forgotten sooner (the schedule of TensorFlow's ExponentialMovingAverage).
         offload: keep the average in CPU memory between passes.
-        context: what it is shown beside the prompt.
+        context: what its prompt contains beside the student's.
 
     Raises:
         ConfigError: a setting outside its range.

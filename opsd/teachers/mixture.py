@@ -21,8 +21,8 @@ class MixtureTeacher(CompositeTeacher):
             and score all contexts in one batched pass.
         weights: one per teacher or context, adding up to 1; a geometric mixture may have negative ones.
         kind: "arithmetic" or "geometric".
-        contexts: what the single teacher is shown, one by one; None among them is the student's own prompt.
-        context: what teachers without a context are shown.
+        contexts: the contexts of the single teacher; None among them is the student's own prompt.
+        context: the context of teachers that have none.
 
     Raises:
         ConfigError: weights that do not add up to 1, or teachers that cannot be mixed.
@@ -113,7 +113,7 @@ def _prompts_of(
     teacher = teachers[0]
     if teacher.context is not None or context is not None:
         raise ConfigError(
-            "contexts= lists everything that the teacher of this mixture is shown, and a context was given beside it. "
+            "contexts= lists all contexts of this mixture's teacher, and a context was given beside it. "
             "Name it among the contexts."
         )
     return {str(number): TeacherPrompts(teacher, each, is_final=True) for number, each in enumerate(contexts)}

@@ -33,7 +33,7 @@ class PastCheckpointTeacher(SiblingTeacher):
         dtype, device, offload, quantize, attn_implementation: as in SiblingTeacher; a checkpoint of this run reads only
             `offload`.
         tokenizer: its tokenizer; None loads it from the same place.
-        context: what it is shown beside the prompt.
+        context: what its prompt contains beside the student's.
 
     Example:
         >>> PastCheckpointTeacher("organisation/before-the-fine-tune")

@@ -1,4 +1,4 @@
-"""The prompts of a teacher: which context it is shown, and how a row becomes the ids it reads.
+"""The prompts of a teacher: their contexts, and how a row becomes the ids it reads.
 
 A strategy says whose weights score; the objects here say what those weights read. So any strategy takes any context,
 one set of weights can score several contexts, and whoever renders, checks columns or counts asks these objects and
@@ -49,7 +49,7 @@ class TeacherPrompts:
 
     Args:
         teacher: reads the prompts, with its own renderer and its own longest sequence.
-        context: what it is shown beside the row's prompt: a context, a shipped template's name, a path or a mapping;
+        context: what the prompt contains beside the row's: a context, a shipped template's name, a path or a mapping;
             None for the student's own prompt.
         is_final: whether a context of None stays None when a default is given (`with_default`).
 

@@ -97,7 +97,7 @@ class RoutedTeacher(CompositeTeacher):
     Args:
         column: the column.
         teachers: the column's values (compared as text) -> Teacher objects.
-        context: what teachers without a context are shown.
+        context: the context of teachers that have none.
 
     Raises:
         ConfigError: no teachers, or a route among them.

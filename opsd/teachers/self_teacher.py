@@ -28,7 +28,7 @@ class SelfTeacher(LocalTeacher):
     Args:
         offload: keep the copy in CPU memory between passes: it takes no device memory, and costs a transfer per
             micro-batch. Where FSDP shards the student, its shards stay on the device.
-        context: what it is shown beside the prompt.
+        context: what its prompt contains beside the student's.
 
     Example:
         >>> teacher = SameCheckpointTeacher(offload=True)
@@ -86,7 +86,7 @@ class LiveTeacher(SelfTeacher):
     teacher "very unstable"; SDFT found the same).
 
     Args:
-        context: what it is shown beside the prompt; without one the loss is 0.
+        context: what its prompt contains beside the student's; without one the loss is 0.
 
     Example:
         >>> OPSDTrainer(model, LiveTeacher(context="worked_solution"), train_dataset=rows)
@@ -125,8 +125,8 @@ class SameCheckpointTeacher(SelfTeacher):
 
     Args:
         offload: keep the copy in CPU memory between passes.
-        context: what it is shown beside the prompt; without one its distributions are the student's at step 0, and
-            training only holds the student near them.
+        context: what its prompt contains beside the student's; without one its distributions are the student's at
+            step 0, and training only holds the student near them.
 
     Example:
         >>> OPSDTrainer(model, SameCheckpointTeacher(context="answer_only"), train_dataset=rows)

@@ -39,7 +39,7 @@ class SiblingTeacher(LocalTeacher):
         quantize: "8bit" or "4bit", where bitsandbytes is installed.
         attn_implementation: as transformers names it.
         tokenizer: its tokenizer; None loads it from where the model came from.
-        context: what it is shown beside the prompt.
+        context: what its prompt contains beside the student's.
 
     Raises:
         ConfigError: settings that cannot work together.

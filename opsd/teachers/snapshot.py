@@ -23,7 +23,7 @@ class SnapshotTeacher(UpdatedSelfTeacher):
         gate: a Gate, or a mapping of its arguments; a renewal that it refuses is printed with the reason. None accepts
             every renewal.
         offload: keep the copy in CPU memory between passes.
-        context: what it is shown beside the prompt.
+        context: what its prompt contains beside the student's.
 
     Raises:
         ConfigError: a number outside its range, or a gate that cannot work.

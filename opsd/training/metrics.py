@@ -65,6 +65,7 @@ class Metric:
 _LOSS, _GROUPS, _HERE, _CONTEXT = "losses/rule.py", "training/groups.py", "training/metrics.py", "contexts/base.py"
 _DIVERGENCE, _TOP_K = "losses/divergence.py", "a top-k support"
 _SCHEDULE, _ENGINE = "a schedule of contexts", "importance_clip and vLLM"
+_SAMPLED = "support sampled, or reward_to_go"
 
 METRICS: tuple[Metric, ...] = (
     # The loss
@@ -76,11 +77,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("scored_tokens", "tokens per step", "tokens that were trained on, over all processes", "training/trainer.py",
            gate=True),
     Metric("k1", "nats per token", "log p_student - log p_teacher of the sampled token: estimates the reverse KL",
-           "losses/estimators.py"),
+           "losses/estimators.py", _SAMPLED),
     Metric("k2", "nats² per token", "half the square of k1: its gradient is that of the reverse KL",
-           "losses/estimators.py"),
+           "losses/estimators.py", _SAMPLED),
     Metric("k3", "nats per token", "estimates the reverse KL as k1 does, is never negative and varies less",
-           "losses/estimators.py"),
+           "losses/estimators.py", _SAMPLED),
     Metric("ref_kl", "nats per token", "KL(student ‖ student at step 0, plain prompt)", _LOSS, "ref_kl_coef"),
     Metric("clipped/entries", "share of tokens", "tokens with an entry above entry_clip", _DIVERGENCE, "entry_clip"),
     Metric("clipped/tokens", "share of tokens", "tokens above token_clip, which have no gradient", _DIVERGENCE,
