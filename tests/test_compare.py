@@ -155,6 +155,11 @@ def test_the_verdict_names_the_controls_that_were_not_beaten() -> None:
     assert "nothing to compare with" in compare(arms((None, [0.5]))).verdict
 
 
+def test_folders_may_have_any_name() -> None:
+    runs = [replace(run(None, 0, answers(0.4, 0), max_steps=n), folder=f"runs/{{n}}%s{n}x") for n in (1, 2)]
+    assert compare(runs).pairwise[0].verdict.startswith("{n}%s1x and {n}%s2x cannot be distinguished: ")
+
+
 def test_a_length_is_neither_won_nor_lost() -> None:
     runs = arms((None, [0.5] * 3), ("sft", [0.5] * 3))
     longer = [

@@ -69,24 +69,24 @@ def with_verdict(pair: Pairwise, first: str, metric: Metric, *, trained: bool) -
     change += f" over {difference.n} questions"
     if spread.low is not None:
         change += f"; {number(spread.low)} to {number(spread.high)} over {spread.seeds} seeds"
-    return replace(pair, verdict=_sentence(pair, first, metric, trained).format(change=f"{change})"))
+    return replace(pair, verdict=_sentence(pair, first, metric, trained, f"{change})"))
 
 
-def _sentence(pair: Pairwise, first: str, metric: Metric, trained: bool) -> str:
-    """Return the verdict with a place for the numbers, `{change}`."""
+def _sentence(pair: Pairwise, first: str, metric: Metric, trained: bool, change: str) -> str:
+    """Return the verdict, with the difference and its intervals in the text `change`."""
     difference, spread, other = pair.difference, pair.spread, pair.other
     if beats(pair):
-        return f"{first} {'beat' if metric.more_is_better else 'has more than'} {other}: {{change}}"
+        return f"{first} {'beat' if metric.more_is_better else 'has more than'} {other}: {change}"
     if loses(pair):
-        return f"{first} {'LOST to' if metric.more_is_better else 'has less than'} {other}: {{change}}"
+        return f"{first} {'LOST to' if metric.more_is_better else 'has less than'} {other}: {change}"
     if pair.p_value < LEVEL and difference.low * difference.high > 0:
         lead = f"{first} is {'ahead of' if difference.low > 0 else 'behind'} {other}"
         if not trained:
-            return f"{lead}: {{change}}"
+            return f"{lead}: {change}"
         if spread.deviation is None:
-            return f"{lead} with one pair of seeds; another seed may differ, train two more (--seed): {{change}}"
+            return f"{lead} with one pair of seeds; another seed may differ, train two more (--seed): {change}"
         needed = max(seeds_needed(spread.mean, spread.deviation), spread.seeds + 1)
-        return f"{lead} on these seeds; about {needed} seeds would settle it: {{change}}"
+        return f"{lead} on these seeds; about {needed} seeds would settle it: {change}"
     questions = None if difference.deviation is None else questions_needed(difference.difference, difference.deviation)
     more = f"; about {questions:,} questions would settle a difference of this size" if questions else ""
-    return f"{first} and {other} cannot be distinguished: {{change}}{more if (questions or 0) > difference.n else ''}"
+    return f"{first} and {other} cannot be distinguished: {change}{more if (questions or 0) > difference.n else ''}"
