@@ -37,11 +37,8 @@ from opsd.evaluation.summary import read_summary
         ({"test": []}, DataError, "test dataset is empty"),
         ({"temperature": 0}, ConfigError, "above 0"),
         ({"test": "nowhere.jsonl"}, DataError, "nowhere.jsonl"),
-        (
-            {"test": [{"prompt": "only a question"}], "grader": "exact"},
-            DataError,
-            "of the split 'test' can be graded",
-        ),
+        ({"test": [{"prompt": "only a question"}], "grader": "exact"}, DataError, "'exact' needs the column 'answer'"),
+        ({"test": [{"prompt": "?", "answer": ""}], "grader": "exact"}, DataError, "of the split 'test' can be graded"),
         ({"retention": {"kept": KEPT}}, ConfigError, "retention 'kept' must be a mapping"),
         ({"retention": {"kept": {"grader": "exact"}}}, ConfigError, "must be a mapping {rows: FILE"),
     ],

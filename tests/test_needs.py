@@ -32,7 +32,7 @@ def test_empty_values_are_counted_and_the_first_five_rows_numbered() -> None:
     rows = [{"answer": answer} for answer in ["x", None, " \n", [], False, None, "", {}, None, 0]]
     assert problems_of(rows, ANSWER) == (
         "template 'a' needs the column 'answer', which is empty in 7 rows of the eval dataset: 1, 2, 3, 5, 6 and 2 "
-        "more.\nNothing is shown.\nFill these rows, or drop them, or pick another: `opsd templates --columns answer`."
+        "more.\nNothing is shown.\nFill these rows, drop them, or pick another: `opsd templates --columns answer`."
     )
 
 
@@ -41,8 +41,12 @@ def test_all_problems_are_reported_at_once() -> None:
     assert "'answer', which is empty in 1 row of the eval dataset: 0; a weight needs the column 'rate'" in message
     assert "which is 0 in 1 row of the eval dataset: 1." in message
     assert "\nNothing is shown. Rows weigh by it.\n" in message
-    with pytest.raises(DataError, match=r"'answer'; a weight .* has: prompt, anwser\. Did you mean 'anwser'\?"):
+    with pytest.raises(DataError) as error:
         check_columns(["prompt", "anwser"], [ANSWER, RATE, ANSWER])
+    assert str(error.value).startswith(
+        "template 'a' needs the column 'answer'; a weight needs the column 'rate', and the train dataset has: prompt, "
+        "anwser. Did you mean 'anwser'?\nNothing is shown. Rows weigh by it.\nRename a column, or pick another"
+    )
 
 
 def test_a_need_of_some_rows_asks_the_others_for_nothing() -> None:

@@ -306,7 +306,7 @@ def test_a_run_needs_a_teachers_context_on_that_teachers_rows_only(tmp_path: Pat
         (
             "domain",
             ("a", "b"),
-            "Fill these rows, or drop them, or name a teacher for every value of the column, now: a, b.",
+            "Fill these rows, drop them, or name a teacher for every value of the column, now: a, b.",
         ),
         (
             "domains",

@@ -95,7 +95,7 @@ def check_columns(columns: Iterable[str], needs: Iterable[Need], name: str = "tr
     if missing:
         hints = "".join(dict.fromkeys(did_you_mean(name, columns) for need in missing for name in need.names))
         problem = f"{'; '.join(map(str, missing))}, and the {name} dataset has: {', '.join(columns)}.{hints}"
-        raise _error(problem, missing, "Rename a column", columns)
+        raise _error(problem, missing, ["Rename a column"], columns)
 
 
 class RowCheck:
@@ -149,7 +149,7 @@ class RowCheck:
         unmet = {need: problems for need, problems in self._rows.items() if problems}
         if unmet:
             texts = [f"{need}, which {_list_rows(problems, self._name)}" for need, problems in unmet.items()]
-            raise _error(f"{'; '.join(texts)}.", list(unmet), "Fill these rows, or drop them", columns)
+            raise _error(f"{'; '.join(texts)}.", list(unmet), ["Fill these rows", "drop them"], columns)
 
 
 def check_rows(dataset: Any, needs: Sequence[Need], name: str = "train") -> None:
@@ -170,12 +170,12 @@ def check_rows(dataset: Any, needs: Sequence[Need], name: str = "train") -> None
     check.finish(dataset.column_names)
 
 
-def _error(problem: str, needs: Sequence[Need], advice: str, columns: Sequence[str]) -> DataError:
+def _error(problem: str, needs: Sequence[Need], advice: Sequence[str], columns: Sequence[str]) -> DataError:
     """Return the error: the problem, the reasons, and what to do."""
     reasons = " ".join(dict.fromkeys(need.reason for need in needs))
-    ways_out = dict.fromkeys(need.way_out for need in needs if need.way_out)
-    way_out = ", or ".join([advice, *ways_out]).replace("{columns}", ",".join(columns))
-    return DataError(f"{problem}\n{reasons}\n{way_out}.")
+    *first, last = dict.fromkeys([*advice, *(need.way_out for need in needs if need.way_out)])
+    ways_out = f"{', '.join(first)}, or {last}" if first else last
+    return DataError(f"{problem}\n{reasons}\n{ways_out.replace('{columns}', ','.join(columns))}.")
 
 
 def _list_rows(problems: Mapping[int, str], name: str) -> str:

@@ -49,11 +49,11 @@ def prepare_datasets(
         OPSDError: rows that cannot be used, or that lack what something reads; a question in both, streams aside.
     """
 
-    def prepare(dataset: Any, name: str) -> tuple[Any, list[str]]:
-        control = control_of(args.control) if name == "train" else None
+    def prepare(dataset: Any, name: str, *, trains: bool) -> tuple[Any, list[str]]:
+        control = control_of(args.control) if trains else None
         # With seq_kd the teacher samples before there is a rollout to take fields from.
         needs = [*scorer.needs(() if args.seq_kd else groups.rollout_fields), *groups.rewards.needs]
-        if name == "train":
+        if trains:
             needs += [*(control.needs if control else ()), *completion_needs(args)]
         questions: list[str] = []
         dataset = prepare_rows(
@@ -65,12 +65,12 @@ def prepare_datasets(
             needs=needs,
             each_row=(lambda row: questions.append(question_of(row))) if has_plan or evaluated is not None else None,
         )
-        check_groups(dataset, scorer.teacher, groups, trains=name == "train")
+        check_groups(dataset, scorer.teacher, groups, trains=trains)
         return dataset, questions
 
-    rows, asked = prepare(train, "train") if train is not None else (None, [])
+    rows, asked = prepare(train, "train", trains=True) if train is not None else (None, [])
     several = evaluated if isinstance(evaluated, dict) else {"eval": evaluated}
-    prepared = {name: prepare(each, name) for name, each in several.items() if each is not None}
+    prepared = {name: prepare(each, name, trains=False) for name, each in several.items() if each is not None}
     for name, (_, questions) in prepared.items():
         check_disjoint({"train": asked, name: questions})
     by_name = {name: prepared[name][0] if name in prepared else None for name in several}
