@@ -137,11 +137,11 @@ def main() -> int:
         for number in range(options.kills):
             run = RUNS[number % len(RUNS)]
             if run not in digests:
-                start, whole = time.monotonic(), folder / "whole" / run[0]
+                start, whole = time.monotonic(), folder / "whole" / " ".join(run)
                 in_a_child(whole, run)
                 digests[run] = ((whole / "digest").read_text(), time.monotonic() - start)
             expected, seconds = digests[run]
-            here = folder / f"{number}-{run[0]}"
+            here = folder / f"{number} {' '.join(run)}"
             case = crash(here, run, seconds, rng, in_a_save=number % 2 == 0)
             same = (here / "digest").read_text() == expected
             cases.append({"teacher": run[0], "student": run[1], **case, "same_to_the_bit": same})

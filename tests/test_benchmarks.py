@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parent.parent / "benchmarks" / "losses.py"
 
 
+@pytest.mark.slow
 def test_the_loss_benchmark_measures_contenders_that_agree(tmp_path: Path) -> None:
     """Times of a contender that computes something else would say nothing."""
     (tmp_path / "losses.json").write_text('{"another device": {"cases": []}}')

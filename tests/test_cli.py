@@ -67,6 +67,7 @@ def test_train_takes_a_file_and_overrides_trains_and_saves(run_yaml: Path, capsy
     assert state["max_steps"] == 1 and state["log_history"][0]["learning_rate"] == 0.002
 
 
+@pytest.mark.slow
 def test_a_run_with_lora_resumes_by_the_command_it_prints(run_yaml: Path, capsys) -> None:
     arguments = ["train", str(run_yaml), "--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
     assert main([*arguments, "--max_steps", "1"]) == 0
@@ -77,6 +78,7 @@ def test_a_run_with_lora_resumes_by_the_command_it_prints(run_yaml: Path, capsys
     assert state["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_goes_on_as_the_student(run_yaml: Path) -> None:
     """The main use: a LoRA run's folder is the next run's model."""
     assert main(["train", str(run_yaml), "--max_steps", "1", "--use_peft", "--lora_target_modules", "all-linear"]) == 0
@@ -142,6 +144,7 @@ def test_a_recipes_numbers_lie_beneath_the_file_and_the_command_line(run_yaml: P
 # ---- stopping ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_resume(run_yaml: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "opsd", "train", str(run_yaml), "--max_steps", "500", "--save_strategy", "no"]
@@ -161,6 +164,7 @@ def test_a_signal_saves_and_says_how_to_resume(run_yaml: Path, number: signal.Si
     assert main(["train", str(run_yaml), *more]) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_from_its_last_whole_checkpoint(run_yaml: Path) -> None:
     command = [sys.executable, "-m", "opsd", "train", str(run_yaml), "--max_steps", "500"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

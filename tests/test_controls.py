@@ -344,6 +344,7 @@ def test_a_control_is_another_run_and_does_not_resume_the_method(tmp_path: Path)
             trainer(name, 2).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_sampled_demonstration_goes_on_exactly_after_a_resume(tmp_path: Path) -> None:
     def trainer(folder: str, steps: int) -> OPSDTrainer:
         teacher = EMATeacher(0.8, context="worked_solution")

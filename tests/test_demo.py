@@ -28,6 +28,7 @@ def test_training_and_held_out_questions_are_different_and_right() -> None:
         assert eval(question(row).split(":")[1].rstrip(" =")) == int(row["answer"])
 
 
+@pytest.mark.slow
 def test_the_packaged_model_is_a_real_one_and_is_converted_once(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("OPSD_CACHE", str(tmp_path))
     folder = packaged_model()
@@ -54,6 +55,7 @@ def small_demo(tmp_path: Path, llama_folder: str, monkeypatch: pytest.MonkeyPatc
     return ["demo", "--model", llama_folder, "--steps", "2", "--rollouts", "2", "--questions", "6"]
 
 
+@pytest.mark.slow
 def test_the_demo_prints_its_results_and_writes_them(small_demo: list[str], capsys) -> None:
     assert main([*small_demo, "--json", "demo.json"]) == 0
     out = capsys.readouterr().out
@@ -72,6 +74,7 @@ def test_the_demo_prints_its_results_and_writes_them(small_demo: list[str], caps
     assert Path("runs/demo-2/model.safetensors").is_file(), "a second demo overwrites nothing"
 
 
+@pytest.mark.slow
 def test_opsd_train_on_the_run_file_of_the_demo_is_the_same_run(small_demo: list[str]) -> None:
     assert main(small_demo) == 0
     assert main(["train", "runs/demo/run.yaml", "--output_dir", "runs/mine"]) == 0
@@ -96,6 +99,7 @@ def test_the_run_file_says_what_its_settings_mean(tmp_path: Path) -> None:
     assert f"opsd train {path}" in text and all(f"# {comment}" in text for comment in COMMENTS.values())
 
 
+@pytest.mark.slow
 def test_the_control_of_the_demo_is_compared_with_it(small_demo: list[str], capsys) -> None:
     assert main([*small_demo, "--control"]) == 0
     out = " ".join(capsys.readouterr().out.split())

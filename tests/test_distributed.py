@@ -152,6 +152,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["same", "ema"])
 def test_two_processes_train_one_model_and_log_what_both_saw(tmp_path: Path, script: Path, kind: str) -> None:
     results = launch(script, 2, tmp_path / "run", kind)
@@ -161,6 +162,7 @@ def test_two_processes_train_one_model_and_log_what_both_saw(tmp_path: Path, scr
     assert (tmp_path / "run" / "checkpoint-2" / "opsd_teacher.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["same", "uneven"])
 def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, script: Path, kind: str) -> None:
     """Invariant 7 on replayed rollouts, before any step moved the weights apart: lr 0.
@@ -175,6 +177,7 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, script: Pat
     assert two[0]["grad"] == pytest.approx(one["grad"], rel=2e-5) and two[1]["grad"] == two[0]["grad"]
 
 
+@pytest.mark.slow
 def test_every_teacher_agrees_between_one_process_and_two(tmp_path: Path) -> None:
     """Invariant 7, with a process that has no token to score: every collective must be reached by both."""
     script = tmp_path / "every.py"
@@ -188,6 +191,7 @@ def test_every_teacher_agrees_between_one_process_and_two(tmp_path: Path) -> Non
         assert gradient > 0 and first[case] == pytest.approx([gradient, state], rel=2e-5), case
 
 
+@pytest.mark.slow
 def test_two_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
     """Each process has a random state of its own; three steps make an epoch, so step 4 is in the next one."""
     script = tmp_path / "resumed.py"
@@ -200,6 +204,7 @@ def test_two_processes_resume_to_the_same_bits(tmp_path: Path) -> None:
     assert all((tmp_path / "again" / "ema" / "checkpoint-5" / f"rng_state_{rank}.pth").is_file() for rank in (0, 1))
 
 
+@pytest.mark.slow
 def test_two_processes_answer_the_questions_of_a_plan_as_one_does(tmp_path: Path) -> None:
     """Each answers a share of seven; greedy answers, their order and what is logged are those of one process."""
     script = tmp_path / "evaluated.py"
@@ -217,6 +222,7 @@ def test_two_processes_answer_the_questions_of_a_plan_as_one_does(tmp_path: Path
         assert found[2][when].samples == 2 and len(found[2][when].sampled) == 7
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_under_torchrun(tmp_path: Path, llama_folder: str) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))

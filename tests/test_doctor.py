@@ -63,6 +63,7 @@ def test_every_teacher_can_be_examined_and_nothing_is_changed(name: str, student
     assert not any(trainer._metrics["train"].values())
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_with_and_without_the_doctor(tmp_path: Path) -> None:
     ends = []
     for asked in (False, True):
@@ -128,6 +129,7 @@ def demo_trainer(model: str, folder: Path, context: Any, count: int = 64) -> OPS
     return OPSDTrainer(model, SameCheckpointTeacher(context=context), args=args, train_dataset=rows)
 
 
+@pytest.mark.slow
 def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: str, tmp_path: Path) -> None:
     """Seconds of one core, which other work on the machine does not stretch; benchmarks/doctor.py has those of two."""
     trainer = demo_trainer(demo_model, tmp_path, "answer_only")
@@ -307,6 +309,7 @@ def test_train_asks_the_doctor_first_and_trains_nothing_where_it_fails(
     assert json.loads((tmp_path / "out" / "run_card.json").read_text())["doctor"] == "the doctor was not asked"
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_trained_after_the_doctors_word_which_stands_in_the_card(
     run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

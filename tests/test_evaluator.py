@@ -163,6 +163,7 @@ def test_a_control_asks_no_teacher(tmp_path: Path) -> None:
     assert read_summary(tmp_path / "evaluation")["traces"] is None
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_by_the_plans_seed(tmp_path: Path) -> None:
     plans = [{**PLAN, "samples": 2, "seed": seed} for seed in (0, 0, 1)]
     for number, plan in enumerate(plans):
@@ -171,6 +172,7 @@ def test_samples_are_drawn_by_the_plans_seed(tmp_path: Path) -> None:
     assert one == again and one.sampled != other.sampled
 
 
+@pytest.mark.slow
 def test_measuring_changes_nothing_of_the_training(tmp_path: Path) -> None:
     plan = {**PLAN, "selection": DEV, "every": 1, "samples": 2, "neutral": KEPT}
     weights, logs = [], []
@@ -247,6 +249,7 @@ def test_the_run_card_says_what_was_declared(tmp_path: Path) -> None:
     assert declared in (tmp_path / "run_card.md").read_text()
 
 
+@pytest.mark.slow
 def test_drift_is_nothing_without_training_and_estimates_the_kl_after_it(tmp_path: Path) -> None:
     still = make(tmp_path / "still", evaluation={**PLAN, "neutral": DEV}, control="no-context")
     still.train()
@@ -277,6 +280,7 @@ def test_rows_without_a_trace_are_left_out_of_the_likelihood(tmp_path: Path, tra
     assert (found["column"], found["n"]) == (("completion", 6) if traces[1] else ("solution", 12))
 
 
+@pytest.mark.slow
 def test_a_trace_of_messages_is_the_assistants_words(tmp_path: Path) -> None:
     likelihoods = []
     for name, of in (("text", lambda text: text), ("turns", lambda text: [{"role": "assistant", "content": text}])):
@@ -286,6 +290,7 @@ def test_a_trace_of_messages_is_the_assistants_words(tmp_path: Path) -> None:
     assert likelihoods[0] == likelihoods[1]
 
 
+@pytest.mark.slow
 def test_what_an_earlier_run_left_is_not_read_as_this_ones(tmp_path: Path) -> None:
     make(tmp_path, evaluation={**PLAN, "selection": DEV, "every": 1, "rule": "best"}, max_steps=1).train()
     for path in [*tmp_path.glob("checkpoint-*/*"), *tmp_path.glob("*.safetensors")]:

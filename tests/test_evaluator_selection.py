@@ -75,6 +75,7 @@ def test_a_gate_may_read_how_the_selection_split_is_answered(tmp_path: Path) -> 
         make(tmp_path / "c", {**teacher, "context": "worked_solution"}, PLAN)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_measured_before_it_stopped(tmp_path: Path) -> None:
     plan = {**PLAN, "selection": DEV, "every": 1, "neutral": KEPT}
     often = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "lr_scheduler_type": "constant"}

@@ -55,6 +55,7 @@ def adapter_has_learned(weights: dict[str, Tensor]) -> bool:
     return any(bool(t.any()) for name, t in weights.items() if "lora_B" in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["quickstart", "sibling"])
 def test_full_fine_tuning_scripts_run_and_save_a_model_that_moved(
     name: str, llama_folder: str, sibling_folder: str, tmp_path: Path
@@ -63,6 +64,7 @@ def test_full_fine_tuning_scripts_run_and_save_a_model_that_moved(
     assert moved(load_file(Path(llama_folder) / MODEL), load_file(tmp_path / "out" / MODEL))
 
 
+@pytest.mark.slow
 def test_ema_script_saves_the_adapter_and_not_the_average(llama_folder: str, tmp_path: Path) -> None:
     run("ema_with_lora", tmp_path / "out", "--model", llama_folder)
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")] == [ADAPTER]
@@ -75,6 +77,7 @@ def test_ema_script_saves_the_adapter_and_not_the_average(llama_folder: str, tmp
     assert moved(average, student)
 
 
+@pytest.mark.slow
 def test_sharpening_goes_on_with_the_adapter_of_sft(llama_folder: str, tmp_path: Path) -> None:
     printed = run("sharpen_after_sft", tmp_path / "out", "--model", llama_folder)
     assert "a frozen copy of its trainable weights" in printed, "the teacher must be the SFT checkpoint, not its base"

@@ -160,6 +160,7 @@ def test_lists_lose_whole_items() -> None:
     assert longest_that_fits(19, "tail", "line", TOKENIZER, fits) is None
 
 
+@pytest.mark.slow
 @given(st.text(min_size=1).filter(str.strip), st.floats(0.01, 1.0), st.sampled_from(["line", "sentence", "token"]))
 def test_a_share_is_a_beginning_and_no_longer_than_its_share(text: str, share: float, at: Any) -> None:
     part = first_share(text, share, at, TOKENIZER)

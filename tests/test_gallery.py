@@ -33,6 +33,7 @@ def test_the_gallery_has_the_size_that_was_promised_and_names_its_sources() -> N
     assert all(case.source for case in GALLERY.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GALLERY)
 def test_the_doctor_names_what_is_wrong(name: str, tmp_path: Path) -> None:
     case = GALLERY[name]

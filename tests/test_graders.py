@@ -136,6 +136,7 @@ def test_a_fraction_is_one_answer_however_it_is_written(fraction: Fraction) -> N
 ENDLESS = r"\boxed{9^{9^{9}}}"
 
 
+@pytest.mark.slow
 def test_mathematics_that_takes_too_long_is_a_failure_and_still_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """math-verify's own timeout is no Exception: it would end the run."""
     math = loaded("math")

@@ -30,6 +30,7 @@ def test_a_template_may_need_what_rows_that_are_only_reinforced_have_not(tmp_pat
     assert logged(trainer, "group/distilled") == [0.75, 0.75] and logged(trainer, "group/unused") == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_entropy_is_that_of_the_tokens_trained_on_however_few(tmp_path: Path) -> None:
     """Unused rows fill whole micro-batches, whose entropy TRL logs as 0 and takes into the mean: gates read it."""
     entropies = []

@@ -291,6 +291,7 @@ def test_what_the_teacher_says_of_a_reinforced_rollout_changes_nothing(tmp_path:
     assert torch.equal(loss, same_loss) and all(torch.equal(found[name], same[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_without_a_coefficient_rewards_change_no_bit(tmp_path: Path) -> None:
     """A reward is logged, and that is all."""
     ends = []
@@ -343,6 +344,7 @@ def test_a_step_in_which_nobody_learns_changes_nothing(tmp_path: Path) -> None:
     assert not changed(trainer, before) and logged(trainer, "group/unused") == [1.0, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("route", "grpo_on"), [("wrong", "undistilled"), ("right", "undistilled"), ("all", "all")])
 def test_what_is_rewarded_becomes_likelier(tmp_path: Path, route: str, grpo_on: str) -> None:
     """From 0.49 to between 0.64 and 0.76 on five seeds; with the sign turned it falls."""

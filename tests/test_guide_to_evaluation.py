@@ -52,6 +52,7 @@ def test_every_control_is_in_the_guide_with_what_it_asks() -> None:
     assert all(found[name].startswith(f"{control.asks} | ") for name, control in CONTROLS.items())
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_guide_run_in_their_order(tmp_path: Path, llama_folder: str, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     rows = make_rows(40)

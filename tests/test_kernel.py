@@ -56,6 +56,7 @@ def test_a_chunk_takes_what_the_budget_says(monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes == [(2, 7, 31)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
 def test_the_compiled_rule_computes_the_same_for_every_size() -> None:
     """One graph: a second size, and a last chunk that is shorter, are not compiled again."""
@@ -148,6 +149,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("support", "recompute"), [("full", False), ("union", False), ("full", True)])
 def test_memory_does_not_grow_with_tokens_times_vocabulary(support: str, recompute: bool) -> None:
     """Logits exist a chunk at a time: peak memory after 100 tokens and after 3,200 is nearly the same.

@@ -102,6 +102,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [case for rank in range(PROCESSES) for case in json.loads((folder / f"{rank}.json").read_text())]
 
 
+@pytest.mark.slow
 def test_a_sharded_head_gives_the_loss_and_gradients_of_one_process(found: list[dict]) -> None:
     """A gradient summed where FSDP takes means would train the head with twice its rate."""
     assert {case["rows"] for case in found} == {32, 31, 1}

@@ -88,6 +88,7 @@ def run_with_plan(folder: Path) -> OPSDTrainer:
     )
 
 
+@pytest.mark.slow
 def test_every_logged_metric_is_in_the_table_and_every_row_of_it_is_logged(tmp_path: Path) -> None:
     make: dict[str, Callable[[Path], OPSDTrainer]] = {
         name: partial(plain_run, teacher=teacher, settings=settings) for name, (teacher, settings) in RUNS.items()

@@ -271,7 +271,7 @@ def test_a_constructor_takes_teachers_and_says_who_reads_names(teachers: Any, me
 
 def test_a_mixture_cannot_sample_and_that_is_said_before_a_model_loads(tmp_path: Path) -> None:
     mixture = MixtureTeacher([LiveTeacher(), EMATeacher(0.9)], [0.5, 0.5])
-    with pytest.raises(ConfigError, match="seq_kd takes the teacher's own samples"):
+    with pytest.raises(ConfigError, match="seq_kd trains on the teacher's samples"):
         make_trainer(tmp_path, mixture, "no/such-model", seq_kd=True, lmbda=0.5)
 
 

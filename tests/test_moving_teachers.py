@@ -201,6 +201,7 @@ def test_an_open_gate_renews_and_logs_the_step(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 5])
 def test_a_gate_decides_alike_after_a_resume(tmp_path: Path, stop: int) -> None:
     """Metrics since the last log entry belong into a checkpoint, and an entry counts for the steps it covers."""

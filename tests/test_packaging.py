@@ -51,6 +51,7 @@ def check_in_an_empty_folder(folder: Path, path: str) -> list[str]:
     return done.stdout.strip().splitlines()[-3:]
 
 
+@pytest.mark.slow
 def test_a_wheel_carries_every_template_and_recipe_and_loads_them_from_an_empty_folder(
     wheel: Path, tmp_path: Path
 ) -> None:
@@ -64,11 +65,13 @@ def test_a_wheel_carries_every_template_and_recipe_and_loads_them_from_an_empty_
     assert int(count) == len(sources.names("templates"))
 
 
+@pytest.mark.slow
 def test_a_checkout_finds_its_own_files(tmp_path: Path) -> None:
     package, templates, _ = check_in_an_empty_folder(tmp_path / "empty", str(ROOT))
     assert (package, templates) == (str(ROOT / "opsd"), str(ROOT / "templates"))
 
 
+@pytest.mark.slow
 def test_an_editable_install_finds_the_checkouts_files(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
     python = str(tmp_path / "venv" / "bin" / "python")

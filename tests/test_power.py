@@ -42,6 +42,7 @@ def test_mcnemar_rejects_equal_models_as_often_as_enumeration_says() -> None:
     assert np.mean([not result.low <= 0 <= result.high for result in results]) == pytest.approx(0.05, abs=NOISE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [30, 200])
 def test_sign_flips_reject_equal_models_in_one_of_twenty_cases(n: int) -> None:
     rng, rejected = np.random.default_rng(7), 0
@@ -83,6 +84,7 @@ def test_power_ends_at_the_level_of_the_test_and_at_certainty() -> None:
     assert power_of(0.2, 0.4, 4000) == pytest.approx(1.0)
 
 
+@pytest.mark.slow
 def test_a_gain_of_five_points_is_found_as_often_as_theory_says() -> None:
     """avg@4 on 400 questions, sign flips; 0.045 is three times the binomial spread at this power."""
     rng, p_values = np.random.default_rng(8), []

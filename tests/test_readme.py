@@ -60,6 +60,7 @@ def test_the_template_on_the_first_screen_loads() -> None:
     assert PrivilegedContext.from_string(source).fields == {"solution"}
 
 
+@pytest.mark.slow
 def test_the_commands_run_in_their_order(tmp_path: Path, llama_folder: str, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     rows = "".join(json.dumps(row) + "\n" for row in make_rows())
@@ -111,6 +112,7 @@ def test_the_words_in_the_guide_to_losses_are_what_a_run_prints() -> None:
     assert f"            {args.objective.formula}\n" in LOSSES
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_guide_to_the_doctor_run(tmp_path: Path, llama_folder: str, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))

@@ -27,6 +27,7 @@ from opsd.data.order import EpochSampler
 from opsd.errors import CheckpointError
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 5])  # in epoch 0 and in epoch 1: three steps make an epoch of twelve rows
 @pytest.mark.parametrize(("teacher", "student"), RUNS)
 def test_a_resumed_run_is_the_run_without_the_stop(tmp_path: Path, teacher: str, student: str, stop: int) -> None:
@@ -82,6 +83,7 @@ def test_the_teacher_stays_out_of_the_final_model(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-1" / "opsd_teacher.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path: Path, capsys) -> None:
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, MAKE_TEACHER["ema"](), **settings).train()
@@ -122,6 +124,7 @@ def test_resuming_from_nothing_is_refused(tmp_path: Path) -> None:
         make_trainer(tmp_path, None).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_in_mid_step_can_be_trained_again(tmp_path: Path) -> None:
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2}
     trainer = make_trainer(tmp_path, MAKE_TEACHER["same_checkpoint"](), **settings)

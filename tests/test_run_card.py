@@ -105,6 +105,7 @@ def test_a_changed_word_of_a_template_is_found(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_diff_prints_what_differs_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, context, rate in (("a", "answer_only", 0.1), ("b", "answer_only", 0.2), ("c", "hint", 0.1)):
         rows = Dataset.from_list([{**row, "hint": "Count on."} for row in make_rows()])

@@ -31,6 +31,7 @@ print("CALLS", calls)
 """
 
 
+@pytest.mark.slow
 def test_a_local_run_makes_no_network_call_even_where_ci_is_unset(tmp_path: Path, llama_folder: str) -> None:
     """TRL reports at construction unless CI is set, so CI would hide it; the hub is not told to stay offline either."""
     hidden = ("CI", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_OFFLINE", "DO_NOT_TRACK")
@@ -49,6 +50,7 @@ def test_a_local_run_makes_no_network_call_even_where_ci_is_unset(tmp_path: Path
     assert "CALLS []" in done.stdout, done.stdout[-2000:]
 
 
+@pytest.mark.slow
 def test_trls_own_telemetry_would_have_been_noticed(tmp_path: Path, llama_folder: str) -> None:
     """The check above can fail: with TRL's method back in place, a call is seen."""
     code = QUIET_RUN.replace("{tests!r}", repr(str(Path(__file__).parent)))

@@ -262,6 +262,7 @@ def test_a_curriculum_moves_with_the_steps_of_a_run_and_is_logged(tmp_path: Path
     assert logged(trainer, "context/level/answer_only") == [0.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_run_with_a_drawn_schedule_resumes_to_the_same_weights(tmp_path: Path) -> None:
     def teacher() -> EMATeacher:
         return EMATeacher(

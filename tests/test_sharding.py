@@ -141,6 +141,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [case for rank in range(2) for case in json.loads((folder / f"found-{rank}.json").read_text())]
 
 
+@pytest.mark.slow
 def test_every_strategy_was_sharded(found: list[dict]) -> None:
     assert {(case["strategy"], case["kind"]) for case in found} == set(RUNS)
     assert any(case["tokens"] == 0 for case in found), "no process was without a scorable row"

@@ -164,9 +164,9 @@ def test_an_offloaded_sibling_under_several_contexts_says_the_same(llama_folder:
 
 VIRTUAL = {"num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}
 AROUND_THE_LOSS: list[tuple[Any, str]] = [
-    (PromptTuningConfig(**VIRTUAL), "PromptTuningConfig learns virtual tokens"),
-    (PrefixTuningConfig(**VIRTUAL), "PrefixTuningConfig learns virtual tokens"),
-    (PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=8), "PromptEncoderConfig learns virtual tokens"),
+    (PromptTuningConfig(**VIRTUAL), "PromptTuningConfig trains virtual tokens"),
+    (PrefixTuningConfig(**VIRTUAL), "PrefixTuningConfig trains virtual tokens"),
+    (PromptEncoderConfig(**VIRTUAL, encoder_hidden_size=8), "PromptEncoderConfig trains virtual tokens"),
     (LoraConfig(r=2, target_modules=["q_proj", "lm_head"]), "the adapter is on the head"),
     (LoraConfig(r=2, target_modules="lm_head"), "the adapter is on the head"),
     (LoraConfig(r=2, target_modules=["embed_out"]), "the adapter is on the head"),

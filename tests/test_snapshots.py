@@ -269,6 +269,7 @@ def test_two_snapshots_of_one_mixture_decide_by_themselves() -> None:
 # ---- a checkpoint of this run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "arriving adapter"])
 def test_a_checkpoint_of_this_run_is_the_start_until_its_step_and_then_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture, kind: str

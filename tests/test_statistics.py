@@ -93,6 +93,7 @@ def test_a_wilson_interval_covers_the_truth_at_its_stated_rate(n: int) -> None:
     assert inside / REPEATS == pytest.approx(0.95, abs=NOISE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [30, 200])
 @pytest.mark.parametrize("rate", [0.3, 0.9])
 def test_a_bootstrap_interval_covers_the_truth_at_its_stated_rate(n: int, rate: float) -> None:
@@ -211,6 +212,7 @@ def test_interval_of_a_difference_agrees_with_normal_theory() -> None:
     assert narrower.high - narrower.low == pytest.approx(2 * half * 0.6745 / 1.96, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [30, 200])
 def test_interval_of_a_difference_covers_the_truth_at_its_stated_rate(n: int) -> None:
     rng, inside = np.random.default_rng(6), 0

@@ -88,6 +88,7 @@ def test_the_share_of_a_gap_is_repeatable_and_follows_its_seed() -> None:
     assert len({gap_closed(*runs, seed=seed, resamples=200).high for seed in range(5)}) > 1  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_share_of_the_gap_covers_the_truth_at_its_stated_rate() -> None:
     rng = np.random.default_rng(11)
     found = [gap_closed(*three_runs(200, rng), seed=i, resamples=1000) for i in range(REPEATS)]

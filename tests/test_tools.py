@@ -80,6 +80,7 @@ def rollouts(caller, tmp_path_factory: pytest.TempPathFactory) -> tuple[OPSDTrai
     return trainer, trainer._buffered_inputs[0]
 
 
+@pytest.mark.slow
 def test_the_model_calls_the_tool_and_goes_on_with_what_it_said(rollouts) -> None:
     trainer, made = rollouts
     text = trainer._tokenizer.decode(made.completion_ids[0])

@@ -46,6 +46,7 @@ def test_training_moves_the_trainable_weights_and_nothing_else(tmp_path: Path, t
     assert all(d > 0 for d in logged(trainer, "divergence"))
 
 
+@pytest.mark.slow
 def test_the_student_comes_closer_to_its_teacher(tmp_path: Path) -> None:
     """A flipped sign, a detached student or swapped sides would move it away."""
     trainer = make_trainer(
@@ -91,6 +92,7 @@ def test_accumulation_gives_the_gradients_of_one_big_batch(tmp_path: Path) -> No
         assert torch.allclose(g, gradients[1][name], rtol=1e-4, atol=1e-7), name
 
 
+@pytest.mark.slow
 def test_text_conversational_and_chat_rows_train(tmp_path: Path) -> None:
     text = [{"prompt": f"{i} plus one is", "answer": str(i + 1)} for i in range(8)]
     chat = [

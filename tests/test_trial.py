@@ -104,6 +104,7 @@ def test_a_walk_out_of_the_sandbox_is_refused(name: str, tmp_path: Path) -> None
     assert str(ROW) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SPENDERS)
 def test_a_template_that_spends_is_stopped_in_bounded_time_and_memory(name: str, tmp_path: Path) -> None:
     body, problem = SPENDERS[name]
@@ -190,6 +191,7 @@ def test_the_output_of_a_template_is_capped_on_every_row_also_after_it_passed() 
         context.messages({**ROW, "answer": "900000"})
 
 
+@pytest.mark.slow
 def test_a_template_without_needed_fields_is_tried_again_with_the_first_row_that_fills_it(tmp_path: Path) -> None:
     path = tmp_path / "stranger.jinja"
     spends = "{% if answer is defined %}" + LOOPS + "{% endif %}"
@@ -197,6 +199,7 @@ def test_a_template_without_needed_fields_is_tried_again_with_the_first_row_that
     assert "stranger" in refusal(path)
 
 
+@pytest.mark.slow
 def test_a_template_without_fields_that_spends_is_stopped_when_the_context_is_made(tmp_path: Path) -> None:
     """Whether it adds text to a bare question is found by rendering one, in the child as well."""
     path = tmp_path / "stranger.jinja"

@@ -92,6 +92,7 @@ def test_it_is_the_ceiling_of_an_evaluation(run_yaml: Path) -> None:
     assert all("SharpenedTeacher(" in each["model"] for each in ceilings)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_as_one_in_one_piece(here: Path) -> None:
     """The temperature falls during training, and comes back from the checkpoint."""
 

@@ -49,7 +49,7 @@ from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
 from opsd.training.groups import Groups
-from opsd.training.loss import Scored, Scorer
+from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
@@ -295,10 +295,9 @@ class OPSDTrainer(DistillationTrainer):
         record, self._record = self._record, None
         assert record is not None
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
-        scored: Scored = inputs["scored"]
         # TRL's, whose mean over micro-batches counts one without tokens as 0 nats.
         self._metrics[self._mode]["entropy"].pop()
-        self._add_metrics(divergence_metrics(record, scored.rollouts, self.accelerator, steps, step))
+        self._add_metrics(divergence_metrics(record, inputs["scored"].rollouts, self.accelerator, steps, step))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
