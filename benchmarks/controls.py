@@ -2,7 +2,7 @@
 
 Run:     python benchmarks/controls.py [--seeds 0 1 2] [--arms method no-context …] [--folder runs/controls]
          python benchmarks/controls.py --recompute   compares the stored grades again, without training
-Writes:  benchmarks/results/controls.json and controls.md, the table of README.md; runs that are done are not repeated
+Writes:  benchmarks/results/controls.json and controls.md, the table of docs/evaluation.md; finished runs are kept
 Takes:   about 90 minutes on one core for five arms
 """
 

@@ -19,12 +19,12 @@ from opsd.errors import OPSDError
 # name -> module of opsd.commands, one line of help
 COMMANDS = {
     "train": ("train", "train a model with a teacher, from a YAML file"),
-    "doctor": ("doctor", "examine a run before step 1: alignment, prompts, leaks, whether the teacher is any good"),
+    "doctor": ("doctor", "examine a run before step 1: alignment, prompts, leaks, whether the teacher helps"),
     "eval": ("evaluate", "grade a model's answers on a dataset, with intervals"),
-    "compare": ("compare", "say whether a method beat its controls, and how sure that is"),
+    "compare": ("compare", "compare a method with its controls, with intervals"),
     "show": ("show", "show a row's student and teacher prompt side by side, as text and as tokens"),
     "lint": ("lint", "check templates: syntax, safety, fields, leaks, boundaries"),
-    "diff": ("diff", "say what differs between two runs"),
+    "diff": ("diff", "list the differences between two runs"),
     "templates": ("templates", "list the templates, or those that fit a dataset's columns"),
     "teachers": ("teachers", "list the teacher strategies and recipes"),
     "cp": ("cp", "copy a shipped template or recipe, to edit it"),

@@ -145,7 +145,7 @@ def test_controls_need_rows_that_differ_and_that_can_be_looked_up() -> None:
     with pytest.raises(DataError, match="no other row has a 'answer' that differs"):
         prepare_rows(alike, reads=["other_answer"])
     stream: IterableDataset = Dataset.from_list(make_rows(4)).to_iterable_dataset()
-    with pytest.raises(DataError, match="a stream knows one at a time"):
+    with pytest.raises(DataError, match="a stream has one row at a time"):
         prepare_rows(stream, reads=["other_answer"])
 
 

@@ -278,7 +278,7 @@ def test_missing_column_is_named_with_the_nearest_and_the_templates_that_fit() -
         in message
     )
     assert "Did you mean 'solutions'?" in message
-    assert "know no more than the student" in message
+    assert "have no more information than the student's" in message
     assert "pick a template for these columns: `opsd templates --columns prompt,answer,solutions`." in message
 
 

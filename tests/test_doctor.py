@@ -88,7 +88,7 @@ def test_positions_that_slipped_by_one_are_found(tmp_path: Path, monkeypatch: py
     assert found[0].status == "fail" and "scores other tokens than the student sampled" in found[0].saw
 
 
-# ---------------------------------------------------------------- is the teacher any good?
+# ---------------------------------------------------------------- does the teacher help?
 
 
 def lift(student: int, teacher: int, n: int = 16, **more: Any) -> Lift:
@@ -108,7 +108,7 @@ def lift(student: int, teacher: int, n: int = 16, **more: Any) -> Lift:
         (lift(5, 5), "warn", "no lift .from 31% to 31%.: with 16 rows, no sign that this teacher can teach this"),
         (lift(0, 0), "warn", "no lift"),
         (lift(12, 2), "warn", "answers worse than the student"),
-        (lift(16, 16), "warn", "knows this already"),
+        (lift(16, 16), "warn", "already answers these rows"),
     ],
 )
 def test_the_verdict_says_what_was_measured(measured: Lift, status: str, words: str) -> None:
@@ -163,7 +163,7 @@ def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: st
 def test_rewards_grade_where_there_are_any_and_a_grader_that_is_named_wins(tmp_path: Path) -> None:
     always = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), reward_funcs=returns([1.0] * 12))
     (found,) = of(examine(always, only=["lift"]), "lift")
-    assert "knows this already (from 100% to 100%)" in found.saw and "returns" not in found.figures["grader"]
+    assert "already answers these rows (from 100% to 100%)" in found.saw and "returns" not in found.figures["grader"]
     (found,) = of(examine(always, only=["lift"], grader="exact"), "lift")
     assert "no lift (from 0% to 0%)" in found.saw and found.figures["grader"] == "exact"
 
@@ -302,11 +302,11 @@ def test_train_asks_the_doctor_first_and_trains_nothing_where_it_fails(
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in leaky))
     arguments = ["train", str(run_yaml), "--context", "worked_solution"]
     assert main(arguments) == 1
-    assert "nothing was trained" in capsys.readouterr().out
+    assert "training did not start" in capsys.readouterr().out
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert main([*arguments, "--skip-doctor"]) == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
-    assert json.loads((tmp_path / "out" / "run_card.json").read_text())["doctor"] == "the doctor was not asked"
+    assert json.loads((tmp_path / "out" / "run_card.json").read_text())["doctor"] == "not examined"
 
 
 @pytest.mark.slow
@@ -314,13 +314,13 @@ def test_a_healthy_run_is_trained_after_the_doctors_word_which_stands_in_the_car
     run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", str(run_yaml), "--save_steps", "1"]) == 0
-    assert "Is the teacher any good?" in capsys.readouterr().out
+    assert "Does the teacher help?" in capsys.readouterr().out
     card = json.loads((tmp_path / "out" / "run_card.json").read_text())
     assert {f["check"] for f in card["doctor"]["findings"]} == set(CHECKS)
     assert (
         main(["train", str(run_yaml), "--save_steps", "1", "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
     )
-    assert "Is the teacher any good?" not in capsys.readouterr().out
+    assert "Does the teacher help?" not in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "run_card.json").read_text()) == card
 
 

@@ -13,7 +13,7 @@ from opsd.commands.doctor import with_warnings
 from opsd.doctor import CHECKS, Examination, examine, refused
 from opsd.errors import OPSDError, OPSDWarning
 
-# A model of two random layers answers nothing: whether its teacher is any good is tested on a real one.
+# A model of two random layers answers nothing: whether its teacher helps is tested on a real one.
 STRUCTURAL = [name for name in CHECKS if name != "lift"]
 
 

@@ -358,7 +358,7 @@ def test_teacher_object_is_returned_as_it_is() -> None:
 
 
 def test_context_beside_a_teacher_object_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"Only one can be shown.*LiveTeacher\(context=…\)"):
+    with pytest.raises(ConfigError, match=r"A teacher takes one context.*LiveTeacher\(context=…\)"):
         load_teacher(LiveTeacher(), context="hint")
 
 

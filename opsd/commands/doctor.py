@@ -25,7 +25,7 @@ TITLES = {
     "divergence": "Where the two differ",
     "prompts": "Prompts",
     "leaks": "Leaks",
-    "lift": "Is the teacher any good?",
+    "lift": "Does the teacher help?",
     "cost": "Cost",
     "environment": "Environment",
 }

@@ -104,7 +104,8 @@ def _passes_doctor(trainer: Any) -> bool:
         show(trainer.examination, Console())
     failed = any(gather_object([trainer.examination.failed]))
     if failed:
-        trainer.accelerator.print("nothing was trained: fix what failed, or train regardless with --skip-doctor")
+        way_out = "fix the checks that failed, or train regardless with --skip-doctor"
+        trainer.accelerator.print(f"training did not start: {way_out}")
     return not failed
 
 

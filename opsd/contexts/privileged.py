@@ -33,7 +33,7 @@ from opsd.data.needs import Need, Row
 from opsd.data.values import OTHER, at_path, is_empty, text_of
 from opsd.errors import ConfigError, DataError, TemplateError, UnsafeTemplateError, did_you_mean
 
-REASON = "Without it the teacher would know no more than the student and grade at random."
+REASON = "Without it the teacher's prompt would have no more information than the student's."
 WAY_OUT = "pick a template for these columns: `opsd templates --columns {columns}`"
 _QUESTION = "What is it?"
 _BARE_ROW = {"prompt": _QUESTION, "messages": [{"role": "user", "content": _QUESTION}], "system": ""}

@@ -4,7 +4,7 @@ The sandbox refuses unsafe attributes and changes to values, and limits `range` 
 what a template computes. Time and memory are limited in the child process of trial.py, on the first use of a template
 only, and every rendering is capped at MAX_CHARS. So a template that is harmless on the row it is tried with and spends
 on a later row is bounded by that cap and MAX_RANGE alone: there, nested loops can stall the process that trains, and
-`'x' * 10 ** 9` can exhaust its memory. Read a stranger's template before you train with it.
+`'x' * 10 ** 9` can exhaust its memory. Read a template that opsd does not ship before you train with it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Finds a template, parses it with all that it extends or includes, checks it, and renders it block by block.
 
-Knows Jinja and the names of variables; nothing of chats, tokens, datasets, or of how a stranger's template is tried.
+Knows Jinja and the names of variables; nothing of chats, tokens, datasets, or of how an untrusted template is tried.
 """
 
 from __future__ import annotations

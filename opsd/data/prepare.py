@@ -127,7 +127,7 @@ def _check_stream(sources: Mapping[str, str], imitates: bool) -> None:
     if imitates:
         raise DataError("the control sft reads what rows hold to imitate, and these are a stream. Load a Dataset.")
     for column in sources:
-        raise DataError(f"{column!r} is made from other rows, and a stream knows one at a time. Load a Dataset.")
+        raise DataError(f"{column!r} is made from other rows, and a stream has one row at a time. Load a Dataset.")
 
 
 def _read(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -163,7 +163,7 @@ def _other(number: int, values: list[Any], prompts: list[Any], base: str) -> Any
         if values[other] not in (values[number], None, "") and prompts[other] != prompts[number]:
             return values[other]
     raise DataError(
-        f"no other row has a {base!r} that differs from row {number}'s, so there is nothing wrong to show. "
+        f"no other row has a {base!r} that differs from row {number}'s, so there is no other answer to use. "
         "This control needs rows with different answers."
     )
 

@@ -1,6 +1,6 @@
 """Reads single values of a row: a nested value by its path, whether a value is empty, the text of a message.
 
-Imports neither datasets nor transformers, because the child process that tries a stranger's template imports this file
+Imports neither datasets nor transformers, because the child process that tries an untrusted template imports this file
 and has 512 MB of address space. The names of derived columns stand here for the same reason.
 """
 

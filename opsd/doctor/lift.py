@@ -78,11 +78,11 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
     if gain.high < 0:
         return (
             "warn",
-            f"the teacher answers worse than the student ({change}): it would teach wrong answers",
+            f"the teacher answers worse than the student ({change}): training would lower the student's accuracy",
             "Look at its prompts with `opsd show`; try it without the context, or use another teacher.",
         )
     if min(accuracies) > 0.9:
-        return "warn", f"the student knows this already ({change}): little is left to teach", "Use harder rows."
+        return "warn", f"the student already answers these rows ({change}): little is left to teach", "Use harder rows."
     if gain.difference > LEAST:
         return "warn", f"the lift ({change}) may be chance with {rows} rows", "Examine more rows: --rows 64."
     return (

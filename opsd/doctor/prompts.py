@@ -172,7 +172,7 @@ def _bare(patient: Patient) -> Iterator[Finding]:
         teaches_nothing = patient.teacher.starts_as_student
         yield find(
             "fail" if teaches_nothing else "warn",
-            f"{saw}, and a teacher that starts as the student then teaches nothing." if teaches_nothing else f"{saw}.",
+            f"{saw}, and this teacher starts as the student: the loss is 0." if teaches_nothing else f"{saw}.",
             "Check the template's conditions and the columns it reads: `opsd lint`, `opsd show`.",
         )
     else:

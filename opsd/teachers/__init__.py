@@ -88,8 +88,8 @@ def load_teacher(value: TeacherLike = None, *, context: ContextLike = None) -> T
     if isinstance(value, Teacher):
         if context is not None:
             raise ConfigError(
-                "a Teacher object brings its own context, and another one was given beside it. Only one can be shown. "
-                f"Write {type(value).__name__}(context=…) and leave the other out."
+                "a Teacher object brings its own context, and another one was given beside it. A teacher takes one "
+                f"context. Write {type(value).__name__}(context=…) and leave the other out."
             )
         return value
     settings, recipe_context = _resolve(value)

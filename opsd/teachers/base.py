@@ -138,7 +138,7 @@ class Teacher(ABC):
         """The student, once `prepare` has been called."""
         if "_student" not in vars(self):
             raise TeacherError(
-                f"teacher {self.strategy!r} was not prepared, so it knows no student, tokenizer or device. Call "
+                f"teacher {self.strategy!r} was not prepared, so it has no student, tokenizer or device yet. Call "
                 "teacher.prepare(student) first. A class that writes prepare begins it with super().prepare(student)."
             )
         return self._student

@@ -107,7 +107,7 @@ def _prompts_of(
     """Return one teacher's prompts under each of several contexts."""
     if len(teachers) != 1:
         raise ConfigError(
-            f"contexts= shows one teacher several things, and {len(teachers)} teachers were given. Give each "
+            f"contexts= gives one teacher several contexts, and {len(teachers)} teachers were given. Give each "
             "teacher its own context, or a single teacher."
         )
     teacher = teachers[0]

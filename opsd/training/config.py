@@ -144,7 +144,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
 
     @property
     def objective(self) -> Objective:
-        """The loss that training minimises, as the settings describe it."""
+        """The training loss, as the settings describe it."""
         return Objective.from_config(self)
 
     def _check(self) -> None:

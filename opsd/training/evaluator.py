@@ -76,7 +76,7 @@ def planned(evaluation: Any, args: Any, scorer: Scorer, questions: Sequence[str]
     if plan.every:
         if args.eval_strategy != "no" and args.eval_steps not in (None, plan.every):
             warnings.warn(
-                f"evaluation looks every {plan.every} steps, and eval_steps is {args.eval_steps:g}: every is in force.",
+                f"evaluation runs every {plan.every} steps, and eval_steps is {args.eval_steps:g}: every is in force.",
                 OPSDWarning,
                 stacklevel=3,
             )

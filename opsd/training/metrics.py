@@ -70,7 +70,7 @@ _SAMPLED = "support sampled, or reward_to_go"
 METRICS: tuple[Metric, ...] = (
     # The loss
     # `loss` is no metric for gates: transformers forgets its running mean in a resume, and `divergence` says the same.
-    Metric("loss", "nats per token", "what was minimised, mean over the steps since the last entry", TRANSFORMERS),
+    Metric("loss", "nats per token", "the training loss, mean over the steps since the last entry", TRANSFORMERS),
     Metric("divergence", "nats per token", "divergence from the teacher, mean over scored tokens", _HERE, gate=True),
     Metric("divergence/max", "nats", "the divergence of the worst token since the last entry", _HERE, gate=True),
     Metric("entropy", "nats per token", "the student's entropy, mean over scored tokens", _HERE, gate=True),

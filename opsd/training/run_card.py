@@ -87,7 +87,7 @@ def run_card(
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
         "hardware": hardware(),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
-        "doctor": examination.as_dict() if examination else "the doctor was not asked",
+        "doctor": examination.as_dict() if examination else "not examined",
     }
 
 
