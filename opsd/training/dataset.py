@@ -105,8 +105,8 @@ def _check_siblings(teacher: Teacher) -> None:
     """Refuse a context that only siblings can fill, and warn of one that they fill mostly: groups of one have none."""
     for context in teacher.prompts.contexts:
         rule = (
-            f"template {context.name!r} reads `sibling`, a correct rollout of the same prompt, and num_generations is 1: "
-            "there is none"
+            f"template {context.name!r} reads `sibling`, a correct rollout of the same prompt, and num_generations is "
+            "1: there is none"
         )
         if "sibling" in context.fields:
             raise ConfigError(f"{rule}, so nothing would be trained. Set num_generations to 8 or so.")
