@@ -184,7 +184,7 @@ def test_show_prints_both_prompts_the_boundary_and_the_scored_tokens(run_yaml: P
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["show", str(run_yaml), "--completion", "It is 0."]) == 0
     out = capsys.readouterr().out
-    assert "student" in out and "teacher (context answer_only)" in out and "The correct answer is 0" in out
+    assert "student" in out and "teacher (context: answer_only)" in out and "The correct answer is 0" in out
     assert out.count("▏") >= 4 and "tokens are scored on both sides" in out
 
 
@@ -290,9 +290,9 @@ def test_show_compares_contexts_and_levels_on_several_rows_also_of_a_stream(
     out = capsys.readouterr().out
     assert out.count("row 0, tokens") == out.count("row 3, tokens") == 1
     assert (
-        "shown the student's own prompt" in out
+        "context: the student's own prompt" in out
         and "schedule of answer_only, none" in out
-        and "teacher (context worked_solution)" in out
+        and "teacher (context: worked_solution)" in out
     )
     assert main(["show", str(run_yaml), "--row", "99"]) == 2
     assert "row 99 was asked for" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def _teacher_sides(
     for leaf in teacher.prompts.leaves_of(row):
         context = leaf.context
         ids = context.render(row, rollout_fields, renderer=renderer) if context else renderer.ids(row["prompt"])
-        sides.append((f"teacher (context {leaf.describe()})", ids))
+        sides.append((f"teacher (context: {leaf.describe()})", ids))
     return sides
 
 

@@ -36,7 +36,7 @@ def _same_ids(patient: Patient) -> Finding:
         if student != teacher:
             return find(
                 "fail",
-                f"the teacher (context {prompts.describe()}) scores other tokens than the student sampled.",
+                f"the teacher (context: {prompts.describe()}) scores other tokens than the student sampled.",
                 "This is a bug of opsd or of a custom teacher: both must get the ids of the completion unchanged.",
             )
     prompt = next((prompt for prompt in patient.teacher_prompts if prompt.row == 0), None)

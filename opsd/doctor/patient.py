@@ -140,7 +140,7 @@ class Patient:
         renderer = context.with_kwargs(renderer)
         messages, prefill = context.messages(row, self.rollout_fields(row), renderer=renderer)
         ids = context.render(row, self.rollout_fields(row), renderer=renderer)
-        return RenderedPrompt(f"teacher (context {context.name})", number, renderer, messages, prefill, ids, context)
+        return RenderedPrompt(f"teacher (context: {context.name})", number, renderer, messages, prefill, ids, context)
 
     # ---- rollouts and scores ----------------------------------------------------------------------------------
 
