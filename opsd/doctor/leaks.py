@@ -25,7 +25,7 @@ find = functools.partial(Finding, "leaks")
 def check_leaks(patient: Patient) -> Iterator[Finding]:
     """Look for privileged text in the student's prompts and in the teacher's prefills."""
     contexts = patient.trainer.scorer.contexts
-    fields = {name for context in contexts for name in context.fields | context.optional_fields} | set(ANSWERS)
+    fields = {name for context in contexts for name in context.columns} | set(ANSWERS)
     present = {name for row in patient.rows for name in row}
     columns = sorted(name for name in fields - {"prompt", "completion"} if name.partition(".")[0] in present)
     findings = [finding for column in columns for finding in _in_prompts(patient, column)]

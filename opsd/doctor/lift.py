@@ -95,7 +95,7 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
 def check_lift(patient: Patient) -> Iterator[Finding]:
     """Grade answers of student and teacher, and score the student's rollouts with and without the teacher's context."""
     provided = set(patient.trainer.groups.rollout_fields) - set(patient.rows[0])
-    needs = {n for c in patient.teacher.prompts.contexts for n in c.fields | c.optional_fields} & provided
+    needs = {n for c in patient.teacher.prompts.contexts for n in c.columns} & provided
     if patient.grader_name is None:
         yield find(
             "skip",

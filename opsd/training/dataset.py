@@ -121,7 +121,7 @@ def _check_siblings(teacher: Teacher) -> None:
 
 def _warn_of_missing_siblings(teacher: Teacher, groups: Groups) -> None:
     for context in teacher.prompts.contexts:
-        if (context.fields | context.optional_fields) & set(groups.rollout_fields):
+        if context.columns & set(groups.rollout_fields):
             warnings.warn(
                 f"template {context.name!r} shows what a group of rollouts provides, and evaluation samples each row "
                 "once: there are no siblings, and rows with nothing to show are not counted, so eval_loss may be 0. "

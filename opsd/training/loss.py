@@ -89,7 +89,7 @@ class Scorer:
     @property
     def columns(self) -> set[str]:
         """The columns that contexts and row weights read, beside the prompt."""
-        fields = (context.fields | context.optional_fields for context in self.contexts)
+        fields = (context.columns for context in self.contexts)
         return set().union(*fields, (self._args.pass_rate_column and {self._args.pass_rate_column}) or ())
 
     def needs(self, rollout_fields: Sequence[str] = ()) -> list[Need]:
