@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opsd.data.needs import Need
 from opsd.data.prepare import DEMONSTRATIONS
 from opsd.errors import ConfigError, not_one_of
-
-if TYPE_CHECKING:
-    from opsd.teachers import Teacher
+from opsd.teachers import Teacher
+from opsd.teachers.one_hot import ConstantAdvantageTeacher, DemonstrationTeacher
 
 # The listed token and none of the method's other loss settings; sampling stays as in the run.
 _ONE_TOKEN: dict[str, Any] = {
@@ -100,20 +99,14 @@ def _check_has_context(teacher: Teacher, rule: str) -> None:
 
 
 def _imitating(teacher: Teacher) -> Teacher:
-    from opsd.teachers.one_hot import DemonstrationTeacher
-
     return DemonstrationTeacher()
 
 
 def _imitating_samples(teacher: Teacher) -> Teacher:
-    from opsd.teachers.one_hot import DemonstrationTeacher
-
     return DemonstrationTeacher(teacher)
 
 
 def _constant(teacher: Teacher) -> Teacher:
-    from opsd.teachers.one_hot import ConstantAdvantageTeacher
-
     return ConstantAdvantageTeacher(CONSTANT_ADVANTAGE)
 
 
