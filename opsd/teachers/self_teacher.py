@@ -17,7 +17,7 @@ from opsd.teachers.checks import check_state_keys
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.prompting import ContextLike
 from opsd.teachers.student import StudentHandle
-from opsd.teachers.weight_copy import WeightCopy, adapter_adds_nothing, adapter_off
+from opsd.teachers.weight_copy import WeightCopy, adapter_adds_nothing, adapter_off, adapter_parameters
 
 PROGRESS = "opsd.progress"  # stands in a state beside the weights; no parameter has such a name
 
@@ -120,8 +120,9 @@ class LiveTeacher(SelfTeacher):
 class SameCheckpointTeacher(SelfTeacher):
     """The student's weights at step 0, frozen (OPSD, arXiv 2601.18734); the default teacher.
 
-    With LoRA it is the base model (adapter off) where the adapter adds exactly nothing at step 0; of a student that
-    arrives with a trained adapter it copies the adapter. With full fine-tuning it is one copy of the weights.
+    With LoRA it is the base model (adapter off) where the adapter adds exactly nothing at step 0 and nothing outside it
+    trains; else it copies what trains: a trained adapter that the student arrives with, biases or norms beside the
+    adapter. With full fine-tuning it is one copy of the weights.
 
     Args:
         offload: keep the copy in CPU memory between passes.
@@ -135,9 +136,13 @@ class SameCheckpointTeacher(SelfTeacher):
     strategy = "same_checkpoint"
 
     def load_weights(self, student: StudentHandle) -> None:
-        """Copy the trainable weights, or nothing where switching the adapter off gives the same."""
-        is_peft = hasattr(student.model, "disable_adapter")
-        if not (is_peft and adapter_adds_nothing(student.model, len(student.tokenizer))):
+        """Copy the trainable weights, or nothing where switching the adapter off gives the same, now and later."""
+        model = student.model
+        if not (
+            hasattr(model, "disable_adapter")
+            and all(p in adapter_parameters(model) for p in model.parameters() if p.requires_grad)
+            and adapter_adds_nothing(model, len(student.tokenizer))
+        ):
             super().load_weights(student)
 
     def active_weights(self) -> AbstractContextManager[None]:

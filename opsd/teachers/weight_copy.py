@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from opsd.models.forward import evaluating, last_hidden, probe
@@ -88,13 +90,22 @@ class WeightCopy:
         self.values = {name: shard_like_param(value, parameters[name]) for name, value in self.values.items()}
         return [(name, parameters[name], value) for name, value in self.values.items()]
 
-    def swapped_in(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
         """Let the model hold these values for the length of the block.
 
         No graph may be alive across the block: a backward pass would find other values.
         """
         pairs = [(p, value) for _, p, value in self.pairs()]
-        return swapped_shards(pairs, self.model) if is_sharded(self.model) else _pointed_at(pairs)
+        swapped = swapped_shards(pairs, self.model) if is_sharded(self.model) else _pointed_at(pairs)
+        # Autocast keeps the bfloat16 copy of each parameter that it has cast, and finds it by the parameter, whatever
+        # values that holds by now.
+        torch.clear_autocast_cache()
+        try:
+            with swapped:
+                yield
+        finally:
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def move_towards_model(self, share: float) -> None:
@@ -145,6 +156,13 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
+
+
+def adapter_parameters(model: nn.Module) -> set[Tensor]:
+    """Return the parameters of a PEFT model that switching the adapter off leaves out."""
+    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
+    parts = (getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names)
+    return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
 
 
 def adapter_adds_nothing(model: nn.Module, vocab_size: int) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from opsd.errors import ConfigError, did_you_mean
 from opsd.evaluation.plan import METRIC, EvaluationPlan
 from opsd.teachers import Teacher
-from opsd.teachers.weight_copy import adapter_adds_nothing, digest
+from opsd.teachers.weight_copy import adapter_adds_nothing, adapter_parameters, digest
 from opsd.training.groups import Groups
 from opsd.training.loss import Scorer
 from opsd.training.metrics import gate_metrics
@@ -188,8 +188,9 @@ def facts(student: nn.Module, vocab_size: int, scorer: Scorer, groups: Groups, a
 
 def _fingerprint(student: nn.Module, vocab_size: int) -> str:
     """Return a hash of the weights that a resumed run must begin with: all but an adapter that adds nothing yet."""
-    fresh = hasattr(student, "disable_adapter") and adapter_adds_nothing(student, vocab_size)
-    return digest({name: p for name, p in student.named_parameters() if not (fresh and p.requires_grad)})
+    is_fresh = hasattr(student, "disable_adapter") and adapter_adds_nothing(student, vocab_size)
+    left_out = adapter_parameters(student) if is_fresh else ()
+    return digest({name: p for name, p in student.named_parameters() if p not in left_out})
 
 
 def check_gate_metrics(
