@@ -295,6 +295,8 @@ def reference(objective: Objective, problem: Problem) -> Result:
     leaves = {name: x.detach().double().requires_grad_() for name, x in leaves.items() if x is not None}
     head = replace(problem.head, weight_VD=leaves["weight"], bias_V=leaves.get("bias"))
     places = [n for n, weight in enumerate(tokens.weight_N.tolist()) if weight != 0]
+    share = lambda n: 1.0 if tokens.distill_weight_N is None else float(tokens.distill_weight_N[n])  # noqa: E731
+    advantage = lambda n: 0.0 if tokens.advantage_N is None else float(tokens.advantage_N[n])  # noqa: E731
     each, logs = {}, {}
     for n in places:
         y = int(tokens.ids_N[n])
@@ -304,16 +306,18 @@ def reference(objective: Objective, problem: Problem) -> Result:
         else:
             teacher = teacher_distribution(problem.signal, n, v, d.temperature)
             log_t_y = teacher[y]
-        each[n] = token(d, logs[n], teacher, y, log_t_y)
+        one = token(d, logs[n], teacher, y, log_t_y)
+        each[n] = one._replace(value=share(n) * one.value, with_gradient=share(n) * one.with_gradient)
     rows = rollouts(tokens, places)
     row_of = {n: row for row in rows for n in row}
     weight = {n: float(tokens.weight_N[n]) for n in places}
     if objective.keep_fraction < 1:
         kept = kept_weights(objective, rows, each)
-        weight = {n: weight[n] * factor for n, factor in kept.items()}
+        weight = {n: weight[n] * (kept.get(n, 0.0) if share(n) else 1.0) for n in weight}
     if problem.contrast_signal is not None:
         factors = contrast(problem, rows, v)
-        weight = {n: weight[n] * factors[n] for n in weight if factors[n]}
+        weight = {n: weight[n] * (factors[n] if share(n) else 1.0) for n in weight}
+    weight = {n: w for n, w in weight.items() if w}
     loss, steered = leaves["states"].sum().nan_to_num(0, 0, 0) * 0, leaves["states"].sum().nan_to_num(0, 0, 0) * 0
     columns: dict[str, dict[int, float]] = defaultdict(dict)
     # A pass over all tokens before some were left out leaves the metrics of all of them.
@@ -324,7 +328,7 @@ def reference(objective: Objective, problem: Problem) -> Result:
     for n, w in weight.items():
         one = each[n]
         w *= columns["importance/ratio"].get(n, 1.0)
-        steer = one.with_gradient + cost(objective, row_of[n], n, each) * one.log_s_y
+        steer = one.with_gradient + (share(n) * cost(objective, row_of[n], n, each) - advantage(n)) * one.log_s_y
         total = one.value.detach()
         if objective.ref_kl_coef:
             held = distribution_value(

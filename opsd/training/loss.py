@@ -124,14 +124,12 @@ class Scorer:
             rollouts = view.prompts.render(rollouts)
         return self.teacher.adjust_rollouts(rollouts)
 
-    def metrics(self, sampled: Rollouts, prepared: Rollouts) -> dict[str, float]:
-        """Return the context metrics since the last call, and the share of tokens that the selection left out."""
+    def context_metrics(self) -> dict[str, float]:
+        """Return the context metrics since the last call."""
         contexts = {id(context): context for context in self.teacher.prompts.contexts}.values()
         counts = sum((context.counts for context in contexts), ContextCounts())
         metrics = (counts - self._logged_counts).metrics if contexts else {}
         self._logged_counts = counts
-        if self.selection.leaves_out:
-            metrics["tokens/left_out"] = 1.0 - prepared.num_scorable / max(sampled.num_scorable, 1)
         return metrics
 
     def score(self, rollouts: Rollouts) -> Scored:

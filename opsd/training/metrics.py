@@ -65,6 +65,7 @@ class Metric:
 _LOSS, _GROUPS, _HERE, _CONTEXT = "losses/rule.py", "training/groups.py", "training/metrics.py", "contexts/base.py"
 _DIVERGENCE, _TOP_K = "losses/divergence.py", "a top-k support"
 _SCHEDULE, _ENGINE = "a schedule of contexts", "importance_clip and vLLM"
+_SELECTION = "training/token_selection.py"
 _SAMPLED = "support sampled, or reward_to_go"
 
 METRICS: tuple[Metric, ...] = (
@@ -105,7 +106,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("num_tokens", "tokens", "prompt and completion tokens sampled so far", TRL),
     Metric("tools/call_frequency", "calls per rollout", "tool calls", TRL, "tools"),
     Metric("tools/failure_frequency", "share of calls", "tool calls that failed", TRL, "tools"),
-    Metric("tokens/left_out", "share of tokens", "tokens that the token selection leaves out", "training/loss.py",
+    Metric("tokens/left_out", "share of tokens", "tokens that the token selection leaves out", _SELECTION,
            "skip_first_tokens, mask_…"),
     Metric("off_policy/shortened", "share of rows", "off-policy completions cut at max_completion_length",
            "training/trainer.py", "lmbda below 1"),
@@ -186,8 +187,10 @@ def as_markdown() -> str:
 
 def divergence_metrics(
     record: LossOutput, rollouts: Rollouts, accelerator: Accelerator, micro_batches: int, step: int
-) -> dict[str, float]:
-    """Return the mean and the largest divergence per token, the entropy, and the means of all other records.
+) -> tuple[dict[str, float], float]:
+    """Return the means over the tokens of all processes and the largest divergence, and the number of tokens.
+
+    In an evaluation, whose batches are no shares of a step, the loss is among the means.
 
     Args:
         record: the loss of this process's micro-batch.
@@ -201,29 +204,23 @@ def divergence_metrics(
     """
     values_N = record.divergence_N
     bad = not bool(torch.isfinite(values_N).all() & torch.isfinite(record.loss))
-    worst = values_N.max() if len(values_N) else values_N.new_zeros(())
-    others = sorted(set(record.metrics) - NOT_LOGGED)
-    local = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), values_N.sum()]
-    local.append(record.entropy_N.sum())
-    local += [record.metrics[name].sum() for name in others]
+    worst = values_N.max() if len(values_N) else values_N.new_tensor(-math.inf)
+    sums = {"divergence": values_N.sum(), "entropy": record.entropy_N.sum()}
+    sums |= {name: record.metrics[name].sum() for name in sorted(set(record.metrics) - NOT_LOGGED)}
+    if rollouts.num_loss_tokens is None:
+        sums["loss"] = record.loss.detach().to(values_N) * len(values_N)  # without a given number it is their mean
+    local = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), *sums.values()]
     count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(local)[None]).T
     if bool(bad_somewhere.any()):
         _stop_at_rows(record, rollouts, step)
-    tokens = rollouts.num_loss_tokens / micro_batches if rollouts.num_loss_tokens else float(count.sum().clamp(min=1))
-    means = {
-        name: float(total.sum()) / tokens
-        for name, total in zip(["divergence", "entropy", *others], totals, strict=True)
-    }
-    seconds = {"statistics_seconds": record.statistics_seconds} if record.statistics_seconds else {}
-    return {**means, "divergence/max": float(worst.max()), **seconds}
-
-
-def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
-    """Return the mean of each value over the processes that know it; a collective."""
-    processes: list[dict[str, float]] = gather_object([values])
-    names = dict.fromkeys(name for process in processes for name in process)
-    known = {name: [each[name] for each in processes if not math.isnan(each.get(name, math.nan))] for name in names}
-    return {name: sum(numbers) / len(numbers) for name, numbers in known.items() if numbers}
+    tokens = float(count.sum())
+    share = rollouts.num_loss_tokens / micro_batches if rollouts.num_loss_tokens else max(tokens, 1.0)
+    metrics = {name: float(total.sum()) / share for name, total in zip(sums, totals, strict=True)}
+    if tokens:
+        metrics["divergence/max"] = float(worst.max())
+    if record.statistics_seconds:
+        metrics["statistics_seconds"] = record.statistics_seconds
+    return metrics, tokens
 
 
 def _stop_at_rows(record: LossOutput, rollouts: Rollouts, step: int) -> None:
@@ -242,10 +239,3 @@ def check_gradient(norm: Any, step: int) -> None:
     """
     if not math.isfinite(float(norm)):
         raise NonFiniteLossError(f"step {step}: the gradient is not finite. {WAY_OUT}")
-
-
-def keep_maxima(metrics: dict[str, list[float]]) -> None:
-    """Reduce `…/max` to the maximum since the last entry, which TRL's log would average."""
-    for key, values in metrics.items():
-        if key.endswith("/max") and values:
-            metrics[key] = [max(values)]

@@ -154,6 +154,12 @@ class TokenSelection(TokenSelectionSettings):
         ]
         return replace(rollouts, loss_mask=masks, row_weights=row_weights)
 
+    def metrics(self, sampled: Rollouts, prepared: Rollouts) -> dict[str, float]:
+        """Return the share of the sampled tokens that was left out."""
+        if not self.leaves_out:
+            return {}
+        return {"tokens/left_out": 1.0 - prepared.num_scorable / max(sampled.num_scorable, 1)}
+
     def _mask(self, mask: Sequence[int], completion_ids: Ids) -> Mask:
         if self.mask_truncated_completions:
             mask = without_truncated(mask, completion_ids, self.end_ids)

@@ -26,7 +26,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import DistillationTrainer
 
 from opsd.contexts.renderer import PromptRenderer
@@ -42,6 +42,7 @@ from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
 from opsd.teachers.checks import load_state, saved_state
 from opsd.training import checkpoints, checks
+from opsd.training.averages import BatchSizes, mean_over_processes
 from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
@@ -50,7 +51,7 @@ from opsd.training.dataset import check_rows_fit, check_trained, prepare_dataset
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
 from opsd.training.groups import Groups
 from opsd.training.loss import Scorer
-from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
+from opsd.training.metrics import check_gradient, divergence_metrics
 from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
@@ -144,6 +145,7 @@ class OPSDTrainer(DistillationTrainer):
         )
         self._engine = EngineLogprobs(self.vllm_generation) if args.use_vllm and args.importance_clip else None
         self._say = partial(self.accelerator.print, flush=True)
+        self._eval_sizes = BatchSizes()
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
@@ -215,6 +217,8 @@ class OPSDTrainer(DistillationTrainer):
         count = len(inputs)
         if self.model.training:
             count = on_policy_rows(len(inputs), self.args.lmbda, self.state.global_step)
+        else:
+            self._eval_sizes.rows.append(count)
         rollouts = self._sample(inputs, count)
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
         if self.log_completions:
@@ -222,8 +226,9 @@ class OPSDTrainer(DistillationTrainer):
             self._logs["completion"].extend(gather_object(decode(rollouts.completion_ids)))
         rollouts, rewards = self.groups.grade(rollouts, decode, self.teacher.prompts.has_fields, self.state)
         prepared = self.scorer.prepare_rollouts(rollouts)
-        self._add_metrics(mean_over_processes(rewards) if rewards else {})
-        self._add_metrics(self.scorer.metrics(rollouts, prepared))
+        self._add_metrics(mean_over_processes(rewards) if rewards else {}, len(inputs))
+        self._add_metrics(self.scorer.context_metrics(), len(inputs))
+        self._add_metrics(self.scorer.selection.metrics(rollouts, prepared), rollouts.num_scorable)
         return prepared
 
     def _sample(self, rows: Sequence[Row], count: int) -> Rollouts:
@@ -238,7 +243,7 @@ class OPSDTrainer(DistillationTrainer):
         if count < len(rows):
             with self.accelerator.autocast():
                 others, cut = off_policy_completions(rows[count:], self.args, self.teacher, self._tokenizer)
-            self._add_metrics({"off_policy/shortened": cut})
+            self._add_metrics({"off_policy/shortened": cut}, len(rows) - count)
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
         logprobs = None
         if self._engine is not None:
@@ -249,10 +254,12 @@ class OPSDTrainer(DistillationTrainer):
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
 
-    def _add_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Add values to the next log entry, of training or of evaluation."""
+    def _add_metrics(self, metrics: Mapping[str, float], size: float) -> None:
+        """Add values to the next log entry, of training or of evaluation; `size` is the rows or tokens they are of."""
         for name, value in metrics.items():
             self._metrics[self._mode][name].append(value)
+        if not self.model.training:
+            self._eval_sizes.add(metrics, size)
 
     # ---- score -------------------------------------------------------------------------------------------------
 
@@ -297,7 +304,7 @@ class OPSDTrainer(DistillationTrainer):
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
         # TRL's, whose mean over micro-batches counts one without tokens as 0 nats.
         self._metrics[self._mode]["entropy"].pop()
-        self._add_metrics(divergence_metrics(record, inputs["scored"].rollouts, self.accelerator, steps, step))
+        self._add_metrics(*divergence_metrics(record, inputs["scored"].rollouts, self.accelerator, steps, step))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -308,11 +315,18 @@ class OPSDTrainer(DistillationTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the console and to whatever `report_to` names."""
-        for metrics in self._metrics.values():
-            keep_maxima(metrics)
+        for mode, metrics in self._metrics.items():
+            (self._eval_sizes if mode == "eval" else BatchSizes()).reduce(metrics)
         super().log(logs, start_time)
 
     # ---- evaluation --------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Return transformers' output, with the loss averaged over tokens and not over batches."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if (losses := self._metrics["eval"].pop("loss", None)) is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = self._eval_sizes.mean("loss", losses)
+        return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the divergence on `eval_dataset`, and the metrics of the evaluation plan's selection split."""
