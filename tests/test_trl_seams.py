@@ -75,6 +75,16 @@ def test_the_engine_answers_with_logprobs_where_they_are_expected() -> None:
     assert "self.vllm_generation.generate(" in inspect.getsource(DistillationTrainer._generate_single_turn)
 
 
+def test_an_engine_sends_what_it_iterates_over() -> None:
+    """Merged copies reach vLLM in place of `_iter_named_params`; a server's mode is read as TRL reads it."""
+    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
+    source = inspect.getsource(VLLMGeneration.sync_weights)
+    assert source.count("self._iter_named_params()") == source.count("_iter_named_params") == 4
+    assert "self.vllm_client = " in inspect.getsource(VLLMGeneration._init_vllm)
+    assert 'logprobs_mode="processed_logprobs"' in inspect.getsource(VLLMGeneration._init_vllm)
+    assert 'vllm_client.get_server_info()["model_config"]["logprobs_mode"]' in inspect.getsource(trl.GRPOTrainer)
+
+
 def test_a_call_can_be_sent_through_a_models_forward() -> None:
     """Teachers that FSDP2 shards score inside their model's forward pass (`opsd.models.sharding.run_in_forward`)."""
     parameters = inspect.signature(_ForwardRedirection.__call__).parameters

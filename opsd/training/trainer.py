@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -55,7 +55,8 @@ from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_card import run_card, write_run_card
-from opsd.training.vllm_logprobs import UNKNOWN, EngineLogprobs
+from opsd.training.vllm_logprobs import UNKNOWN
+from opsd.training.vllm_sync import prepare_engine
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -142,7 +143,8 @@ class OPSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        self._engine = EngineLogprobs(self.vllm_generation) if args.use_vllm and args.importance_clip else None
+        keep_logprobs = args.importance_clip is not None
+        self._engine = prepare_engine(self.vllm_generation, keep_logprobs) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
@@ -207,7 +209,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[Ids]:
         """Sample in the precision that trains; autocast also caches the cast weights for the whole rollout."""
-        with self.accelerator.autocast():
+        # vLLM computes in its own precision, and autocast would reach into an engine that lives in this process.
+        with nullcontext() if self.use_vllm else self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
