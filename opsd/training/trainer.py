@@ -48,6 +48,7 @@ from opsd.training.controls import control_of
 from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
+from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
@@ -143,6 +144,7 @@ class OPSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
+        keep_float32_sums(self.accelerator)
         keep_logprobs = args.importance_clip is not None
         self._engine = prepare_engine(self.vllm_generation, keep_logprobs) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
@@ -341,7 +343,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, with its model card (README.md) and its run card."""
-        super().save_model(output_dir, _internal_call)
+        with whole_state_dict(self.accelerator, wanted=not _internal_call):
+            super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             self.create_model_card()
             copy_cards(Path(self.args.output_dir), Path(output_dir or self.args.output_dir))
@@ -357,7 +360,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
-        state = saved_state(self.teacher)  # in every process: a collective where values are sharded
+        # In every process: a collective where values are sharded.
+        state = saved_state(self.teacher, keep=self.args.should_save)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
