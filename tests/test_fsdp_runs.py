@@ -36,8 +36,10 @@ folder = sys.argv[1]
 EMA_NAMES = "opsd_teacher.safetensors"
 
 class Gradients(TrainerCallback):
-    "Share of the gradient's values that bfloat16 can hold: all of them where it was summed in bfloat16."
-    shares = []
+    "Share of the gradient's values that bfloat16 can hold, and whether it waits in shards between micro-batches."
+    shares, waits = [], []
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        self.waits.append(all(isinstance(p.grad, DTensor) for p in model.parameters() if p.requires_grad))
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         values = torch.cat([p.grad.to_local().flatten() for p in model.parameters() if p.grad is not None])
         values = values[values != 0]
@@ -60,9 +62,10 @@ class Gathered:
 
 def make(name, student, kind, **changes):
     fsdp = dict(version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", reshard_after_forward=True,
-                transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type=kind, cpu_ram_efficient_loading=False)
+                transformer_layer_cls_to_wrap=["LlamaDecoderLayer"], state_dict_type=kind,
+                cpu_ram_efficient_loading=False)
     args = make_args(os.path.join(folder, name), bf16=True, max_steps=2, save_strategy="steps", save_steps=1, fsdp=True,
-                     fsdp_config=fsdp, **changes)
+                     fsdp_config=fsdp, max_grad_norm=1e6, **changes)
     args.device
     PartialState().distributed_type = DistributedType.MULTI_XPU
     return OPSDTrainer(make_student(student), EMATeacher(0.9, context="answer_only"), args=args,
@@ -79,11 +82,12 @@ def whole(model):
 found = {}
 for student, kind in (("full", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT"), ("lora", "SHARDED_STATE_DICT")):
     name = f"{student} {kind}"
-    Gradients.shares = []
+    Gradients.shares, Gradients.waits = [], []
     trainer = make(name, student, kind)
     trainer.train()
     result = found[name] = dict(
-        sharded=all(isinstance(p, DTensor) for p in trainer.model.parameters()), shares=Gradients.shares,
+        sharded=all(isinstance(p, DTensor) for p in trainer.model.parameters()), shares=list(Gradients.shares),
+        waits=list(Gradients.waits),
         loss=logged(trainer, "loss"), divergence=logged(trainer, "divergence"))
     Gathered.most = 0
     with Gathered():
@@ -92,12 +96,13 @@ for student, kind in (("full", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT"
     trainer.save_model()
     dist.barrier()
     here, path = whole(trainer.model), os.path.join(folder, name)
-    if student == "full":
-        loaded = AutoModelForCausalLM.from_pretrained(path)
-        result["saved"] = apart(dict(loaded.named_parameters()), here)
-    else:
-        loaded = PeftModel.from_pretrained(make_llama(0), path)
-        result["saved"] = apart(dict(loaded.named_parameters()), here)
+    for place in (os.path.join(path, "checkpoint-2"), path):
+        if student == "full":
+            loaded = AutoModelForCausalLM.from_pretrained(place)
+        else:
+            loaded = PeftModel.from_pretrained(make_llama(0), place)
+        result.setdefault("saved", []).append(apart(dict(loaded.named_parameters()), here))
+    if student == "lora":
         merged = {n: p.detach() for n, p in loaded.merge_and_unload().named_parameters()}
         result["sent"] = apart(dict(merged_parameters(trainer.model)), merged)
         result["whole after"] = apart(whole(trainer.model), here)
@@ -144,6 +149,13 @@ def test_gradients_are_summed_in_float32(found: list[dict]) -> None:
 
 
 @pytest.mark.slow
+def test_gradients_wait_for_the_next_micro_batch_in_shards(found: list[dict]) -> None:
+    """Without a reduction after each, every process would hold a whole gradient in float32."""
+    for case in found:
+        assert case["waits"] and all(case["waits"]), case
+
+
+@pytest.mark.slow
 def test_a_save_holds_one_gathered_tensor_of_the_teacher_at_a_time(found: list[dict]) -> None:
     """The process that writes keeps them in CPU memory, which is this test's device too; the other keeps none."""
     for case in found:
@@ -152,10 +164,10 @@ def test_a_save_holds_one_gathered_tensor_of_the_teacher_at_a_time(found: list[d
 
 
 @pytest.mark.slow
-def test_a_sharded_run_ends_with_a_model_that_loads(found: list[dict]) -> None:
-    """With SHARDED_STATE_DICT transformers' `save_model` writes nothing."""
+def test_a_sharded_run_saves_models_that_load(found: list[dict]) -> None:
+    """The last checkpoint and the run's folder; with SHARDED_STATE_DICT transformers' `save_model` writes nothing."""
     for case in found:
-        assert case["saved"] == 0.0, case
+        assert case["saved"] == [0.0, 0.0], case
 
 
 @pytest.mark.slow

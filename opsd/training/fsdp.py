@@ -1,4 +1,4 @@
-"""Sets up FSDP 2 so that sums keep float32, and so that a run ends with a whole model.
+"""Sets up FSDP 2 so that sums keep float32, and so that every save holds a model that loads.
 
 Knows accelerate's plugin for FSDP; nothing of teachers, rollouts or losses.
 """
@@ -36,17 +36,14 @@ def keep_float32_sums(accelerator: Accelerator) -> None:
 
 
 @contextmanager
-def whole_state_dict(accelerator: Accelerator, wanted: bool = True) -> Iterator[None]:
+def whole_state_dict(accelerator: Accelerator) -> Iterator[None]:
     """Save one whole model for the length of the block, also where checkpoints are written in shards.
 
-    With `SHARDED_STATE_DICT` transformers' `save_model` writes no model at all.
-
-    Args:
-        accelerator: the run's.
-        wanted: False changes nothing.
+    With `SHARDED_STATE_DICT` transformers' `save_model` writes no model at all: neither a run's folder nor a checkpoint
+    of it could be loaded, evaluated or merged. What a resumed run reads stays in shards.
     """
     plugin = _plugin(accelerator)
-    if plugin is None or not wanted:
+    if plugin is None:
         yield
         return
     before = plugin.state_dict_type

@@ -343,7 +343,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, with its model card (README.md) and its run card."""
-        with whole_state_dict(self.accelerator, wanted=not _internal_call):
+        with whole_state_dict(self.accelerator):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             self.create_model_card()
