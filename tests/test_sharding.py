@@ -33,6 +33,7 @@ from conftest import make_tokenizer
 from opsd.contexts.renderer import PromptRenderer
 from opsd.models.sharding import full_tensor, local_shard, run_in_forward
 from opsd.teachers import StudentHandle
+from opsd.teachers.checks import saved_state
 from opsd.training.loss import Scorer
 
 os.environ.update(FSDP_VERSION="2", FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer")
@@ -82,7 +83,7 @@ def run(strategy, kind, sharded):
     ids = torch.tensor(mine.scored_ids, dtype=torch.long)
     values = dict(zip(token_keys(mine), signal.logprobs(ids).tolist()))
     weights = {n: full_tensor(p.detach()).clone() for n, p in student.named_parameters()}
-    state = {n: v.clone() for n, v in teacher.state_dict().items()}
+    state = saved_state(teacher)
     buffers = {id(b) for b in getattr(getattr(teacher, "model", None), "buffers", tuple)()}
     cut = all(isinstance(t, DTensor) for t in teacher.tensors if id(t) not in buffers)
     return SimpleNamespace(values=values, weights=weights, state=state, sent=sent, cut=cut)

@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 import transformers
 import trl
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from trl import DistillationConfig, DistillationTrainer
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import _ForwardRedirection
@@ -75,6 +76,16 @@ def test_the_engine_answers_with_logprobs_where_they_are_expected() -> None:
     assert "self.vllm_generation.generate(" in inspect.getsource(DistillationTrainer._generate_single_turn)
 
 
+def test_an_engine_sends_what_it_iterates_over() -> None:
+    """Merged copies reach vLLM in place of `_iter_named_params`; a server's mode is read as TRL reads it."""
+    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
+    source = inspect.getsource(VLLMGeneration.sync_weights)
+    assert source.count("self._iter_named_params()") == source.count("_iter_named_params") == 4
+    assert "self.vllm_client = " in inspect.getsource(VLLMGeneration._init_vllm)
+    assert 'logprobs_mode="processed_logprobs"' in inspect.getsource(VLLMGeneration._init_vllm)
+    assert 'vllm_client.get_server_info()["model_config"]["logprobs_mode"]' in inspect.getsource(trl.GRPOTrainer)
+
+
 def test_a_call_can_be_sent_through_a_models_forward() -> None:
     """Teachers that FSDP2 shards score inside their model's forward pass (`opsd.models.sharding.run_in_forward`)."""
     parameters = inspect.signature(_ForwardRedirection.__call__).parameters
@@ -91,6 +102,18 @@ def test_callbacks_at_the_end_of_a_step_run_before_the_save() -> None:
     """The teacher moves in on_step_end; a checkpoint of that step must hold the moved teacher."""
     source = inspect.getsource(transformers.Trainer._run_epoch)
     assert source.index("on_step_end") < source.index("_maybe_log_save_evaluate")
+
+
+def test_fsdp_is_set_up_by_a_plugin_that_is_read_when_the_model_is_prepared() -> None:
+    """`opsd.training.fsdp` changes the plugin's policy, the accumulation's and the kind of state dict."""
+    assert "fsdp2_plugin.mixed_precision_policy or" in inspect.getsource(fsdp2_prepare_model)
+    epoch = inspect.getsource(transformers.Trainer._run_epoch)
+    assert 'self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)' in epoch
+    save = inspect.getsource(transformers.Trainer.save_model)
+    assert '"FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)' in save
+    assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(
+        transformers.Trainer._save_checkpoint
+    )
 
 
 def test_a_model_card_is_written_into_the_output_folder_and_then_read_there() -> None:

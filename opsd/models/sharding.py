@@ -7,7 +7,7 @@ or losses.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -68,6 +68,22 @@ def local_shard(tensor: Tensor) -> Tensor:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor; a collective where it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered_on_cpu(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Return full tensors in CPU memory, gathered one after the other: a device holds one of them at a time.
+
+    Args:
+        tensors: sharded or not; where they are sharded every process must call this with the same names.
+        keep: whether this process needs the result; else it is empty.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        whole = full_tensor(tensor.detach())
+        if keep:
+            kept[name] = whole.cpu()
+        del whole  # before the next one is gathered
+    return kept
 
 
 def shard_like(model: nn.Module, student: nn.Module) -> None:

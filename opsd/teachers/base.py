@@ -254,7 +254,7 @@ class Teacher(ABC):
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the tensors that a resumed run needs and cannot make again."""
+        """Return the tensors that a resumed run needs and cannot make again; sharded ones as they are."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opsd.errors import AlignmentError, CheckpointError, TeacherError
 from opsd.models.forward import embedded_tokens
+from opsd.models.sharding import gathered_on_cpu
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import DenseSignal, TeacherSignal, TopKSignal
 from opsd.teachers.student import StudentHandle
@@ -162,8 +163,12 @@ def check_settings(settings: Any, name: str) -> None:
         )
 
 
-def saved_state(teacher: Any) -> Mapping[str, Tensor]:
-    """Return a teacher's state for a checkpoint.
+def saved_state(teacher: Any, keep: bool = True) -> Mapping[str, Tensor]:
+    """Return a teacher's state for a checkpoint, whole and in CPU memory; a collective where it is sharded.
+
+    Args:
+        teacher: the teacher.
+        keep: whether this process writes the checkpoint. The others take part in gathering and keep nothing.
 
     Raises:
         TeacherError: `state_dict` returned something else than tensors by name.
@@ -176,7 +181,7 @@ def saved_state(teacher: Any) -> Mapping[str, Tensor]:
             f"teacher {teacher.strategy!r}: state_dict returned {kinds!r:.200}. A checkpoint stores it as tensors by "
             "name. Return {name: tensor}; a number becomes torch.tensor(number)."
         )
-    return state
+    return gathered_on_cpu(state, keep)
 
 
 def load_state(teacher: Any, state: Mapping[str, Tensor]) -> None:

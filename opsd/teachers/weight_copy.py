@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from opsd.models.forward import evaluating, last_hidden, probe
 from opsd.models.sharding import (
-    full_tensor,
     is_sharded,
     local_shard,
     plain_name,
@@ -120,8 +119,8 @@ class WeightCopy:
             local_shard(value).copy_(local_shard(p))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the values by name, whole; a collective where they are sharded."""
-        return {name: full_tensor(value) for name, value in self.values.items()}
+        """Return the values by name, sharded where the model is: whoever writes them gathers one at a time."""
+        return dict(self.values)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take values by name, in place; the caller has checked the names."""

@@ -43,7 +43,7 @@ def write(
 
     Args:
         folder: the checkpoint.
-        tensors: the teacher's state.
+        tensors: the teacher's state, in CPU memory.
         facts: what a resumed run must have in common with this one.
         step: optimizer steps done.
         processes: number of processes; each writes its random state.
@@ -53,7 +53,7 @@ def write(
     # A folder that is written again, after a resume from an earlier step, is incomplete until the trainer has written.
     (folder / TRAINER_STATE).unlink(missing_ok=True)
     temporary = folder / f".{TENSORS}"
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, temporary)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
     temporary.replace(folder / TENSORS)
     write_json(folder / FACTS, {"step": step, "processes": processes, "pending": pending or {}, **facts})
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -49,6 +49,7 @@ from opsd.training.controls import control_of
 from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
+from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics
@@ -56,7 +57,8 @@ from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_card import run_card, write_run_card
-from opsd.training.vllm_logprobs import UNKNOWN, EngineLogprobs
+from opsd.training.vllm_logprobs import UNKNOWN
+from opsd.training.vllm_sync import prepare_engine
 
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -143,7 +145,9 @@ class OPSDTrainer(DistillationTrainer):
             peft_config=peft_config,
             tools=tools,
         )
-        self._engine = EngineLogprobs(self.vllm_generation) if args.use_vllm and args.importance_clip else None
+        keep_float32_sums(self.accelerator)
+        keep_logprobs = args.importance_clip is not None
+        self._engine = prepare_engine(self.vllm_generation, keep_logprobs) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
         self._eval_sizes = BatchSizes()
         self._prepare_teacher()
@@ -209,7 +213,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[Ids]:
         """Sample in the precision that trains; autocast also caches the cast weights for the whole rollout."""
-        with self.accelerator.autocast():
+        # vLLM computes in its own precision, and autocast would reach into an engine that lives in this process.
+        with nullcontext() if self.use_vllm else self.accelerator.autocast():
             return super()._generate_single_turn(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
@@ -352,7 +357,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, with its model card (README.md) and its run card."""
-        super().save_model(output_dir, _internal_call)
+        with whole_state_dict(self.accelerator):
+            super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             self.create_model_card()
             copy_cards(Path(self.args.output_dir), Path(output_dir or self.args.output_dir))
@@ -368,7 +374,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
-        state = saved_state(self.teacher)  # in every process: a collective where values are sharded
+        # In every process: a collective where values are sharded.
+        state = saved_state(self.teacher, keep=self.args.should_save)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
