@@ -170,7 +170,13 @@ class Combination:
     def settings(self) -> dict[str, Any]:
         tables = ((LOSSES, self.loss), (TERMS, self.terms), (SELECTIONS, self.selection), (GROUPS, self.groups))
         chosen = [table[name] for table, name in (*tables, (SAMPLING, self.sampling))]
-        together = {"max_steps": STEPS, "max_completion_length": 5, "seed": self.seed, "per_device_eval_batch_size": 2}
+        together = {
+            "max_steps": STEPS,
+            "max_completion_length": 5,
+            "seed": self.seed,
+            "learning_rate": 3e-2,
+            "per_device_eval_batch_size": 2,
+        }
         for each in (*chosen, BATCHES[self.batch], {"bf16": self.precision == "bfloat16"}):
             together |= each
         return together

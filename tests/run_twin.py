@@ -178,12 +178,9 @@ class Twin:
         ]
         scored = [(n, [p for p, used in enumerate(mask) if used]) for n, mask in enumerate(masks) if any(mask)]
         total = sum(len(places) for _, places in scored)
-        others = (
-            {"reward": fmean(graded["reward"]), "group/distilled": fmean(graded["distilled"])}
-            if graded["reward"]
-            else {}
-        )
-        record = Expected(total, others=others)
+        record = Expected(total, dict.fromkeys(("loss", "divergence", "entropy"), 0.0))
+        if graded["reward"]:
+            record.others = {"reward": fmean(graded["reward"]), "group/distilled": fmean(graded["distilled"])}
         if total:
             self._add_loss(record, batch, graded, scored, gradient)
         return record

@@ -137,12 +137,11 @@ class SameCheckpointTeacher(SelfTeacher):
 
     def load_weights(self, student: StudentHandle) -> None:
         """Copy the trainable weights, or nothing where switching the adapter off gives the same, now and later."""
-        model = student.model
-        if not (
-            hasattr(model, "disable_adapter")
-            and all(p in adapter_parameters(model) for p in model.parameters() if p.requires_grad)
-            and adapter_adds_nothing(model, len(student.tokenizer))
-        ):
+        model, inside = student.model, adapter_parameters(student.model)
+        only_adapter = hasattr(model, "disable_adapter") and all(
+            p in inside for p in model.parameters() if p.requires_grad
+        )
+        if not (only_adapter and adapter_adds_nothing(model, len(student.tokenizer))):
             super().load_weights(student)
 
     def active_weights(self) -> AbstractContextManager[None]:
