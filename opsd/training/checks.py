@@ -1,6 +1,7 @@
 """Checks of settings, models, adapters and sharding: what cannot work is refused before it costs an hour.
 
-Knows settings, a model and a teacher; changes none of them. Rows are checked in `dataset.py`.
+Knows settings, a model and a teacher; changes none of them, except that a text in place of a list in an adapter's
+settings becomes a list. Rows are checked in `dataset.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import nn
 
-from opsd.errors import ConfigError, did_you_mean
+from opsd.errors import ConfigError, did_you_mean, read_lists
 from opsd.evaluation.plan import METRIC, EvaluationPlan
 from opsd.teachers import Teacher
 from opsd.teachers.weight_copy import adapter_adds_nothing, digest
@@ -146,6 +147,7 @@ def check_settings(
     check_importance(args.importance_clip, has_tools)
     check_sharding(args, evaluates=evaluation is not None)
     if peft_config is not None:
+        vars(peft_config).update(read_lists(type(peft_config), vars(peft_config)))
         check_adapter(peft_config)
     check_gate_metrics(teacher, args, eval_dataset, groups, EvaluationPlan.parse(evaluation))
     if args.seq_kd and not teacher.can_sample:
