@@ -41,7 +41,7 @@ from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
 from opsd.teachers.checks import load_state, saved_state
-from opsd.training import checkpoints, checks
+from opsd.training import checkpoints, checks, precision
 from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
@@ -120,6 +120,7 @@ class OPSDTrainer(DistillationTrainer):
         checkpoints.check_writable(args.output_dir)
         self.groups = Groups.from_config(args, reward_funcs)
         checks.check_settings(args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, bool(tools))
+        precision.check_dtype(model, args, peft_config)
         self.scorer = Scorer(args, self.teacher)
         train_dataset, eval_dataset, questions = prepare_datasets(
             train_dataset, eval_dataset, args, self.scorer, self.groups, has_plan=evaluation is not None
@@ -161,6 +162,8 @@ class OPSDTrainer(DistillationTrainer):
         checks.check_text_only(self._is_vlm)
         student = self.accelerator.unwrap_model(self.model)
         trainable = checks.check_student(student)
+        if line := precision.widen_adapter(student):
+            self._say(line)
         broadcast_parameters(student)  # DDP would do so only after teachers have copied
         if self.args.disable_dropout:
             without_dropout(student)
