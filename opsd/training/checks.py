@@ -14,9 +14,11 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError, did_you_mean, read_lists
 from opsd.evaluation.plan import METRIC, EvaluationPlan
+from opsd.models.vocabulary import check_is_tokenizer
 from opsd.teachers import Teacher
 from opsd.teachers.weight_copy import adapter_adds_nothing, digest
 from opsd.training.groups import Groups
@@ -41,17 +43,18 @@ def check_student(student: nn.Module) -> list[str]:
     return trainable
 
 
-def check_text_only(reads_images: bool) -> None:
-    """Refuse a model that reads images.
+def check_reads_text(reads_images: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that reads images, or has no tokenizer.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: names which.
     """
     if reads_images:
         raise ConfigError(
             "this model reads images, and version 1 of opsd trains text models only. Its prompts would reach the "
             "teacher without their images. Use a text model."
         )
+    check_is_tokenizer(tokenizer)
 
 
 def check_sharding(args: Any, evaluates: bool = False) -> None:
