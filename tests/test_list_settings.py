@@ -24,7 +24,8 @@ OF_A_RUN = list_settings(OPSDConfig)
 
 
 def test_the_lists_of_a_config_are_those_that_its_annotations_say() -> None:
-    declared = {f.name for f in OPSDConfig.__dataclass_fields__.values() if str(f.type).startswith("list[")}
+    annotations = {k: v for cls in OPSDConfig.__mro__ for k, v in vars(cls).get("__annotations__", {}).items()}
+    declared = {name for name, hint in annotations.items() if str(hint).startswith("list[")}
     assert OF_A_RUN.keys() == declared >= {"mask_tokens", "reward_weights", "label_names"}
 
 
