@@ -51,7 +51,7 @@ sft.train()
 sft.save_model()
 
 trainer = OPSDTrainer(
-    model=sft.model,  # the PeftModel with the trained adapter: no new adapter is made, none is merged
+    sft,  # its PeftModel with the trained adapter (no new one is made, none is merged), its tokenizer and chat template
     teacher=SameCheckpointTeacher(context="answer_only"),
     args=OPSDConfig(output_dir=f"{options.output}/opsd", max_completion_length=32, learning_rate=1e-4, **shared),
     train_dataset=rows,

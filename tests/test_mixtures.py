@@ -248,7 +248,7 @@ def test_a_mixture_that_is_no_distribution_or_no_model_is_refused_as_it_is_read(
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("weights", [["1e-1", 0.9], 0.5, "0.5", [None, 1.0]])
+@pytest.mark.parametrize("weights", [["1e-1", 0.9], "0.5", [None, 1.0]])
 def test_weights_that_are_no_numbers_are_refused(weights: Any) -> None:
     with pytest.raises(ConfigError, match="number"):
         MixtureTeacher([LiveTeacher(), EMATeacher(0.9)], weights)

@@ -46,12 +46,10 @@ def main(arguments: Sequence[str]) -> int:
         columns = [*row_columns(dataset), *(columns or [])]
         rows = list(dataset.take(ROWS))
     if options.model:
-        from transformers import AutoTokenizer
-
         from opsd.contexts.renderer import PromptRenderer
-        from opsd.models.loading import check_model_name
+        from opsd.models.loading import load_tokenizer
 
-        renderer = PromptRenderer(AutoTokenizer.from_pretrained(check_model_name(options.model)))
+        renderer = PromptRenderer(load_tokenizer(options.model))
     console, failed = Console(), False
     for template in options.templates:
         examination = Examination(lint(template, columns=columns, rows=rows, renderer=renderer))

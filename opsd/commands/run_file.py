@@ -7,14 +7,14 @@ and no model.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trl import ModelConfig, TrlParser
 
-from opsd.errors import ConfigError, did_you_mean
+from opsd.errors import ConfigError, did_you_mean, read_lists
 from opsd.teachers import Recipe, recipe_of
 from opsd.teachers.recipes import read_yaml
 from opsd.training.config import OPSDConfig, check_renamed
@@ -91,6 +91,9 @@ class Run:
     recipe: Recipe | None
 
 
+SETTINGS = (RunArguments, OPSDConfig, ModelConfig)
+
+
 class RunParser(TrlParser):
     """TRL's parser; a mistake is an error with a hint instead of two pages of usage."""
 
@@ -117,7 +120,7 @@ class RunParser(TrlParser):
 
 def make_parser() -> RunParser:
     """Return the parser of `opsd train`."""
-    return RunParser((RunArguments, OPSDConfig, ModelConfig), prog="opsd train", usage=argparse.SUPPRESS)
+    return RunParser(SETTINGS, prog="opsd train", usage=argparse.SUPPRESS)
 
 
 def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
@@ -138,10 +141,10 @@ def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
     recipe = recipe_of(_last_value(overrides, "teacher") or config.get("teacher"))
     if recipe is not None:
         parser.check(recipe.args, "the recipe's args")
-        parser.set_defaults_with_config(**recipe.args)
+        parser.set_defaults_with_config(**_with_lists(recipe.args))
     # Mappings pass through unchanged: the trainer reads a recipe or a context from one.
     config.pop("env", None)
-    parser.set_defaults_with_config(**config)
+    parser.set_defaults_with_config(**_with_lists(config))
     run, args, model = parser.parse_args_into_dataclasses(args=list(overrides))
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", run.dataset_name)):
         if not value:
@@ -149,6 +152,14 @@ def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
     if isinstance(run.evaluation, str):
         run.evaluation = read_yaml(Path(run.evaluation))
     return Run(run, args, model, recipe)
+
+
+def _with_lists(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a file with a list for each setting that takes one; argparse would keep a text as it is."""
+    values = dict(config)
+    for settings in SETTINGS:
+        values = read_lists(settings, values)
+    return values
 
 
 def _last_value(overrides: Sequence[str], key: str) -> Any:

@@ -13,7 +13,7 @@ from rich.columns import Columns
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.text import Text
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from opsd.commands.build import rows_of
 from opsd.commands.run_file import Run, read_run
@@ -23,7 +23,7 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.data.prepare import prepare_rows
 from opsd.data.rows import completion_of
 from opsd.errors import ConfigError
-from opsd.models.loading import check_model_name
+from opsd.models.loading import load_tokenizer
 from opsd.teachers import Teacher, load_teacher
 from opsd.training.controls import control_of
 from opsd.training.groups import placeholders
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     for number in options.row:
         if not 0 <= number < len(rows):
             raise ConfigError(f"the dataset has rows 0 to {len(rows) - 1}, and row {number} was asked for.")
-    tokenizer = AutoTokenizer.from_pretrained(
-        check_model_name(run.model.model_name_or_path or ""),
+    tokenizer = load_tokenizer(
+        run.model.model_name_or_path or "",
         revision=run.model.model_revision,
         trust_remote_code=run.args.trust_remote_code,
     )

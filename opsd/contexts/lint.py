@@ -19,7 +19,7 @@ from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.template import PROMPT_NAMES
 from opsd.data.values import OTHER, WRONG, text_of
-from opsd.errors import OPSDError, TemplateError, UnsafeTemplateError, did_you_mean
+from opsd.errors import OPSDError, TemplateError, UnsafeTemplateError, as_list, did_you_mean
 from opsd.findings import Finding, listed
 
 ADDED = (*ROLLOUT_FIELDS, WRONG)  # columns that training or a control adds
@@ -57,7 +57,7 @@ def lint(
     return [
         Finding("syntax", "pass", f"the template and its parents parse; it needs {needs}."),
         *_unused_fields(context),
-        *_missing_columns(context, columns),
+        *_missing_columns(context, as_list("columns", columns)),
         *_assistant_leaks(context),
         *_placeholders(context, rows),
         *_chat_markers(context),

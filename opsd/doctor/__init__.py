@@ -22,7 +22,7 @@ from opsd.doctor.lift import check_lift
 from opsd.doctor.patient import Patient
 from opsd.doctor.prompts import check_prompts
 from opsd.doctor.tokenizers import check_tokenizers
-from opsd.errors import ConfigError, OPSDError, not_one_of
+from opsd.errors import ConfigError, OPSDError, as_list, not_one_of
 from opsd.findings import Examination, Finding
 from opsd.training.trainer import OPSDTrainer
 
@@ -72,7 +72,7 @@ def examine(
             f"this run is the control {trainer.args.control!r}, whose teacher is meant to teach little, and the doctor "
             "would fail it for that. Examine the method itself: leave --control out."
         )
-    start, chosen = time.perf_counter(), list(only) or list(CHECKS)
+    start, chosen = time.perf_counter(), list(as_list("only", only)) or list(CHECKS)
     for name in chosen:
         if name not in CHECKS:
             raise ConfigError(not_one_of("a check", name, CHECKS))

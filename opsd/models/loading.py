@@ -13,17 +13,11 @@ import torch
 from accelerate.utils import broadcast, extract_model_from_parallel
 from peft import AutoPeftModelForCausalLM
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 
 from opsd.errors import ConfigError
+from opsd.models.vocabulary import check_adapter_vocabulary, check_has_tokenizer, check_is_tokenizer, is_adapter
 from opsd.sources import is_hub_id
-
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-def is_adapter(model: str) -> bool:
-    """Tell whether a model's name is a folder that holds a PEFT adapter."""
-    return (Path(model) / ADAPTER_CONFIG).is_file()
 
 
 def check_model_name(model: str) -> str:
@@ -68,13 +62,35 @@ def broadcast_parameters(model: nn.Module) -> None:
         broadcast(p.data, from_process=0)
 
 
+def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model's own folder or hub id, which pads on the left.
+
+    Args:
+        model: a folder or a hub id.
+        kwargs: for `from_pretrained`: `revision`, `trust_remote_code`.
+
+    Raises:
+        ConfigError: no such model, or a folder without a tokenizer; an adapter's base is not asked.
+    """
+    check_has_tokenizer(check_model_name(model))
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **kwargs)
+    check_is_tokenizer(tokenizer)
+    return tokenizer
+
+
 def load_model(
-    model: str, *, trust_remote_code: bool = False, trainable: bool = False, **kwargs: Any
+    model: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+    trainable: bool = False,
+    **kwargs: Any,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """Return a model and its tokenizer.
 
     Args:
         model: a folder, a hub id, or a folder with an adapter.
+        tokenizer: the model's; None loads it from the same place.
         trust_remote_code: whether code that came with the weights may run.
         trainable: whether a loaded adapter is trainable.
         kwargs: for `from_pretrained`; dtype is float32 by default.
@@ -83,17 +99,46 @@ def load_model(
         The model, on the GPU where there is one, and its tokenizer, which pads on the left.
 
     Raises:
-        ConfigError: no such model.
+        ConfigError: no such model, no tokenizer, or an adapter whose tokenizer does not fit its base.
     """
     check_model_name(model)
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
+    if tokenizer is None:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if is_adapter(model):
+        check_adapter_vocabulary(model, tokenizer, trust_remote_code=trust_remote_code)
         loaded = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=trainable, **kwargs)
     else:
         loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code, padding_side="left")
-    return loaded.to(device), tokenizer
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def student_of(given: Any, tokenizer: Any) -> tuple[str | nn.Module, Any]:
+    """Return a student and its tokenizer as training left them; loads nothing.
+
+    Args:
+        given: a model id, a folder, a loaded model, or a transformers Trainer, whose model and tokenizer are taken.
+        tokenizer: the user's, or None.
+
+    Returns:
+        The model or its name, and the tokenizer or None, where the model's own place has it.
+
+    Raises:
+        ConfigError: nothing says for certain which tokenizer and chat template the model was trained with.
+    """
+    if isinstance(given, Trainer):
+        given, tokenizer = given.model, tokenizer or given.processing_class
+    if tokenizer is None and isinstance(given, str):
+        check_has_tokenizer(given)
+    elif tokenizer is None:
+        base = getattr(getattr(given, "config", None), "_name_or_path", "") or "…"
+        raise ConfigError(
+            "a loaded model needs processing_class: the tokenizer and chat template that it was trained with. Its "
+            f"config names only where its weights were first loaded from ({base}), and fine-tuning may have changed "
+            "both since. Give the trainer itself, OPSDTrainer(sft, …), or processing_class=sft.processing_class; for "
+            f"a model that was not trained since, processing_class=AutoTokenizer.from_pretrained({base!r})."
+        )
+    return given, tokenizer
 
 
 def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str | nn.Module, Any]:
@@ -112,5 +157,4 @@ def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str 
         return model, tokenizer
     kwargs = {key: value for key, value in args.model_init_kwargs.items() if value is not None}
     args.model_init_kwargs = None
-    loaded, its_tokenizer = load_model(model, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)
-    return loaded, tokenizer or its_tokenizer
+    return load_model(model, tokenizer=tokenizer, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsd.errors import ConfigError, as_number
+from opsd.errors import ConfigError, as_list, as_number
 from opsd.rollouts import Rollouts
 from opsd.signals import HiddenSignal, MixtureSignal, TeacherSignal, check_mixture
 from opsd.teachers.base import Teacher, TeacherView
@@ -51,11 +51,11 @@ class MixtureTeacher(CompositeTeacher):
         _check_parts(parts)
         prompts = None
         if contexts is not None:
-            prompts = CompositePrompts(self, _prompts_of(list(parts.values()), contexts, context))
+            prompts = CompositePrompts(
+                self, _prompts_of(list(parts.values()), as_list("contexts", contexts, object), context)
+            )
             parts = dict.fromkeys(prompts.parts, parts["0"])
-        if isinstance(weights, str) or not isinstance(weights, Sequence):
-            raise ConfigError(f"weights is a list, one number for each part, and not {weights!r}.")
-        self.weights, self.kind = [as_number("a weight", weight) for weight in weights], kind
+        self.weights, self.kind = [as_number("a weight", each) for each in as_list("weights", weights, float)], kind
         check_mixture(len(parts), self.weights, kind)
         super().__init__(parts, prompts=prompts, context=context)
 

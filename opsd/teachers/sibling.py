@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError, TeacherError
-from opsd.models.loading import check_model_name, without_autocast
+from opsd.models.loading import check_model_name, load_tokenizer, without_autocast
 from opsd.models.sharding import shard_like
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.placement import Placement
@@ -38,7 +38,7 @@ class SiblingTeacher(LocalTeacher):
         offload: keep it in CPU memory between passes.
         quantize: "8bit" or "4bit", where bitsandbytes is installed.
         attn_implementation: as transformers names it.
-        tokenizer: its tokenizer; None loads it from where the model came from.
+        tokenizer: its tokenizer; None loads that of the folder or hub id. A loaded model needs it.
         context: what its prompt contains beside the student's.
 
     Raises:
@@ -94,12 +94,12 @@ class SiblingTeacher(LocalTeacher):
         load = {"revision": self.revision, "trust_remote_code": student.trust_remote_code}
         tokenizer = self._tokenizer
         if tokenizer is None:
-            if not self.source:
+            if isinstance(self._given, nn.Module):
                 raise ConfigError(
-                    "this teacher model does not say where it came from, so its tokenizer cannot be compared with the "
-                    "student's. Pass it: SiblingTeacher(model, tokenizer=…)."
+                    "a loaded teacher model does not say which tokenizer and chat template it was trained with, so "
+                    "they cannot be compared with the student's. Pass it: SiblingTeacher(model, tokenizer=…)."
                 )
-            tokenizer = AutoTokenizer.from_pretrained(self.source, **load)
+            tokenizer = load_tokenizer(self.source, **load)
         check_same_tokenizer(student.tokenizer, tokenizer)
         if isinstance(self._given, nn.Module):
             _check_apart(self._given, student.model)

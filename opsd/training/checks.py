@@ -1,6 +1,7 @@
 """Checks of settings, models, adapters and sharding: what cannot work is refused before it costs an hour.
 
-Knows settings, a model and a teacher; changes none of them. Rows are checked in `dataset.py`.
+Knows settings, a model and a teacher; changes none of them, except that a text in place of a list in an adapter's
+settings becomes a list. Rows are checked in `dataset.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any
 
 from peft import PeftConfig
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from opsd.errors import ConfigError, did_you_mean
+from opsd.errors import ConfigError, did_you_mean, read_lists
 from opsd.evaluation.plan import METRIC, EvaluationPlan
+from opsd.models.vocabulary import check_is_tokenizer
 from opsd.teachers import Teacher
 from opsd.teachers.weight_copy import adapter_adds_nothing, adapter_parameters, digest
 from opsd.training.groups import Groups
@@ -40,17 +43,18 @@ def check_student(student: nn.Module) -> list[str]:
     return trainable
 
 
-def check_text_only(reads_images: bool) -> None:
-    """Refuse a model that reads images.
+def check_reads_text(reads_images: bool, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that reads images, or has no tokenizer.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: names which.
     """
     if reads_images:
         raise ConfigError(
             "this model reads images, and version 1 of opsd trains text models only. Its prompts would reach the "
             "teacher without their images. Use a text model."
         )
+    check_is_tokenizer(tokenizer)
 
 
 def check_sharding(args: Any, evaluates: bool = False) -> None:
@@ -146,6 +150,7 @@ def check_settings(
     check_importance(args.importance_clip, has_tools)
     check_sharding(args, evaluates=evaluation is not None)
     if peft_config is not None:
+        vars(peft_config).update(read_lists(type(peft_config), vars(peft_config)))
         check_adapter(peft_config)
     check_gate_metrics(teacher, args, eval_dataset, groups, EvaluationPlan.parse(evaluation))
     if args.seq_kd and not teacher.can_sample:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from trl import DistillationConfig
 
-from opsd.errors import ConfigError, OPSDWarning
+from opsd.errors import ConfigError, OPSDWarning, read_lists
 from opsd.losses.divergence import DivergenceSettings
 from opsd.losses.objective import Objective, ObjectiveSettings
 from opsd.training.controls import CONTROLS, control_of
@@ -131,6 +131,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
     bf16_is_default = False  # no setting: whether `bf16` was chosen here, so that a resumed run may take its own
 
     def __post_init__(self) -> None:
+        self.__dict__.update(read_lists(type(self), self.__dict__))
         control = control_of(self.control)
         for name, value in control.settings.items() if control else ():
             setattr(self, name, value)

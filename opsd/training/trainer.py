@@ -25,7 +25,7 @@ from datasets import Dataset, IterableDataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback, TrainerControl
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import DistillationTrainer
 
@@ -36,12 +36,12 @@ from opsd.evaluation.run_folder import CARD
 from opsd.findings import Examination
 from opsd.losses import LossOutput
 from opsd.models.forward import check_lengths, check_model, context_length, evaluating
-from opsd.models.loading import broadcast_parameters, ready_model, without_dropout
+from opsd.models.loading import broadcast_parameters, ready_model, student_of, without_dropout
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
 from opsd.teachers.checks import load_state, saved_state
-from opsd.training import checkpoints, checks
+from opsd.training import checkpoints, checks, precision
 from opsd.training.averages import BatchSizes, mean_over_processes
 from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
@@ -71,13 +71,14 @@ class OPSDTrainer(DistillationTrainer):
     >>> trainer.save_model()
 
     Args:
-        model: the student: a model id, a folder, a loaded model, or a PeftModel with a trainable adapter.
+        model: the student: a model id, a folder, a trainer (`sft`, whose model and tokenizer go on), or a loaded
+            model, also a PeftModel with a trainable adapter, with its `processing_class`.
         teacher: a Teacher; a recipe's name (`"ema"`) or path; a model id or folder (= sibling); a mapping; or None
             for the same checkpoint, frozen.
         args: an OPSDConfig.
         train_dataset: rows with `prompt` (text or messages) or chat `messages`; other columns reach the teacher only.
         eval_dataset: like `train_dataset`, or a dict of such.
-        processing_class: the tokenizer; None loads the model's.
+        processing_class: the tokenizer, with its chat template; None takes the trainer's, or that of the model's place.
         callbacks, optimizers: as in transformers' Trainer.
         quantization_config, peft_config: as in TRL's trainers; the latter wraps the model in an adapter.
         tools: functions the student may call while it samples, as in TRL.
@@ -100,7 +101,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | nn.Module | Trainer,
         teacher: Teacher | str | os.PathLike[str] | Mapping[str, Any] | None = None,
         *,
         args: OPSDConfig | None = None,
@@ -115,6 +116,7 @@ class OPSDTrainer(DistillationTrainer):
         reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] | None = None,
         evaluation: EvaluationPlan | Mapping[str, Any] | None = None,
     ):
+        model, processing_class = student_of(model, processing_class)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
         checkpoints.restore_number_format(args)
         self.recipe = recipe_of(teacher)
@@ -123,6 +125,7 @@ class OPSDTrainer(DistillationTrainer):
         checkpoints.check_writable(args.output_dir)
         self.groups = Groups.from_config(args, reward_funcs)
         checks.check_settings(args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, bool(tools))
+        precision.check_dtype(model, args, peft_config)
         self.scorer = Scorer(args, self.teacher)
         train_dataset, eval_dataset, questions = prepare_datasets(
             train_dataset, eval_dataset, args, self.scorer, self.groups, has_plan=evaluation is not None
@@ -164,9 +167,11 @@ class OPSDTrainer(DistillationTrainer):
     # ---- before the first step --------------------------------------------------------------------------------
 
     def _prepare_teacher(self) -> None:
-        checks.check_text_only(self._is_vlm)
+        checks.check_reads_text(self._is_vlm, self._tokenizer)
         student = self.accelerator.unwrap_model(self.model)
         trainable = checks.check_student(student)
+        if line := precision.widen_adapter(student):
+            self._say(line)
         broadcast_parameters(student)  # DDP would do so only after teachers have copied
         if self.args.disable_dropout:
             without_dropout(student)
