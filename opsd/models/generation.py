@@ -183,7 +183,7 @@ def _as_ids(ids: int | Collection[int] | None) -> list[int]:
 
 
 def _settings_of(model: nn.Module) -> GenerationConfig:
-    return model.generation_config  # type: ignore[return-value]
+    return model.generation_config
 
 
 @contextmanager

@@ -135,7 +135,8 @@ def check_sampling(args: Any, objective: Objective) -> None:
     for name, setting, value in _values(args):
         if value is not None and not setting.fits(value):
             raise ConfigError(
-                f"{name} must be {setting.values}, and is {value!r}. Leave it out to sample from the whole distribution."
+                f"{name} must be {setting.values}, and is {value!r}. Leave it out to sample from the whole "
+                "distribution."
             )
     ends = (given or {}).get(ENDS, [])
     if not all(isinstance(each, int) and each >= 0 for each in (ends if isinstance(ends, list | tuple) else [ends])):
@@ -336,10 +337,8 @@ class SamplingCheck:
 
     def __call__(self, record: LossOutput, rollouts: Rollouts) -> LossOutput:
         """Return the record of a micro-batch with one more metric, and compare all tokens seen so far."""
-        own = [
-            is_own for is_own, mask in zip(rollouts.on_policy, rollouts.loss_mask or (), strict=True) for m in mask if m
-        ]
-        own_N = torch.tensor(own, dtype=torch.bool, device=record.entropy_N.device)
+        scored = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()])
+        own_N = torch.tensor(rollouts.on_policy).repeat_interleave(scored).to(record.entropy_N.device)
         gap_N = sampling_gap(record).masked_fill(~own_N, 0.0)
         if not (self.selects or self.has_spoken):
             self.agreement.add(gap_N[own_N], record.entropy_N[own_N])
@@ -350,9 +349,8 @@ class SamplingCheck:
         if self.agreement.differs:
             self.has_spoken = True
             cause, way_out = explain(self.args)
-            self.notify(
-                f"rollouts    not the student's own distribution: {self.agreement.describe()}. {cause}. {way_out}"
-            )
+            line = f"{self.agreement.describe()}. {cause}. {way_out}"
+            self.notify(f"rollouts    not the student's own distribution: {line}")
 
 
 def sampling_gap(record: LossOutput) -> Tensor:
