@@ -110,6 +110,13 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function in the sum. Unset: 1 each."}
     )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More settings of sampling, by the engine's names: eos_token_id (ids that end a completion beside "
+            "the model's and the tokenizer's own), and what reshapes the distribution, such as suppress_tokens."
+        },
+    )
     bf16: bool | None = field(
         default=None,
         metadata={
