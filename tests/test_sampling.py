@@ -16,6 +16,7 @@ from datasets import Dataset
 from helpers import logged, make_args, make_student, make_trainer
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
+from trl import DistillationTrainer
 
 from opsd import SiblingTeacher
 from opsd.errors import ConfigError, OPSDWarning
@@ -232,7 +233,7 @@ def test_another_models_samples_end_where_the_students_end(tmp_path: Path) -> No
     assert all(not set(ENDS) & set(ids[:-1]) for ids in answers) and any(ids[-1] in ENDS for ids in answers)
 
 
-def test_the_engines_completions_are_cut_and_it_gets_all_ends(tmp_path: Path) -> None:
+def test_a_vllm_engine_gets_all_ends(tmp_path: Path) -> None:
     """vLLM reads the ends of the folder it loads: it knows neither generation_kwargs nor a model changed in Python."""
     from opsd.training.sampling import prepare_sampling
 
@@ -243,6 +244,13 @@ def test_the_engines_completions_are_cut_and_it_gets_all_ends(tmp_path: Path) ->
         args = make_args(tmp_path, use_vllm=True, generation_kwargs={"eos_token_id": 7, "min_tokens": 1})
     prepare_sampling(args, make_llama(), make_tokenizer(), engine := Engine())
     assert engine.generation_kwargs == {"min_tokens": 1, "stop_token_ids": [2, 7]}
+
+
+def test_completions_of_any_engine_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL cuts what transformers samples, and nothing that vLLM does."""
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda *a, **k: [[5, 2, 0, 2], [5, 6], []])
+    assert trainer._generate_single_turn([[1]] * 3, None, {}) == [[5, 2], [5, 6], []]
 
 
 def test_an_end_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
