@@ -30,7 +30,7 @@ from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
 from opsd.contexts.trial import render_in_subprocess, try_template
 from opsd.contexts.truncation import Boundary, Side, check_cut, first_share, longest_that_fits
 from opsd.data.needs import Need, Row
-from opsd.data.values import OTHER, at_path, is_empty, text_of
+from opsd.data.values import OTHER, at_path, is_empty, text_of, without_nan
 from opsd.errors import ConfigError, DataError, TemplateError, UnsafeTemplateError, did_you_mean
 
 REASON = "Without it the teacher's prompt would have no more information than the student's."
@@ -210,14 +210,15 @@ class PrivilegedContext(Context):
         """Return the template's variables for a row, without those that always mean the student's prompt."""
         columns = {**row, **(rollout_fields or {})}
         values = {**columns, **{field: at_path(columns, column) for field, column in self._column_names.items()}}
-        values |= self._constants
+        values = without_nan(values | self._constants)
         for field in sorted(self.template.fields):
             if is_empty(values.get(field)):
                 column = self._column(field)
+                has_column = column in values or column.partition(".")[0] in columns
                 columns_of_row = f"no column of this row: {', '.join(row)}.{did_you_mean(column, row)}"
                 raise TemplateError(
                     f"template {self.name!r} needs {column!r}, which is "
-                    f"{'empty here.' if column in values else columns_of_row}\n{REASON}\n"
+                    f"{'empty here.' if has_column else columns_of_row}\n{REASON}\n"
                     f"Fill it, drop the row, or make it optional: {{% if {field} is defined %}}."
                 )
         for field in self._template_fields & values.keys():

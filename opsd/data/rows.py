@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from opsd.data.values import text_of
+from opsd.data.values import is_empty, is_missing, text_of, without_nan
 from opsd.errors import DataError
 
 Row = dict[str, Any]
@@ -145,7 +145,7 @@ class RowPreparation:
         return problem and f"row {number}: {problem}"
 
     def prepared(self, row: Mapping[str, Any]) -> Row:
-        """Return the columns that a row without a problem gets."""
+        """Return the columns that a row without a problem gets; `row` is without NaN."""
         value = row[self.column]
         if isinstance(value, str):
             return {"prompt": value}
@@ -162,13 +162,18 @@ class RowPreparation:
         if isinstance(dataset, IterableDataset):
             return dataset.map(self._prepare_checked, with_indices=True, features=features, remove_columns=gone)
         # A cache made by another version of this file would be found by name.
-        return dataset.map(self.prepared, features=features, remove_columns=gone, load_from_cache_file=False)
+        return dataset.map(self._prepare, features=features, remove_columns=gone, load_from_cache_file=False)
+
+    def _prepare(self, row: Row) -> Row:
+        row = without_nan(row)
+        kept = {column: value for column, value in row.items() if column != "messages"}
+        return {**kept, **self.prepared(row)}
 
     def _prepare_checked(self, row: Row, number: int) -> Row:
-        problem = self.find_problem(row, number)
+        problem = self.find_problem(without_nan(row), number)
         if problem:
             raise self.error([problem], 1)
-        return self.prepared(row)
+        return self._prepare(row)
 
     def _open(self, turns: list[Row]) -> list[Row]:
         """Put the system turn before turns that have none."""
@@ -207,7 +212,7 @@ def _check_row(row: Mapping[str, Any], column: str) -> str | None:
         return f"`{column}` is None"
     if not isinstance(value, list if column == "messages" else str | list):
         return f"`{column}` is a {type(value).__name__}, neither text nor a list of messages"
-    if not (value.strip() if isinstance(value, str) else value):
+    if is_empty(value):
         return f"`{column}` is empty"
     return None if isinstance(value, str) else _check_turns(value, column)
 
@@ -255,5 +260,5 @@ def _normalise_message(message: dict[str, Any]) -> dict[str, Any]:
 def _without_none(value: Any) -> Any:
     """Drop the keys that Arrow filled with None, at every depth; a null that was meant cannot be told from those."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: _without_none(item) for key, item in value.items() if not is_missing(item)}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

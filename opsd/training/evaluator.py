@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.data.needs import check_rows
 from opsd.data.prepare import prepare_rows
+from opsd.data.values import is_empty
 from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
@@ -287,10 +288,10 @@ class Evaluator(TrainerCallback):
     def _traces(self) -> dict[str, Any] | None:
         """Return the NLL of the test rows' traces under student and teacher, in nats per token."""
         test, tokenizer = self.plan.test, self._student.tokenizer
-        column = next((name for name in TRACES if name in test.column_names and any(test[name])), None)
+        column = next((name for name in TRACES if name in test.column_names and not is_empty(list(test[name]))), None)
         if column is None or self._missing:
             return None
-        rows = [row for row in test if row[column]]
+        rows = [row for row in test if not is_empty(row[column])]
         traces: list[Ids] = [completion_ids({"completion": _as_completion(row[column])}, tokenizer) for row in rows]
         ids = [trace[: self._max_new_tokens] for trace in traces]
         logprobs_of_both = [self._logprobs(model, rows, ids) for model in (self._live, self._teacher)]
