@@ -15,6 +15,7 @@ from typing import Any
 
 from opsd.contexts.base import Context, ContextCounts, check_keys
 from opsd.contexts.filters import as_text
+from opsd.contexts.markup import check_not_a_chat
 from opsd.contexts.messages import (
     Prompt,
     Turns,
@@ -25,7 +26,7 @@ from opsd.contexts.messages import (
     with_blocks,
     with_conversations,
 )
-from opsd.contexts.renderer import THINK, PromptRenderer
+from opsd.contexts.renderer import THINK, THINK_END, PromptRenderer
 from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
 from opsd.contexts.trial import render_in_subprocess, try_template
 from opsd.contexts.truncation import Boundary, Side, check_cut, first_share, longest_that_fits
@@ -243,6 +244,7 @@ class PrivilegedContext(Context):
             blocks["system"] = self.system
         prefill = blocks["assistant"].removeprefix("\n")
         is_text = isinstance(row["prompt"], str)
+        check_not_a_chat(texts["user"], blocks["user"], self.name, renderer, is_turn=not is_text)
         prompt = self._text_prompt(row["prompt"], blocks, prefill) if is_text else with_blocks(turns, blocks)
         return prompt, prefill if renderer is None else self._open_thinking(prefill, renderer)
 
@@ -260,9 +262,9 @@ class PrivilegedContext(Context):
         if not self.bridge_thinking:
             return prefill
         header = renderer.opening + prefill
-        if header.rfind(THINK) > header.rfind("</think>"):
+        if header.rfind(THINK) > header.rfind(THINK_END):
             return prefill
-        if "</think>" in header:
+        if THINK_END in header:
             raise ConfigError(
                 f"bridge_thinking opens the teacher's thinking block, and its chat template has closed one: {header!r}."
                 "\nSwitch thinking on for the teacher: chat_template_kwargs={'enable_thinking': True}."

@@ -40,10 +40,11 @@ def prepare_rows(
 ) -> Dataset | IterableDataset:
     """Return rows as a run uses them, each checked: with a `prompt` that is text, or messages with text.
 
-    Rows with chat `messages` give `prompt` and `completion` (the text of the last turn where that is the assistant's,
-    else None). In messages, lists of text parts are joined and keys that are None, with which Arrow fills up what
-    other rows have, are dropped; other keys stay. In every column NaN becomes None. A map-style dataset is checked
-    here and now, a stream as it is read (its prompts; of what it needs, only the columns).
+    Rows with chat `messages` give `prompt` and `completion`: the text of the last turn where that is the assistant's,
+    else None; where some of these turns have reasoning or tool calls, the turn itself, as a list of one. In messages,
+    lists of text parts are joined and keys that are None, with which Arrow fills up what other rows have, are dropped;
+    other keys stay. In every column NaN becomes None. A map-style dataset is checked here and now, a stream as it is
+    read (its prompts; of what it needs, only the columns).
 
     Args:
         dataset: map-style or streaming; returned as it is where nothing needs to change.
@@ -63,7 +64,7 @@ def prepare_rows(
     sources = made_columns(reads, preparation.columns, imitates)
     ready_columns = [*preparation.columns, *sources]
     check_columns(ready_columns, needs, name)
-    preparation.check_system_prompt(next(iter(dataset), {}))
+    preparation.look_at_first(next(iter(dataset), {}), is_stream=isinstance(dataset, IterableDataset))
     if isinstance(dataset, IterableDataset):
         _check_stream(sources, imitates)
         return preparation.apply(dataset)
@@ -149,7 +150,8 @@ def _make(column: str, source: str, kept: Mapping[str, list[Any]]) -> list[Any]:
     """
     values, prompts = kept[source], kept["prompt"]
     if column == "completion":
-        return [None if is_empty(value) else str(value) for value in values]
+        # Messages stay as they are: `completion_of` reads them.
+        return [None if is_empty(v) else v if isinstance(v, list | dict) else str(v) for v in values]
     return [
         _near_miss(number, value) if column == WRONG and _is_whole(value) else _other(number, values, prompts, source)
         for number, value in enumerate(values)

@@ -13,6 +13,8 @@ from typing import Any
 
 from opsd.errors import DataError
 
+# Keys under which an assistant's turn has its thinking, apart from its text.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 # Columns that prepare.py makes for controls: a near miss of `answer`, and the X of another row under "other_X".
 WRONG, OTHER = "wrong_answer", "other_"
 

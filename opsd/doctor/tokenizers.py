@@ -133,7 +133,7 @@ def _ends(patient: Patient) -> Iterator[Finding]:
     stops = set(patient.trainer.eos_token_ids)
     stop_tokens = listed(sorted({patient.tokenizer.decode([token]) for token in stops}))
     is_chat = not isinstance(patient.student_prompts[0].messages, str)
-    end = _end_of_turn(patient.student.renderer) if is_chat else None
+    end = patient.student.renderer.end_of_turn if is_chat else None
     if end is not None and end not in stops:
         yield find(
             "warn",
@@ -157,18 +157,6 @@ def _ends(patient: Patient) -> Iterator[Finding]:
                 "Give both models the same end: generation_config.eos_token_id and the chat template must agree; or "
                 "leave the end out of the loss: mask_special_tokens: true.",
             )
-
-
-def _end_of_turn(renderer: PromptRenderer) -> int | None:
-    """Return the special token that a chat template writes after an assistant's text, or None."""
-    word = "opsd"
-    try:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
-        tail = renderer.transcript(turns).rpartition(word)[2]
-    except (ValueError, TypeError, jinja2.TemplateError):
-        return None
-    ids = renderer.tokenizer(text=tail, add_special_tokens=False)["input_ids"] if tail else []
-    return next((token for token in ids if token in renderer.tokenizer.all_special_ids), None)
 
 
 def _keywords(patient: Patient) -> Iterator[Finding]:
