@@ -140,7 +140,7 @@ def test_several_turns_are_no_completion() -> None:
     assert completion_of(row) == WEIGHED | {"content": "Yes."}
 
 
-@pytest.mark.parametrize("kind", ["map", "typed stream", "stream"])
+@pytest.mark.parametrize("kind", ["map", "stream"])
 def test_reasoning_of_a_chat_reaches_the_completion(kind: str) -> None:
     chats = [{"messages": [*ASKED, WEIGHED]}, {"messages": [*ASKED, {"role": "assistant", "content": "2"}]}]
     dataset = Dataset.from_list(chats)
