@@ -234,6 +234,11 @@ def asked(text: str, system: str | None = None) -> list[dict[str, str]]:
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
+def as_chat(text: str, header: str = "<|im_start|>assistant\n") -> str:
+    """A user's turn as a chat template writes it."""
+    return f"<|im_start|>user\n{text}<|im_end|>\n{header}"
+
+
 def long_word(row: dict[str, Any]) -> str:
     return "thermodynamics" + question(row)[8:11].replace(" ", "x")
 

@@ -227,12 +227,12 @@ def test_a_stream_can_be_read_twice_shuffled_and_resumed() -> None:
     [
         ({"completion": "text", "completion_ids": [3, 4]}, [3, 4]),
         ({"completion": "text", "completion_ids": None}, "text"),
-        ({"completion": [user("no"), assistant("first"), assistant([{"type": "text", "text": "last"}])]}, "last"),
+        ({"completion": [assistant([{"type": "text", "text": "the "}, {"text": "turn"}], name="a")]}, "the turn"),
         ({"completion": None}, None),
         ({}, None),
     ],
 )
-def test_ids_win_over_text_and_messages_give_their_last_assistant_turn(row: Any, completion: Any) -> None:
+def test_ids_win_over_text_and_messages_give_the_text_of_their_turn(row: Any, completion: Any) -> None:
     assert completion_of(row) == completion
 
 

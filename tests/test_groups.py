@@ -101,7 +101,7 @@ def test_a_sibling_is_the_first_other_correct_rollout_of_the_same_group() -> Non
 
 def test_feedback_belongs_to_its_own_rollout_and_blank_feedback_is_none() -> None:
     rollouts, found = graded([0.0] * 4, [None, "too few", " ", "too many"])
-    assert [made.get("feedback") for made in rollouts.rollout_fields] == [None, "too few", " ", "too many"]
+    assert [made.get("feedback") for made in rollouts.rollout_fields] == [None, "too few", None, "too many"]
     assert rollouts.is_distilled == [False, True, False, True] and found["group/without_context"] == 0.5
 
 

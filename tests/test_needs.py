@@ -63,11 +63,14 @@ def test_a_column_that_rows_may_leave_empty_must_be_there() -> None:
 
 
 def test_made_columns_are_checked_like_others() -> None:
-    """A blank hint is taken over from another row as it stands."""
-    need = Need(("other_hint",), "template 'a'", "Nothing is shown.").only_where(lambda row: row["prompt"] != "1?")
-    rows = Dataset.from_list([{"prompt": f"{n}?", "hint": " " if n == 1 else f"{n}"} for n in range(2)])
-    with pytest.raises(DataError, match="'other_hint', which is empty in 1 row of the train dataset: 0"):
-        prepare_rows(rows, reads=["other_hint"], needs=[need])
+    """A blank hint was taken over from another row as it stood."""
+    imitated = Need(("completion",), "a control", "It is trained on.").only_where(lambda row: row["prompt"] != "1?")
+    rows = Dataset.from_list([{"prompt": f"{n}?", "hint": " " * n, "solution": " " * (n + 1)} for n in range(2)])
+    with pytest.raises(DataError, match="'completion', which is empty in 1 row of the train dataset: 0"):
+        prepare_rows(rows, needs=[imitated], imitates=True)
+    with pytest.raises(DataError, match="no other row has a 'hint' that differs from row 0's"):
+        prepare_rows(rows, reads=["other_hint"])
+    need = Need(("other_hint",), "template 'a'", "Nothing is shown.")
     full = Dataset.from_list([{"prompt": f"{n}?", "hint": f"{n}"} for n in range(2)])
     assert prepare_rows(full, reads=["other_hint"], needs=[need])["other_hint"] == ["1", "0"]
 

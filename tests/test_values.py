@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from opsd import contexts
-from opsd.data.values import at_path, is_empty, text_of
+from opsd.data.values import at_path, is_empty, is_missing, text_of, without_nan
 from opsd.errors import DataError
 
 FILES = Path(contexts.__file__).parent.glob("[a-z]*.py")
@@ -25,9 +27,23 @@ def test_dotted_paths_reach_into_nested_columns_also_where_they_are_kept_as_json
     ]  # fmt: skip
 
 
-def test_empty_is_none_blank_or_without_items() -> None:
-    assert all(map(is_empty, (None, "", " \n", [], {}, ())))
-    assert not any(map(is_empty, (0, False, "x", [None], 0.0)))
+NAN = float("nan")
+
+
+def test_empty_is_none_nan_blank_or_without_items_that_are_not() -> None:
+    assert all(
+        map(is_empty, (None, NAN, np.float32("nan"), np.datetime64("NaT"), pd.NA, pd.NaT, "", " \n", [], {}, ()))
+    )
+    assert all(map(is_empty, ([None], [NAN, ""], {"truth": NAN}, {"a": [{"b": None}]})))
+    assert not any(map(is_empty, (0, False, "x", "nan", 0.0, np.float32(0), ["", 0], {"a": None, "b": 1})))
+
+
+def test_nan_becomes_none_at_every_depth_and_nothing_else_changes() -> None:
+    value = {"a": [1, NAN, {"b": NAN, "c": "nan"}], "d": (NAN, "")}
+    assert without_nan(value) == {"a": [1, None, {"b": None, "c": "nan"}], "d": [None, ""]}
+    whole = {"a": [1, None, {"b": 0.0}], "d": (True, "")}
+    assert without_nan(whole) is whole
+    assert [is_missing(each) for each in (None, NAN, pd.NA, "", [], 0)] == [True, True, True, False, False, False]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd.commands.build import rows_of
 from opsd.commands.run_file import Run, read_run
 from opsd.contexts.base import ROLLOUT_FIELDS
+from opsd.contexts.completions import completion_ids, end_of_answer, ended_ids
 from opsd.contexts.reading import parse_context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.prepare import prepare_rows
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console()
     for number in options.row:
         row = rows[number]
-        completion, origin = _completion(options.completion, row, tokenizer)
+        completion, origin = _completion(options.completion, row, renderer)
         sides = [("student", renderer.ids(row["prompt"]))]
         sides += [side for teacher in teachers for side in _teacher_sides(teacher, row, renderer, rollout_fields)]
         _show_row(console, tokenizer, sides, completion)
@@ -130,13 +131,13 @@ def _settings(options: argparse.Namespace) -> tuple[Run, list[Teacher]]:
     return run, [teacher.copy_with(teacher.prompts.with_context(parse_context(text))) for text in options.context]
 
 
-def _completion(given: str | None, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
+def _completion(given: str | None, row: Mapping[str, Any], renderer: PromptRenderer) -> tuple[list[int], str]:
     of_row = completion_of(row)
-    text = given if given is not None else of_row if of_row is not None else "(the rollout)"
-    origin = "given" if given is not None else "the row's completion" if of_row is not None else "a placeholder"
-    if isinstance(text, list):
-        return text, origin
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id], origin
+    if given is None and of_row is not None:
+        ids = of_row if isinstance(of_row, list) else completion_ids(renderer, row["prompt"], of_row)
+        return ids, "the row's completion"
+    end = end_of_answer(renderer, row["prompt"])
+    return ended_ids(renderer, given or "(the rollout)", end), "given" if given else "a placeholder"
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: list[int], as_tokens: bool) -> Text:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opsd.contexts.messages import Conversation, is_conversation
+from opsd.data.values import is_missing
 
 _BOXED = "\\boxed{"
 
@@ -21,7 +22,7 @@ def as_text(value: Any) -> str:
     JSON.
 
     Raises:
-        ValueError: messages whose text is not known.
+        ValueError: messages whose text is not known; None or NaN, also within a list.
 
     Example:
         >>> as_text(["Add 8.", "Take 1 away."])
@@ -37,6 +38,8 @@ def as_text(value: Any) -> str:
             f"{problem}; write the turns in a loop: {{% for turn in … %}}{{{{ turn.role }}}}: {{{{ turn.content }}}}"
             "{% endfor %}"
         )
+    if is_missing(value):
+        raise ValueError(f"a value to be printed is {value}; ask for it first: {{% if value %}} … {{% endif %}}")
     if isinstance(value, list | tuple):
         return "\n".join(map(as_text, value))
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, Mapping) else str(value)

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import nodes
 
 from opsd.contexts.base import ROLLOUT_FIELDS
+from opsd.contexts.markup import MARKERS
 from opsd.contexts.messages import turns_of
 from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
@@ -23,9 +24,8 @@ from opsd.errors import OPSDError, TemplateError, UnsafeTemplateError, as_list, 
 from opsd.findings import Finding, listed
 
 ADDED = (*ROLLOUT_FIELDS, WRONG)  # columns that training or a control adds
-_MARKERS = re.compile(
-    r"<\|[a-z_]+\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>|^#+ ?(?:Assistant|Response):", re.MULTILINE
-)
+# A template writes no marker of any format, nor a special token or a heading that may be one.
+_MARKERS = re.compile("|".join((*MARKERS.values(), r"<\|[a-z_]+\|>|</?s>|^#+ ?(?:Assistant|Response):")), re.MULTILINE)
 _PLACEHOLDER = re.compile(r"\{\{-?\s*(\w+)\b[^}]*\}\}")
 _SAMPLE = "a few words"
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from opsd.contexts.base import Context, ContextCounts, check_keys
 from opsd.contexts.filters import as_text
+from opsd.contexts.markup import check_not_a_chat
 from opsd.contexts.messages import (
     Prompt,
     Turns,
@@ -25,12 +26,12 @@ from opsd.contexts.messages import (
     with_blocks,
     with_conversations,
 )
-from opsd.contexts.renderer import THINK, PromptRenderer
+from opsd.contexts.renderer import THINK, THINK_END, PromptRenderer
 from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
 from opsd.contexts.trial import render_in_subprocess, try_template
 from opsd.contexts.truncation import Boundary, Side, check_cut, first_share, longest_that_fits
 from opsd.data.needs import Need, Row
-from opsd.data.values import OTHER, at_path, is_empty, text_of
+from opsd.data.values import OTHER, at_path, is_empty, text_of, without_nan
 from opsd.errors import ConfigError, DataError, TemplateError, UnsafeTemplateError, did_you_mean
 
 REASON = "Without it the teacher's prompt would have no more information than the student's."
@@ -210,14 +211,15 @@ class PrivilegedContext(Context):
         """Return the template's variables for a row, without those that always mean the student's prompt."""
         columns = {**row, **(rollout_fields or {})}
         values = {**columns, **{field: at_path(columns, column) for field, column in self._column_names.items()}}
-        values |= self._constants
+        values = without_nan(values | self._constants)
         for field in sorted(self.template.fields):
             if is_empty(values.get(field)):
                 column = self._column(field)
+                has_column = column in values or column.partition(".")[0] in columns
                 columns_of_row = f"no column of this row: {', '.join(row)}.{did_you_mean(column, row)}"
                 raise TemplateError(
                     f"template {self.name!r} needs {column!r}, which is "
-                    f"{'empty here.' if column in values else columns_of_row}\n{REASON}\n"
+                    f"{'empty here.' if has_column else columns_of_row}\n{REASON}\n"
                     f"Fill it, drop the row, or make it optional: {{% if {field} is defined %}}."
                 )
         for field in self._template_fields & values.keys():
@@ -242,6 +244,7 @@ class PrivilegedContext(Context):
             blocks["system"] = self.system
         prefill = blocks["assistant"].removeprefix("\n")
         is_text = isinstance(row["prompt"], str)
+        check_not_a_chat(texts["user"], blocks["user"], self.name, renderer, is_turn=not is_text)
         prompt = self._text_prompt(row["prompt"], blocks, prefill) if is_text else with_blocks(turns, blocks)
         return prompt, prefill if renderer is None else self._open_thinking(prefill, renderer)
 
@@ -259,9 +262,9 @@ class PrivilegedContext(Context):
         if not self.bridge_thinking:
             return prefill
         header = renderer.opening + prefill
-        if header.rfind(THINK) > header.rfind("</think>"):
+        if header.rfind(THINK) > header.rfind(THINK_END):
             return prefill
-        if "</think>" in header:
+        if THINK_END in header:
             raise ConfigError(
                 f"bridge_thinking opens the teacher's thinking block, and its chat template has closed one: {header!r}."
                 "\nSwitch thinking on for the teacher: chat_template_kwargs={'enable_thinking': True}."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -16,7 +17,7 @@ from opsd.contexts.messages import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THINK = "<think>"  # opens the thinking of Qwen, DeepSeek and most other models
+THINK, THINK_END = "<think>", "</think>"  # around the thinking of Qwen, DeepSeek and most other models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +43,26 @@ class PromptRenderer:
     chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     tools: list[Any] | None = None
 
-    def ids(self, prompt: Prompt, prefill: str = "") -> list[int]:
-        """Return the ids of a prompt up to the assistant's turn, and of the prefill that begins this turn."""
+    def ids(self, prompt: Prompt, prefill: str = "", *, add_generation_prompt: bool = True) -> list[int]:
+        """Return the ids of a prompt up to the assistant's turn, and of the prefill that begins this turn.
+
+        Args:
+            prompt: text or messages.
+            prefill: text behind the assistant's header.
+            add_generation_prompt: whether messages are followed by the assistant's header.
+        """
         if isinstance(prompt, str):
             return self.tokenizer(text=prompt + prefill)["input_ids"]
+        form = {"add_generation_prompt": add_generation_prompt}
         if not prefill:
-            return self._apply(prompt, tokenize=True, return_dict=True)["input_ids"]
-        text = self._apply(prompt, tokenize=False) + prefill
+            return self._apply(prompt, tokenize=True, return_dict=True, **form)["input_ids"]
+        text = self._apply(prompt, tokenize=False, **form) + prefill
         # The chat template has already written the special tokens.
         return self.tokenizer(text=text, add_special_tokens=False)["input_ids"]
+
+    def text(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """Return messages as the chat template writes them, with the assistant's header unless it is left out."""
+        return self._apply(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
     def transcript(self, messages: list[dict[str, Any]]) -> str:
         """Return messages as text by the chat template, without tools, first token and the assistant's header.
@@ -78,7 +90,7 @@ class PromptRenderer:
             return ""
         return begin if begin and text.startswith(begin) and text.count(begin) == 1 else ""
 
-    @property
+    @cached_property
     def opening(self) -> str:
         """The assistant's header as the chat template writes it behind a user turn; "" without a chat template."""
         turns = [{"role": "user", "content": "?"}]
@@ -91,6 +103,17 @@ class PromptRenderer:
         if not open_text.startswith(closed_text):  # some write an end of text where nothing follows (Phi-3)
             closed_text = closed_text.removesuffix(self.tokenizer.eos_token or "")
         return open_text.removeprefix(closed_text) if open_text.startswith(closed_text) else ""
+
+    @cached_property
+    def end_of_turn(self) -> int | None:
+        """The special token that the chat template writes after an assistant's text; None where it writes none."""
+        word = "opsd"
+        try:
+            tail = self.transcript([{"role": "user", "content": "?"}, {"role": "assistant", "content": word}])
+        except (ValueError, TypeError, jinja2.TemplateError):
+            return None
+        ids = self.tokenizer(text=tail.rpartition(word)[2], add_special_tokens=False)["input_ids"]
+        return next((token for token in ids if token in self.tokenizer.all_special_ids), None)
 
     def _apply(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **form: bool) -> Any:
         return self.tokenizer.apply_chat_template(

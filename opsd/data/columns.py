@@ -11,7 +11,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
-from opsd.data.values import at_path
+from opsd.data.values import at_path, is_empty
 from opsd.errors import ConfigError, DataError, did_you_mean
 
 # Our column -> theirs, the first of several that a dataset has; a dot reaches into a nested column. What is not named
@@ -84,7 +84,7 @@ def _sources(columns: str | Mapping[str, str], head: Sequence[Mapping[str, Any]]
         wanted, required = FORMATS[columns], {_REQUIRED[columns]}
     found, has = {}, list(head[0]) if head else []
     for ours, candidates in wanted.items():
-        theirs = next((path for path in candidates if any(at_path(row, path) is not None for row in head)), None)
+        theirs = next((path for path in candidates if any(not is_empty(at_path(row, path)) for row in head)), None)
         if theirs is not None:
             found[ours] = theirs
         elif ours in required:

@@ -190,7 +190,8 @@ def _feature(kinds: set[type]) -> Value | Json:
 
 def _parse_json(data: bytes, where: str) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        # Python writes NaN for a missing value, which is not JSON; beside text it would make the column a mixture.
+        return json.loads(data.decode("utf-8-sig"), parse_constant=lambda name: None if name == "NaN" else float(name))
     except json.JSONDecodeError as error:
         line = f" line {error.lineno}" if error.lineno > 1 else ""
         hint = " One object per line is JSON Lines: name the file .jsonl." if error.msg == "Extra data" else ""

@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 
 from opsd.data.needs import Need, RowCheck, check_columns
 from opsd.data.rows import SHOWN_PROBLEMS, RowPreparation, row_columns
-from opsd.data.values import OTHER, WRONG
+from opsd.data.values import OTHER, WRONG, is_empty, without_nan
 from opsd.errors import DataError
 
 # What a row may hold that can be imitated, the most telling first.
@@ -40,10 +40,11 @@ def prepare_rows(
 ) -> Dataset | IterableDataset:
     """Return rows as a run uses them, each checked: with a `prompt` that is text, or messages with text.
 
-    Rows with chat `messages` give `prompt` and `completion` (the text of the last turn where that is the assistant's,
-    else None). In messages, lists of text parts are joined and keys that are None, with which Arrow fills up what
-    other rows have, are dropped; other keys stay. A map-style dataset is checked here and now, a stream as it is read
-    (its prompts; of what it needs, only the columns).
+    Rows with chat `messages` give `prompt` and `completion`: the text of the last turn where that is the assistant's,
+    else None; where some of these turns have reasoning or tool calls, the turn itself, as a list of one. In messages,
+    lists of text parts are joined and keys that are None, with which Arrow fills up what other rows have, are dropped;
+    other keys stay. In every column NaN becomes None. A map-style dataset is checked here and now, a stream as it is
+    read (its prompts; of what it needs, only the columns).
 
     Args:
         dataset: map-style or streaming; returned as it is where nothing needs to change.
@@ -63,7 +64,7 @@ def prepare_rows(
     sources = made_columns(reads, preparation.columns, imitates)
     ready_columns = [*preparation.columns, *sources]
     check_columns(ready_columns, needs, name)
-    preparation.check_system_prompt(next(iter(dataset), {}))
+    preparation.look_at_first(next(iter(dataset), {}), is_stream=isinstance(dataset, IterableDataset))
     if isinstance(dataset, IterableDataset):
         _check_stream(sources, imitates)
         return preparation.apply(dataset)
@@ -72,13 +73,14 @@ def prepare_rows(
     problems, count, changes = list[str](), 0, preparation.column == "messages"
     check = RowCheck(needs, name)
     kept: dict[str, list[Any]] = {column: [] for column in (["prompt", *sources.values()] if sources else [])}
-    for number, row in enumerate(_read(dataset, columns if needs or sources else [preparation.column])):
+    for number, read in enumerate(_read(dataset)):
+        row = without_nan(read)
         if problem := preparation.find_problem(row, number):
             count += 1
             problems += [problem] if count <= SHOWN_PROBLEMS else []
             continue
         prepared = {**row, **preparation.prepared(row)}
-        changes = changes or prepared["prompt"] != row["prompt"]
+        changes = changes or row is not read or prepared["prompt"] != row["prompt"]
         check.add(prepared, number)
         for column, values in kept.items():
             values.append(prepared[column])
@@ -130,9 +132,9 @@ def _check_stream(sources: Mapping[str, str], imitates: bool) -> None:
         raise DataError(f"{column!r} is made from other rows, and a stream has one row at a time. Load a Dataset.")
 
 
-def _read(dataset: Dataset, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Yield rows as plain values, with these columns."""
-    for batch in dataset.with_format(None).select_columns(columns).iter(batch_size=BATCH):
+def _read(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Yield rows as plain values."""
+    for batch in dataset.with_format(None).iter(batch_size=BATCH):
         for values in zip(*batch.values(), strict=True):
             yield dict(zip(batch, values, strict=True))
 
@@ -148,7 +150,8 @@ def _make(column: str, source: str, kept: Mapping[str, list[Any]]) -> list[Any]:
     """
     values, prompts = kept[source], kept["prompt"]
     if column == "completion":
-        return [None if value is None else str(value) for value in values]
+        # Messages stay as they are: `completion_of` reads them.
+        return [None if is_empty(v) else v if isinstance(v, list | dict) else str(v) for v in values]
     return [
         _near_miss(number, value) if column == WRONG and _is_whole(value) else _other(number, values, prompts, source)
         for number, value in enumerate(values)
@@ -160,7 +163,7 @@ def _other(number: int, values: list[Any], prompts: list[Any], base: str) -> Any
     start = random.Random(number).randrange(1, max(len(values), 2))
     for step in range(len(values)):
         other = (number + start + step) % len(values)
-        if values[other] not in (values[number], None, "") and prompts[other] != prompts[number]:
+        if not is_empty(values[other]) and values[other] != values[number] and prompts[other] != prompts[number]:
             return values[other]
     raise DataError(
         f"no other row has a {base!r} that differs from row {number}'s, so there is no other answer to use. "

@@ -12,7 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
-from opsd.data.values import text_of
+from opsd.data.values import REASONING, is_empty, is_missing, text_of, without_nan
 from opsd.errors import DataError
 
 Row = dict[str, Any]
@@ -38,32 +38,50 @@ def row_columns(dataset: Dataset | IterableDataset) -> list[str]:
     return list(first)
 
 
-def completion_of(row: Mapping[str, Any]) -> str | list[int] | None:
-    """Return what the row offers for off-policy training: `completion_ids`, else the text of `completion`, else None.
+def completion_of(row: Mapping[str, Any]) -> str | Row | list[int] | None:
+    """Return what the row offers for off-policy training.
+
+    Returns:
+        `completion_ids`; else the text of `completion`, or its one turn where that has reasoning or tool calls; else
+        None.
 
     Raises:
-        DataError: the completion is neither text, nor token ids, nor messages with an assistant's turn.
+        DataError: the completion is neither text, nor token ids, nor one assistant turn.
     """
     ids, completion = row.get("completion_ids"), row.get("completion")
-    if ids is not None:
-        return [int(token) for token in ids]
-    if completion is None or isinstance(completion, str):
-        return completion
+    if not is_empty(ids):
+        if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+            raise DataError(f"`completion_ids` must be a list of token ids, and this is {ids!r:.80}.")
+        return ids
+    if isinstance(completion, str) or completion is None:
+        return None if is_empty(completion) else completion
     if not isinstance(completion, list):
         raise DataError(f"a `completion` must be text or messages, and this one is a {type(completion).__name__}.")
-    turns = [turn for turn in completion if isinstance(turn, dict) and turn.get("role") == "assistant"]
-    if not turns or _check_message(turns[-1]) or not text_of(turns[-1]):
+    turn: Any = completion[-1] if completion else None
+    if _check_message(turn) or turn.get("role") != "assistant" or not text_of(turn):
         raise DataError(
             "a `completion` given as messages must hold an assistant turn with text, since that text is trained on. "
             f"This one does not: {completion!r:.200}."
         )
-    return text_of(turns[-1])
+    if len(completion) > 1:
+        raise DataError(
+            f"a `completion` given as messages is one assistant turn, and this one has {len(completion)} turns, of "
+            "which the last answers those before it. Move those to the end of `prompt`, or give the whole chat in one "
+            "column `messages`."
+        )
+    turn = _normalise_message(turn)
+    return turn if _structure_of(turn) else turn["content"]
+
+
+def _structure_of(turn: Mapping[str, Any]) -> str | None:
+    """Return a key under which an assistant's turn has more than its text, or None."""
+    return next((key for key in (*REASONING, "tool_calls") if not is_empty(turn.get(key))), None)
 
 
 def completion_problem(row: Mapping[str, Any]) -> str | None:
     """Return what keeps a row from being used off-policy, in words, or None."""
     try:
-        return None if completion_of(row) else "is empty"
+        return "is empty" if completion_of(row) is None else None
     except DataError as error:
         return f"cannot be used ({error})"
 
@@ -115,6 +133,8 @@ class RowPreparation:
         self.name, self.column = name, _prompt_column(columns, name)
         self._columns, self._system_prompt = columns, system_prompt
         self._first: tuple[str, int] | None = None
+        self._is_stream = False
+        self._has_structure = False  # whether answers are kept as turns, for what they have beside a text
 
     @property
     def columns(self) -> list[str]:
@@ -122,12 +142,15 @@ class RowPreparation:
         kept = [column for column in self._columns if column != "messages"]
         return [*kept, "prompt", "completion"] if self.column == "messages" else kept
 
-    def check_system_prompt(self, first: Mapping[str, Any]) -> None:
-        """Refuse a system turn for prompts that are plain text, as the first row tells.
+    def look_at_first(self, first: Mapping[str, Any], *, is_stream: bool) -> None:
+        """Refuse a system turn for prompts that are plain text, as the first row tells; of a stream it tells the types.
 
         Raises:
-            DataError: they are.
+            DataError: they are plain text.
         """
+        self._is_stream = is_stream
+        if self.column == "messages" and _check_row(first, self.column) is None:
+            self._has_structure = _structure_of(first["messages"][-1]) is not None
         if self._system_prompt is not None and isinstance(first.get("prompt"), str):
             raise DataError(
                 "student_system_prompt is a turn of a chat, and this dataset's prompts are plain text, which has none. "
@@ -142,18 +165,24 @@ class RowPreparation:
             self._first = self._first or (kind, number)
             if kind != self._first[0]:
                 problem = f"`{self.column}` is {kind}, and in row {self._first[1]} it is {self._first[0]}"
+            elif self.column == "messages" and not self._has_structure:
+                key = _structure_of(row["messages"][-1])
+                self._has_structure = key is not None and not self._is_stream
+                if key and self._is_stream:
+                    problem = f"its answer has {key!r}, and the stream's first row has none, which sets the types"
         return problem and f"row {number}: {problem}"
 
     def prepared(self, row: Mapping[str, Any]) -> Row:
-        """Return the columns that a row without a problem gets."""
+        """Return the columns that a row without a problem gets; `row` is without NaN."""
         value = row[self.column]
         if isinstance(value, str):
             return {"prompt": value}
         turns = [_normalise_message(message) for message in value]
         if self.column == "prompt":
             return {"prompt": self._open(turns)}
-        answer = turns.pop()["content"] if turns[-1]["role"] == "assistant" else None
-        return {"prompt": self._open(turns), "completion": answer}
+        answer = turns.pop() if turns[-1]["role"] == "assistant" else None
+        completion = answer and ([answer] if self._has_structure else answer["content"])
+        return {"prompt": self._open(turns), "completion": completion}
 
     def apply(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Return the dataset with prepared rows; those of a stream are checked as they are read."""
@@ -162,13 +191,18 @@ class RowPreparation:
         if isinstance(dataset, IterableDataset):
             return dataset.map(self._prepare_checked, with_indices=True, features=features, remove_columns=gone)
         # A cache made by another version of this file would be found by name.
-        return dataset.map(self.prepared, features=features, remove_columns=gone, load_from_cache_file=False)
+        return dataset.map(self._prepare, features=features, remove_columns=gone, load_from_cache_file=False)
+
+    def _prepare(self, row: Row) -> Row:
+        row = without_nan(row)
+        kept = {column: value for column, value in row.items() if column != "messages"}
+        return {**kept, **self.prepared(row)}
 
     def _prepare_checked(self, row: Row, number: int) -> Row:
-        problem = self.find_problem(row, number)
+        problem = self.find_problem(without_nan(row), number)
         if problem:
             raise self.error([problem], 1)
-        return self.prepared(row)
+        return self._prepare(row)
 
     def _open(self, turns: list[Row]) -> list[Row]:
         """Put the system turn before turns that have none."""
@@ -192,7 +226,8 @@ class RowPreparation:
             return None
         after = {column: feature for column, feature in before.items() if column != "messages"}
         if self.column == "messages":
-            after |= {"prompt": List(Json()), "completion": Value("string")}
+            completion = List(Json()) if self._has_structure else Value("string")
+            after |= {"prompt": List(Json()), "completion": completion}
         elif self._system_prompt is not None or not isinstance(before["prompt"], Value | Json):
             after["prompt"] = List(Json())
         return Features(after)
@@ -207,7 +242,7 @@ def _check_row(row: Mapping[str, Any], column: str) -> str | None:
         return f"`{column}` is None"
     if not isinstance(value, list if column == "messages" else str | list):
         return f"`{column}` is a {type(value).__name__}, neither text nor a list of messages"
-    if not (value.strip() if isinstance(value, str) else value):
+    if is_empty(value):
         return f"`{column}` is empty"
     return None if isinstance(value, str) else _check_turns(value, column)
 
@@ -255,5 +290,5 @@ def _normalise_message(message: dict[str, Any]) -> dict[str, Any]:
 def _without_none(value: Any) -> Any:
     """Drop the keys that Arrow filled with None, at every depth; a null that was meant cannot be told from those."""
     if isinstance(value, dict):
-        return {key: _without_none(item) for key, item in value.items() if item is not None}
+        return {key: _without_none(item) for key, item in value.items() if not is_missing(item)}
     return [_without_none(item) for item in value] if isinstance(value, list) else value

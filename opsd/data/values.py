@@ -1,4 +1,4 @@
-"""Reads single values of a row: a nested value by its path, whether a value is empty, the text of a message.
+"""Reads single values of a row: a nested value by its path, whether it is empty, a message's text.
 
 Imports neither datasets nor transformers, because the child process that tries an untrusted template imports this file
 and has 512 MB of address space. The names of derived columns stand here for the same reason.
@@ -13,6 +13,8 @@ from typing import Any
 
 from opsd.errors import DataError
 
+# Keys under which an assistant's turn has its thinking, apart from its text.
+REASONING = ("reasoning_content", "reasoning", "thinking")
 # Columns that prepare.py makes for controls: a near miss of `answer`, and the X of another row under "other_X".
 WRONG, OTHER = "wrong_answer", "other_"
 
@@ -36,11 +38,46 @@ def at_path(values: Mapping[str, Any], path: str) -> Any:
     return at_path(inner, rest) if isinstance(inner, Mapping) else None
 
 
+def is_missing(value: Any) -> bool:
+    """Return whether a value is None or NaN, which is how pandas and Arrow write that there is none.
+
+    Example:
+        >>> is_missing(float("nan")), is_missing(""), is_missing(0)
+        (True, False, False)
+    """
+    if value is None or isinstance(value, str | Sized):
+        return value is None
+    try:
+        return bool(value != value)  # NaN of any type, and NaT
+    except TypeError:  # pandas.NA, which is neither equal to itself nor not
+        return True
+
+
 def is_empty(value: Any) -> bool:
-    """Return whether a value is None, a blank string or an empty container."""
+    """Return whether a value is None, NaN, a blank string, or a container that is empty or holds empty values only."""
     if isinstance(value, str):
         return not value.strip()
-    return value is None or (isinstance(value, Sized) and len(value) == 0)
+    if isinstance(value, Mapping):
+        return all(map(is_empty, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(is_empty, value))
+    return is_missing(value) or (isinstance(value, Sized) and len(value) == 0)
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value with None in place of NaN, at every depth; the value itself where it has none.
+
+    Example:
+        >>> without_nan({"steps": ["Add 8.", float("nan")]})
+        {'steps': ['Add 8.', None]}
+    """
+    if isinstance(value, Mapping):
+        changed: Any = {key: without_nan(item) for key, item in value.items()}
+        return changed if any(changed[key] is not item for key, item in value.items()) else value
+    if isinstance(value, list | tuple):
+        changed = [without_nan(item) for item in value]
+        return changed if any(new is not old for new, old in zip(changed, value, strict=True)) else value
+    return None if is_missing(value) else value
 
 
 def text_of(message: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from opsd.contexts.messages import Prompt
 from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
+from opsd.data.values import is_empty
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
 from opsd.losses import Divergence, LossOutput, Objective, Tokens
@@ -258,7 +259,7 @@ class Patient:
             return self._grader
         if rewards.functions:
             return f"{rewards.describe()}, from {self.trainer.groups.success_reward:g}"
-        answers = [str(row["answer"]).strip() for row in self.rows if row.get("answer") not in (None, "")]
+        answers = [str(row["answer"]).strip() for row in self.rows if not is_empty(row.get("answer"))]
         if len(answers) < len(self.rows):
             return None
         # Answers of GSM8K end in "#### 72": the last number is the answer.

@@ -10,6 +10,7 @@ import jinja2
 import torch
 from jinja2 import meta
 
+from opsd.contexts.markup import chat_markup
 from opsd.contexts.renderer import THINK, PromptRenderer
 from opsd.doctor.patient import Patient, RenderedPrompt
 from opsd.findings import Finding, listed
@@ -132,8 +133,9 @@ def _head(prompt: RenderedPrompt) -> str:
 def _ends(patient: Patient) -> Iterator[Finding]:
     stops = set(patient.trainer.eos_token_ids)
     stop_tokens = listed(sorted({patient.tokenizer.decode([token]) for token in stops}))
-    is_chat = not isinstance(patient.student_prompts[0].messages, str)
-    end = _end_of_turn(patient.student.renderer) if is_chat else None
+    first = patient.student_prompts[0].messages
+    is_chat = not isinstance(first, str) or chat_markup(first, patient.student.renderer)
+    end = patient.student.renderer.end_of_turn if is_chat else None
     if end is not None and end not in stops:
         yield find(
             "warn",
@@ -157,18 +159,6 @@ def _ends(patient: Patient) -> Iterator[Finding]:
                 "Give both models the same end: generation_config.eos_token_id and the chat template must agree; or "
                 "leave the end out of the loss: mask_special_tokens: true.",
             )
-
-
-def _end_of_turn(renderer: PromptRenderer) -> int | None:
-    """Return the special token that a chat template writes after an assistant's text, or None."""
-    word = "opsd"
-    try:
-        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
-        tail = renderer.transcript(turns).rpartition(word)[2]
-    except (ValueError, TypeError, jinja2.TemplateError):
-        return None
-    ids = renderer.tokenizer(text=tail, add_special_tokens=False)["input_ids"] if tail else []
-    return next((token for token in ids if token in renderer.tokenizer.all_special_ids), None)
 
 
 def _keywords(patient: Patient) -> Iterator[Finding]:
@@ -196,6 +186,9 @@ def _keywords(patient: Patient) -> Iterator[Finding]:
 def _openings(patient: Patient) -> Iterator[Finding]:
     """Compare the text between the last turn and the first token of a rollout."""
     student = patient.student.renderer.opening
+    if isinstance(patient.student_prompts[0].messages, str):
+        yield from _openings_of_text(patient)
+        return
     header = _missing_header(patient)
     if header:
         yield find(
@@ -212,11 +205,7 @@ def _openings(patient: Patient) -> Iterator[Finding]:
     if bridged:
         yield find("pass", f"the prompt of the {bridged[0].name} opens a thinking block that the rollout continues.")
     for prompt in patient.teacher_prompts:
-        if (
-            not isinstance(prompt.messages, str)
-            and prompt not in bridged
-            and prompt.renderer.opening + prompt.prefill != student
-        ):
+        if prompt not in bridged and prompt.renderer.opening + prompt.prefill != student:
             different.setdefault(prompt.renderer.opening + prompt.prefill, prompt)
     for opening, prompt in different.items():
         thinks = [THINK in text.rpartition("</think>")[2] for text in (student, opening)]
@@ -233,10 +222,33 @@ def _openings(patient: Patient) -> Iterator[Finding]:
         yield find("pass", f"the answer begins after {student!r} for both.")
 
 
+def _openings_of_text(patient: Patient) -> Iterator[Finding]:
+    """Say where answers to text prompts begin; the chat template writes no header there, and the text may have one."""
+    renderer = patient.student.renderer
+    chats = [prompt for prompt in patient.prompts if chat_markup(prompt.text, renderer)]
+    if not chats:
+        yield find("pass", "the prompts are plain text: the answer begins where the text ends, without a header.")
+        return
+    header = renderer.opening or "the assistant's header"
+    headless = [prompt for prompt in chats if not renderer.opening or not prompt.text.endswith(renderer.opening)]
+    if headless:
+        prompt = headless[0]
+        yield find(
+            "warn",
+            f"{len(headless)} text prompts are written as a chat ({chat_markup(prompt.text, renderer)!r}) and do not "
+            f"end with {header!r}, first row {patient.numbers[prompt.row]} of the {prompt.name}: the rollout may "
+            "continue the user's turn.",
+            'Give prompts as messages, which the chat template writes: [{"role": "user", "content": "…"}].',
+            (f"it ends with: {prompt.text[-80:]!r}",),
+        )
+    else:
+        yield find("pass", f"the prompts are text that is a chat already, and the answer begins after {header!r}.")
+
+
 def _missing_header(patient: Patient) -> str:
     """Return the text between a user's turn and the assistant's that is missing from prompts, or ""."""
     renderer, word = patient.student.renderer, "opsd"
-    if renderer.opening or isinstance(patient.student_prompts[0].messages, str):
+    if renderer.opening:
         return ""
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": word}]
     try:

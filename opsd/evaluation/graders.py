@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from opsd.data.needs import Need
+from opsd.data.values import is_empty, without_nan
 from opsd.errors import ConfigError, DataError, OPSDWarning, did_you_mean
 from opsd.evaluation.answers import Mathematics, read_choice, right_choice
 from opsd.sources import import_object
@@ -294,7 +295,7 @@ def grade_rows(
 
 def _answer(row: Row, column: str) -> str:
     answer = row.get(column)
-    if answer is None or not str(answer).strip():
+    if is_empty(answer):
         raise DataError(
             f"the grader needs an answer in the column {column!r}, which is missing or empty; the row has: "
             f"{', '.join(row)}.\nFill it, or set answer_column to the column that holds the answer."
@@ -334,7 +335,8 @@ def reasoning_gym_scorer(dataset: str, column: str = "answer") -> Callable[[str,
             "Name the dataset that the questions come from; reasoning-gym's GALLERY.md lists all."
         ) from error
 
-    return lambda text, row: float(score(text.strip(), {**row, "answer": row[column]}))
+    # An answer may be None: some of its datasets have scorers that read the question's metadata alone.
+    return lambda text, row: float(score(text.strip(), without_nan({**row, "answer": row[column]})))
 
 
 def _load_function(name: str) -> Grader:

@@ -25,7 +25,7 @@ from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
-from opsd.training.off_policy import completion_needs
+from opsd.training.off_policy import completion_needs, row_completion, trains_on_completions
 
 # Rows whose prompts are rendered for both sides before step 1: about ten seconds of one core.
 CHECKED_ROWS = 20_000
@@ -132,28 +132,33 @@ def _warn_of_missing_siblings(teacher: Teacher, groups: Groups) -> None:
 
 
 def check_rows_fit(
-    dataset: Any, student: StudentHandle, teacher: Teacher, max_new_tokens: int, rollout_fields: Sequence[str] = ()
+    dataset: Any, student: StudentHandle, teacher: Teacher, args: OPSDConfig, rollout_fields: Sequence[str] = ()
 ) -> None:
-    """Render the prompts of the first rows for both sides: find templates that fail and prompts that are too long.
+    """Render the prompts of the first rows for both sides, and the completions that are trained on.
+
+    Finds templates that fail, prompts that are too long, and completions that do not fit behind their prompts.
 
     Args:
         dataset: prepared rows; a stream is checked row by row as it is used.
         student: the student.
         teacher: the teacher, prepared.
-        max_new_tokens: tokens of a completion at most.
+        args: training arguments.
         rollout_fields: names of fields that rollouts provide to contexts; a few words stand for each here.
 
     Raises:
-        DataError: a prompt leaves no room for its completion; names the row.
+        DataError: a prompt leaves no room for its completion, or a completion cannot be used; names the row.
         TemplateError: the template fails on a row.
     """
     if not isinstance(dataset, Dataset):
         return
     limit, embedded = context_length(student.model), embedded_tokens(student.model)
+    max_new_tokens, has_completion = args.max_completion_length or 0, trains_on_completions(args)
     for number, row in enumerate(islice(dataset, CHECKED_ROWS)):
         prompt_ids = student.renderer.ids(row["prompt"])
         check_lengths(limit, [prompt_ids], [max_new_tokens], "student", first_row=number)
         _check_embedded(prompt_ids, embedded, student, number)
+        if has_completion:
+            _check_completion(row, embedded, student, number)
         for leaf in teacher.prompts.leaves_of(row):
             if leaf.context is not None:
                 _check_teacher_prompts(leaf, row, number, max_new_tokens, rollout_fields)
@@ -168,6 +173,13 @@ def _check_embedded(prompt_ids: Ids, embedded: int, student: StudentHandle, numb
             f"{embedded:,}. Model and tokenizer do not belong together, or tokens were added to one of them: "
             "model.resize_token_embeddings(len(tokenizer))."
         )
+
+
+def _check_completion(row: Any, embedded: int, student: StudentHandle, number: int) -> None:
+    try:
+        row_completion(row, student.renderer, embedded)
+    except DataError as error:
+        raise DataError(f"row {number}: {error}") from error
 
 
 def _check_teacher_prompts(

@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.data.needs import check_rows
 from opsd.data.prepare import prepare_rows
+from opsd.data.values import is_empty
 from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
@@ -43,12 +44,13 @@ from opsd.evaluation.summary import (
     read_summary,
     summarise,
 )
+from opsd.models.forward import embedded_tokens
 from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids
 from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.callbacks import GracefulStop
 from opsd.training.loss import Scorer
-from opsd.training.off_policy import completion_ids
+from opsd.training.off_policy import row_completion
 from opsd.training.run_card import data_digests
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
@@ -286,12 +288,9 @@ class Evaluator(TrainerCallback):
 
     def _traces(self) -> dict[str, Any] | None:
         """Return the NLL of the test rows' traces under student and teacher, in nats per token."""
-        test, tokenizer = self.plan.test, self._student.tokenizer
-        column = next((name for name in TRACES if name in test.column_names and any(test[name])), None)
-        if column is None or self._missing:
+        column, rows, traces = self._trace_ids
+        if not traces or self._missing:
             return None
-        rows = [row for row in test if row[column]]
-        traces: list[Ids] = [completion_ids({"completion": _as_completion(row[column])}, tokenizer) for row in rows]
         ids = [trace[: self._max_new_tokens] for trace in traces]
         logprobs_of_both = [self._logprobs(model, rows, ids) for model in (self._live, self._teacher)]
         self._teacher.prompts.forget_counts()
@@ -304,6 +303,23 @@ class Evaluator(TrainerCallback):
             "teacher": sum(teacher) / len(teacher),
             "behind": asdict(paired_difference(teacher, student)),
         }
+
+    @cached_property
+    def _trace_ids(self) -> tuple[str, list[Any], list[Ids]]:
+        """The column of the test rows' traces, the rows that have one, and the traces' ids; no rows where none fit."""
+        test, student = self.plan.test, self._student
+        column = next((name for name in TRACES if name in test.column_names and not is_empty(list(test[name]))), "")
+        rows = [row for row in test if column and not is_empty(row[column])]
+        completions = [{"prompt": row["prompt"], "completion": _as_completion(row[column])} for row in rows]
+        embedded = embedded_tokens(student.model)
+        try:
+            return column, rows, [row_completion(row, student.renderer, embedded) for row in completions]
+        except DataError as error:
+            reason = f"the likelihood of the test rows' {column!r}: {error}"
+            if reason not in self._skipped:
+                self._skipped.append(reason)
+                self._accelerator.print(f"evaluation  not measured: {reason}")
+            return column, [], []
 
     def _logprobs(self, model: Teacher, rows: Sequence[Any], ids: Sequence[Ids]) -> list[list[float]]:
         with self._accelerator.autocast():

@@ -15,6 +15,7 @@ from typing import Any
 
 from opsd.contexts.base import ROLLOUT_FIELDS
 from opsd.contexts.filters import strip_thinking
+from opsd.data.values import is_empty
 from opsd.errors import ConfigError, not_one_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.training.rewards import Rewards, Verdicts
@@ -35,7 +36,7 @@ HasFields = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 def placeholders(names: Iterable[str], row: Mapping[str, Any]) -> dict[str, Any]:
     """Return placeholders of rollout fields, for a row's prompt that is rendered before training."""
-    return {name: PLACEHOLDERS[name] for name in names if name != "pass_rate" or name not in row}
+    return {name: PLACEHOLDERS[name] for name in names if name != "pass_rate" or is_empty(row.get(name))}
 
 
 @dataclass(kw_only=True)
@@ -173,7 +174,7 @@ class Groups(GroupSettings):
             {
                 **self._fields(number, group, texts, right, verdicts.feedback[number]),
                 # a rate that was measured before training is the better one
-                **({} if "pass_rate" in row else {"pass_rate": fmean(right[other] for other in group)}),
+                **({} if not is_empty(row.get("pass_rate")) else {"pass_rate": fmean(right[other] for other in group)}),
             }
             for number, (group, row) in enumerate(zip(groups, rollouts.rows, strict=True))
         ]
@@ -230,7 +231,7 @@ class Groups(GroupSettings):
         siblings = [other for other in group if right[other] and other != number]
         fields = {"attempt": strip_thinking(texts[number]), "feedback": feedback}
         fields["sibling"] = strip_thinking(texts[siblings[0]]) if siblings else None
-        return {name: value for name, value in fields.items() if value}
+        return {name: value for name, value in fields.items() if not is_empty(value)}
 
     def _advantages(
         self, rewards: Sequence[float], groups: Sequence[Sequence[int]], is_distilled: Sequence[bool]

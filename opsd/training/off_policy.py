@@ -1,18 +1,20 @@
 """Off-policy rows: how many of a step, and with which completions.
 
-Knows rows, a tokenizer and a teacher; nothing of losses.
+Knows rows, the student and a teacher; nothing of losses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerBase
-
+from opsd.contexts.completions import completion_ids
+from opsd.contexts.renderer import PromptRenderer
 from opsd.data.needs import Need
 from opsd.data.rows import completion_of, completion_problem
+from opsd.errors import DataError
+from opsd.models.forward import embedded_tokens
 from opsd.rollouts import Ids
-from opsd.teachers import Teacher, TeacherView
+from opsd.teachers import StudentHandle, Teacher, TeacherView
 from opsd.teachers.prompting import Row
 from opsd.training.config import OPSDConfig
 
@@ -33,9 +35,9 @@ def on_policy_rows(rows: int, lmbda: float, step: int) -> int:
 
 def completion_needs(args: OPSDConfig) -> list[Need]:
     """Return the need of a completion in every row, where some are trained on with their own."""
-    share = 1.0 - args.lmbda
-    if args.seq_kd or share == 0.0:
+    if not trains_on_completions(args):
         return []
+    share = 1.0 - args.lmbda
     return [
         Need(
             ("completion", "completion_ids"),
@@ -47,17 +49,38 @@ def completion_needs(args: OPSDConfig) -> list[Need]:
     ]
 
 
-def completion_ids(row: Row, tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """Return a row's completion as ids; text gets an end-of-turn token."""
+def row_completion(row: Row, renderer: PromptRenderer, embedded: int) -> Ids:
+    """Return a row's completion as ids: `completion_ids` as they are, else `completion` as the student would sample it.
+
+    Args:
+        row: a row whose completion was checked.
+        renderer: the student's.
+        embedded: ids that the model embeds.
+
+    Raises:
+        DataError: the completion does not fit behind the prompt (`completion_ids` of opsd.contexts.completions), or
+            has ids that the model does not embed.
+    """
     completion = completion_of(row)
-    if isinstance(completion, str):
-        return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    assert completion, "checked before training"
-    return list(completion)
+    assert completion is not None, "checked before training"
+    ids = completion if isinstance(completion, list) else completion_ids(renderer, row["prompt"], completion)
+    beyond = [token for token in ids if not 0 <= token < embedded]
+    if beyond:
+        raise DataError(
+            f"the completion has the id {beyond[0]}, and the model embeds 0 to {embedded - 1}. It would be scored as "
+            "no token of the model. Make `completion_ids` with the student's own tokenizer, or give `completion` as "
+            "text."
+        )
+    return ids
+
+
+def trains_on_completions(args: OPSDConfig) -> bool:
+    """Return whether some rows are trained on with their own completion."""
+    return args.lmbda < 1.0 and not args.seq_kd
 
 
 def off_policy_completions(
-    rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, student: StudentHandle
 ) -> tuple[list[Ids], float]:
     """Return completions for off-policy rows, and the share of them that was cut at max_completion_length."""
     limit = args.max_completion_length
@@ -65,5 +88,6 @@ def off_policy_completions(
     if args.seq_kd:
         sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
         return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling), 0.0
-    completions = [completion_ids(row, tokenizer) for row in rows]
+    embedded = embedded_tokens(student.model)
+    completions = [row_completion(row, student.renderer, embedded) for row in rows]
     return [ids[:limit] for ids in completions], sum(len(ids) > limit for ids in completions) / len(rows)

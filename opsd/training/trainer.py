@@ -186,8 +186,7 @@ class OPSDTrainer(DistillationTrainer):
         selects = selects_by_sample(self.args, bool(self.scorer.columns & set(self.groups.rollout_fields)))
         self._sampling_check = SamplingCheck(self.args, selects, self._say)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
-        fields, longest = self.groups.rollout_fields, self.args.max_completion_length or 0
-        check_rows_fit(self.train_dataset, self.student, self.teacher, longest, fields)
+        check_rows_fit(self.train_dataset, self.student, self.teacher, self.args, self.groups.rollout_fields)
         self._facts = checks.facts(student, len(self._tokenizer), self.scorer, self.groups, self.args)
         self._say(summary(self.scorer, self.groups, self.train_dataset, self.student, self.args))
 
@@ -260,7 +259,7 @@ class OPSDTrainer(DistillationTrainer):
             prompt_ids[:count], sampled, loss_mask, *_ = self._generate(prompts)
         if count < len(rows):
             with self.accelerator.autocast():
-                others, cut = off_policy_completions(rows[count:], self.args, self.teacher, self._tokenizer)
+                others, cut = off_policy_completions(rows[count:], self.args, self.teacher, self.student)
             self._add_metrics({"off_policy/shortened": cut}, len(rows) - count)
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
         logprobs = None
