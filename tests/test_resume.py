@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from opsd import (
     EMATeacher,
     LiveTeacher,
+    OPSDTrainer,
     SameCheckpointTeacher,
     sources,
 )
@@ -162,3 +163,62 @@ def test_a_folder_that_holds_a_model_is_refused(tmp_path: Path) -> None:
     make_llama().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="already holds a model"):
         make_trainer(tmp_path, None).train()
+
+
+# ---- another run ----------------------------------------------------------------------------------------------------
+
+
+def sums(count: int = 12, first: int = 0) -> list[dict[str, object]]:
+    return make_rows(first + count)[first:]
+
+
+# What changes between the run of the checkpoint and the resuming one, and the name under which it is refused.
+ANOTHER_RUN: dict[str, tuple[dict[str, object], str]] = {
+    "content of the rows": ({"rows": [{**row, "answer": "7"} for row in sums()]}, "data"),
+    "order of the rows": ({"rows": sums()[::-1]}, "data"),
+    "number of rows": ({"rows": sums(11)}, "rows: 12 in the checkpoint, 11 now"),
+    "evaluation rows": ({"eval_rows": sums(2, 20)}, "eval_data"),
+    "seed": ({"seed": 7}, "seed: 42 in the checkpoint, 7 now"),
+    "max_completion_length": ({"max_completion_length": 5}, "max_completion_length: 6 in the checkpoint, 5 now"),
+    "top_p": ({"top_p": 0.9}, "top_p: 1.0 in the checkpoint, 0.9 now"),
+    "temperature": ({"temperature": 0.7}, "temperature: 1.0 in the checkpoint, 0.7 now"),
+    "chat_template_kwargs": (
+        {"chat_template_kwargs": {"enable_thinking": True}},
+        "chat_template_kwargs.enable_thinking: None in the checkpoint, True now",
+    ),
+    "student_system_prompt": ({"student_system_prompt": "Be kind."}, "student_system_prompt: None in the"),
+    "batch size": ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: 2 in the checkpoint, 1 now"),
+    "accumulation": ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps: 2 in the checkpoint, 1 now"),
+    "mask_tokens of the same number": ({"mask_tokens": ["="]}, r"left_out_ids: \[\d+\] in the checkpoint, \[\d+\] now"),
+    "learning_rate": ({"learning_rate": 2e-2}, "learning_rate: 0.01 in the checkpoint, 0.02 now"),
+    "more steps": ({"max_steps": 3}, "max_steps: 2 in the checkpoint, 3 now"),
+    "beta": ({"beta": 0.5}, "beta: 1.0 in the checkpoint, 0.5 now"),
+    "rewards": ({"reward_funcs": ["exact"]}, r"rewards: \[\] in the checkpoint, \['exact'\] now"),
+    "logging_steps": ({"logging_steps": 2}, "logging_steps: 1 in the checkpoint, 2 now"),
+}
+OF_THE_CHECKPOINT = {"save_strategy": "steps", "save_steps": 1, "mask_tokens": ["+"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    make_trainer(folder, MAKE_TEACHER["same_checkpoint"](), **OF_THE_CHECKPOINT).train()
+    return folder
+
+
+def resuming(folder: Path, teacher: str = "same_checkpoint", **changes: object) -> OPSDTrainer:
+    changes = {**OF_THE_CHECKPOINT, **changes}
+    for name in ("rows", "eval_rows"):
+        if name in changes:
+            changes[name] = Dataset.from_list(changes[name])
+    return make_trainer(folder, MAKE_TEACHER[teacher](), **changes)
+
+
+@pytest.mark.parametrize(("changes", "named"), ANOTHER_RUN.values(), ids=ANOTHER_RUN)
+def test_another_run_is_refused_by_name_and_value(finished: Path, changes: dict[str, object], named: str) -> None:
+    """All of these resumed without a word, and the run's numbers were of neither run."""
+    card = (finished / "run_card.json").read_bytes()
+    with pytest.raises(CheckpointError, match=named) as raised:
+        resuming(finished, **changes).train(resume_from_checkpoint=str(finished / "checkpoint-1"))
+    assert "--allow-changes" in str(raised.value)
+    assert (finished / "run_card.json").read_bytes() == card
