@@ -57,11 +57,15 @@ def write(
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint stores of its run, and the step that it was written at.
+    """Return what the run of a checkpoint was made of.
 
     Raises:
         CheckpointError: not a checkpoint of opsd, or its files are of two steps.
     """
+    return {name: value for name, value in _read(folder).items() if name not in ("step", "pending")}
+
+
+def _read(folder: Path) -> dict[str, Any]:
     if not (folder / FACTS).is_file():
         raise CheckpointError(
             f"{folder} is not a checkpoint of opsd: it has no {FACTS}. Without the teacher's state the run would "
@@ -83,7 +87,7 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]
     Raises:
         CheckpointError: as `read_facts`.
     """
-    return load_file(folder / TENSORS), read_facts(folder)["pending"]
+    return load_file(folder / TENSORS), _read(folder)["pending"]
 
 
 def problem(folder: Path) -> str | None:
@@ -128,7 +132,7 @@ def saved(output_dir: str | os.PathLike[str]) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """Return the optimizer step that a checkpoint was written at."""
-    return int(read_facts(folder)["step"])
+    return int(_read(folder)["step"])
 
 
 def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tuple[Path | None, list[str]]:
