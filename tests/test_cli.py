@@ -73,7 +73,10 @@ def test_a_run_with_lora_resumes_by_the_command_it_prints(run_yaml: Path, capsys
     assert main([*arguments, "--max_steps", "1"]) == 0
     assert main([*arguments, "--max_steps", "2"]) == 2
     assert "already holds a run" in capsys.readouterr().err
-    assert main([*arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    longer = [*arguments, "--max_steps", "2", "--resume_from_checkpoint", "true"]
+    assert main(longer) == 2
+    assert "--allow-changes max_steps" in capsys.readouterr().err
+    assert main([*longer, "--allow-changes", "max_steps"]) == 0
     state = json.loads((run_yaml.parent / "run" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["global_step"] == 2
 
@@ -162,7 +165,7 @@ def test_a_signal_saves_and_says_how_to_resume(run_yaml: Path, number: signal.Si
     assert len(saved) == 1 and (saved[0] / "opsd_teacher.json").is_file()
     step = int(saved[0].name.split("-")[1])
     more = ["--max_steps", str(step + 1), "--save_strategy", "no", "--resume_from_checkpoint", "true"]
-    assert main(["train", str(run_yaml), *more]) == 0
+    assert main(["train", str(run_yaml), *more, "--allow-changes", "max_steps"]) == 0
 
 
 @pytest.mark.slow
@@ -175,7 +178,8 @@ def test_a_killed_run_resumes_from_its_last_whole_checkpoint(run_yaml: Path) -> 
         process.kill()
     steps = sorted(int(p.name.split("-")[1]) for p in (run_yaml.parent / "run").glob("checkpoint-*"))
     assert steps
-    assert main(["train", str(run_yaml), "--max_steps", str(steps[-1] + 1), "--resume_from_checkpoint", "true"]) == 0
+    more = ["--max_steps", str(steps[-1] + 1), "--allow-changes", "max_steps"]
+    assert main(["train", str(run_yaml), *more, "--resume_from_checkpoint", "true"]) == 0
 
 
 # ---- the other commands -----------------------------------------------------------------------------------------

@@ -317,11 +317,10 @@ def test_a_healthy_run_is_trained_after_the_doctors_word_which_stands_in_the_car
     assert "Does the teacher help?" in capsys.readouterr().out
     card = json.loads((tmp_path / "out" / "run_card.json").read_text())
     assert {f["check"] for f in card["doctor"]["findings"]} == set(CHECKS)
-    assert (
-        main(["train", str(run_yaml), "--save_steps", "1", "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
-    )
+    longer = ["--save_steps", "1", "--max_steps", "3", "--allow-changes", "max_steps"]
+    assert main(["train", str(run_yaml), *longer, "--resume_from_checkpoint", "true"]) == 0
     assert "Does the teacher help?" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "run_card.json").read_text()) == card
+    assert json.loads((tmp_path / "out" / "run_card.json").read_text())["doctor"] == card["doctor"]
 
 
 def test_a_check_that_stumbles_loses_nothing_of_the_others(tmp_path: Path) -> None:

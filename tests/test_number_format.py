@@ -66,7 +66,7 @@ def test_a_resumed_run_keeps_its_format_on_another_machine(
     make_trainer(tmp_path, **CHECKPOINTS).train()
     assert json.loads((tmp_path / checkpoints.NUMBER_FORMAT).read_text()) == {"bf16": first}
     set_cpu(monkeypatch, NO_BF16 if first else BF16)
-    trainer = make_trainer(tmp_path, **{**CHECKPOINTS, "max_steps": 2})
+    trainer = make_trainer(tmp_path, **{**CHECKPOINTS, "max_steps": 2, "allow_changes": ["max_steps"]})
     assert trainer.args.bf16 is first
     assert trainer.accelerator.mixed_precision == ("bf16" if first else "no")
     trainer.train(resume_from_checkpoint=True)

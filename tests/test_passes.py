@@ -150,7 +150,7 @@ CASES: dict[str, tuple[dict[int, int], Callable[[], dict[str, Any]]]] = {
         },
     ),
     "a plan of evaluation": (
-        {TRAIN: 3, TEST: 3, SPLIT: 2},
+        {TRAIN: 3, TEST: 2, SPLIT: 2},
         lambda: {
             "teacher": known(),
             "rows": dataset(TRAIN, prompt=parts),
@@ -191,6 +191,14 @@ def test_every_reader_is_counted(rows_read: RowsRead, selected: bool) -> None:
     for count, read in enumerate(readers, 1):
         read()
         assert rows_read.passes(TRAIN) == count
+
+
+def test_a_run_begins_with_one_pass_for_its_card_and_its_checkpoints(tmp_path: Path, rows_read: RowsRead) -> None:
+    plan = {"test": dataset(TEST, start=TRAIN), "selection": dataset(SPLIT, start=TRAIN + TEST), "every": 2, **PLAN}
+    trainer = make_trainer(tmp_path, known(), rows=dataset(TRAIN), evaluation=plan)
+    rows_read.rows.clear()
+    trainer._begin(None)
+    assert [rows_read.passes(size) for size in (TRAIN, TEST, SPLIT)] == [1, 1, 1]
 
 
 def test_the_hashes_of_a_run_card_are_made_in_one_pass(rows_read: RowsRead) -> None:

@@ -25,6 +25,8 @@ also be given, or changed, on the command line.
 
   opsd train run.yaml --learning_rate 3e-5
   opsd train run.yaml --resume_from_checkpoint true      newest checkpoint of output_dir, or a checkpoint's path
+  opsd train run.yaml --resume_from_checkpoint true --learning_rate 3e-5 --allow-changes learning_rate
+                                                         a resumed run must be the same run; name what you change
   torchrun --nproc_per_node 2 -m opsd train run.yaml     several processes (also: accelerate launch -m opsd train …)
 
 Before step 1 the doctor examines the run (`opsd doctor run.yaml` does only that). Its findings are printed, and written
@@ -68,11 +70,21 @@ def main(arguments: Sequence[str]) -> int:
     has_file = bool(arguments) and not arguments[0].startswith("--")
     run = read_run(Path(arguments[0]) if has_file else None, arguments[1 if has_file else 0 :])
 
+    from opsd.training import checkpoints
+    from opsd.training.run_lock import only_run_in
+
+    resume = _as_resume(run.args.resume_from_checkpoint)
+    checkpoints.check_writable(run.args.output_dir)
+    with only_run_in(run.args.output_dir):  # before a model loads
+        return _train(run, resume, skip_doctor)
+
+
+def _train(run: Any, resume: str | bool | None, skip_doctor: bool) -> int:
+    """Examine, train and save; returns as `main`."""
     from opsd.commands.build import build_trainer
     from opsd.training import checkpoints
 
-    args, resume = run.args, _as_resume(run.args.resume_from_checkpoint)
-    checkpoints.check_writable(args.output_dir)
+    args = run.args
     checkpoints.resolve(args.output_dir, resume)
     trainer = build_trainer(run)
     # The teacher of a control teaches little on purpose, which the doctor would fail.

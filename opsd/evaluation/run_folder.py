@@ -129,6 +129,10 @@ def as_markdown(card: Mapping[str, Any]) -> str:
     else:
         lines += [doctor["verdict"], ""]
         lines += [f"- {f['status']}: {f['check']}: {f['saw']}" for f in doctor["findings"]]
+    if card.get("changes"):
+        entries = [(entry["step"], entry["name"], entry["before"], entry["after"]) for entry in card["changes"]]
+        cells = [f"| {step} | {name} | `{_cell(before)}` | `{_cell(after)}` |" for step, name, before, after in entries]
+        lines += ["", "## Changed on resume", "", "| step | what | before | after |", "|---|---|---|---|", *cells]
     lines += ["", "## Prompts", ""]
     for prompt in card["prompts"]:
         lines += [f"Row {prompt['row']}, student:", "", _fenced(prompt["student"]), ""]

@@ -36,7 +36,6 @@ def write(
     facts: Mapping[str, Any],
     *,
     step: int = 0,
-    processes: int = 1,
     pending: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a teacher's state into a checkpoint folder, each file whole or not at all.
@@ -44,9 +43,8 @@ def write(
     Args:
         folder: the checkpoint.
         tensors: the teacher's state, in CPU memory.
-        facts: what a resumed run must have in common with this one.
+        facts: what the run is made of; a resumed run is compared with it. Of `processes` each writes its random state.
         step: optimizer steps done.
-        processes: number of processes; each writes its random state.
         pending: metrics since the last log entry, which the next entry averages.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,49 +53,41 @@ def write(
     temporary = folder / f".{TENSORS}"
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
     temporary.replace(folder / TENSORS)
-    write_json(folder / FACTS, {"step": step, "processes": processes, "pending": pending or {}, **facts})
+    write_json(folder / FACTS, {"step": step, "pending": pending or {}, **facts})
 
 
-def read(folder: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Return a teacher's tensors from a checkpoint, and the metrics that were not logged yet.
-
-    Args:
-        folder: the checkpoint.
-        facts: of this run (teacher, context, divergence); must equal those of the checkpoint.
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Return what the run of a checkpoint was made of.
 
     Raises:
-        CheckpointError: not a checkpoint of opsd, or one of another run; names what differs.
+        CheckpointError: not a checkpoint of opsd, or its files are of two steps.
     """
+    return {name: value for name, value in _read(folder).items() if name not in ("step", "pending")}
+
+
+def _read(folder: Path) -> dict[str, Any]:
     if not (folder / FACTS).is_file():
         raise CheckpointError(
             f"{folder} is not a checkpoint of opsd: it has no {FACTS}. Without the teacher's state the run would "
             "continue with another teacher. Start a new run from its weights instead: model_name_or_path."
         )
     stored = json.loads((folder / FACTS).read_text("utf-8"))
-    step, pending = stored.pop("step", None), stored.pop("pending", {})
-    stored.pop("processes", None)  # another number has another random state, of which transformers warns
+    step = stored.get("step")
     if folder.name != f"checkpoint-{step}" and re.fullmatch(r"checkpoint-\d+", folder.name):
         raise CheckpointError(
             f"the teacher's state in {folder} is of step {step}. Student and teacher would belong to different steps. "
             "Restore the folder's files, or resume from another checkpoint."
         )
-    stored, wanted = _flat(stored), _flat(json.loads(json.dumps(facts)))
-    differing = [key for key in sorted(stored.keys() | wanted.keys()) if stored.get(key) != wanted.get(key)]
-    if differing:
-        lines = [f"  {key}: {stored.get(key)!r} in the checkpoint, {wanted.get(key)!r} now" for key in differing]
-        raise CheckpointError(
-            f"{folder} was made by a run with other settings:\n" + "\n".join(lines) + "\nA resumed run must be the "
-            "same run. Restore these settings, or start a new run from the checkpoint's weights."
-        )
-    return load_file(folder / TENSORS), pending
+    return stored
 
 
-def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Return nested mappings as one, with keys like `teacher.decay`."""
-    flat: dict[str, Any] = {}
-    for key, value in facts.items():
-        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return flat
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Return a teacher's tensors from a checkpoint, and the metrics that were not logged yet.
+
+    Raises:
+        CheckpointError: as `read_facts`.
+    """
+    return load_file(folder / TENSORS), _read(folder)["pending"]
 
 
 def problem(folder: Path) -> str | None:
@@ -138,6 +128,11 @@ def saved(output_dir: str | os.PathLike[str]) -> list[Path]:
     """Return the checkpoint folders of a run, newest step first."""
     folders = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
     return sorted(folders, key=lambda p: -int(p.name.split("-")[1]))
+
+
+def step_of(folder: Path) -> int:
+    """Return the optimizer step that a checkpoint was written at."""
+    return int(_read(folder)["step"])
 
 
 def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tuple[Path | None, list[str]]:

@@ -20,9 +20,7 @@ from opsd.errors import ConfigError, did_you_mean, read_lists
 from opsd.evaluation.plan import METRIC, EvaluationPlan
 from opsd.models.vocabulary import check_is_tokenizer
 from opsd.teachers import Teacher
-from opsd.teachers.weight_copy import adapter_adds_nothing, adapter_parameters, digest
 from opsd.training.groups import Groups
-from opsd.training.loss import Scorer
 from opsd.training.metrics import gate_metrics
 
 HEADS = ("lm_head", "embed_out", "output_layer")  # as model families name it
@@ -177,25 +175,6 @@ def check_importance(clip: float | None, has_tools: bool) -> None:
             "importance_clip is set and the student calls tools. A completion is then sampled in several calls, and "
             "TRL keeps no log-probabilities across them. Leave importance_clip out."
         )
-
-
-def facts(student: nn.Module, vocab_size: int, scorer: Scorer, groups: Groups, args: Any) -> dict[str, Any]:
-    """Return what a resumed run must have in common with the run that wrote the checkpoint."""
-    return {
-        "student": _fingerprint(student, vocab_size),
-        "teacher": scorer.teacher.description,
-        "objective": scorer.describe(),
-        "groups": groups.describe(),
-        "lmbda": args.lmbda,
-        "seq_kd": args.seq_kd,
-    }
-
-
-def _fingerprint(student: nn.Module, vocab_size: int) -> str:
-    """Return a hash of the weights that a resumed run must begin with: all but an adapter that adds nothing yet."""
-    is_fresh = hasattr(student, "disable_adapter") and adapter_adds_nothing(student, vocab_size)
-    left_out = adapter_parameters(student) if is_fresh else ()
-    return digest({name: p for name, p in student.named_parameters() if p not in left_out})
 
 
 def check_gate_metrics(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import wraps
 from typing import Any
 
@@ -21,6 +21,7 @@ from opsd.losses.objective import Objective, ObjectiveSettings
 from opsd.training.controls import CONTROLS, control_of
 from opsd.training.groups import GroupSettings
 from opsd.training.machine import choose_bf16
+from opsd.training.resume import check_allowed
 from opsd.training.sampling import check_sampling, warn_sampling
 from opsd.training.token_selection import TokenSelectionSettings
 
@@ -124,6 +125,14 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "AVX512-BF16); the choice is stored with the run and reused on resume."
         },
     )
+    allow_changes: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "What a resumed run may change on purpose, by name: settings such as learning_rate; data, rows, "
+            "processes, teacher, evaluation, …. All else must be as in the checkpoint. The run card notes each change "
+            "with its step."
+        },
+    )
     # Rollouts are sampled, and scored by the teacher, without dropout; a student with dropout is another model.
     disable_dropout: bool = field(
         default=True,
@@ -167,6 +176,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         self._check_on_policy(self.objective)
         self.check_token_selection()
         self.check_groups()
+        check_allowed(self.allow_changes or (), [setting.name for setting in fields(self)])
         self._check_group_size()
         if self.hub_token:
             raise ConfigError(

@@ -51,7 +51,6 @@ from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.callbacks import GracefulStop
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import row_completion
-from opsd.training.run_card import data_digests
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
 UNCHECKED_STREAM = "whether test questions are trained on: the training rows are a stream"
@@ -127,11 +126,6 @@ class Evaluator(TrainerCallback):
     def folder(self) -> Path:
         """The folder of the results."""
         return Path(self._args.output_dir) / FOLDER
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What the plan declares, which a resumed run must not change."""
-        return {"plan": self.plan.describe(), "test": data_digests(self.plan.test)[1]}
 
     # ---- when --------------------------------------------------------------------------------------------------
 

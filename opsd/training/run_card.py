@@ -11,6 +11,7 @@ import json
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
@@ -21,15 +22,17 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__, sources
 from opsd.evaluation.plan import EvaluationPlan
-from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, write_json, write_whole
+from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, read_card, write_json, write_whole
 from opsd.findings import Examination
 from opsd.teachers import Recipe, StudentHandle, Teacher, read_recipe
 from opsd.training.config import OPSDConfig
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
 from opsd.training.machine import hardware
+from opsd.training.resume import Change
 
 SHOWN_ROWS = 3
+NOT_EXAMINED = "not examined"
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "jinja2", "numpy", "tokenizers")
 _SECRET = re.compile(r"(?:.*_)?(?:token|auth_token|api_key|key|password|secret)", re.IGNORECASE)
 _USER = re.compile(r"(?<=:)//[^/@\s]+@")
@@ -48,6 +51,7 @@ def run_card(
     groups: Groups,
     rows: Any,
     plan: EvaluationPlan | None = None,
+    digests: tuple[str, str] | None = None,
     examination: Examination | None = None,
     recipe: Recipe | None = None,
 ) -> dict[str, Any]:
@@ -60,11 +64,12 @@ def run_card(
         groups: how rollouts are graded.
         rows: the training rows, prepared.
         plan: what is evaluated, if anything.
+        digests: `data_digests` of the rows, if they are known.
         examination: what the doctor found, if it was asked.
         recipe: the recipe that the teacher was named by, if any.
     """
     contexts = {context.name: context.digest for context in scorer.contexts}
-    data, questions = data_digests(rows)
+    data, questions = digests or data_digests(rows)
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
@@ -74,21 +79,43 @@ def run_card(
         "groups": groups.describe(),
         "evaluation": plan.describe() if plan else "none was declared",
         "divergence": {"description": scorer.describe(), "formula": scorer.objective.formula},
-        "settings": _without_secrets(args.to_dict()),
+        "settings": without_secrets(args.to_dict()),
         "hashes": {
             "tokenizer": tokenizer_digest(student.tokenizer),
-            "chat_template": _digest([student.renderer.chat_template or student.tokenizer.chat_template or ""]),
+            "chat_template": chat_template_digest(student),
             "templates": contexts,
             "data": data,
             "questions": questions,
         },
         "rows": len(rows) if isinstance(rows, Dataset) else "a stream",
         "prompts": list(_prompts(student, scorer, groups, rows)),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": versions(),
         "hardware": hardware(),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},
-        "doctor": examination.as_dict() if examination else "not examined",
+        "doctor": examination.as_dict() if examination else NOT_EXAMINED,
+        "changes": [],
     }
+
+
+def resumed_card(card: Mapping[str, Any], folder: Path, step: int, changes: Iterable[Change]) -> dict[str, Any]:
+    """Return the card of a resumed run: its settings as they are now, and what was changed at which step.
+
+    Args:
+        card: of the resuming run.
+        folder: the run's output folder, whose card has earlier changes and the doctor's findings.
+        step: of the checkpoint.
+        changes: what differs from the run that wrote it.
+    """
+    earlier = read_card(str(folder)) if (folder / CARD).is_file() else {}
+    kept = [entry for entry in earlier.get("changes", []) if entry["step"] < step]  # later ones are undone
+    doctor = card["doctor"] if card["doctor"] != NOT_EXAMINED else earlier.get("doctor", NOT_EXAMINED)
+    return {**card, "doctor": doctor, "changes": kept + [{"step": step, **asdict(change)} for change in changes]}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and the packages that numbers depend on."""
+    packages = {name: metadata.version(name) for name in PACKAGES}
+    return {"opsd": __version__, "python": platform.python_version(), **packages}
 
 
 def _method(recipe: Recipe | None, teacher: Teacher) -> dict[str, Any]:
@@ -104,7 +131,12 @@ def _method(recipe: Recipe | None, teacher: Teacher) -> dict[str, Any]:
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer's words and special tokens."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return _digest([json.dumps(words), json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)])
+    return digest_of([json.dumps(words), json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)])
+
+
+def chat_template_digest(student: StudentHandle) -> str:
+    """Return a hash of the chat template that renders the student's prompts."""
+    return digest_of([student.renderer.chat_template or student.tokenizer.chat_template or ""])
 
 
 def data_digests(dataset: Any) -> tuple[str, str]:
@@ -118,12 +150,12 @@ def data_digests(dataset: Any) -> tuple[str, str]:
     return whole.hexdigest()[:16], prompts.hexdigest()[:16]
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
     """Leave out tokens, keys and passwords, at every depth, and names and passwords in addresses."""
     if isinstance(value, Mapping):
-        return {k: "(left out)" if v and _SECRET.fullmatch(str(k)) else _without_secrets(v) for k, v in value.items()}
+        return {k: "(left out)" if v and _SECRET.fullmatch(str(k)) else without_secrets(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_secrets(item) for item in value]
+        return [without_secrets(item) for item in value]
     return _USER.sub("//", value) if isinstance(value, str) else value
 
 
@@ -139,7 +171,8 @@ def _prompts(student: StudentHandle, scorer: Scorer, groups: Groups, rows: Any) 
     scorer.forget_counts()
 
 
-def _digest(texts: Iterable[str]) -> str:
+def digest_of(texts: Iterable[str]) -> str:
+    """Return a hash of texts in order."""
     digest = hashlib.sha256()
     for text in texts:
         _add(digest, text)

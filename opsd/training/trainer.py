@@ -50,14 +50,17 @@ from opsd.training.controls import control_of
 from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
+from opsd.training.facts import changes_on_resume, model_facts, run_facts
 from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics
 from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
+from opsd.training.resume import ResumedSettings
 from opsd.training.rewards import RewardFunc
-from opsd.training.run_card import run_card, write_run_card
+from opsd.training.run_card import data_digests, resumed_card, run_card, write_run_card
+from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import SamplingCheck, prepare_sampling, selects_by_sample
 from opsd.training.vllm_logprobs import UNKNOWN
 from opsd.training.vllm_sync import prepare_engine
@@ -99,6 +102,8 @@ class OPSDTrainer(DistillationTrainer):
     _buffered_inputs: list[Rollouts] | None
     _record: LossOutput | None = None
     evaluator: Evaluator | None = None
+    _facts: dict[str, Any] | None = None  # what the run is made of, in processes that write checkpoints
+    _digests: tuple[str, str] | None = None  # of the training rows
     examination: Examination | None = None  # what the doctor found, if it was asked; goes into the run card
 
     def __init__(
@@ -153,18 +158,19 @@ class OPSDTrainer(DistillationTrainer):
         keep_float32_sums(self.accelerator)
         keep_logprobs = args.importance_clip is not None
         self._engine = prepare_engine(self.vllm_generation, keep_logprobs) if args.use_vllm else None
+        self._given_optimizers = optimizers
         self._say = partial(self.accelerator.print, flush=True)
         self._eval_sizes = BatchSizes()
         self._prepare_teacher()
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        self.callback_handler.callbacks[:0] = [update_teacher, self._stop]
+        self._resumed = ResumedSettings()
+        self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self._resumed]
         if plan is not None:
             unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
             self.evaluator = Evaluator(plan, self.student, self.teacher, args, self.accelerator, self._stop, unchecked)
             self.add_callback(self.evaluator)
-            self._facts["evaluation"] = self.evaluator.facts
 
     # ---- before the first step --------------------------------------------------------------------------------
 
@@ -187,7 +193,7 @@ class OPSDTrainer(DistillationTrainer):
         self._sampling_check = SamplingCheck(self.args, selects, self._say)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
         check_rows_fit(self.train_dataset, self.student, self.teacher, self.args, self.groups.rollout_fields)
-        self._facts = checks.facts(student, len(self._tokenizer), self.scorer, self.groups, self.args)
+        self._model_facts = model_facts(student, len(self._tokenizer))
         self._say(summary(self.scorer, self.groups, self.train_dataset, self.student, self.args))
 
     def _send_telemetry(self) -> None:
@@ -367,8 +373,8 @@ class OPSDTrainer(DistillationTrainer):
     def run_card(self) -> dict[str, Any]:
         """What this run is, in plain values."""
         plan = self.evaluator.plan if self.evaluator else None
-        rows, recipe = self.train_dataset, self.recipe
-        return run_card(self.args, self.student, self.scorer, self.groups, rows, plan, self.examination, recipe)
+        found = (plan, self._digests, self.examination, self.recipe)
+        return run_card(self.args, self.student, self.scorer, self.groups, self.train_dataset, *found)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, with its model card (README.md) and its run card."""
@@ -393,12 +399,12 @@ class OPSDTrainer(DistillationTrainer):
         state = saved_state(self.teacher, keep=self.args.should_save)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            step, processes, pending = self.state.global_step, self.accelerator.num_processes, self._metrics["train"]
-            checkpoints.write(folder, state, self._facts, step=step, processes=processes, pending=pending)
+            step, pending = self.state.global_step, self._metrics["train"]
+            checkpoints.write(folder, state, self._facts or {}, step=step, pending=pending)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state, pending = checkpoints.read(Path(resume_from_checkpoint), self._facts)
+        state, pending = checkpoints.read_state(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_state(self.teacher, state)
         self._metrics["train"].clear()
@@ -412,23 +418,38 @@ class OPSDTrainer(DistillationTrainer):
             kwargs: as in transformers' Trainer.
 
         Raises:
-            CheckpointError: the output folder holds another run, or there is nothing to resume from.
+            CheckpointError: the output folder holds another run, or one is running in it; there is nothing to resume
+                from; the checkpoint is of another run, apart from what `allow_changes` names.
             NonFiniteLossError: NaN or infinity in the loss.
         """
         # An earlier `train` that was interrupted may have left half a step.
         self._step, self._buffered_inputs, self._record = 0, None, None
-        folder, passed_over = checkpoints.resolve(self.args.output_dir, resume_from_checkpoint)
-        self.accelerator.wait_for_everyone()
-        for line in passed_over:
-            self._say(line)
-        if self.args.should_save:
-            checkpoints.store_number_format(self.args.output_dir, bool(self.args.bf16))
-            if folder is None:  # a resumed run is the one its card describes
-                write_run_card(Path(self.args.output_dir), self.run_card)
-        with self._stop.listening():
-            output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+        with only_run_in(self.args.output_dir):
+            folder, passed_over = checkpoints.resolve(self.args.output_dir, resume_from_checkpoint)
+            self.accelerator.wait_for_everyone()
+            for line in passed_over:
+                self._say(line)
+            self._begin(folder)
+            with self._stop.listening():
+                output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
         check_trained(self.state.global_step, self._rows_per_step)
         return output
+
+    def _begin(self, checkpoint: Path | None) -> None:
+        """Compare the run with its checkpoint, if it resumes from one, and write what the run is."""
+        if self.args.should_save:
+            self._digests = data_digests(self.train_dataset)
+            parts = (self.args, self.accelerator, self.student, self.scorer, self.groups, self.train_dataset)
+            plan = self.evaluator.plan if self.evaluator else None
+            rows = (self._digests[0], self.eval_dataset, plan)
+            self._facts = self._model_facts | run_facts(*parts, *rows, self._given_optimizers)
+        self._resumed.changes = changes_on_resume(checkpoint, self._facts, self.args.allow_changes)
+        if self.args.should_save:
+            folder, card = Path(self.args.output_dir), self.run_card
+            checkpoints.store_number_format(folder, bool(self.args.bf16))
+            if checkpoint is not None:
+                card = resumed_card(card, folder, checkpoints.step_of(checkpoint), self._resumed.changes)
+            write_run_card(folder, card)
 
     @property
     def stopped_by(self) -> int | None:
