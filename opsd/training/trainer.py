@@ -49,6 +49,7 @@ from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
 from opsd.training.groups import Groups
+from opsd.training.learning import Learning, causes_in_settings
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.training.model_card import copy_cards, write_model_card
@@ -148,7 +149,11 @@ class OPSDTrainer(DistillationTrainer):
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        self.callback_handler.callbacks[:0] = [update_teacher, self._stop]
+        custom = any(each is not None for each in optimizers)
+        causes = causes_in_settings(args, self.teacher, self.train_dataset, self.recipe, brings_optimizer=custom)
+        metrics = self._metrics["train"]
+        self.learning = Learning(args, self.scorer, self.groups, metrics, self.accelerator, causes)
+        self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self.learning]
         if plan is not None:
             unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
             self.evaluator = Evaluator(plan, self.student, self.teacher, args, self.accelerator, self._stop, unchecked)
@@ -304,6 +309,7 @@ class OPSDTrainer(DistillationTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # there the loss scaler expects overflows, and skips those steps
             check_gradient(norm, self.state.global_step + 1)
+        self.learning.see_gradient(norm)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -392,6 +398,8 @@ class OPSDTrainer(DistillationTrainer):
         with self._stop.listening():
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
         check_trained(self.state.global_step, self._rows_per_step)
+        if self.stopped_by is None:
+            self._say("\n".join(self.learning.lines))
         return output
 
     @property
