@@ -1,4 +1,4 @@
-"""A run that learns nothing says so: before step 1 where it can be known, after step 1 otherwise, and in its last lines.
+"""A run that learns nothing says so: before step 1 where that is known, after step 1 otherwise, and in its last lines.
 
 Every case is a real run of two steps.
 """
@@ -27,7 +27,9 @@ from opsd import (
     SiblingTeacher,
     SnapshotTeacher,
 )
+from opsd.contexts.schedule import ContextSchedule
 from opsd.errors import ConfigError
+from opsd.evaluation.run_folder import read_card
 from opsd.teachers import recipe_of
 from opsd.training.config import OPSDConfig
 
@@ -64,19 +66,26 @@ def rows_with(**columns: Any) -> Dataset:
 
 CASES = {
     "learning rate 0": Case("learning_rate is 0", settings={"learning_rate": 0.0}),
-    "one step of warm-up": Case("warm-up has 5 steps and the run 1", settings={"warmup_steps": 5, "max_steps": 1}),
+    "one step of warm-up": Case(
+        "warm-up has 5 steps and the run 1, at which", settings={"warmup_steps": 5, "max_steps": 1}
+    ),
     "a warm-up longer than the run": Case("to 2% of learning_rate", learned=True, settings={"warmup_steps": 50}),
     "a rate too small for float32": Case(
-        "no trainable weight changed", LAST, settings={"learning_rate": 1e-30, "student": make_llama(tie=False)}
-    ),  # no weight of which is 0
+        "no trainable weight changed",
+        LAST,
+        settings={"learning_rate": 1e-30, "student": make_llama(tie=False)},  # no weight of which is 0
+    ),
     "a live teacher without context": Case("no context and starts as the student", teacher=LiveTeacher),
     "the default teacher": Case("no context and starts as the student", teacher=SameCheckpointTeacher),
     "parts without context": Case(
         "no context and starts as the student",
         teacher=lambda: MixtureTeacher([EMATeacher(0.9), LiveTeacher()], [0.5, 0.5]),
     ),
-    "a mixture of siblings that are the student": Case(
-        "the gradient was 0 in 1 step", FIRST, lambda: MixtureTeacher([same_model(), same_model()], [0.5, 0.5])
+    "a mixture that is the student": Case(
+        "the gradient was 0 in 1 step",
+        FIRST,
+        lambda: MixtureTeacher([same_model(), same_model()], [0.5, 0.5]),
+        settings={"learning_rate": 1e-9},
     ),
     "a sibling that is the student": Case("the gradient was 0 in 1 step", FIRST, same_model),
     "pass rates of 1": Case(
@@ -117,6 +126,13 @@ CASES = {
         teacher=lambda: MixtureTeacher([EMATeacher(0.9, every=2), LiveTeacher()], [0.5, 0.5], context="answer_only"),
         learned=True,
     ),
+    "a level that never comes": Case(
+        "levels that begin after the run's 2 steps: answer_only",
+        teacher=lambda: SameCheckpointTeacher(
+            context=ContextSchedule(["worked_solution", "answer_only"], until_step={"worked_solution": 2})
+        ),
+        learned=True,
+    ),
     "a gate that never opens": Case(
         "0 of 1 renewals: the gate refused each",
         LAST,
@@ -142,6 +158,7 @@ def test_a_run_names_what_kept_it_from_learning(case: Case, tmp_path: Path, caps
     title = "not done    " if case.learned else "learned     nothing: "
     assert any(line.startswith(title) and what in line for line in lines[end:]), lines[end:]
     assert trainer.learning.learned == case.learned
+    assert read_card(str(tmp_path))["outcome"] == trainer.learning.description
 
 
 def test_a_run_that_learns_says_how_much(tmp_path: Path, capsys: Any) -> None:
@@ -164,7 +181,7 @@ def test_a_schedule_that_stays_at_0_is_named(tmp_path: Path) -> None:
     trainer = OPSDTrainer(
         model,
         LiveTeacher(context="answer_only"),
-        args=make_args(tmp_path, learning_rate=0.0),
+        args=make_args(tmp_path, learning_rate=0.0, warmup_steps=5),
         train_dataset=Dataset.from_list(make_rows()),
         processing_class=make_tokenizer(),
         optimizers=(optimizer, schedule),

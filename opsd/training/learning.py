@@ -19,7 +19,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from opsd.findings import Finding, listed
+from opsd.findings import Finding
 from opsd.models.sharding import local_shard
 from opsd.teachers import Recipe, Teacher
 from opsd.training.config import OPSDConfig
@@ -68,7 +68,7 @@ def causes_in_settings(
     """
     findings = []
     if args.learning_rate == 0 and not brings_optimizer:
-        findings.append(_fails("learning_rate is 0: no step changes a weight", "Set a learning_rate above 0."))
+        findings.append(_fails("learning_rate is 0, so no step changes a weight", "Set a learning_rate above 0."))
     if _teacher_is_student(args, teacher):
         findings.append(
             _fails(
@@ -115,7 +115,8 @@ def _recipe_args_left_out(args: OPSDConfig, recipe: Recipe | None) -> Finding | 
     }
     if not left_out:
         return None
-    values = listed((f"{name} {getattr(args, name)} (there {wanted})" for name, wanted in left_out.items()), most=20)
+    now = {name: getattr(args, name) for name in left_out}
+    values = ", ".join(f"{name} {getattr(now[name], 'value', now[name])} (there {left_out[name]})" for name in left_out)
     return _warns(
         f"{len(left_out)} settings of the teacher's recipe ({recipe.source}) are not in force: {values}",
         "In Python a recipe's name brings its teacher and context; `opsd train` applies its args too. Take them: "
@@ -136,21 +137,24 @@ def causes_in_steps(args: OPSDConfig, steps: int) -> list[Finding]:
     warmup = args.get_warmup_steps(steps)
     if args.lr_scheduler_type in WITHOUT_WARMUP or warmup < steps or not warmup or not args.learning_rate:
         return []
-    make, peak = (_warns, f"{(steps - 1) / warmup:.0%} of learning_rate") if steps > 1 else (_fails, "0")
-    saw = f"the warm-up has {warmup:,} steps and the run {steps:,}: the learning rate rises from 0 to {peak} at most"
-    return [make(saw, "Lower warmup_steps, or train for more steps.")]
+    saw, do = f"the warm-up has {warmup:,} steps and the run {steps:,}", "Lower warmup_steps, or train for more steps."
+    if steps == 1:
+        return [_fails(f"{saw}, at which the learning rate is 0", do)]
+    return [_warns(f"{saw}: the learning rate rises from 0 to {(steps - 1) / warmup:.0%} of learning_rate", do)]
 
 
 def left_undone(teacher: Teacher, done: int, steps: int) -> list[Finding]:
-    """Return what of the teacher's schedule a run does not come to.
+    """Return what of the teacher's schedule, and of its contexts', a run does not come to.
 
     Args:
         teacher: the teacher.
         done: optimizer steps done.
         steps: of the whole run.
     """
-    text = teacher.left_undone(done, steps)
-    return [] if text is None else [_warns(f"teacher: {text}", "Train for more steps, or let it change sooner.")]
+    sentences = [("teacher", teacher.left_undone(done, steps))]
+    sentences += [("context", context.left_undone(steps)) for context in teacher.prompts.contexts]
+    do = "Train for more steps, or let it change sooner."
+    return [_warns(f"{what}: {text}", do) for what, text in dict.fromkeys(sentences) if text]
 
 
 # ---- known from what the steps did ----------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ class Learning(TrainerCallback):
     """Counts what a run trains, and says what keeps it from learning.
 
     >>> trainer.train()
-    learned     nothing: learning_rate is 0: no step changes a weight. Set a learning_rate above 0.
+    learned     nothing: learning_rate is 0, so no step changes a weight. Set a learning_rate above 0.
     >>> trainer.learning.learned
     False
 
@@ -203,6 +207,7 @@ class Learning(TrainerCallback):
         metrics: the trainer's lists of values by name, one per step since the last log entry.
         accelerator: of the run.
         known: findings that are known from settings.
+        brings_optimizer: whether the learning rate is the user's own optimizer's or schedule's.
     """
 
     def __init__(
@@ -213,9 +218,11 @@ class Learning(TrainerCallback):
         metrics: Mapping[str, Sequence[float]],
         accelerator: Accelerator,
         known: Sequence[Finding],
+        *,
+        brings_optimizer: bool = False,
     ):
         self._args, self._scorer, self._groups, self._metrics = args, scorer, groups, metrics
-        self._accelerator, self._known = accelerator, list(known)
+        self._accelerator, self._known, self._brings_optimizer = accelerator, list(known), brings_optimizer
         self._gradient = self._rate = 0.0
         self._announce(self._known)
         self.counts = Counts()
@@ -240,9 +247,8 @@ class Learning(TrainerCallback):
     @property
     def description(self) -> dict[str, Any]:
         """The same in plain values, for the run card."""
-        names = ("steps", "rollouts", "tokens")
-        counts = {name: getattr(self.counts, name) for name in names}
-        return {"learned": self.learned, **counts, "findings": [asdict(finding) for finding in self.findings]}
+        counts = {name: getattr(self.counts, name) for name in ("steps", "rollouts", "tokens")}
+        return {"learned": self.learned, **counts, "lines": self.lines}
 
     # ---- events -----------------------------------------------------------------------------------------------
 
@@ -251,8 +257,7 @@ class Learning(TrainerCallback):
     ) -> None:
         """Say what the number of steps keeps from learning, and go on counting where a checkpoint stopped."""
         steps = state.max_steps
-        self.findings = [*self._known, *causes_in_steps(args, steps)]
-        self._announce(self.findings[len(self._known) :] + left_undone(self._scorer.teacher, state.global_step, steps))
+        self._announce(self._rate_causes(steps) + left_undone(self._scorer.teacher, state.global_step, steps))
         stored = state.stateful_callbacks.get(STORED) if state.global_step else None
         self.counts = Counts(**stored["attributes"]["counts"]) if stored else Counts(weights=self._checksum(model))
 
@@ -284,8 +289,10 @@ class Learning(TrainerCallback):
         self, args: OPSDConfig, state: TrainerState, control: TrainerControl, *, model: nn.Module, **kwargs: Any
     ) -> None:
         """Find out what the run did not do."""
+        if not self.counts.steps:  # a finished run was resumed, from a checkpoint without counts
+            return
         steps = state.global_step
-        findings = [*self._known, *causes_in_steps(args, state.max_steps), *self._causes_in_rollouts()]
+        findings = [*self._known, *self._rate_causes(state.max_steps), *self._causes_in_rollouts()]
         findings += left_undone(self._scorer.teacher, steps, steps)
         is_same = self._checksum(model) == self.counts.weights  # a collective: before anything that may differ
         if not any(each.status == "fail" for each in findings):
@@ -296,22 +303,24 @@ class Learning(TrainerCallback):
                 findings.append(_fails("no trainable weight changed", "Raise learning_rate, or train float32 weights."))
         self.findings = findings
 
+    def _rate_causes(self, steps: int) -> list[Finding]:
+        return [] if self._brings_optimizer else causes_in_steps(self._args, steps)
+
     def _causes_in_rollouts(self) -> list[Finding]:
         """Return what left steps without tokens, rewards or gradients, in all steps counted so far."""
-        counts = self.counts
-        reasons = [*self._reward_causes(), *(() if counts.with_tokens else self._token_causes())]
-        if counts.with_tokens:
-            findings = [_warns(saw, do) for saw, do in reasons]
-        else:
+        counts, is_explained = self.counts, any(each.status == "fail" for each in self._known)
+        findings = [_warns(saw, do) for saw, do in self._reward_causes()]
+        if not counts.with_tokens:
             tokens = f"tokens: {self._scorer.selection.describe()}", "Look at rollouts with log_completions."
+            reasons = [*self._reward_causes(), *self._token_causes()] or ([] if is_explained else [tokens])
             start = f"no token was scored in {_count(counts.steps, 'step')}"
-            findings = [_fails(f"{start}: {saw}", do) for saw, do in reasons or [tokens]]
+            findings = [_fails(f"{start}: {saw}", do) for saw, do in reasons]
         if 0 < counts.with_tokens < counts.steps:
             without = counts.steps - counts.with_tokens
             findings.append(
                 _warns(f"{without:,} of {counts.steps:,} steps scored no token", "Plot scored_tokens over the steps.")
             )
-        if counts.with_tokens and not counts.with_gradient and all(each.status != "fail" for each in self._known):
+        if counts.with_tokens and not counts.with_gradient and not is_explained:
             saw = f"the gradient was 0 in {_count(counts.steps, 'step')} (its norm below {ROUNDING:g}: rounding)"
             findings.append(_fails(saw, "Compare teacher and student: `opsd doctor`."))
         return findings

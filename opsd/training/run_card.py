@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__, sources
 from opsd.evaluation.plan import EvaluationPlan
-from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, write_json, write_whole
+from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, read_card, write_json, write_whole
 from opsd.findings import Examination
 from opsd.teachers import Recipe, StudentHandle, Teacher, read_recipe
 from opsd.training.config import OPSDConfig
@@ -39,6 +39,11 @@ def write_run_card(folder: Path, card: Mapping[str, Any]) -> None:
     """Write a card into a run's folder, for machines and to read."""
     write_json(folder / CARD, card, default=str)
     write_whole(folder / CARD_PAGE, as_markdown(card))
+
+
+def add_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Add what a run did (`Learning.description`) to the card that it wrote when it began."""
+    write_run_card(folder, {**read_card(str(folder)), "outcome": outcome})
 
 
 def run_card(

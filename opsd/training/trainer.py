@@ -55,7 +55,7 @@ from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxim
 from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
-from opsd.training.run_card import run_card, write_run_card
+from opsd.training.run_card import add_outcome, run_card, write_run_card
 from opsd.training.vllm_logprobs import UNKNOWN, EngineLogprobs
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -149,10 +149,10 @@ class OPSDTrainer(DistillationTrainer):
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        custom = any(each is not None for each in optimizers)
-        causes = causes_in_settings(args, self.teacher, self.train_dataset, self.recipe, brings_optimizer=custom)
+        own = {"brings_optimizer": any(each is not None for each in optimizers)}
+        causes = causes_in_settings(args, self.teacher, self.train_dataset, self.recipe, **own)
         metrics = self._metrics["train"]
-        self.learning = Learning(args, self.scorer, self.groups, metrics, self.accelerator, causes)
+        self.learning = Learning(args, self.scorer, self.groups, metrics, self.accelerator, causes, **own)
         self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self.learning]
         if plan is not None:
             unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
@@ -400,6 +400,8 @@ class OPSDTrainer(DistillationTrainer):
         check_trained(self.state.global_step, self._rows_per_step)
         if self.stopped_by is None:
             self._say("\n".join(self.learning.lines))
+            if self.args.should_save:
+                add_outcome(Path(self.args.output_dir), self.learning.description)
         return output
 
     @property
