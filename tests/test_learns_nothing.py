@@ -101,7 +101,7 @@ CASES = {
         "every completion was cut at max_completion_length 6", FIRST, settings={"mask_truncated_completions": True}
     ),
     "named tokens only": Case(
-        "no token was scored in 1 step: tokens: without",
+        "no token was scored in 1 step: none is left of the tokens without 400",
         FIRST,
         settings={"mask_tokens": list(make_tokenizer().get_vocab())},
     ),
@@ -173,7 +173,8 @@ def test_a_run_that_learns_says_how_much(tmp_path: Path, capsys: Any) -> None:
     assert out.splitlines()[-1] == f"trained     2 steps on {counts.tokens} tokens of 8 rollouts"
 
 
-def test_a_schedule_that_stays_at_0_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{"learning_rate": 0.0}, {"warmup_steps": 5}])
+def test_a_schedule_that_stays_at_0_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
     """The learning rate of the settings says nothing where the user brings optimizer and schedule."""
     model = make_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -181,7 +182,7 @@ def test_a_schedule_that_stays_at_0_is_named(tmp_path: Path) -> None:
     trainer = OPSDTrainer(
         model,
         LiveTeacher(context="answer_only"),
-        args=make_args(tmp_path, learning_rate=0.0, warmup_steps=5),
+        args=make_args(tmp_path, **settings),
         train_dataset=Dataset.from_list(make_rows()),
         processing_class=make_tokenizer(),
         optimizers=(optimizer, schedule),

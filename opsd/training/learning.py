@@ -34,8 +34,7 @@ STORED = "opsd.learning"  # its entry in the trainer state of a checkpoint
 ROUNDING = 1e-6
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # schedulers that read no warmup_steps
 # Logged metrics, each one value per step, whose means explain a run.
-EXPLAINING = ("reward", "group/right", "group/unused", "group/without_context", "group/flat",
-              "completions/clipped_ratio", "completions/max_length")  # fmt: skip
+EXPLAINING = ("reward", "group/right", "group/without_context", "group/flat", "completions/clipped_ratio")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes, to sum the bits of floats
 
 
@@ -206,7 +205,8 @@ class Learning(TrainerCallback):
         groups: how rollouts are graded.
         metrics: the trainer's lists of values by name, one per step since the last log entry.
         accelerator: of the run.
-        known: findings that are known from settings.
+        rows: prepared training rows.
+        recipe: the recipe that the teacher was named by in Python, where nothing applies its `args`.
         brings_optimizer: whether the learning rate is the user's own optimizer's or schedule's.
     """
 
@@ -217,16 +217,18 @@ class Learning(TrainerCallback):
         groups: Groups,
         metrics: Mapping[str, Sequence[float]],
         accelerator: Accelerator,
-        known: Sequence[Finding],
         *,
+        rows: Any = None,
+        recipe: Recipe | None = None,
         brings_optimizer: bool = False,
     ):
         self._args, self._scorer, self._groups, self._metrics = args, scorer, groups, metrics
-        self._accelerator, self._known, self._brings_optimizer = accelerator, list(known), brings_optimizer
+        self._accelerator, self._brings_optimizer = accelerator, brings_optimizer
+        self._known = causes_in_settings(args, scorer.teacher, rows, recipe, brings_optimizer=brings_optimizer)
         self._gradient = self._rate = 0.0
         self._announce(self._known)
         self.counts = Counts()
-        self.findings: list[Finding] = list(known)
+        self.findings = list(self._known)
 
     @property
     def learned(self) -> bool:
@@ -311,8 +313,9 @@ class Learning(TrainerCallback):
         counts, is_explained = self.counts, any(each.status == "fail" for each in self._known)
         findings = [_warns(saw, do) for saw, do in self._reward_causes()]
         if not counts.with_tokens:
-            tokens = f"tokens: {self._scorer.selection.describe()}", "Look at rollouts with log_completions."
-            reasons = [*self._reward_causes(), *self._token_causes()] or ([] if is_explained else [tokens])
+            reasons = list(self._reward_causes())
+            if not reasons and not is_explained:
+                reasons = [self._selection_cause()]
             start = f"no token was scored in {_count(counts.steps, 'step')}"
             findings = [_fails(f"{start}: {saw}", do) for saw, do in reasons]
         if 0 < counts.with_tokens < counts.steps:
@@ -348,22 +351,14 @@ class Learning(TrainerCallback):
                 "Check reward_funcs, or take questions that the model answers sometimes.",
             )
 
-    def _token_causes(self) -> Iterator[tuple[str, str]]:
-        """Yield (what was seen, way out) of completions without a scored token."""
-        counts, args = self.counts, self._args
-        if args.mask_truncated_completions and counts.is_always("completions/clipped_ratio", 1):
-            yield (
-                f"every completion was cut at max_completion_length {args.max_completion_length:,}, and "
-                "mask_truncated_completions leaves those out",
-                "Raise max_completion_length.",
-            )
-        longest = counts.sums.get("completions/max_length")
-        if longest is not None and longest <= args.skip_first_tokens * counts.steps:
-            yield (
-                f"completions have {longest / counts.steps:.0f} tokens at most, and skip_first_tokens leaves out "
-                f"{args.skip_first_tokens}",
-                "Lower skip_first_tokens.",
-            )
+    def _selection_cause(self) -> tuple[str, str]:
+        """Return (what was seen, way out) of a token selection that left out every token."""
+        args, selection = self._args, self._scorer.selection
+        if args.mask_truncated_completions and self.counts.is_always("completions/clipped_ratio", 1):
+            length = f"max_completion_length {args.max_completion_length:,}"
+            saw = f"every completion was cut at {length}, and mask_truncated_completions leaves those out"
+            return saw, "Raise max_completion_length."
+        return f"none is left of the tokens {selection.describe()}", "Look at rollouts with log_completions."
 
     def _announce(self, findings: Sequence[Finding], title: str = "warning     ") -> None:
         for finding in findings:

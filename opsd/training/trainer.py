@@ -49,7 +49,7 @@ from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
 from opsd.training.groups import Groups
-from opsd.training.learning import Learning, causes_in_settings
+from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxima, mean_over_processes
 from opsd.training.model_card import copy_cards, write_model_card
@@ -149,10 +149,8 @@ class OPSDTrainer(DistillationTrainer):
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        own = {"brings_optimizer": any(each is not None for each in optimizers)}
-        causes = causes_in_settings(args, self.teacher, self.train_dataset, self.recipe, **own)
-        metrics = self._metrics["train"]
-        self.learning = Learning(args, self.scorer, self.groups, metrics, self.accelerator, causes, **own)
+        known = {"rows": self.train_dataset, "recipe": self.recipe, "brings_optimizer": any(optimizers)}
+        self.learning = Learning(args, self.scorer, self.groups, self._metrics["train"], self.accelerator, **known)
         self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self.learning]
         if plan is not None:
             unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
