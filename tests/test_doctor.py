@@ -320,7 +320,9 @@ def test_a_healthy_run_is_trained_after_the_doctors_word_which_stands_in_the_car
     longer = ["--save_steps", "1", "--max_steps", "3", "--allow-changes", "max_steps"]
     assert main(["train", str(run_yaml), *longer, "--resume_from_checkpoint", "true"]) == 0
     assert "Does the teacher help?" not in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "run_card.json").read_text())["doctor"] == card["doctor"]
+    resumed = json.loads((tmp_path / "out" / "run_card.json").read_text())
+    assert resumed["doctor"] == card["doctor"]
+    assert card["outcome"]["steps"] < resumed["outcome"]["steps"] == 3
 
 
 def test_a_check_that_stumbles_loses_nothing_of_the_others(tmp_path: Path) -> None:

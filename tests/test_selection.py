@@ -131,7 +131,8 @@ def test_a_run_counts_what_it_leaves_out_and_divides_by_what_is_left(tmp_path: P
 
 
 def test_a_run_whose_every_token_is_left_out_logs_it_and_changes_nothing(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), skip_first_tokens=100)
+    settings = {"mask_truncated_completions": True}
+    trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), **settings)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     assert set(logged(trainer, "tokens/left_out")) == {1.0} and set(logged(trainer, "divergence")) == {0.0}

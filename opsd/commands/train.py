@@ -94,7 +94,8 @@ def _train(run: Any, resume: str | bool | None, skip_doctor: bool) -> int:
     if trainer.stopped_by is not None:
         return 128 + signal.Signals(trainer.stopped_by).value
     trainer.save_model()
-    trainer.accelerator.print(f"saved the trained model, its model card and run card in {args.output_dir}")
+    what = "the trained model" if trainer.learning.learned else "the model, which learned nothing"
+    trainer.accelerator.print(f"saved {what}, its model card and run card in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.end()

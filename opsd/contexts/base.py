@@ -111,6 +111,10 @@ class Context(ABC):
     def possible_contexts(self, row: Row, rollout_fields: Row | None = None) -> Sequence[Context]:
         """Return the plain contexts that may be picked for a row at any step."""
 
+    def left_undone(self, steps: int) -> str | None:
+        """Return which of its contexts a run of `steps` steps never comes to; None for none."""
+        return None
+
     @abstractmethod
     def render(self, row: Row, rollout_fields: Row | None = None, *, renderer: PromptRenderer) -> list[int]:
         """Return the ids of the teacher's prompt for a row, and count it.

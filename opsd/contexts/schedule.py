@@ -108,6 +108,13 @@ class ContextSchedule(Context):
         levels = {name: context and context.of_other_rows() for name, context in self.levels.items()}
         return ContextSchedule(levels, pass_rate=self._rate_column, seed=self._seed, **self._rules)  # type: ignore[arg-type]
 
+    def left_undone(self, steps: int) -> str | None:
+        """Return the levels that begin at or after the last step."""
+        following = list(dict.fromkeys([*self._until_step, self._last]))[1:]
+        begins = zip(following, self._until_step.values(), strict=False)  # each where the one before it ends
+        late = [level for level, start in begins if start >= steps]
+        return f"levels that begin after the run's {steps} steps: {', '.join(late)}" if late else None
+
     # ---- which level ------------------------------------------------------------------------------------------
 
     def scheduled_level(self, row: Row, rollout_fields: Row | None = None) -> str:

@@ -15,8 +15,8 @@ from opsd.errors import CheckpointError
 CARD, CARD_PAGE = "run_card.json", "run_card.md"
 # Ignored by `opsd diff`: paths and names that always differ,
 _IGNORED = ("settings.output_dir", "settings.logging_dir", "settings.run_name", "settings.resume_from_checkpoint")
-# and the doctor's measurements, which differ from run to run.
-_IGNORED_PREFIXES = ("doctor.seconds", "doctor.verdict", "doctor.findings")
+# and what was measured, by the doctor and by the run: it differs from run to run.
+_IGNORED_PREFIXES = ("doctor.seconds", "doctor.verdict", "doctor.findings", "outcome.")
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------
@@ -133,6 +133,8 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         entries = [(entry["step"], entry["name"], entry["before"], entry["after"]) for entry in card["changes"]]
         cells = [f"| {step} | {name} | `{_cell(before)}` | `{_cell(after)}` |" for step, name, before, after in entries]
         lines += ["", "## Changed on resume", "", "| step | what | before | after |", "|---|---|---|---|", *cells]
+    if "outcome" in card:
+        lines += ["", "## Outcome", "", *(f"- {line}" for line in card["outcome"]["lines"])]
     lines += ["", "## Prompts", ""]
     for prompt in card["prompts"]:
         lines += [f"Row {prompt['row']}, student:", "", _fenced(prompt["student"]), ""]

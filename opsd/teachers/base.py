@@ -253,6 +253,10 @@ class Teacher(ABC):
         """
         return None
 
+    def left_undone(self, done: int, steps: int) -> str | None:
+        """Return what of its schedule a run of `steps` steps, `done` of them done, never comes to; None for nothing."""
+        return None
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors that a resumed run needs and cannot make again; sharded ones as they are."""
         return {}

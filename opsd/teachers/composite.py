@@ -127,6 +127,10 @@ class CompositeTeacher(Teacher):
         """Let every member follow the student."""
         return "\n".join(filter(None, [member.before_step(done, history) for member in self.members])) or None
 
+    def left_undone(self, done: int, steps: int) -> str | None:
+        """Return what never comes of any member's schedule."""
+        return "; ".join(filter(None, [member.left_undone(done, steps) for member in self.members])) or None
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return every member's state; its names stand behind the member's number."""
         return {

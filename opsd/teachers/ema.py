@@ -69,6 +69,12 @@ class EMATeacher(UpdatedSelfTeacher):
             self.progress += 1
             self.weight_copy.move_towards_model(1.0 - self.decay_of(self.progress))
 
+    def left_undone(self, done: int, steps: int) -> str | None:
+        """Return that it never moves, where its interval is as long as the run."""
+        if self.every == 1 or self.every < steps:
+            return None
+        return f"it moves every {self.every} steps, and the run ends after {steps}: it stays the student of step 0"
+
     def decay_of(self, update: int) -> float:
         """Return the decay of update number `update` (1, 2, …)."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay

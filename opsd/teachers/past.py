@@ -87,6 +87,12 @@ class PastCheckpointTeacher(SiblingTeacher):
         self._weight_copy.copy_model()
         return f"the teacher is now the student of step {step}, and stays so"
 
+    def left_undone(self, done: int, steps: int) -> str | None:
+        """Return that its step never comes, where it does not."""
+        if self.step is None or self.step < steps:
+            return None
+        return f"it becomes the student of step {self.step}, and the run ends after {steps}: it stays that of step 0"
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the copy, where it is one of the student."""
         return {} if self._weight_copy is None else self._weight_copy.state_dict()

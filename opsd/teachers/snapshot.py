@@ -70,6 +70,15 @@ class SnapshotTeacher(UpdatedSelfTeacher):
         windows = [range(end - self.every + 1, end + 1) for end in (self.every, self.progress, done)]
         return self.gate.problem(history, *windows)
 
+    def left_undone(self, done: int, steps: int) -> str | None:
+        """Return that it is never renewed, where no renewal is due or the gate refused each."""
+        due = (steps - 1) // self.every
+        if due == 0:
+            return f"it is renewed every {self.every} steps, and the run ends after {steps}: it stays that of step 0"
+        if done >= steps and self.progress == 0:
+            return f"0 of {due} renewals: the gate refused each, and it stayed the student of step 0"
+        return None
+
     @property
     def metrics(self) -> dict[str, float]:
         """The step that was copied."""

@@ -102,11 +102,17 @@ def _zero_stage(args: Any) -> int:
 
 
 def check_adapter(config: PeftConfig) -> None:
-    """Refuse adapters that the loss would bypass.
+    """Refuse adapters that the loss would bypass or that cannot learn.
 
     Raises:
-        ConfigError: virtual tokens, or an adapter on the head.
+        ConfigError: virtual tokens, an adapter on the head, or one that is scaled by 0.
     """
+    alphas = [getattr(config, "lora_alpha", None), *(getattr(config, "alpha_pattern", None) or {}).values()]
+    if 0 in alphas:
+        raise ConfigError(
+            "lora_alpha is 0, and what an adapter adds is scaled by lora_alpha / r: it would add nothing, and have no "
+            "gradient. Set lora_alpha to r or 2·r."
+        )
     if getattr(config, "is_prompt_learning", False):
         raise ConfigError(
             f"{type(config).__name__} trains virtual tokens before the prompt. Sampling would use them, and the loss, "

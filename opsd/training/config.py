@@ -193,6 +193,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
                 f"max_completion_length must be at least 1, and is {self.max_completion_length}. Without a token "
                 "there is nothing to score. Set it to the tokens a full answer needs."
             )
+        self.check_any_token(self.max_completion_length)
 
     def _check_group_size(self) -> None:
         size, rollouts = self.num_generations, self.per_device_train_batch_size * self.gradient_accumulation_steps

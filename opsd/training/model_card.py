@@ -157,6 +157,7 @@ def _training(card: Mapping[str, Any]) -> str:
         "loss": card["divergence"]["description"],
         "learning rate": f"{settings['learning_rate']:g}",
         "rows": card["rows"],
+        "outcome": " ".join(" ".join(card.get("outcome", {}).get("lines", ())).split()),
     }
     cells = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *cells])

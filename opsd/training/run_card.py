@@ -44,6 +44,11 @@ def write_run_card(folder: Path, card: Mapping[str, Any]) -> None:
     write_whole(folder / CARD_PAGE, as_markdown(card))
 
 
+def add_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
+    """Add what a run did (`Learning.description`) to the card that it wrote when it began."""
+    write_run_card(folder, {**read_card(str(folder)), "outcome": outcome})
+
+
 def run_card(
     args: OPSDConfig,
     student: StudentHandle,

@@ -73,6 +73,23 @@ class TokenSelectionSettings:
                     "Leave it out to train on all of them."
                 )
 
+    def check_any_token(self, max_completion_length: int) -> None:
+        """Refuse a selection that no token of any completion could pass.
+
+        Args:
+            max_completion_length: tokens of the longest completion.
+
+        Raises:
+            ConfigError: skip_first_tokens reaches the last token that could be trained on.
+        """
+        ends = {"max_completion_length": max_completion_length, "first_tokens_only": self.first_tokens_only}
+        for name, end in ends.items():
+            if end is not None and self.skip_first_tokens >= end:
+                raise ConfigError(
+                    f"skip_first_tokens is {self.skip_first_tokens} and {name} {end}: no token would be left to train "
+                    f"on. Lower skip_first_tokens, or raise {name}."
+                )
+
 
 @dataclass(kw_only=True)
 class TokenSelection(TokenSelectionSettings):

@@ -53,13 +53,14 @@ from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
 from opsd.training.facts import changes_on_resume, model_facts, run_facts
 from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
+from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics
 from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.resume import ResumedSettings
 from opsd.training.rewards import RewardFunc
-from opsd.training.run_card import data_digests, resumed_card, run_card, write_run_card
+from opsd.training.run_card import add_outcome, data_digests, resumed_card, run_card, write_run_card
 from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import SamplingCheck, prepare_sampling, selects_by_sample
 from opsd.training.vllm_logprobs import UNKNOWN
@@ -166,7 +167,9 @@ class OPSDTrainer(DistillationTrainer):
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
         self._resumed = ResumedSettings()
-        self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self._resumed]
+        known = {"rows": self.train_dataset, "recipe": self.recipe, "brings_optimizer": any(optimizers)}
+        self.learning = Learning(args, self.scorer, self.groups, self._metrics["train"], self.accelerator, **known)
+        self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self._resumed, self.learning]
         if plan is not None:
             unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
             self.evaluator = Evaluator(plan, self.student, self.teacher, args, self.accelerator, self._stop, unchecked)
@@ -337,6 +340,7 @@ class OPSDTrainer(DistillationTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # there the loss scaler expects overflows, and skips those steps
             check_gradient(norm, self.state.global_step + 1)
+        self.learning.see_gradient(norm)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -432,7 +436,11 @@ class OPSDTrainer(DistillationTrainer):
             self._begin(folder)
             with self._stop.listening():
                 output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
-        check_trained(self.state.global_step, self._rows_per_step)
+            check_trained(self.state.global_step, self._rows_per_step)
+            if self.stopped_by is None:
+                self._say("\n".join(self.learning.lines))
+                if self.args.should_save:
+                    add_outcome(Path(self.args.output_dir), self.learning.description)
         return output
 
     def _begin(self, checkpoint: Path | None) -> None:
