@@ -300,14 +300,14 @@ def _train(run_file: Path, overrides: Sequence[str], clock: _Clock, say: Say, ex
     trainer.add_callback(Steps())
     clock.stop("model")
     if examined:
-        trainer.examination = _examine(trainer, say)
+        trainer.files.examination = _examine(trainer, say)
         clock.stop("doctor")
     trainer.train()
     if trainer.stopped_by is not None:
         raise KeyboardInterrupt
     trainer.save_model()
     clock.stop("after")
-    return trainer.examination.as_dict() if trainer.examination else {}
+    return trainer.files.examination.as_dict() if trainer.files.examination else {}
 
 
 def _examine(trainer: Any, say: Say) -> Any:

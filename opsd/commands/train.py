@@ -112,10 +112,10 @@ def _passes_doctor(trainer: Any) -> bool:
 
     is_main = trainer.accelerator.is_main_process
     with Console(stderr=True, quiet=not is_main).status("doctor") as status:
-        trainer.examination = examine(trainer, progress=lambda name: status.update(f"doctor: {TITLES[name]}"))
+        trainer.files.examination = examine(trainer, progress=lambda name: status.update(f"doctor: {TITLES[name]}"))
     if is_main:
-        show(trainer.examination, Console())
-    failed = any(gather_object([trainer.examination.failed]))
+        show(trainer.files.examination, Console())
+    failed = any(gather_object([trainer.files.examination.failed]))
     if failed:
         way_out = "fix the checks that failed, or train regardless with --skip-doctor"
         trainer.accelerator.print(f"training did not start: {way_out}")

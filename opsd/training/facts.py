@@ -14,19 +14,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 
 from opsd.errors import CheckpointError
-from opsd.evaluation.plan import EvaluationPlan
-from opsd.teachers import StudentHandle
 from opsd.teachers.weight_copy import adapter_adds_nothing, adapter_parameters, digest
 from opsd.training import checkpoints, resume
-from opsd.training.groups import Groups
-from opsd.training.loss import Scorer
 from opsd.training.machine import hardware
+from opsd.training.parts import RunParts
 from opsd.training.run_card import (
     chat_template_digest,
     data_digests,
@@ -55,54 +51,36 @@ def model_facts(student: nn.Module, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def run_facts(
-    args: Any,
-    accelerator: Accelerator,
-    student: StudentHandle,
-    scorer: Scorer,
-    groups: Groups,
-    rows: Any,
-    data: str,
-    eval_rows: Any,
-    plan: EvaluationPlan | None,
-    optimizers: tuple[Any, Any],
-) -> dict[str, Any]:
+def run_facts(parts: RunParts, data: str) -> dict[str, Any]:
     """Return everything else that a run is made of; passes once over its evaluation rows.
 
     Args:
-        args: training arguments.
-        accelerator: of the run.
-        student: prepared.
-        scorer: the loss, with the teacher and its contexts, prepared.
-        groups: how rollouts are graded.
-        rows: the training rows, prepared.
-        data: their hash.
-        eval_rows: the evaluation rows, prepared: a dataset, a mapping of such, or None.
-        plan: what is evaluated, if anything.
-        optimizers: optimizer and schedule that the user gave, if any.
+        parts: what it is made of.
+        data: hash of the training rows.
     """
+    args, scorer, student, plan = parts.args, parts.scorer, parts.student, parts.plan
     settings = settings_facts(args)
-    optimizer, scheduler = optimizers
+    optimizer, scheduler = parts.optimizers
     if optimizer is not None:  # it has these settings of its own
         settings = _without(settings, ("learning_rate", *resume.OPTIMIZER_SETTINGS))
-    kind = accelerator.distributed_type.value
+    kind = parts.accelerator.distributed_type.value
     return {
         "settings": settings,
         "optimizer": None if optimizer is None else {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "sharding": kind if kind in ("FSDP", "DEEPSPEED") else "none",
-        "processes": accelerator.num_processes,
+        "processes": parts.accelerator.num_processes,
         "teacher": scorer.teacher.description,
         "contrast": scorer.contrast and scorer.contrast.prompts.description,
-        "rewards": groups.rewards.names,
+        "rewards": parts.groups.rewards.names,
         "tools": [tool.__name__ for tool in student.renderer.tools or []],
         "left_out_ids": sorted(scorer.selection.left_out_ids),
         "end_ids": sorted(scorer.selection.end_ids),
         "tokenizer": tokenizer_digest(student.tokenizer),
         "chat_template": chat_template_digest(student),
         "data": data,
-        "rows": len(rows) if isinstance(rows, Dataset) else None,
-        "eval_data": None if plan is not None and eval_rows is plan.selection else _plain(eval_rows),
+        "rows": len(parts.rows) if isinstance(parts.rows, Dataset) else None,
+        "eval_data": None if plan is not None and parts.eval_rows is plan.selection else _plain(parts.eval_rows),
         "evaluation": plan and {field.name: _plain(getattr(plan, field.name)) for field in fields(plan)},
         "versions": versions(),
         "hardware": hardware(),

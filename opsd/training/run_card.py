@@ -21,14 +21,13 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__, sources
-from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, read_card, write_json, write_whole
 from opsd.findings import Examination
 from opsd.teachers import Recipe, StudentHandle, Teacher, read_recipe
-from opsd.training.config import OPSDConfig
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
 from opsd.training.machine import hardware
+from opsd.training.parts import RunParts
 from opsd.training.resume import Change
 
 SHOWN_ROWS = 3
@@ -44,45 +43,27 @@ def write_run_card(folder: Path, card: Mapping[str, Any]) -> None:
     write_whole(folder / CARD_PAGE, as_markdown(card))
 
 
-def add_outcome(folder: Path, outcome: Mapping[str, Any]) -> None:
-    """Add what a run did (`Learning.description`) to the card that it wrote when it began."""
-    write_run_card(folder, {**read_card(str(folder)), "outcome": outcome})
-
-
 def run_card(
-    args: OPSDConfig,
-    student: StudentHandle,
-    scorer: Scorer,
-    groups: Groups,
-    rows: Any,
-    plan: EvaluationPlan | None = None,
-    digests: tuple[str, str] | None = None,
-    examination: Examination | None = None,
-    recipe: Recipe | None = None,
+    parts: RunParts, digests: tuple[str, str] | None = None, examination: Examination | None = None
 ) -> dict[str, Any]:
-    """Return what a run is, in plain values.
+    """Return what a run is, in plain values; secrets among the settings are left out.
 
     Args:
-        args: training arguments; secrets among them are left out.
-        student: prepared.
-        scorer: the loss, with the teacher and its contexts.
-        groups: how rollouts are graded.
-        rows: the training rows, prepared.
-        plan: what is evaluated, if anything.
+        parts: what it is made of.
         digests: `data_digests` of the rows, if they are known.
         examination: what the doctor found, if it was asked.
-        recipe: the recipe that the teacher was named by, if any.
     """
+    args, student, scorer, rows = parts.args, parts.student, parts.scorer, parts.rows
     contexts = {context.name: context.digest for context in scorer.contexts}
     data, questions = digests or data_digests(rows)
     return {
         "opsd": __version__,
         "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
         "teacher": {"description": scorer.teacher.describe(), **scorer.teacher.description},
-        "method": _method(recipe, scorer.teacher),
+        "method": _method(parts.recipe, scorer.teacher),
         "contexts": list(contexts),
-        "groups": groups.describe(),
-        "evaluation": plan.describe() if plan else "none was declared",
+        "groups": parts.groups.describe(),
+        "evaluation": parts.plan.describe() if parts.plan else "none was declared",
         "divergence": {"description": scorer.describe(), "formula": scorer.objective.formula},
         "settings": without_secrets(args.to_dict()),
         "hashes": {
@@ -93,7 +74,7 @@ def run_card(
             "questions": questions,
         },
         "rows": len(rows) if isinstance(rows, Dataset) else "a stream",
-        "prompts": list(_prompts(student, scorer, groups, rows)),
+        "prompts": list(_prompts(student, scorer, parts.groups, rows)),
         "versions": versions(),
         "hardware": hardware(),
         "seeds": {"seed": args.seed, "data_seed": args.data_seed},

@@ -32,8 +32,6 @@ from trl import DistillationTrainer
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.order import EpochSampler
 from opsd.evaluation.plan import EvaluationPlan
-from opsd.evaluation.run_folder import CARD
-from opsd.findings import Examination
 from opsd.losses import LossOutput
 from opsd.models.forward import check_lengths, check_model, context_length, evaluating
 from opsd.models.generation import cut_after_stop, neutral_settings
@@ -41,7 +39,6 @@ from opsd.models.loading import broadcast_parameters, ready_model, student_of, w
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
-from opsd.teachers.checks import load_state, saved_state
 from opsd.training import checkpoints, checks, precision
 from opsd.training.averages import BatchSizes, mean_over_processes
 from opsd.training.callbacks import GracefulStop, TeacherCallback
@@ -50,17 +47,16 @@ from opsd.training.controls import control_of
 from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
 from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
-from opsd.training.facts import changes_on_resume, model_facts, run_facts
 from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics
-from opsd.training.model_card import copy_cards, write_model_card
+from opsd.training.model_card import copy_cards
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
-from opsd.training.resume import ResumedSettings
+from opsd.training.parts import RunParts
 from opsd.training.rewards import RewardFunc
-from opsd.training.run_card import add_outcome, data_digests, resumed_card, run_card, write_run_card
+from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import SamplingCheck, prepare_sampling, selects_by_sample
 from opsd.training.vllm_logprobs import UNKNOWN
@@ -103,9 +99,6 @@ class OPSDTrainer(DistillationTrainer):
     _buffered_inputs: list[Rollouts] | None
     _record: LossOutput | None = None
     evaluator: Evaluator | None = None
-    _facts: dict[str, Any] | None = None  # what the run is made of, in processes that write checkpoints
-    _digests: tuple[str, str] | None = None  # of the training rows
-    examination: Examination | None = None  # what the doctor found, if it was asked; goes into the run card
 
     def __init__(
         self,
@@ -159,17 +152,17 @@ class OPSDTrainer(DistillationTrainer):
         keep_float32_sums(self.accelerator)
         keep_logprobs = args.importance_clip is not None
         self._engine = prepare_engine(self.vllm_generation, keep_logprobs) if args.use_vllm else None
-        self._given_optimizers = optimizers
         self._say = partial(self.accelerator.print, flush=True)
         self._eval_sizes = BatchSizes()
         self._prepare_teacher()
+        described = (self.student, self.scorer, self.groups, self.train_dataset, self.eval_dataset, plan, self.recipe)
+        self.files = RunFiles(RunParts(args, self.accelerator, *described, optimizers))
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        self._resumed = ResumedSettings()
         known = {"rows": self.train_dataset, "recipe": self.recipe, "brings_optimizer": any(optimizers)}
         self.learning = Learning(args, self.scorer, self.groups, self._metrics["train"], self.accelerator, **known)
-        self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self._resumed, self.learning]
+        self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self.files.resumed, self.learning]
         if plan is not None:
             unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
             self.evaluator = Evaluator(plan, self.student, self.teacher, args, self.accelerator, self._stop, unchecked)
@@ -196,7 +189,6 @@ class OPSDTrainer(DistillationTrainer):
         self._sampling_check = SamplingCheck(self.args, selects, self._say)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
         check_rows_fit(self.train_dataset, self.student, self.teacher, self.args, self.groups.rollout_fields)
-        self._model_facts = model_facts(student, len(self._tokenizer))
         self._say(summary(self.scorer, self.groups, self.train_dataset, self.student, self.args))
 
     def _send_telemetry(self) -> None:
@@ -376,9 +368,7 @@ class OPSDTrainer(DistillationTrainer):
     @property
     def run_card(self) -> dict[str, Any]:
         """What this run is, in plain values."""
-        plan = self.evaluator.plan if self.evaluator else None
-        found = (plan, self._digests, self.examination, self.recipe)
-        return run_card(self.args, self.student, self.scorer, self.groups, self.train_dataset, *found)
+        return self.files.card
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model, with its model card (README.md) and its run card."""
@@ -392,27 +382,17 @@ class OPSDTrainer(DistillationTrainer):
         """Write the model card into the output folder; TRL's card, whose tags ours takes, is written first."""
         super().create_model_card(model_name, *args, **kwargs)
         if self.is_world_process_zero():
-            folder, is_adapter = Path(self.args.output_dir), hasattr(self.student.model, "peft_config")
-            if not (folder / CARD).is_file():
-                write_run_card(folder, self.run_card)
-            write_model_card(folder, model_name or folder.absolute().name, self.hub_model_id, is_adapter)
+            self.files.write_model_card(model_name, self.hub_model_id)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
-        # In every process: a collective where values are sharded.
-        state = saved_state(self.teacher, keep=self.args.should_save)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            step, pending = self.state.global_step, self._metrics["train"]
-            checkpoints.write(folder, state, self._facts or {}, step=step, pending=pending)
+        self.files.write_checkpoint(self.state.global_step, self._metrics["train"])
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state, pending = checkpoints.read_state(Path(resume_from_checkpoint))
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        load_state(self.teacher, state)
         self._metrics["train"].clear()
-        self._metrics["train"].update(pending)
+        self._metrics["train"].update(self.files.read_checkpoint(Path(resume_from_checkpoint)))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C or SIGTERM saves a checkpoint at the end of the step, and prints how to resume.
@@ -433,31 +413,14 @@ class OPSDTrainer(DistillationTrainer):
             self.accelerator.wait_for_everyone()
             for line in passed_over:
                 self._say(line)
-            self._begin(folder)
+            self.files.begin(folder)
             with self._stop.listening():
                 output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:
                 self._say("\n".join(self.learning.lines))
-                if self.args.should_save:
-                    add_outcome(Path(self.args.output_dir), self.learning.description)
+                self.files.end(self.learning.description)
         return output
-
-    def _begin(self, checkpoint: Path | None) -> None:
-        """Compare the run with its checkpoint, if it resumes from one, and write what the run is."""
-        if self.args.should_save:
-            self._digests = data_digests(self.train_dataset)
-            parts = (self.args, self.accelerator, self.student, self.scorer, self.groups, self.train_dataset)
-            plan = self.evaluator.plan if self.evaluator else None
-            rows = (self._digests[0], self.eval_dataset, plan)
-            self._facts = self._model_facts | run_facts(*parts, *rows, self._given_optimizers)
-        self._resumed.changes = changes_on_resume(checkpoint, self._facts, self.args.allow_changes)
-        if self.args.should_save:
-            folder, card = Path(self.args.output_dir), self.run_card
-            checkpoints.store_number_format(folder, bool(self.args.bf16))
-            if checkpoint is not None:
-                card = resumed_card(card, folder, checkpoints.step_of(checkpoint), self._resumed.changes)
-            write_run_card(folder, card)
 
     @property
     def stopped_by(self) -> int | None:

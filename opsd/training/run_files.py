@@ -1,0 +1,102 @@
+"""The files of a run beside its weights: its cards, and in checkpoints the teacher's state and what the run is made of.
+
+Knows the parts of a run and where their descriptions are made; nothing of steps or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opsd.evaluation.run_folder import CARD, read_card
+from opsd.findings import Examination
+from opsd.teachers.checks import load_state, saved_state
+from opsd.training import checkpoints
+from opsd.training.facts import changes_on_resume, model_facts, run_facts
+from opsd.training.model_card import write_model_card
+from opsd.training.parts import RunParts
+from opsd.training.resume import ResumedSettings
+from opsd.training.run_card import data_digests, resumed_card, run_card, write_run_card
+
+
+class RunFiles:
+    """Writes and reads the files of one run.
+
+    >>> files = RunFiles(parts)  # before anything shards or trains the student
+    >>> files.begin(checkpoint=None)
+    >>> files.write_checkpoint(step=10, pending={})
+    >>> files.end(outcome)
+
+    Args:
+        parts: what the run is made of.
+    """
+
+    examination: Examination | None = None  # what the doctor found, if it was asked; goes into the run card
+
+    def __init__(self, parts: RunParts):
+        self.parts = parts
+        self.folder = Path(parts.args.output_dir)
+        self.resumed = ResumedSettings()
+        self._model_facts = model_facts(parts.student.model, len(parts.student.tokenizer))
+        self._facts: dict[str, Any] | None = None  # in processes that write checkpoints, once the run has begun
+        self._digests: tuple[str, str] | None = None  # of the training rows
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What this run is, in plain values."""
+        return run_card(self.parts, self._digests, self.examination)
+
+    @property
+    def _writes(self) -> bool:
+        return bool(self.parts.args.should_save)
+
+    def begin(self, checkpoint: Path | None) -> None:
+        """Compare the run with its checkpoint, if it resumes from one, and write what the run is.
+
+        Args:
+            checkpoint: the folder that it resumes from, or None for a new run.
+
+        Raises:
+            CheckpointError: the checkpoint is of another run, apart from what `allow_changes` names.
+        """
+        if self._writes:
+            self._digests = data_digests(self.parts.rows)
+            self._facts = self._model_facts | run_facts(self.parts, self._digests[0])
+        self.resumed.changes = changes_on_resume(checkpoint, self._facts, self.parts.args.allow_changes)
+        if self._writes:
+            card = self.card
+            checkpoints.store_number_format(self.folder, bool(self.parts.args.bf16))
+            if checkpoint is not None:
+                card = resumed_card(card, self.folder, checkpoints.step_of(checkpoint), self.resumed.changes)
+            write_run_card(self.folder, card)
+
+    def write_checkpoint(self, step: int, pending: Mapping[str, Any]) -> None:
+        """Write the teacher's state and the facts into a checkpoint; every process calls it.
+
+        Args:
+            step: optimizer steps done.
+            pending: metrics since the last log entry.
+        """
+        state = saved_state(self.parts.scorer.teacher, keep=self._writes)  # a collective where values are sharded
+        if self._writes:
+            folder = self.folder / f"checkpoint-{step}"
+            checkpoints.write(folder, state, self._facts or {}, step=step, pending=pending)
+
+    def read_checkpoint(self, folder: Path) -> dict[str, list[float]]:
+        """Give the teacher its state from a checkpoint, and return the metrics that were pending."""
+        state, pending = checkpoints.read_state(folder)
+        load_state(self.parts.scorer.teacher, state)
+        return pending
+
+    def end(self, outcome: Mapping[str, Any]) -> None:
+        """Add what the run did (`Learning.description`) to the card that was written when it began."""
+        if self._writes:
+            write_run_card(self.folder, {**read_card(str(self.folder)), "outcome": outcome})
+
+    def write_model_card(self, name: str | None, repository: str | None) -> None:
+        """Write the model card, and the run card where there is none yet."""
+        is_adapter = hasattr(self.parts.student.model, "peft_config")
+        if not (self.folder / CARD).is_file():
+            write_run_card(self.folder, self.card)
+        write_model_card(self.folder, name or self.folder.absolute().name, repository, is_adapter)
