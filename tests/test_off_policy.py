@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from conftest import CHATML, make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 from gallery_parts import OTHER_END
 from helpers import make_args, make_trainer
+from jinja2 import UndefinedError
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
-from opsd.contexts.completions import completion_ids
+from opsd.contexts.completions import completion_ids, end_of_answer
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.prepare import prepare_rows
 from opsd.data.rows import completion_of
@@ -126,6 +129,47 @@ def test_a_completion_that_does_not_fit_its_prompt_is_refused(
 ) -> None:
     with pytest.raises(DataError, match=f"(?s){says}"):
         completion_ids(view, prompt, completion)
+
+
+SHIPPED = {
+    path.stem: path.read_text("utf-8")
+    for path in sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+}
+SPECIAL = sorted(
+    {token for text in SHIPPED.values() for token in re.findall(r"<[|｜]?[a-z_A-Z▁｜]{2,40}[|｜]?>", text)}
+)
+NO_TOKENS = {"<think>", "</think>", "<tool_call>", "<tools>"}
+
+
+@pytest.fixture(scope="module")
+def shipped_tokenizer() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in SPECIAL if t not in NO_TOKENS]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_behind_every_template_that_trl_ships_an_answer_has_one_end_and_no_thought_but_its_own(
+    name: str, shipped_tokenizer: Any
+) -> None:
+    """Qwen3's and later templates put an empty thought before thinking that stands in the text."""
+    tokenizer, thoughts = shipped_tokenizer, "<think>\nOne more.\n</think>\n\n"
+    for keywords in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        view = PromptRenderer(tokenizer, SHIPPED[name], keywords)
+        for completion in ("It is 2.", f"{thoughts}It is 2.", WEIGHED):
+            try:
+                prompt_ids, ids = view.ids(ASKED), completion_ids(view, ASKED, completion)
+            except DataError:
+                continue
+            except UndefinedError:  # a template for images
+                assert "llava" in name
+                continue
+            end = end_of_answer(view, ASKED)
+            assert ids.count(end) == 1 and ids[-1] == end
+            assert tokenizer.decode(ids[:-1]).rstrip().endswith("It is 2.")
+            if completion != "It is 2.":
+                text = tokenizer.decode(prompt_ids + ids)
+                assert text.count("</think>") == text.count("<think>") <= 1 and "One more." in text
 
 
 TURNS = [{"role": "assistant", "content": "2"}, {"role": "user", "content": "Sure?"}]

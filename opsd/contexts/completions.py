@@ -128,7 +128,8 @@ def _behind_open_thinking(renderer: PromptRenderer, text: str) -> str:
         raise DataError(
             f"the prompt opens a thinking block, {renderer.opening!r}, and the completion does not close it: "
             f"{text!r:.80}. All of it would be trained as a thought.\nBegin the completions with thinking and "
-            f"{THINK_END}, or switch thinking off for the student (chat_template_kwargs: {{enable_thinking: false}})."
+            f"{THINK_END} (with {THINK_END} alone for none), or switch thinking off for the student "
+            "(chat_template_kwargs: {enable_thinking: false})."
         )
     return text.lstrip().removeprefix(THINK).lstrip("\n")
 
@@ -151,8 +152,10 @@ def _written(renderer: PromptRenderer, prompt: Turns, turn: dict[str, Any]) -> s
                 "left out of training.\nUse a chat template that writes it, write it into `content` as the model does "
                 f"({THINK} … {THINK_END}), or drop the key."
             )
-    # Some templates cut the thinking out of a turn's text, or shorten it.
-    return written if _plain(turn["content"]) in _plain(written) else None
+    # Some templates cut the thinking out of a turn's text, and some put an empty thought before it.
+    own_thoughts = turn["content"].count(THINK_END)
+    has_another = 0 < own_thoughts < written.count(THINK_END)
+    return None if has_another or _plain(turn["content"]) not in _plain(written) else written
 
 
 def _ids_of_turn(renderer: PromptRenderer, prompt: Turns, turn: dict[str, Any], written: str) -> list[int]:
