@@ -7,13 +7,14 @@ Knows needs, contexts and settings. `prepare_datasets` runs before a model loads
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 from datasets import Dataset
 
 from opsd.contexts.base import Context
+from opsd.data.order import EpochSampler
 from opsd.data.prepare import prepare_rows
 from opsd.errors import ConfigError, DataError, OPSDWarning
 from opsd.evaluation.questions import check_disjoint, question_of
@@ -214,3 +215,23 @@ def check_trained(steps: int, rows_per_step: int) -> None:
             f"the dataset ended before one step of {rows_per_step} rows (batch per device × accumulation steps × "
             "processes), so nothing was trained. Lower one of these, or add rows."
         )
+
+
+def epoch_sampler(dataset: Dataset, args: OPSDConfig, rows_per_step: int, epoch: Callable[[], int]) -> EpochSampler:
+    """Return the order of a run's rows, by seed and epoch.
+
+    Args:
+        dataset: prepared rows.
+        args: settings.
+        rows_per_step: rollouts of one step over all processes.
+        epoch: returns the epoch under way.
+    """
+    return EpochSampler(
+        len(dataset),
+        batch_size=rows_per_step,
+        group=args.num_generations,
+        repeats=args.gradient_accumulation_steps,
+        shuffle=bool(args.shuffle_dataset),
+        seed=args.seed,
+        epoch=epoch,
+    )

@@ -15,8 +15,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
 from accelerate.utils import gather_object
+from datasets import Dataset
 from rich.console import Console
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -47,10 +47,11 @@ from opsd.evaluation.summary import (
 from opsd.models.forward import embedded_tokens
 from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids
-from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherView
+from opsd.teachers import LiveTeacher, Teacher, TeacherView
 from opsd.training.callbacks import GracefulStop
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import row_completion
+from opsd.training.parts import RunParts
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
 UNCHECKED_STREAM = "whether test questions are trained on: the training rows are a stream"
@@ -95,32 +96,19 @@ class Evaluator(TrainerCallback):
     >>> trainer.train()  # trainer.evaluator is one; results are in output_dir/evaluation
 
     Args:
-        plan: loaded.
-        student: prepared.
-        teacher: prepared.
-        args: training arguments.
-        accelerator: of the run; each process answers a share of the questions.
+        parts: what the run is made of, with a plan.
         stop: tells whether a signal ended the run.
-        unchecked: what could not be checked, one sentence each.
     """
 
-    def __init__(
-        self,
-        plan: EvaluationPlan,
-        student: StudentHandle,
-        teacher: Teacher,
-        args: Any,
-        accelerator: Accelerator,
-        stop: GracefulStop,
-        unchecked: Sequence[str] = (),
-    ):
-        self.plan = plan
-        self._student, self._teacher, self._args = student, teacher, args
-        self._accelerator, self._stop = accelerator, stop
+    def __init__(self, parts: RunParts, stop: GracefulStop):
+        assert parts.plan is not None
+        self.plan, self._args = parts.plan, parts.args
+        self._student, self._teacher = parts.student, parts.scorer.teacher
+        self._accelerator, self._stop = parts.accelerator, stop
         self._live = LiveTeacher()  # the student's likelihoods; prepared before mixed precision wraps the model
-        self._live.prepare(student)
+        self._live.prepare(parts.student)
         self._selection: list[dict[str, Any]] = []  # metrics of the selection split, one entry per look
-        self._skipped = list(unchecked)
+        self._skipped = [] if isinstance(parts.rows, Dataset) else [UNCHECKED_STREAM]
 
     @property
     def folder(self) -> Path:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
@@ -24,8 +23,7 @@ from opsd.models.sharding import local_shard
 from opsd.teachers import Recipe, Teacher
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
-from opsd.training.groups import Groups
-from opsd.training.loss import Scorer
+from opsd.training.parts import RunParts
 from opsd.training.token_selection import row_weight
 
 CHECK = "learning"  # the check that these findings belong to
@@ -200,31 +198,15 @@ class Learning(TrainerCallback):
     False
 
     Args:
-        args: settings.
-        scorer: the loss, with the teacher.
-        groups: how rollouts are graded.
+        parts: what the run is made of.
         metrics: the trainer's lists of values by name, one per step since the last log entry.
-        accelerator: of the run.
-        rows: prepared training rows.
-        recipe: the recipe that the teacher was named by in Python, where nothing applies its `args`.
-        brings_optimizer: whether the learning rate is the user's own optimizer's or schedule's.
     """
 
-    def __init__(
-        self,
-        args: OPSDConfig,
-        scorer: Scorer,
-        groups: Groups,
-        metrics: Mapping[str, Sequence[float]],
-        accelerator: Accelerator,
-        *,
-        rows: Any = None,
-        recipe: Recipe | None = None,
-        brings_optimizer: bool = False,
-    ):
-        self._args, self._scorer, self._groups, self._metrics = args, scorer, groups, metrics
-        self._accelerator, self._brings_optimizer = accelerator, brings_optimizer
-        self._known = causes_in_settings(args, scorer.teacher, rows, recipe, brings_optimizer=brings_optimizer)
+    def __init__(self, parts: RunParts, metrics: Mapping[str, Sequence[float]]):
+        self._args, self._scorer, self._groups, self._metrics = parts.args, parts.scorer, parts.groups, metrics
+        self._accelerator, self._brings_optimizer = parts.accelerator, any(parts.optimizers)
+        teacher, brings = parts.scorer.teacher, self._brings_optimizer
+        self._known = causes_in_settings(parts.args, teacher, parts.rows, parts.recipe, brings_optimizer=brings)
         self._gradient = self._rate = 0.0
         self._announce(self._known)
         self.counts = Counts()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from accelerate import Accelerator
+from datasets import Dataset, IterableDataset
 
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.teachers import Recipe, StudentHandle
 from opsd.training.config import OPSDConfig
 from opsd.training.groups import Groups
 from opsd.training.loss import Scorer
+
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class RunParts:
     student: StudentHandle
     scorer: Scorer
     groups: Groups
-    rows: Any
+    rows: Rows | None
     eval_rows: Any = None
     plan: EvaluationPlan | None = None
     recipe: Recipe | None = None

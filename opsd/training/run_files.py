@@ -14,7 +14,7 @@ from opsd.findings import Examination
 from opsd.teachers.checks import load_state, saved_state
 from opsd.training import checkpoints
 from opsd.training.facts import changes_on_resume, model_facts, run_facts
-from opsd.training.model_card import write_model_card
+from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.parts import RunParts
 from opsd.training.resume import ResumedSettings
 from opsd.training.run_card import data_digests, resumed_card, run_card, write_run_card
@@ -24,7 +24,7 @@ class RunFiles:
     """Writes and reads the files of one run.
 
     >>> files = RunFiles(parts)  # before anything shards or trains the student
-    >>> files.begin(checkpoint=None)
+    >>> checkpoint = files.begin(resume=None)
     >>> files.write_checkpoint(step=10, pending={})
     >>> files.end(outcome)
 
@@ -51,15 +51,23 @@ class RunFiles:
     def _writes(self) -> bool:
         return bool(self.parts.args.should_save)
 
-    def begin(self, checkpoint: Path | None) -> None:
-        """Compare the run with its checkpoint, if it resumes from one, and write what the run is.
+    def begin(self, resume: str | bool | None) -> str | None:
+        """Find the checkpoint to resume from, compare the run with it, and write what the run is.
 
         Args:
-            checkpoint: the folder that it resumes from, or None for a new run.
+            resume: False or None for a new run, True for the newest usable checkpoint, or a checkpoint's path.
+
+        Returns:
+            The checkpoint's path, or None for a new run.
 
         Raises:
-            CheckpointError: the checkpoint is of another run, apart from what `allow_changes` names.
+            CheckpointError: the folder holds another run; nothing to resume from; the checkpoint is of another run,
+                apart from what `allow_changes` names.
         """
+        checkpoint, passed_over = checkpoints.resolve(self.folder, resume)
+        self.parts.accelerator.wait_for_everyone()
+        for line in passed_over:
+            self.parts.accelerator.print(line, flush=True)
         if self._writes:
             self._digests = data_digests(self.parts.rows)
             self._facts = self._model_facts | run_facts(self.parts, self._digests[0])
@@ -70,6 +78,7 @@ class RunFiles:
             if checkpoint is not None:
                 card = resumed_card(card, self.folder, checkpoints.step_of(checkpoint), self.resumed.changes)
             write_run_card(self.folder, card)
+        return None if checkpoint is None else str(checkpoint)
 
     def write_checkpoint(self, step: int, pending: Mapping[str, Any]) -> None:
         """Write the teacher's state and the facts into a checkpoint; every process calls it.
@@ -100,3 +109,7 @@ class RunFiles:
         if not (self.folder / CARD).is_file():
             write_run_card(self.folder, self.card)
         write_model_card(self.folder, name or self.folder.absolute().name, repository, is_adapter)
+
+    def copy_cards(self, output_dir: str | None) -> None:
+        """Copy the cards to the folder that the model was saved into, where that is another one."""
+        copy_cards(self.folder, Path(output_dir or self.folder))

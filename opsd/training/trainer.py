@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -30,12 +30,11 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl import DistillationTrainer
 
 from opsd.contexts.renderer import PromptRenderer
-from opsd.data.order import EpochSampler
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.losses import LossOutput
-from opsd.models.forward import check_lengths, check_model, context_length, evaluating
+from opsd.models.forward import check_lengths, context_length, evaluating
 from opsd.models.generation import cut_after_stop, neutral_settings
-from opsd.models.loading import broadcast_parameters, ready_model, student_of, without_dropout
+from opsd.models.loading import ready_model, student_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
@@ -45,24 +44,22 @@ from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.cost import summary
-from opsd.training.dataset import check_rows_fit, check_trained, prepare_datasets
-from opsd.training.evaluator import UNCHECKED_STREAM, Evaluator, planned
+from opsd.training.dataset import check_rows_fit, check_trained, epoch_sampler, prepare_datasets
+from opsd.training.evaluator import Evaluator, planned
 from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
 from opsd.training.metrics import check_gradient, divergence_metrics
-from opsd.training.model_card import copy_cards
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
-from opsd.training.parts import RunParts
+from opsd.training.parts import Rows, RunParts
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import SamplingCheck, prepare_sampling, selects_by_sample
+from opsd.training.student import ready_student
 from opsd.training.vllm_logprobs import UNKNOWN
 from opsd.training.vllm_sync import prepare_engine
-
-Rows: TypeAlias = Dataset | IterableDataset
 
 
 class OPSDTrainer(DistillationTrainer):
@@ -150,8 +147,7 @@ class OPSDTrainer(DistillationTrainer):
             tools=tools,
         )
         keep_float32_sums(self.accelerator)
-        keep_logprobs = args.importance_clip is not None
-        self._engine = prepare_engine(self.vllm_generation, keep_logprobs) if args.use_vllm else None
+        self._engine = prepare_engine(self.vllm_generation, bool(args.importance_clip)) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
         self._eval_sizes = BatchSizes()
         self._prepare_teacher()
@@ -160,33 +156,25 @@ class OPSDTrainer(DistillationTrainer):
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        known = {"rows": self.train_dataset, "recipe": self.recipe, "brings_optimizer": any(optimizers)}
-        self.learning = Learning(args, self.scorer, self.groups, self._metrics["train"], self.accelerator, **known)
+        self.learning = Learning(self.files.parts, self._metrics["train"])
         self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self.files.resumed, self.learning]
         if plan is not None:
-            unchecked = [] if isinstance(self.train_dataset, Dataset) else [UNCHECKED_STREAM]
-            self.evaluator = Evaluator(plan, self.student, self.teacher, args, self.accelerator, self._stop, unchecked)
+            self.evaluator = Evaluator(self.files.parts, self._stop)
             self.add_callback(self.evaluator)
 
     # ---- before the first step --------------------------------------------------------------------------------
 
     def _prepare_teacher(self) -> None:
         checks.check_reads_text(self._is_vlm, self._tokenizer)
-        student = self.accelerator.unwrap_model(self.model)
+        student = ready_student(self.accelerator.unwrap_model(self.model), len(self._tokenizer), self.args, self._say)
         trainable = checks.check_student(student)
-        if line := precision.widen_adapter(student):
-            self._say(line)
-        broadcast_parameters(student)  # DDP would do so only after teachers have copied
-        if self.args.disable_dropout:
-            without_dropout(student)
-        check_model(student, len(self._tokenizer))
         renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
         engine = self.vllm_generation if self.use_vllm else None
         self.eos_token_ids, self.generation_config = prepare_sampling(self.args, student, self._tokenizer, engine)
         self.scorer.prepare(self.student, self.eos_token_ids)
-        selects = selects_by_sample(self.args, bool(self.scorer.columns & set(self.groups.rollout_fields)))
-        self._sampling_check = SamplingCheck(self.args, selects, self._say)
+        shows_rollouts = bool(self.scorer.columns & set(self.groups.rollout_fields))
+        self._sampling_check = SamplingCheck(self.args, selects_by_sample(self.args, shows_rollouts), self._say)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
         check_rows_fit(self.train_dataset, self.student, self.teacher, self.args, self.groups.rollout_fields)
         self._say(summary(self.scorer, self.groups, self.train_dataset, self.student, self.args))
@@ -206,21 +194,16 @@ class OPSDTrainer(DistillationTrainer):
     @property
     def _rows_per_step(self) -> int:
         """Rollouts of one generation batch over all processes: one optimizer step."""
-        args = self.args
-        return args.per_device_train_batch_size * self.accelerator.num_processes * args.gradient_accumulation_steps
+        return (
+            self.accelerator.num_processes
+            * self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+        )
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         """Order rows by seed and epoch; TRL's sampler would replay epoch 0 after a resume in epoch 1."""
         dataset = self.train_dataset if dataset is None else dataset
-        return EpochSampler(
-            len(dataset),
-            batch_size=self._rows_per_step,
-            group=self.args.num_generations,
-            repeats=self.args.gradient_accumulation_steps,
-            shuffle=bool(self.shuffle_dataset),
-            seed=self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
+        return epoch_sampler(dataset, self.args, self._rows_per_step, epoch=lambda: int(self.state.epoch or 0))
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[Ids]:
         """Sample in the precision that trains; autocast also caches the cast weights for the whole rollout."""
@@ -280,7 +263,7 @@ class OPSDTrainer(DistillationTrainer):
         if not self.model.training:
             self._eval_sizes.add(metrics, size)
 
-    # ---- score -------------------------------------------------------------------------------------------------
+    # ---- score, and the loss -----------------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch: Sequence[Row]) -> dict[str, Any]:
         """Return one micro-batch and the teacher's signal for it; rollouts are made once per optimizer step."""
@@ -303,8 +286,6 @@ class OPSDTrainer(DistillationTrainer):
         # Entered and left around the teacher's own weights: autocast caches what it casts.
         with self.accelerator.autocast():
             return {"scored": self.scorer.score(rollouts)}
-
-    # ---- the loss ----------------------------------------------------------------------------------------------
 
     def _compute_loss(
         self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
@@ -376,7 +357,7 @@ class OPSDTrainer(DistillationTrainer):
             super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
             self.create_model_card()
-            copy_cards(Path(self.args.output_dir), Path(output_dir or self.args.output_dir))
+            self.files.copy_cards(output_dir)
 
     def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
         """Write the model card into the output folder; TRL's card, whose tags ours takes, is written first."""
@@ -409,13 +390,9 @@ class OPSDTrainer(DistillationTrainer):
         # An earlier `train` that was interrupted may have left half a step.
         self._step, self._buffered_inputs, self._record = 0, None, None
         with only_run_in(self.args.output_dir):
-            folder, passed_over = checkpoints.resolve(self.args.output_dir, resume_from_checkpoint)
-            self.accelerator.wait_for_everyone()
-            for line in passed_over:
-                self._say(line)
-            self.files.begin(folder)
+            checkpoint = self.files.begin(resume_from_checkpoint)
             with self._stop.listening():
-                output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:
                 self._say("\n".join(self.learning.lines))
