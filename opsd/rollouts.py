@@ -21,7 +21,13 @@ Ids = list[int]
 PAD = 0  # any id will do: padded positions are masked, to the right of all tokens, and never kept
 
 # What every row has where a field was left empty.
-DEFAULTS: dict[str, Any] = {"row_weights": 1.0, "rollout_fields": {}, "distill_weight": 1.0, "advantages": 0.0}
+DEFAULTS: dict[str, Any] = {
+    "row_weights": 1.0,
+    "rollout_fields": {},
+    "distill_weight": 1.0,
+    "advantages": 0.0,
+    "on_policy": True,
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Rollouts:
         advantages: per row, its reward relative to its group; empty for all 0.
         rollout_logprobs: per completion, log p in nats of each token in the engine that sampled it, NaN where unknown;
             None where no engine reports them.
+        on_policy: per row, whether the student sampled its completion; empty for all.
 
     Example:
         >>> rollouts = Rollouts(rows, [[5, 6], [7]], [[8, 2], [9, 9, 2]])
@@ -83,6 +90,7 @@ class Rollouts:
     distill_weight: Sequence[float] = ()
     advantages: Sequence[float] = ()
     rollout_logprobs: Sequence[Sequence[float]] | None = None
+    on_policy: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         if self.loss_mask is None:

@@ -170,6 +170,26 @@ def resized(size: int, lively: float = 0.0) -> Callable[[], Any]:
     return make
 
 
+def picky() -> Any:
+    """A checkpoint with generation settings of its own, as most on the hub have."""
+    model = make_llama()
+    model.generation_config.update(min_p=0.3, repetition_penalty=3.0, suppress_tokens=list(range(50, 300)))
+    return model
+
+
+def colder() -> Any:
+    """A model whose `generate` samples from sharper logits than its forward pass gives."""
+    model = make_llama()
+    original = model.generate
+
+    def generate(*args: Any, generation_config: Any, **kwargs: Any) -> Any:
+        generation_config.temperature = 0.3
+        return original(*args, generation_config=generation_config, **kwargs)
+
+    model.generate = generate
+    return model
+
+
 @functools.cache
 def _taught() -> dict[str, torch.Tensor]:
     """Weights of a model that has learned to think where it is asked to: a few seconds of real training."""

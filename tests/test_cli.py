@@ -130,6 +130,7 @@ def test_yaml_that_does_not_parse_is_named_with_its_line(tmp_path: Path) -> None
         read_run(path)
 
 
+@pytest.mark.filterwarnings("ignore:top_p 0.95 and top_k 20:opsd.errors.OPSDWarning")  # as published by OPSD
 def test_a_recipes_numbers_lie_beneath_the_file_and_the_command_line(run_yaml: Path) -> None:
     config = yaml.safe_load(run_yaml.read_text())
     del config["learning_rate"]

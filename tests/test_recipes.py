@@ -65,6 +65,7 @@ def settings(name: str, folder: Path, **changes: Any) -> OPSDConfig:
     with warnings.catch_warnings():
         if recipe(name).args.get("lmbda", 1.0) < 0.5:  # what training off-policy says, tested below
             warnings.simplefilter("ignore", OPSDWarning)
+        warnings.filterwarnings("ignore", "top_p 0.95 and top_k 20", OPSDWarning)  # as published by OPSD
         return OPSDConfig(str(folder), use_cpu=True, bf16=False, **{**recipe(name).args, **changes})
 
 

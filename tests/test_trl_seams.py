@@ -54,7 +54,7 @@ def test_the_base_trainer_may_be_built_without_a_teacher_model() -> None:
 @pytest.mark.parametrize(
     "attribute",
     ["_step", "_buffered_inputs", "_metrics", "_logs", "_tokenizer", "chat_template", "chat_template_kwargs", "tools",
-     "_is_vlm", "shuffle_dataset", "temperature", "log_completions"],
+     "_is_vlm", "shuffle_dataset", "temperature", "log_completions", "eos_token_ids", "generation_config"],
 )  # fmt: skip
 def test_the_base_trainer_sets_the_attributes_that_are_read(attribute: str) -> None:
     assert f"self.{attribute} = " in inspect.getsource(DistillationTrainer.__init__)
@@ -73,6 +73,13 @@ def test_the_engine_answers_with_logprobs_where_they_are_expected() -> None:
         VLLMGeneration.generate
     )
     assert "self.vllm_generation.generate(" in inspect.getsource(DistillationTrainer._generate_single_turn)
+
+
+def test_rollouts_are_sampled_with_the_settings_that_are_set_on_the_trainer() -> None:
+    """The trainer replaces these after TRL has made its own."""
+    source = inspect.getsource(DistillationTrainer._generate_single_turn)
+    assert "generation_config=self.generation_config" in source and "torch.tensor(self.eos_token_ids" in source
+    assert "generation_kwargs.update(self.generation_kwargs)" in inspect.getsource(VLLMGeneration.generate)
 
 
 def test_a_call_can_be_sent_through_a_models_forward() -> None:

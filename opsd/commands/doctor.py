@@ -22,6 +22,7 @@ TITLES = {
     "settings": "Settings",
     "tokenizers": "Tokenizers and turns",
     "alignment": "Alignment",
+    "sampling": "Sampling",
     "divergence": "Where the two differ",
     "prompts": "Prompts",
     "leaks": "Leaks",

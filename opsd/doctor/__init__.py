@@ -21,6 +21,7 @@ from opsd.doctor.leaks import check_leaks
 from opsd.doctor.lift import check_lift
 from opsd.doctor.patient import Patient
 from opsd.doctor.prompts import check_prompts
+from opsd.doctor.sampling import check_sampling
 from opsd.doctor.tokenizers import check_tokenizers
 from opsd.errors import ConfigError, OPSDError, not_one_of
 from opsd.findings import Examination, Finding
@@ -31,6 +32,7 @@ __all__ = ["CHECKS", "Examination", "Finding", "Patient", "examine", "refused"]
 CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "tokenizers": check_tokenizers,
     "alignment": check_alignment,
+    "sampling": check_sampling,
     "divergence": check_divergence,
     "prompts": check_prompts,
     "leaks": check_leaks,

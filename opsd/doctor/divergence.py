@@ -1,4 +1,4 @@
-"""Check 3: where student and teacher differ in a rollout: at its first tokens, or everywhere."""
+"""Check 4: where student and teacher differ in a rollout: at its first tokens, or everywhere."""
 
 from __future__ import annotations
 

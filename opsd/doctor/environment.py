@@ -1,4 +1,4 @@
-"""Check 8: the environment: tested versions, attention, determinism, disk space for checkpoints."""
+"""Check 9: the environment: tested versions, attention, determinism, disk space for checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check 5: privileged text in the student's prompt."""
+"""Check 6: privileged text in the student's prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Check 6: how good the teacher is: its answers with and without its context, its scores of right and wrong rollouts.
+"""Check 7: how good the teacher is: its answers with and without its context, its scores of right and wrong rollouts.
 
 A context that does not change the teacher's answers teaches nothing. A context that lets it repeat a given answer may
 teach where the answer stands, and not how it is found.

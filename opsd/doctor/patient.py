@@ -23,7 +23,7 @@ from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
-from opsd.losses import Divergence, Objective, Tokens
+from opsd.losses import Divergence, LossOutput, Objective, Tokens
 from opsd.models.forward import context_length, keeping_modes, last_hidden
 from opsd.models.generation import generate
 from opsd.models.head import Head
@@ -31,6 +31,7 @@ from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal
 from opsd.teachers import StudentHandle, Teacher, TeacherPrompts, TeacherView
 from opsd.training.groups import placeholders
+from opsd.training.sampling import Agreement, rollout_settings, sampling_gap
 from opsd.training.trainer import OPSDTrainer
 
 Row = Mapping[str, Any]
@@ -146,9 +147,9 @@ class Patient:
 
     @cached_property
     def sampled(self) -> tuple[list[Ids], float]:
-        """The student's rollouts, at the run's temperature, and the seconds they took."""
-        start = time.perf_counter()
-        completions = self._generate(do_sample=True, temperature=self.args.temperature, seed=self.args.seed)
+        """The student's rollouts, sampled as the run samples them, and the seconds they took."""
+        start, run = time.perf_counter(), {"temperature": self.args.temperature, **rollout_settings(self.args)}
+        completions = self._generate(do_sample=True, seed=self.args.seed, **run)
         return completions, time.perf_counter() - start
 
     @cached_property
@@ -198,7 +199,11 @@ class Patient:
 
     def divergence(self, view: TeacherView) -> list[Tensor]:
         """Return KL(student ‖ teacher) in nats at every token, a (C,) tensor per rollout; the student as it trains."""
-        values: list[Tensor] = []
+        return self._per_rollout([record.divergence_N for record in self._records(view)])
+
+    def _records(self, view: TeacherView) -> list[LossOutput]:
+        """Return the reverse KL from a teacher and what comes with it, at the run's temperature, batch by batch."""
+        records: list[LossOutput] = []
         run = self.args.objective  # the run's memory budget and compilation, and a plain reverse KL
         plain = Objective(Divergence(beta=1.0), loss_budget_mb=run.loss_budget_mb, compile_loss=run.compile_loss)
         for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
@@ -208,14 +213,28 @@ class Patient:
                 ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
                 tokens = Tokens(weight_N=ones_N, ids_N=padded.scored_ids_N, row_N=padded.row_N)
                 head = Head.from_model(self.student.model)
-                record = plain(hidden_ND, head, signal, tokens)
-            values += list(record.divergence_N.cpu().split([len(ids) for ids in batch.completion_ids]))
-        return values
+                records.append(plain(hidden_ND, head, signal, tokens))
+        return records
+
+    def _per_rollout(self, values: Sequence[Tensor]) -> list[Tensor]:
+        return list(torch.cat(list(values)).cpu().split([len(ids) for ids in self.sampled[0]]))
+
+    @cached_property
+    def _own_records(self) -> list[LossOutput]:
+        return self._records(TeacherView(self.teacher))
 
     @cached_property
     def disagreement(self) -> list[Tensor]:
         """The divergence from the run's own teacher."""
-        return self.divergence(TeacherView(self.teacher))
+        return self._per_rollout([record.divergence_N for record in self._own_records])
+
+    @cached_property
+    def agreement(self) -> Agreement:
+        """The log-probabilities of the rollouts' tokens against the student's entropy."""
+        agreement = Agreement()
+        for record in self._own_records:
+            agreement.add(sampling_gap(record), record.entropy_N)
+        return agreement
 
     def _training(self) -> AbstractContextManager[None]:
         return as_it_trains(self.student.model, self.args)

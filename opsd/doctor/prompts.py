@@ -1,4 +1,4 @@
-"""Check 4: the ids of every prompt contain all that its messages contain."""
+"""Check 5: the ids of every prompt contain all that its messages contain."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _ends(patient: Patient) -> Iterator[Finding]:
             "warn",
             f"the chat template ends an assistant's turn with {patient.tokenizer.decode([end])!r}, and sampling stops "
             f"at {stop_tokens} only: rollouts would go on with further turns until they are cut.",
-            f"Set model.generation_config.eos_token_id = {sorted({*stops, end})}.",
+            f"Add it: generation_kwargs: {{eos_token_id: {end}}}.",
         )
     elif end is not None:
         yield find("pass", f"a turn ends with {patient.tokenizer.decode([end])!r}, where sampling stops.")

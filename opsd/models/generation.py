@@ -1,24 +1,26 @@
-"""Completions of a batch of prompts, greedy or sampled, in the order asked.
+"""Completions of a batch of prompts, greedy or sampled, in the order asked; and how every completion is sampled.
 
-Knows a transformers or PEFT model and token ids; makes no prompts and grades nothing. Of the model's own generation
-settings only the end-of-sequence ids count: a repetition penalty or a top-k that a checkpoint carries would make the
-figures of two models incomparable.
+Rollouts, evaluation and teachers' samples take their settings from `generation_config` and their ends from
+`stop_ids_of`. Of a checkpoint's own generation settings only the end-of-sequence ids count: with its repetition penalty
+or top-k, rollouts would come from another distribution than the loss differentiates, and the figures of two models
+could not be compared. Knows a transformers or PEFT model and token ids; makes no prompts and grades nothing.
 
 Shapes: `B` rows of a batch, `P` prompt tokens, `C` completion tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError, DataError
-from opsd.models.forward import check_lengths, context_length, evaluating, language_model
+from opsd.models.forward import check_lengths, context_length, embedded_tokens, evaluating, language_model
 
 
 def generate(
@@ -32,6 +34,8 @@ def generate(
     temperature: float = 1.0,
     seed: int | None = None,
     progress: Callable[[int], None] | None = None,
+    stop_ids: Collection[int] = (),
+    **changes: Any,
 ) -> list[list[int]]:
     """Complete every prompt; completions are returned in the order of the prompts.
 
@@ -45,6 +49,8 @@ def generate(
         temperature: divides the logits when sampling.
         seed: makes sampling repeatable at the same batch size; the global generator is left untouched.
         progress: called with the number of finished prompts after each batch.
+        stop_ids: ids that end a completion beside those of `stop_ids_of`.
+        changes: other settings of `generation_config` that reshape the distribution, such as top_p.
 
     Returns:
         One list of ids per prompt, cut after its first end-of-sequence id, which is kept.
@@ -55,27 +61,20 @@ def generate(
     """
     _check_settings(prompts, max_new_tokens, batch_size, temperature)
     check_lengths(context_length(model), prompts, [max_new_tokens] * len(prompts), "model")
-    stops = stop_ids_of(model, tokenizer)
+    stops = stop_ids_of(model, tokenizer) | frozenset(stop_ids)
     # Padding is masked before a prompt and cut away behind an end token: without a padding id any id works.
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=do_sample,
-        # By default transformers samples from the 50 likeliest tokens only.
-        **({"temperature": temperature, "top_k": 0} if do_sample else {}),
-        use_cache=True,
-        eos_token_id=sorted(stops) or None,
-        pad_token_id=pad,
-    )
+    sampling = {"do_sample": True, "temperature": temperature} if do_sample else {"do_sample": False}
+    config = generation_config(stops, pad, max_new_tokens=max_new_tokens, **sampling, **changes)
     # Longest first: memory that does not suffice shows in the first batch.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     completions: list[list[int]] = [[] for _ in prompts]
     # Eval mode also disables gradient checkpointing, which would turn the cache off.
-    with evaluating(model), _neutral_generation_config(model), _fixed_seed(seed, model.device):
+    with evaluating(model), neutral_settings(model), _fixed_seed(seed, model.device):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             for index, ids in zip(batch, _complete_batch(model, [prompts[i] for i in batch], config), strict=True):
-                completions[index] = _cut_after_stop(ids, stops)
+                completions[index] = cut_after_stop(ids, stops)
             if progress is not None:
                 progress(start + len(batch))
     return completions
@@ -111,27 +110,80 @@ def _complete_batch(
     return ids_BC.tolist()
 
 
-def _cut_after_stop(ids: list[int], stops: frozenset[int]) -> list[int]:
+def generation_config(
+    stops: Collection[int], pad: int | None, *, max_new_tokens: int, do_sample: bool, **changes: Any
+) -> GenerationConfig:
+    """Return the settings of one call of a model's `generate`: its whole distribution, except for `changes`.
+
+    Args:
+        stops: ids that end a completion.
+        pad: id that fills a row after its end.
+        max_new_tokens: longest completion, in tokens.
+        do_sample: sample instead of taking the likeliest token.
+        changes: settings of transformers' GenerationConfig, such as temperature; None leaves one neutral.
+    """
+    # By default transformers samples from the 50 likeliest tokens only.
+    neutral: dict[str, Any] = {"top_k": 0} if do_sample else {}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=do_sample,
+        eos_token_id=sorted(stops) or None,
+        pad_token_id=pad,
+        **{"use_cache": True, **neutral, **given},
+    )
+
+
+@contextmanager
+def neutral_settings(model: nn.Module) -> Iterator[None]:
+    """Give a model empty generation settings for a block: transformers fills an explicit config from the model's."""
+    # PEFT hands a wrapper's own settings, where it has any, to the model inside.
+    holders: list[Any] = [each for each in (model, language_model(model)) if "generation_config" in vars(each)]
+    settings = [holder.generation_config for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = GenerationConfig()
+        yield
+    finally:
+        for holder, value in zip(holders, settings, strict=True):
+            holder.generation_config = value
+
+
+def cut_after_stop(ids: list[int], stops: Collection[int]) -> list[int]:
+    """Return a completion up to its first end-of-sequence id, which is kept."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids))
     return ids[: end + 1]
 
 
-def stop_ids_of(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that end a completion: those of the model's generation settings, and the tokenizer's."""
-    settings: Any = language_model(model).generation_config
-    ids = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    return frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+    ids = _as_ids(_settings_of(model).eos_token_id)
+    return frozenset(ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id])
 
 
-@contextmanager
-def _neutral_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Give the model empty generation settings for a block: transformers fills an explicit config from the model's."""
-    inner = language_model(model)
-    settings, inner.generation_config = inner.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        inner.generation_config = settings
+def add_stop_ids(model: nn.Module, ids: int | Collection[int] | None) -> None:
+    """Add ids that end a completion to the model's generation settings, which are saved with the model.
+
+    Raises:
+        ConfigError: an id that the model does not embed.
+    """
+    added, size = _as_ids(ids), embedded_tokens(model)
+    if beyond := [token for token in added if not 0 <= token < size]:
+        raise ConfigError(
+            f"eos_token_id {beyond[0]} is no token of this model, which embeds {size:,}: no completion would end with "
+            "it. Name ids of the tokenizer: tokenizer.convert_tokens_to_ids('<|im_end|>')."
+        )
+    settings = _settings_of(model)
+    if not set(added) <= set(known := _as_ids(settings.eos_token_id)):
+        settings.eos_token_id = list(dict.fromkeys([*known, *added]))
+
+
+def _as_ids(ids: int | Collection[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _settings_of(model: nn.Module) -> GenerationConfig:
+    return model.generation_config
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import nn
 
 from opsd.errors import AlignmentError
 from opsd.models.forward import check_model, context_length, evaluating, last_hidden
-from opsd.models.generation import generate
+from opsd.models.generation import generate, stop_ids_of
 from opsd.models.head import Head
 from opsd.models.sharding import is_sharded, reshard, run_in_forward
 from opsd.rollouts import Ids, PaddedBatch, Rollouts
@@ -95,6 +95,8 @@ class LocalTeacher(Teacher):
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return this teacher's own completions, one per row."""
         prompts = [self.prompts.ids(row) for row in rows]
+        # Completions end where the student's do as well: what it would write next is not part of an answer.
+        sampling["stop_ids"] = stop_ids_of(self.student.model, self.student.tokenizer)
         with self.active_weights():
             return generate(self.model, prompts, self.renderer.tokenizer, max_new_tokens=max_new_tokens, **sampling)
 

@@ -21,6 +21,7 @@ from opsd.losses.objective import Objective, ObjectiveSettings
 from opsd.training.controls import CONTROLS, control_of
 from opsd.training.groups import GroupSettings
 from opsd.training.machine import choose_bf16
+from opsd.training.sampling import check_sampling, warn_sampling
 from opsd.training.token_selection import TokenSelectionSettings
 
 # Below it most training tokens are not the student's own, and it is not trained on the prefixes of its inference.
@@ -109,6 +110,13 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function in the sum. Unset: 1 each."}
     )
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More settings of sampling, by the engine's names: eos_token_id (ids that end a completion beside "
+            "the model's and the tokenizer's own), and what reshapes the distribution, such as suppress_tokens."
+        },
+    )
     bf16: bool | None = field(
         default=None,
         metadata={
@@ -139,7 +147,8 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             self.bf16, self.bf16_is_default = not self.fp16 and choose_bf16(self.use_cpu), True
             if self.bf16 and not torch.accelerator.is_available():
                 self.use_cpu = True  # transformers accepts bf16 on a CPU only where use_cpu is set
-        super().__post_init__()
+        super().__post_init__()  # which also reads generation_kwargs from text
+        check_sampling(self, self.objective)
         self._warn()
 
     @property
@@ -199,6 +208,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
 
     def _warn(self) -> None:
         self._warn_no_effect()
+        warn_sampling(self, stacklevel=5)
         if self.lmbda < LOW_LMBDA and self.control is None:
             warnings.warn(
                 f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's. It is "

@@ -74,6 +74,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("divergence", "nats per token", "divergence from the teacher, mean over scored tokens", _HERE, gate=True),
     Metric("divergence/max", "nats", "the divergence of the worst token since the last entry", _HERE, gate=True),
     Metric("entropy", "nats per token", "the student's entropy, mean over scored tokens", _HERE, gate=True),
+    Metric("sampling_gap", "nats per token", "−log p of the student's own tokens minus its entropy, mean over scored "
+           "tokens: 0 but for chance where rollouts come from its whole distribution", "training/sampling.py"),
     Metric("scored_tokens", "tokens per step", "tokens that were trained on, over all processes", "training/trainer.py",
            gate=True),
     Metric("k1", "nats per token", "log p_student - log p_teacher of the sampled token: estimates the reverse KL",

@@ -36,6 +36,7 @@ from opsd.evaluation.run_folder import CARD
 from opsd.findings import Examination
 from opsd.losses import LossOutput
 from opsd.models.forward import check_lengths, check_model, context_length, evaluating
+from opsd.models.generation import cut_after_stop, neutral_settings
 from opsd.models.loading import broadcast_parameters, ready_model, without_dropout
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
@@ -55,6 +56,7 @@ from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_card import run_card, write_run_card
+from opsd.training.sampling import SamplingCheck, prepare_sampling, selects_by_sample
 from opsd.training.vllm_logprobs import UNKNOWN, EngineLogprobs
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -167,7 +169,11 @@ class OPSDTrainer(DistillationTrainer):
         check_model(student, len(self._tokenizer))
         renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
+        engine = self.vllm_generation if self.use_vllm else None
+        self.eos_token_ids, self.generation_config = prepare_sampling(self.args, student, self._tokenizer, engine)
         self.scorer.prepare(self.student, self.eos_token_ids)
+        selects = selects_by_sample(self.args, bool(self.scorer.columns & set(self.groups.rollout_fields)))
+        self._sampling_check = SamplingCheck(self.args, selects, self._say)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
         fields, longest = self.groups.rollout_fields, self.args.max_completion_length or 0
         check_rows_fit(self.train_dataset, self.student, self.teacher, longest, fields)
@@ -207,8 +213,9 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[Ids]:
         """Sample in the precision that trains; autocast also caches the cast weights for the whole rollout."""
-        with self.accelerator.autocast():
-            return super()._generate_single_turn(*args, **kwargs)
+        with self.accelerator.autocast(), neutral_settings(self.student.model):
+            completions: list[Ids] = super()._generate_single_turn(*args, **kwargs)
+        return [cut_after_stop(ids, self.eos_token_ids) for ids in completions]
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
         """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
@@ -243,7 +250,8 @@ class OPSDTrainer(DistillationTrainer):
         logprobs = None
         if self._engine is not None:
             logprobs = self._engine.take(sampled) + [[UNKNOWN] * len(ids) for ids in others]
-        return Rollouts(rows, prompt_ids, sampled + others, loss_mask, rollout_logprobs=logprobs)
+        own = [number < count for number in range(len(rows))]
+        return Rollouts(rows, prompt_ids, sampled + others, loss_mask, rollout_logprobs=logprobs, on_policy=own)
 
     @property
     def _mode(self) -> str:
@@ -297,7 +305,9 @@ class OPSDTrainer(DistillationTrainer):
         step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
         # TRL's, whose mean over micro-batches counts one without tokens as 0 nats.
         self._metrics[self._mode]["entropy"].pop()
-        self._add_metrics(divergence_metrics(record, inputs["scored"].rollouts, self.accelerator, steps, step))
+        rollouts = inputs["scored"].rollouts
+        record = self._sampling_check(record, rollouts)
+        self._add_metrics(divergence_metrics(record, rollouts, self.accelerator, steps, step))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

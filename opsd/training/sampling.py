@@ -1,0 +1,375 @@
+"""How rollouts are sampled: which settings are allowed, and a check in every run that rollouts are the student's own.
+
+A loss is derived for tokens that the student draws from its whole distribution at `temperature`. Settings that reshape
+it (top_p, a repetition penalty, suppressed tokens) are refused where the gradient is an estimate from the sampled
+tokens, and named in a warning elsewhere. The check costs nothing: on average −log s(y) of a sampled token equals the
+student's entropy, and the loss computes both. Knows settings and loss records; nothing of steps or teachers.
+
+Shapes: N scored tokens of a micro-batch (packed).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from opsd.errors import ConfigError, OPSDWarning, did_you_mean
+from opsd.losses import LossOutput
+from opsd.losses.objective import Objective
+from opsd.models.generation import add_stop_ids, generation_config, stop_ids_of
+from opsd.rollouts import Rollouts
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reshapes:
+    """A setting that samples from another distribution than the student's.
+
+    >>> SETTINGS["top_p"].fits(0.9), SETTINGS["top_p"].is_neutral(1.0)
+    (True, True)
+
+    Args:
+        neutral: the value that changes nothing; None always changes nothing.
+        values: the allowed values, in words.
+        fits: tells whether a value is allowed.
+    """
+
+    neutral: Any = None
+    values: str = "as the engine takes it"
+    fits: Callable[[Any], bool] = lambda value: True
+
+    def is_neutral(self, value: Any) -> bool:
+        """Tell whether a value leaves the distribution as it is."""
+        return value is None or value == self.neutral or value in ([], {}, ())
+
+
+def _number(low: float, high: float, values: str, neutral: float | None = None, *, low_is_in: bool = True) -> Reshapes:
+    def fits(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and (low <= value if low_is_in else low < value) and value <= high and value < math.inf
+
+    return Reshapes(neutral, values, fits)
+
+
+def _count(neutral: int = 0) -> Reshapes:
+    return Reshapes(
+        neutral,
+        "a whole number of at least 0",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0,
+    )
+
+
+_ABOVE_0 = _number(0, math.inf, "a number above 0", 1.0, low_is_in=False)
+_SHARE = _number(0, 1, "a number above 0 and up to 1", 1.0, low_is_in=False)
+_CUTOFF = _number(0, 1, "a number from 0 to 1", 0.0)
+_PENALTY = _number(-2, 2, "a number from -2 to 2", 0.0)
+
+# Settings of the run, by name. `temperature` is not among them: the loss is computed at the same one.
+SETTINGS: dict[str, Reshapes] = {
+    "top_p": _SHARE,
+    "top_k": _count(),
+    "min_p": _CUTOFF,
+    "repetition_penalty": _ABOVE_0,
+    "vllm_structured_outputs_regex": Reshapes(),
+}
+# Keys of `generation_kwargs`, by engine.
+TRANSFORMERS: dict[str, Reshapes] = {
+    "typical_p": _SHARE,
+    "top_h": _SHARE,
+    "epsilon_cutoff": _CUTOFF,
+    "eta_cutoff": _CUTOFF,
+    "encoder_repetition_penalty": _ABOVE_0,
+    "guidance_scale": _ABOVE_0,
+    "no_repeat_ngram_size": _count(),
+    "encoder_no_repeat_ngram_size": _count(),
+    "min_new_tokens": _count(),
+    **dict.fromkeys(
+        ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "forced_bos_token_id",
+         "forced_eos_token_id", "exponential_decay_length_penalty", "watermarking_config"),
+        Reshapes(),
+    ),
+}  # fmt: skip
+VLLM: dict[str, Reshapes] = {
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "min_tokens": _count(),
+    **dict.fromkeys(("allowed_token_ids", "bad_words", "logit_bias", "structured_outputs"), Reshapes()),
+}
+# Keys that change how fast an engine samples, and not what.
+SPEED = {False: ("cache_config", "compile_config", "disable_compile", "use_cache"), True: ("detokenize",)}
+ENDS = "eos_token_id"
+# Keys that have another name here, or a setting of their own: two values of one thing would contradict each other.
+ELSEWHERE = {
+    **{name: f"the setting {name}" for name in (*SETTINGS, "temperature", "cache_implementation")},
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_tokens"), "the setting max_completion_length"),
+    **dict.fromkeys(("num_return_sequences", "n"), "the setting num_generations"),
+    **dict.fromkeys(("stop_token_ids", "stop", "stop_strings"), f"generation_kwargs: {{{ENDS}: [...]}}, ids of tokens"),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), "the tokenizer"),
+}
+
+
+def check_sampling(args: Any, objective: Objective) -> None:
+    """Refuse settings of rollouts that cannot work, before a model loads.
+
+    Args:
+        args: an OPSDConfig.
+        objective: its loss.
+
+    Raises:
+        ConfigError: a value outside its range, an unknown name, or a reshaped distribution under a loss that estimates
+            its gradient from the sampled tokens.
+    """
+    given = args.generation_kwargs
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"generation_kwargs must be a mapping of names to values, and is {given!r}.")
+    for name in given or ():
+        _check_name(name, args.use_vllm)
+    for name, setting, value in _values(args):
+        if value is not None and not setting.fits(value):
+            raise ConfigError(
+                f"{name} must be {setting.values}, and is {value!r}. Leave it out to sample from the whole "
+                "distribution."
+            )
+    ends = (given or {}).get(ENDS, [])
+    if not all(isinstance(each, int) and each >= 0 for each in (ends if isinstance(ends, list | tuple) else [ends])):
+        raise ConfigError(
+            f"generation_kwargs: {ENDS} must be a token id or a list of ids, and is {ends!r}. An id comes from the "
+            "tokenizer: tokenizer.convert_tokens_to_ids('<|im_end|>')."
+        )
+    if (causes := _estimates(args, objective)) and (reshaped := reshaped_by(args)):
+        raise ConfigError(
+            f"{' and '.join(reshaped)} cannot go with {' and '.join(causes)}: such a loss estimates its gradient from "
+            "sampled tokens, and is right for samples of the whole distribution only. With top_p 0.9 it is off by 8 %, "
+            "with 0.5 by 48 %. Leave these sampling settings out, or compare distributions: support 'full', "
+            "reward_to_go 'none', grpo_coef 0."
+        )
+
+
+def warn_sampling(args: Any, stacklevel: int) -> None:
+    """Name the settings of a run that reshape the distribution of its rollouts."""
+    if args.lmbda > 0 and (reshaped := reshaped_by(args)):
+        warnings.warn(
+            f"{' and '.join(reshaped)}: rollouts do not come from the student's whole distribution, so the loss is "
+            "taken after prefixes that the student itself would write less or more often. Evaluation samples without "
+            "these settings. Leave them out for on-policy training.",
+            OPSDWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def reshaped_by(args: Any) -> list[str]:
+    """Return the settings that reshape the distribution of rollouts, each with its value."""
+    return [f"{name} {value}" for name, setting, value in _values(args) if not setting.is_neutral(value)]
+
+
+def _values(args: Any) -> list[tuple[str, Reshapes, Any]]:
+    kwargs, known = args.generation_kwargs or {}, VLLM if args.use_vllm else TRANSFORMERS
+    settings = [(name, setting, getattr(args, name)) for name, setting in SETTINGS.items()]
+    return settings + [(name, known[name], value) for name, value in kwargs.items() if name in known]
+
+
+def _check_name(name: str, use_vllm: bool) -> None:
+    engine = "vLLM" if use_vllm else "transformers"
+    known = [ENDS, *(VLLM if use_vllm else TRANSFORMERS), *SPEED[use_vllm]]
+    if name in ELSEWHERE:
+        raise ConfigError(
+            f"generation_kwargs has {name!r}, which is set by {ELSEWHERE[name]}. A second value here would hold for "
+            "sampling alone, and loss, lengths and checks would go by the first. Set it there."
+        )
+    if name not in known:
+        raise ConfigError(
+            f"generation_kwargs has {name!r}, and rollouts sampled by {engine} take no such setting: they are one "
+            f"sample per prompt, token by token.{did_you_mean(name, known)} Known: {', '.join(known)}."
+        )
+
+
+def _estimates(args: Any, objective: Objective) -> list[str]:
+    """Return the settings by which the gradient is an estimate from sampled tokens."""
+    causes = {
+        "support 'sampled'": objective.divergence.support == "sampled",
+        f"reward_to_go {objective.reward_to_go!r}": objective.reward_to_go != "none",
+        f"grpo_coef {args.grpo_coef:g}": args.grpo_coef > 0,
+    }
+    return [cause for cause, is_set in causes.items() if is_set]
+
+
+# ---- the settings in force ------------------------------------------------------------------------------------------
+
+
+def rollout_settings(args: Any) -> dict[str, Any]:
+    """Return the user's sampling settings, as `opsd.models.generation.generation_config` takes them."""
+    kwargs = {name: value for name, value in (args.generation_kwargs or {}).items() if name != ENDS}
+    if args.use_vllm:  # keys of another engine
+        kwargs = {}
+    names = [name for name in SETTINGS if not name.startswith("vllm_")]
+    return {**{name: getattr(args, name) for name in names}, **kwargs}
+
+
+def prepare_sampling(
+    args: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, engine: Any = None
+) -> tuple[list[int], GenerationConfig]:
+    """Return the ids that end rollouts and the settings that sample them, and give the ends to a vLLM engine.
+
+    Args:
+        args: an OPSDConfig; the ends in its generation_kwargs are added to the model's generation settings, where
+            evaluation and whoever loads the saved model find them.
+        model: the student.
+        tokenizer: its tokenizer.
+        engine: TRL's `VLLMGeneration`, or None where the student's `generate` samples.
+
+    Raises:
+        ConfigError: an end that is no token of the model.
+    """
+    add_stop_ids(model, (args.generation_kwargs or {}).get(ENDS))
+    ends = sorted(stop_ids_of(model, tokenizer))
+    if engine is not None:
+        kwargs = {name: value for name, value in (args.generation_kwargs or {}).items() if name != ENDS}
+        engine.generation_kwargs = {**kwargs, "stop_token_ids": ends}
+    settings: dict[str, Any] = {
+        "max_new_tokens": args.max_completion_length,
+        "temperature": args.temperature,
+        "cache_implementation": args.cache_implementation,
+        "disable_compile": True,
+    }
+    return ends, generation_config(ends, tokenizer.pad_token_id, do_sample=True, **(settings | rollout_settings(args)))
+
+
+# ---- the check ------------------------------------------------------------------------------------------------------
+
+ERRORS = 4.0  # standard errors: by chance once in 16,000 checks
+LEAST, LEAST_SHARE = 0.02, 0.05  # nats per token, and share of the entropy: bfloat16 moves the mean by less
+# The spread of a token that is nearly certain comes from rare surprises, which a sample may lack: an entropy of H nats
+# then hides a variance of about H times the size of a surprise, 4 nats and more.
+SURPRISE, CERTAIN = 4.0, 0.5
+
+Notify = Callable[[str], None]
+
+
+@dataclass
+class Agreement:
+    """Sums over the student's own tokens, by which −log s(y) is compared with the entropy.
+
+    >>> agreement.add(gap_N, entropy_N)
+    >>> agreement.differs, agreement.describe()
+
+    Args:
+        tokens: number of tokens.
+        gap: sum of −log s(y) − H, nats; its mean is 0 for samples of the student's own distribution.
+        entropy: sum of H, nats.
+        variance: sum of the variances of −log s(y) − H, estimated, nats².
+    """
+
+    tokens: int = 0
+    gap: float = 0.0
+    entropy: float = 0.0
+    variance: float = 0.0
+
+    def add(self, gap_N: Tensor, entropy_N: Tensor) -> None:
+        """Add tokens: float32, nats."""
+        variance_N = gap_N.square() + SURPRISE * entropy_N.clamp(0.0, CERTAIN)
+        sums = torch.stack([gap_N.sum(), entropy_N.sum(), variance_N.sum()]).tolist()
+        self.tokens += len(gap_N)
+        self.gap, self.entropy, self.variance = (
+            old + new for old, new in zip((self.gap, self.entropy, self.variance), sums, strict=True)
+        )
+
+    @property
+    def differs(self) -> bool:
+        """Whether the two differ by more than chance and rounding."""
+        least = max(LEAST * self.tokens, LEAST_SHARE * self.entropy)
+        return abs(self.gap) > least and abs(self.gap) > ERRORS * math.sqrt(self.variance)
+
+    def describe(self) -> str:
+        """Give both means."""
+        count = max(self.tokens, 1)
+        return (
+            f"−log p of {self.tokens:,} sampled tokens is {(self.entropy + self.gap) / count:.2f} nats on average, and "
+            f"the student's entropy {self.entropy / count:.2f}"
+        )
+
+
+def explain(args: Any) -> tuple[str, str]:
+    """Return why rollouts are not the student's own samples, and what to do about it."""
+    if reshaped := reshaped_by(args):
+        return (
+            f"{' and '.join(reshaped)} reshape the distribution that rollouts are drawn from",
+            f"Leave {'it' if len(reshaped) == 1 else 'them'} out for on-policy training.",
+        )
+    if args.use_vllm:
+        return (
+            "vLLM samples with other probabilities than the trainer computes: other weights, number formats or logits",
+            "Check that weights are synchronised and not quantised, or correct for it: importance_clip: 2.",
+        )
+    return (
+        "the model's `generate` and its forward pass give different probabilities: its cache, its attention mask, or a "
+        "logits processor of its class",
+        "Try generation_kwargs: {use_cache: false}, another attn_implementation, or another transformers release.",
+    )
+
+
+@dataclass
+class SamplingCheck:
+    """Checks in every run that rollouts come from the student's own distribution, and says so once where they do not.
+
+    >>> check = SamplingCheck(args, selects=False, notify=print)
+    >>> record = check(record, rollouts)  # the same record, with the metric sampling_gap
+
+    Args:
+        args: an OPSDConfig.
+        selects: whether tokens are chosen for the loss by what was sampled; the rest is then no fair sample, and the
+            two are not compared.
+        notify: called with the line.
+    """
+
+    args: Any
+    selects: bool
+    notify: Notify
+    agreement: Agreement = field(default_factory=Agreement)
+    has_spoken: bool = False
+
+    def __call__(self, record: LossOutput, rollouts: Rollouts) -> LossOutput:
+        """Return the record of a micro-batch with one more metric, and compare all tokens seen so far."""
+        scored = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()])
+        own_N = torch.tensor(rollouts.on_policy).repeat_interleave(scored).to(record.entropy_N.device)
+        gap_N = sampling_gap(record).masked_fill(~own_N, 0.0)
+        if not (self.selects or self.has_spoken):
+            self.agreement.add(gap_N[own_N], record.entropy_N[own_N])
+            self._compare()
+        return replace(record, metrics={**record.metrics, "sampling_gap": gap_N})
+
+    def _compare(self) -> None:
+        if self.agreement.differs:
+            self.has_spoken = True
+            cause, way_out = explain(self.args)
+            line = f"{self.agreement.describe()}. {cause}. {way_out}"
+            self.notify(f"rollouts    not the student's own distribution: {line}")
+
+
+def sampling_gap(record: LossOutput) -> Tensor:
+    """Return −log s(y) − H at every token, float32 (N,), nats; 0 where a token has no weight."""
+    return -record.metrics["logprob"] - record.entropy_N
+
+
+def selects_by_sample(args: Any, rollout_columns: bool) -> bool:
+    """Tell whether the loss leaves tokens out by what was sampled.
+
+    Args:
+        args: an OPSDConfig.
+        rollout_columns: whether a context reads what rollouts provide: rows without it are left out.
+    """
+    return bool(
+        args.mask_tokens
+        or args.mask_special_tokens
+        or args.mask_truncated_completions
+        or args.contrast_context
+        or args.distill_on != "all"
+        or rollout_columns
+    )
