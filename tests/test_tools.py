@@ -13,6 +13,7 @@ from helpers import make_args
 from trl.chat_template_utils import qwen3_chat_template, qwen3_training_chat_template
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
+from opsd.errors import OPSDWarning
 from opsd.rollouts import Rollouts
 from opsd.training.metrics import find_metric
 
@@ -65,12 +66,13 @@ def caller() -> tuple[torch.nn.Module, Any]:
 @pytest.fixture(scope="module")
 def rollouts(caller, tmp_path_factory: pytest.TempPathFactory) -> tuple[OPSDTrainer, Rollouts]:
     model, tokenizer = caller
+    folder = tmp_path_factory.mktemp("tools")
+    with pytest.warns(OPSDWarning, match="top_k 1"):  # greedy: the conversation as the model knows it
+        args = make_args(folder, max_steps=1, max_completion_length=300, top_k=1, learning_rate=1e-6)
     trainer = OPSDTrainer(
         model,
         SameCheckpointTeacher(context="answer_only"),
-        args=make_args(
-            tmp_path_factory.mktemp("tools"), max_steps=1, max_completion_length=300, top_k=1, learning_rate=1e-6
-        ),
+        args=args,
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
         tools=[add],

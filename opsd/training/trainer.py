@@ -117,7 +117,6 @@ class OPSDTrainer(DistillationTrainer):
         model, processing_class = student_of(model, processing_class)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
         checkpoints.restore_number_format(args)
-        self.recipe = recipe_of(teacher)
         control = control_of(args.control)
         self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
         checkpoints.check_writable(args.output_dir)
@@ -151,8 +150,8 @@ class OPSDTrainer(DistillationTrainer):
         self._say = partial(self.accelerator.print, flush=True)
         self._eval_sizes = BatchSizes()
         self._prepare_teacher()
-        described = (self.student, self.scorer, self.groups, self.train_dataset, self.eval_dataset, plan, self.recipe)
-        self.files = RunFiles(RunParts(args, self.accelerator, *described, optimizers))
+        rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers)
+        self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
