@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.groups import Groups
 from opsd.training.loss import Scorer
+from opsd.training.run_card import add_outcome
 from opsd.training.token_selection import row_weight
 
 CHECK = "learning"  # the check that these findings belong to
@@ -248,9 +250,15 @@ class Learning(TrainerCallback):
 
     @property
     def description(self) -> dict[str, Any]:
-        """The same in plain values, for the run card."""
+        """The same in plain values, as the run card has it."""
         counts = {name: getattr(self.counts, name) for name in ("steps", "rollouts", "tokens")}
         return {"learned": self.learned, **counts, "lines": self.lines}
+
+    def report(self) -> None:
+        """Print the last lines of the run, and write them into its card."""
+        self._accelerator.print("\n".join(self.lines), flush=True)
+        if self._args.should_save:
+            add_outcome(Path(self._args.output_dir), self.description)
 
     # ---- events -----------------------------------------------------------------------------------------------
 

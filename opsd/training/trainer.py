@@ -55,7 +55,7 @@ from opsd.training.metrics import check_gradient, divergence_metrics, keep_maxim
 from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.rewards import RewardFunc
-from opsd.training.run_card import add_outcome, run_card, write_run_card
+from opsd.training.run_card import run_card, write_run_card
 from opsd.training.vllm_logprobs import UNKNOWN, EngineLogprobs
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -397,9 +397,7 @@ class OPSDTrainer(DistillationTrainer):
             output = super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
         check_trained(self.state.global_step, self._rows_per_step)
         if self.stopped_by is None:
-            self._say("\n".join(self.learning.lines))
-            if self.args.should_save:
-                add_outcome(Path(self.args.output_dir), self.learning.description)
+            self.learning.report()
         return output
 
     @property
