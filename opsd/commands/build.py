@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from opsd.commands.run_file import Run
@@ -50,5 +51,5 @@ def build_trainer(run: Run) -> OPSDTrainer:
         reward_funcs=run.run.reward_funcs,
         evaluation=run.run.evaluation,  # type: ignore[arg-type]
     )
-    trainer.recipe = run.recipe
+    trainer.files.parts = replace(trainer.files.parts, recipe=run.recipe)  # its teacher was built above
     return trainer

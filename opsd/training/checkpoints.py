@@ -206,6 +206,17 @@ def store_number_format(output_dir: str | os.PathLike[str], bf16: bool) -> None:
     write_json(Path(output_dir) / NUMBER_FORMAT, {"bf16": bf16})
 
 
+def ready_folder(args: Any) -> None:
+    """Make the output folder of a run, and let a resumed run keep its number format.
+
+    Raises:
+        CheckpointError: the folder cannot be written to.
+        ConfigError: DeepSpeed has read another number format already.
+    """
+    check_writable(args.output_dir)
+    restore_number_format(args)
+
+
 def restore_number_format(args: Any) -> None:
     """Let a resumed run compute with the numbers it began with, also on a machine where another format is faster.
 

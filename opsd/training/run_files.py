@@ -99,7 +99,8 @@ class RunFiles:
         return pending
 
     def end(self, outcome: Mapping[str, Any]) -> None:
-        """Add what the run did (`Learning.description`) to the card that was written when it began."""
+        """Print what the run did (`Learning.description`), and add it to the card that was written when it began."""
+        self.parts.accelerator.print("\n".join(outcome["lines"]), flush=True)
         if self._writes:
             write_run_card(self.folder, {**read_card(str(self.folder)), "outcome": outcome})
 

@@ -116,10 +116,9 @@ class OPSDTrainer(DistillationTrainer):
     ):
         model, processing_class = student_of(model, processing_class)
         args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
-        checkpoints.restore_number_format(args)
         control = control_of(args.control)
         self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
-        checkpoints.check_writable(args.output_dir)
+        checkpoints.ready_folder(args)
         self.groups = Groups.from_config(args, reward_funcs)
         checks.check_settings(args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, bool(tools))
         precision.check_dtype(model, args, peft_config)
@@ -154,9 +153,9 @@ class OPSDTrainer(DistillationTrainer):
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
-        update_teacher = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
+        teacher_hooks = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
         self.learning = Learning(self.files.parts, self._metrics["train"])
-        self.callback_handler.callbacks[:0] = [update_teacher, self._stop, self.files.resumed, self.learning]
+        self.callback_handler.callbacks[:0] = [teacher_hooks, self._stop, self.files.resumed, self.learning]
         if plan is not None:
             self.evaluator = Evaluator(self.files.parts, self._stop)
             self.add_callback(self.evaluator)
@@ -326,8 +325,7 @@ class OPSDTrainer(DistillationTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Return transformers' output, with the loss averaged over tokens and not over batches."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if (losses := self._metrics["eval"].pop("loss", None)) is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = self._eval_sizes.mean("loss", losses)
+        output.metrics[f"{metric_key_prefix}_loss"] = self._eval_sizes.mean("loss", self._metrics["eval"].pop("loss"))
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -394,7 +392,6 @@ class OPSDTrainer(DistillationTrainer):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:
-                self._say("\n".join(self.learning.lines))
                 self.files.end(self.learning.description)
         return output
 
