@@ -99,6 +99,13 @@ def test_a_call_can_be_sent_through_a_models_forward() -> None:
     assert list(parameters) == ["self", "wrapper_module", "original_module", "method", "args", "kwargs"]
 
 
+def test_an_evaluation_reports_the_metrics_that_its_loop_returns() -> None:
+    """`evaluation_loop` puts the loss per token in place of the mean over batches."""
+    source = inspect.getsource(transformers.Trainer.evaluate)
+    assert source.index("output = self.evaluation_loop(") < source.index("self.log(output.metrics)")
+    assert "return output.metrics" in source
+
+
 def test_what_teachers_are_told_of_a_step_was_logged_before_it() -> None:
     """Gates read `state.log_history` in on_step_end, which must not hold the step's own entry yet, and always later."""
     source = inspect.getsource(transformers.Trainer._maybe_log_save_evaluate)

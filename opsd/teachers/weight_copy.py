@@ -157,10 +157,16 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(flag)
 
 
-def adapter_parameters(model: nn.Module) -> set[Tensor]:
-    """Return the parameters of a PEFT model that switching the adapter off leaves out."""
-    layers = (m for m in model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper))
-    parts = (getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names)
+def adapter_parameters(model: nn.Module, *, saved_modules: bool = True) -> set[Tensor]:
+    """Return the parameters of a PEFT model that switching the adapter off leaves out.
+
+    Args:
+        model: a model, with or without adapters.
+        saved_modules: whether modules that PEFT trains and saves whole (modules_to_save) count.
+    """
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper) if saved_modules else (BaseTunerLayer,)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    parts = [getattr(layer, name, None) for layer in layers for name in layer.adapter_layer_names]
     return {p for part in parts if isinstance(part, nn.Module) for p in part.parameters()}
 
 

@@ -6,17 +6,16 @@ autocast the products are computed in 16 bits all the same. Knows a model and se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoConfig
 
 from opsd.errors import ConfigError
 from opsd.models.loading import is_adapter
+from opsd.teachers.weight_copy import adapter_parameters
 
 WIDE = (torch.float32, torch.float64)
 REASON = (
@@ -61,8 +60,9 @@ def widen_adapter(student: nn.Module) -> str | None:
         ConfigError: parameters that train in 16 bits and are not an adapter's.
     """
     narrow = {name: p for name, p in student.named_parameters() if p.requires_grad and p.dtype not in WIDE}
-    of_adapter = {id(p) for p in _adapter_parameters(student)}
-    beside = [name for name, p in narrow.items() if id(p) not in of_adapter]
+    # The layers of an adapter cast their input to their parameters' dtype; modules that are saved whole do not.
+    of_adapter = adapter_parameters(student, saved_modules=False)
+    beside = [name for name, p in narrow.items() if p not in of_adapter]
     if beside:
         where = "beside the adapter (modules_to_save, bias, unfrozen)" if of_adapter else "of this model"
         raise ConfigError(
@@ -75,11 +75,3 @@ def widen_adapter(student: nn.Module) -> str | None:
     for p in narrow.values():
         p.data = p.data.to(torch.float32)
     return f"adapter: {len(narrow)} tensors came in {', '.join(sorted(dtypes))}, and train in float32"
-
-
-def _adapter_parameters(student: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield the parameters that adapters' layers hold; their inputs are cast to the parameters' dtype."""
-    for layer in (module for module in student.modules() if isinstance(module, BaseTunerLayer)):
-        for held in (getattr(layer, name, None) for name in layer.adapter_layer_names):
-            if isinstance(held, nn.Module):
-                yield from held.parameters()

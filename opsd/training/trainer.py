@@ -6,8 +6,8 @@ teacher, the padding of rollouts and the loss. Knows no kind of teacher and no k
 Seams of TRL 1.16 and transformers that this file relies on (tests/test_trl_seams.py guards each):
 `_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_compute_loss`,
 `_get_train_sampler`, `_get_grad_norm`, `autocast_smart_context_manager`, `_set_signature_columns_if_needed`,
-`_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `log`, `_send_telemetry`, `_metrics`, `_logs`,
-`_step`, `_buffered_inputs`, `teacher_model=None`.
+`_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `evaluation_loop`, `log`, `_send_telemetry`,
+`_metrics`, `_logs`, `_step`, `_buffered_inputs`, `teacher_model=None`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import SamplingCheck, prepare_sampling, selects_by_sample
 from opsd.training.student import ready_student
-from opsd.training.vllm_logprobs import UNKNOWN
 from opsd.training.vllm_sync import prepare_engine
 
 
@@ -246,7 +245,7 @@ class OPSDTrainer(DistillationTrainer):
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
         logprobs = None
         if self._engine is not None:
-            logprobs = self._engine.take(sampled) + [[UNKNOWN] * len(ids) for ids in others]
+            logprobs = self._engine.take(sampled, others)
         own = [number < count for number in range(len(rows))]
         return Rollouts(rows, prompt_ids, sampled + others, loss_mask, rollout_logprobs=logprobs, on_policy=own)
 

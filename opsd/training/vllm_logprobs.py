@@ -6,6 +6,7 @@ drops those it gets.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from opsd.rollouts import Ids
@@ -36,8 +37,15 @@ class EngineLogprobs:
         self._last = [[UNKNOWN if t[0] is None else float(t[0]) for t in tokens] for tokens in logprobs]
         return result
 
-    def take(self, completion_ids: list[Ids]) -> list[list[float]]:
-        """Return the log-probabilities of these completions, in nats; NaN for tokens that the engine gave none for."""
+    def take(self, sampled: Sequence[Ids], others: Sequence[Ids] = ()) -> list[list[float]]:
+        """Return the log-probabilities of completions, in nats; NaN for tokens that the engine gave none for.
+
+        Args:
+            sampled: by the engine, in its last call.
+            others: of rows that follow them, which it did not sample.
+        """
         last, self._last = self._last, []
-        known = last if len(last) == len(completion_ids) else [[] for _ in completion_ids]
-        return [(logps + [UNKNOWN] * len(ids))[: len(ids)] for logps, ids in zip(known, completion_ids, strict=True)]
+        known = last if len(last) == len(sampled) else [[] for _ in sampled]
+        known = known + [[] for _ in others]
+        pairs = zip(known, [*sampled, *others], strict=True)
+        return [(logps + [UNKNOWN] * len(ids))[: len(ids)] for logps, ids in pairs]
