@@ -12,7 +12,9 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, IterableDataset, Value
 
 import opsd.data.files
+from opsd.data.columns import import_columns
 from opsd.data.files import load_rows
+from opsd.data.prepare import prepare_rows
 from opsd.errors import DataError
 
 
@@ -69,6 +71,16 @@ def test_json_values_come_back_as_they_stand_in_the_file(form: str, streaming: b
     assert [type(row["x"]) for row in loaded] == [int, float, str]
     if not streaming:
         assert set(loaded.column_names) == {column for row in ODD_ROWS for column in row}
+
+
+def test_a_text_in_a_column_of_mixed_values_stays_that_text() -> None:
+    """The text "007" beside a number became 7, "1.50" became 1.5, and "null" an empty answer."""
+    values = ["007", 5, "1.50", "null", "NaN", '"quoted"', ["1"], {"b": "2"}, None]
+    loaded = load_rows(write("rows.jsonl", [{"prompt": "a", "answer": value} for value in values]))
+    for rows in (loaded, import_columns(loaded, {"prompt": "prompt", "answer": "answer"}), prepare_rows(loaded)):
+        assert [row["answer"] for row in rows] == values
+    renamed = import_columns(loaded.rename_column("prompt", "ask"), {"prompt": "ask", "answer": "answer"})
+    assert [row["answer"] for row in renamed] == values
 
 
 def test_every_csv_cell_is_text() -> None:

@@ -197,7 +197,7 @@ def test_a_run_begins_with_one_pass_for_its_card_and_its_checkpoints(tmp_path: P
     plan = {"test": dataset(TEST, start=TRAIN), "selection": dataset(SPLIT, start=TRAIN + TEST), "every": 2, **PLAN}
     trainer = make_trainer(tmp_path, known(), rows=dataset(TRAIN), evaluation=plan)
     rows_read.rows.clear()
-    trainer._begin(None)
+    trainer.files.begin(None)
     assert [rows_read.passes(size) for size in (TRAIN, TEST, SPLIT)] == [1, 1, 1]
 
 

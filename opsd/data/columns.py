@@ -11,6 +11,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset
 
+from opsd.data.json_columns import as_stored
 from opsd.data.values import at_path, is_empty
 from opsd.errors import ConfigError, DataError, did_you_mean
 
@@ -65,7 +66,9 @@ def import_columns(dataset: Any, columns: str | Mapping[str, str] | None) -> Dat
 
     def renamed(row: dict[str, Any]) -> dict[str, Any]:
         found = {ours: at_path(row, theirs) for ours, theirs in sources.items()}
-        return {**found, "prompt": [{"role": "user", "content": found["prompt"]}]} if asks else found
+        if asks:
+            found["prompt"] = [{"role": "user", "content": found["prompt"]}]
+        return as_stored(found, dataset.features)
 
     if all(ours == theirs for ours, theirs in sources.items()):
         return dataset

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, IterableDataset, Json, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
+from opsd.data.json_columns import as_stored
 from opsd.errors import DataError, did_you_mean
 from opsd.sources import is_hub_id
 
@@ -140,7 +141,9 @@ def _load_text(files: list[Path], streaming: bool) -> Dataset | IterableDataset:
     # `datasets` caches by these arguments alone: with the times, an edited file is read again.
     times = tuple(file.stat().st_mtime_ns for file in files)
     try:
-        return Dataset.from_generator(_rows_in, gen_kwargs={"paths": paths, "times": times}, features=features)
+        return Dataset.from_generator(
+            _typed_rows, gen_kwargs={"paths": paths, "times": times, "features": features}, features=features
+        )
     except _LOAD_ERRORS as error:
         raise DataError(f"{files[0]}: a value does not fit into a table: {_reason(error)}. Fix that value.") from error
 
@@ -160,8 +163,14 @@ def _load(source: str, *args: Any, **kwargs: Any) -> Dataset | IterableDataset:
         ) from error
 
 
-def _rows_in(paths: Sequence[str], times: Sequence[int] = ()) -> Iterator[Row]:
-    """Yield the rows of text files; `times` only tells their versions apart."""
+def _typed_rows(paths: Sequence[str], times: Sequence[int], features: Features) -> Iterator[Row]:
+    """Yield the rows of text files as their features store them; `times` only tells their versions apart."""
+    for row in _rows_in(paths):
+        yield as_stored(row, features)
+
+
+def _rows_in(paths: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of text files."""
     for path in map(Path, paths):
         rows = _READERS[path.suffix.lower()](path)
         first = next(rows, None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Json, List, Value
 
+from opsd.data.json_columns import as_stored
 from opsd.data.values import REASONING, is_empty, is_missing, text_of, without_nan
 from opsd.errors import DataError
 
@@ -133,6 +134,7 @@ class RowPreparation:
         self.name, self.column = name, _prompt_column(columns, name)
         self._columns, self._system_prompt = columns, system_prompt
         self._first: tuple[str, int] | None = None
+        self._stored: Features | None = None  # of the prepared rows
         self._is_stream = False
         self._has_structure = False  # whether answers are kept as turns, for what they have beside a text
 
@@ -186,7 +188,7 @@ class RowPreparation:
 
     def apply(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         """Return the dataset with prepared rows; those of a stream are checked as they are read."""
-        features = self._features(dataset.features)
+        features = self._stored = self._features(dataset.features)
         gone = ["messages"] if self.column == "messages" else None
         if isinstance(dataset, IterableDataset):
             return dataset.map(self._prepare_checked, with_indices=True, features=features, remove_columns=gone)
@@ -196,7 +198,7 @@ class RowPreparation:
     def _prepare(self, row: Row) -> Row:
         row = without_nan(row)
         kept = {column: value for column, value in row.items() if column != "messages"}
-        return {**kept, **self.prepared(row)}
+        return as_stored({**kept, **self.prepared(row)}, self._stored)
 
     def _prepare_checked(self, row: Row, number: int) -> Row:
         problem = self.find_problem(without_nan(row), number)
