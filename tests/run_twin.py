@@ -154,7 +154,7 @@ class Twin:
             group = [m for m in range(n - n % size, min(n - n % size + size, count))
                      if batch.rows[m]["prompt"] == batch.rows[n]["prompt"]]  # fmt: skip
             right = [m for m in group if rewards[m] >= 1 and m != n]
-            fields = {"sibling": texts[right[0]]} if right else {}
+            fields = {"sibling": texts[right[0]].strip()} if right else {}
             chosen = {"all": True, "wrong": rewards[n] < 1, "right": rewards[n] >= 1}[self.args.distill_on]
             contexts = [CONTEXTS[name] for *_, name in self.readings(batch.rows[n], 0)]
             chosen = chosen and all(context.turns(batch.rows[n], fields) is not None for context in contexts)
