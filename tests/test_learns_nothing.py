@@ -215,6 +215,7 @@ def test_what_could_never_train_is_refused_before_a_model_loads(
         )
 
 
+@pytest.mark.filterwarnings("ignore:top_p")  # the recipe samples as its paper does
 def test_a_recipe_with_its_args_is_in_force(tmp_path: Path) -> None:
     """The way out that the message gives."""
     recipe = recipe_of("opsd")

@@ -18,7 +18,7 @@ from opsd.training.checks import check_settings
 from opsd.training.groups import Groups
 from opsd.training.token_selection import TokenSelection
 
-ONE = {str: "prompt", float: 0.5, int: 3}  # one element of each type
+ONE = {str: "data", float: 0.5, int: 3}  # one element of each type
 LISTS = [(settings, name, element) for settings in SETTINGS for name, element in list_settings(settings).items()]
 OF_A_RUN = list_settings(OPSDConfig)
 

@@ -220,6 +220,7 @@ def resuming(folder: Path, teacher: str = "same_checkpoint", **changes: object) 
     return make_trainer(folder, MAKE_TEACHER[teacher](), **changes)
 
 
+@pytest.mark.filterwarnings("ignore:top_p")
 @pytest.mark.parametrize(("changes", "named"), ANOTHER_RUN.values(), ids=ANOTHER_RUN)
 def test_another_run_is_refused_by_name_and_value(finished: Path, changes: dict[str, object], named: str) -> None:
     """All of these resumed without a word, and the run's numbers were of neither run."""

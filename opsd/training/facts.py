@@ -70,7 +70,6 @@ def run_facts(parts: RunParts, data: str) -> dict[str, Any]:
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "sharding": kind if kind in ("FSDP", "DEEPSPEED") else "none",
         "processes": parts.accelerator.num_processes,
-        "teacher": scorer.teacher.description,
         "contrast": scorer.contrast and scorer.contrast.prompts.description,
         "rewards": parts.groups.rewards.names,
         "tools": [tool.__name__ for tool in student.renderer.tools or []],

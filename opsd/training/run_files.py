@@ -38,7 +38,10 @@ class RunFiles:
         self.parts = parts
         self.folder = Path(parts.args.output_dir)
         self.resumed = ResumedSettings()
-        self._model_facts = model_facts(parts.student.model, len(parts.student.tokenizer))
+        self._start_facts = {
+            **model_facts(parts.student.model, len(parts.student.tokenizer)),
+            "teacher": parts.scorer.teacher.description,  # here, so that settings of a wrong kind end no run
+        }
         self._facts: dict[str, Any] | None = None  # in processes that write checkpoints, once the run has begun
         self._digests: tuple[str, str] | None = None  # of the training rows
 
@@ -70,7 +73,7 @@ class RunFiles:
             self.parts.accelerator.print(line, flush=True)
         if self._writes:
             self._digests = data_digests(self.parts.rows)
-            self._facts = self._model_facts | run_facts(self.parts, self._digests[0])
+            self._facts = self._start_facts | run_facts(self.parts, self._digests[0])
         self.resumed.changes = changes_on_resume(checkpoint, self._facts, self.parts.args.allow_changes)
         if self._writes:
             card = self.card
