@@ -231,12 +231,8 @@ class Problem:
 
     def vocab_size(self, has_reference: bool) -> int:
         """The number of ids that all used heads share."""
-        others = [self.signal] if isinstance(self.signal, HiddenSignal) else getattr(self.signal, "signals", [])
-        others = [
-            *others,
-            *([self.reference] if has_reference else []),
-            *([] if self.contrast_signal is None else [self.contrast_signal]),
-        ]
+        used = [self.signal, self.contrast_signal, *([self.reference] if has_reference else [])]
+        others = [part for each in used for part in getattr(each, "signals", [each]) if isinstance(part, HiddenSignal)]
         return min(len(head.weight_VD) for head in (self.head, *(o.head for o in others)))
 
 
@@ -307,7 +303,12 @@ def reference(objective: Objective, problem: Problem) -> Result:
             teacher = teacher_distribution(problem.signal, n, v, d.temperature)
             log_t_y = teacher[y]
         one = token(d, logs[n], teacher, y, log_t_y)
-        each[n] = one._replace(value=share(n) * one.value, with_gradient=share(n) * one.with_gradient)
+        each[n] = one._replace(
+            value=share(n) * one.value,
+            with_gradient=share(n) * one.with_gradient,
+            log_t_y=one.log_t_y if share(n) else one.log_s_y.detach(),
+            metrics={name: share(n) * value for name, value in one.metrics.items()},
+        )
     rows = rollouts(tokens, places)
     row_of = {n: row for row in rows for n in row}
     weight = {n: float(tokens.weight_N[n]) for n in places}

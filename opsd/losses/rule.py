@@ -110,8 +110,13 @@ class TrainingRule:
             metrics["logprob"] = log_s.gather(-1, tokens.ids_N[:, None])[:, 0]
             metrics["teacher_logprob"] = sampled_logprobs(teacher, tokens.ids_N).to(log_s.dtype)
         if tokens.distill_weight_N is not None:
+            # The teacher saw no prompt of a token that is only reinforced: what it says of it is 0 in the log too.
             distill_R = tokens.distill_weight_N.to(log_s.dtype)
-            value_R = metrics["divergence"] = distill_R * value_R
+            of_teacher = metrics.keys() - {"entropy", "logprob", "teacher_logprob"}
+            metrics |= {name: distill_R * metrics[name] for name in of_teacher}
+            if "logprob" in metrics:
+                metrics["teacher_logprob"] = metrics["teacher_logprob"].where(distill_R > 0, metrics["logprob"])
+            value_R = metrics["divergence"]
             grad_log_s_RV = distill_R[:, None] * grad_log_s_RV
         weight_R = tokens.weight_N.to(log_s.dtype)
         grad_log_s_RV = self._with_policy_gradient(grad_log_s_RV, tokens)
