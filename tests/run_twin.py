@@ -237,9 +237,10 @@ class Twin:
             contrast_signal=signal(contrast) if self.args.contrast_context else None,
         )
         result = reference(self.args.objective, problem)
-        record.sums = {name: float(column.sum()) for name, column in result.values.items() if name != "loss"}
+        record.sums |= {name: float(column.sum()) for name, column in result.values.items() if name != "loss"}
         record.sums["loss"] = float(result.values["loss"]) * record.tokens
-        record.largest = float(result.values["divergence"].max())
+        if "divergence" in result.values:  # contrast_context may leave no token any weight
+            record.largest = float(result.values["divergence"].max())
         if gradient:
             record.gradient_norm = self._norm(hidden_ND, weight_VD, result.gradients)
 
