@@ -88,7 +88,7 @@ def in_a_child(
     folder: Path,
     run: tuple[str, str],
     kill_when: Callable[[], bool] | None = None,
-    prepare: Callable[[], None] = lambda: None,
+    prepare: Callable[[], None] | None = None,
 ) -> bool:
     """Train in a process of its own, in which `prepare` is called first; returns whether it was killed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,8 @@ def in_a_child(
         try:
             output = os.open(folder / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1), os.dup2(output, 2)
-            prepare()
+            if prepare is not None:
+                prepare()
             train(folder, *run)
             code = 0
         except BaseException as error:
@@ -130,7 +131,7 @@ def writing(folder: Path, step: int) -> bool:
 def crash(folder: Path, run: tuple[str, str], seconds: float, rng: random.Random, when: str) -> dict[str, object]:
     """Kill a run once and resume it to its end; returns what happened."""
     kill_when: Callable[[], bool] | None = None
-    prepare: Callable[[], None] = lambda: None
+    prepare: Callable[[], None] | None = None
     if when == "in a save":
         step, pause = rng.randint(2, STEPS), rng.uniform(0.0, 0.02)
 
