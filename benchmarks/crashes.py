@@ -1,8 +1,9 @@
 """Kill -9 at random moments: does every resumed run arrive where the run that was never killed arrived?
 
-A run of 30 steps over ten epochs, with a checkpoint at every step, is killed at a random moment, or (every other time)
-while it writes a checkpoint, and resumed until it ends; then student, teacher, random state and log are compared with
-those of the same run undisturbed, bit for bit. Tiny models, real files, a real SIGKILL.
+A run of 30 steps over ten epochs, with a checkpoint at every step and an evaluation at every third, is killed: in turn
+while it writes a checkpoint, in the middle of a file of its evaluation, and at a random moment. It is resumed until it
+ends; then student, teacher, random state, log and evaluation are compared with those of the same run undisturbed, bit
+for bit. Tiny models, real files, a real SIGKILL.
 
     python benchmarks/crashes.py            20 kills -> benchmarks/results/crashes.json
     python benchmarks/crashes.py --kills 5  what the tests do, without a result file
@@ -20,17 +21,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from demo import hardware  # noqa: E402
+from evaluation_runs import DEV, KEPT, PLAN  # noqa: E402
 from helpers import MAKE_TEACHER, logged, make_trainer  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "crashes.json"
 STEPS = 30
+EVALUATION = {**PLAN, "selection": DEV, "every": 3, "neutral": KEPT}
+EVALUATION_FILES = 14  # that a run writes before its end: some before step 1, and the summary at every look
+WHEN = ("in a save", "in an evaluation file", "anywhere")
 RUNS = [
     ("ema", "full"),
     ("snapshot", "lora"),
@@ -44,7 +51,8 @@ def train(folder: Path, teacher: str, student: str) -> None:
     """Run, or resume, and leave a digest of everything a run ends with."""
     has_checkpoint = any((folder / "run").glob("checkpoint-*"))
     settings = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
-    trainer = make_trainer(folder / "run", MAKE_TEACHER[teacher](), student, learning_rate=5e-3, **settings)
+    settings |= {"learning_rate": 5e-3, "evaluation": EVALUATION}
+    trainer = make_trainer(folder / "run", MAKE_TEACHER[teacher](), student, **settings)
     try:
         trainer.train(resume_from_checkpoint=has_checkpoint)
     except Exception as error:
@@ -59,11 +67,30 @@ def train(folder: Path, teacher: str, student: str) -> None:
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     digest.update(torch.get_rng_state().numpy().tobytes())
     digest.update(json.dumps(logged(trainer, "divergence")).encode())
+    digest.update((folder / "run" / "evaluation" / "evaluation.json").read_bytes())
     (folder / "digest").write_text(digest.hexdigest())
 
 
-def in_a_child(folder: Path, run: tuple[str, str], kill_when: Callable[[], bool] | None = None) -> bool:
-    """Train in a process of its own; returns whether it was killed."""
+def die_in_an_evaluation_file(number: int) -> None:
+    """Let this process write half of the n-th file in an evaluation folder, and kill itself."""
+    write_text, count = Path.write_text, iter(range(1, 1000))
+
+    def half(path: Path, text: str, *args: Any, **kwargs: Any) -> int:
+        if path.parent.name == "evaluation" and next(count) == number:
+            write_text(path, text[: len(text) // 2], *args, **kwargs)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write_text(path, text, *args, **kwargs)
+
+    Path.write_text = half  # type: ignore[method-assign, assignment]
+
+
+def in_a_child(
+    folder: Path,
+    run: tuple[str, str],
+    kill_when: Callable[[], bool] | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> bool:
+    """Train in a process of its own, in which `prepare` is called first; returns whether it was killed."""
     folder.mkdir(parents=True, exist_ok=True)
     child = os.fork()
     if child == 0:
@@ -71,6 +98,8 @@ def in_a_child(folder: Path, run: tuple[str, str], kill_when: Callable[[], bool]
         try:
             output = os.open(folder / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1), os.dup2(output, 2)
+            if prepare is not None:
+                prepare()
             train(folder, *run)
             code = 0
         except BaseException as error:
@@ -99,9 +128,11 @@ def writing(folder: Path, step: int) -> bool:
     return checkpoint.is_dir() and not (checkpoint / "trainer_state.json").exists()
 
 
-def crash(folder: Path, run: tuple[str, str], seconds: float, rng: random.Random, in_a_save: bool) -> dict[str, object]:
+def crash(folder: Path, run: tuple[str, str], seconds: float, rng: random.Random, when: str) -> dict[str, object]:
     """Kill a run once and resume it to its end; returns what happened."""
-    if in_a_save:
+    kill_when: Callable[[], bool] | None = None
+    prepare: Callable[[], None] | None = None
+    if when == "in a save":
         step, pause = rng.randint(2, STEPS), rng.uniform(0.0, 0.02)
 
         def kill_when() -> bool:
@@ -109,18 +140,20 @@ def crash(folder: Path, run: tuple[str, str], seconds: float, rng: random.Random
                 return False
             time.sleep(pause)
             return True
+    elif when == "in an evaluation file":
+        prepare = partial(die_in_an_evaluation_file, rng.randint(1, EVALUATION_FILES))
     else:
         end = time.monotonic() + rng.uniform(0.1, 0.8) * seconds  # of what the whole run took
 
         def kill_when() -> bool:
             return time.monotonic() > end
 
-    killed = in_a_child(folder, run, kill_when)
+    killed = in_a_child(folder, run, kill_when, prepare)
     at = max((int(p.name.split("-")[1]) for p in (folder / "run").glob("checkpoint-*")), default=0)
     unfinished = at > 0 and writing(folder, at)
     if killed:
         in_a_child(folder, run)
-    return {"killed": killed, "last_checkpoint": at, "it_was_unfinished": unfinished, "in_a_save": in_a_save}
+    return {"killed": killed, "last_checkpoint": at, "it_was_unfinished": unfinished, "when": when}
 
 
 def main() -> int:
@@ -142,7 +175,7 @@ def main() -> int:
                 digests[run] = ((whole / "digest").read_text(), time.monotonic() - start)
             expected, seconds = digests[run]
             here = folder / f"{number} {' '.join(run)}"
-            case = crash(here, run, seconds, rng, in_a_save=number % 2 == 0)
+            case = crash(here, run, seconds, rng, WHEN[number % len(WHEN)])
             same = (here / "digest").read_text() == expected
             cases.append({"teacher": run[0], "student": run[1], **case, "same_to_the_bit": same})
             print(json.dumps(cases[-1]), flush=True)

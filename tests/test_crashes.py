@@ -18,12 +18,13 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "crashes.py"
 
 @pytest.mark.slow
 def test_a_run_that_was_killed_arrives_at_the_same_bits() -> None:
-    """Also where the kill fell into the writing of a checkpoint."""
-    done = subprocess.run([sys.executable, str(SCRIPT), "--kills", "5"], capture_output=True, text=True, timeout=300)
+    """Also where the kill fell into the writing of a checkpoint, or of a file of the evaluation."""
+    done = subprocess.run([sys.executable, str(SCRIPT), "--kills", "5"], capture_output=True, text=True, timeout=480)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     cases = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(cases) == 5 and sum(case["killed"] for case in cases) >= 3
     assert any(case["it_was_unfinished"] for case in cases)
+    assert any(case["killed"] and case["when"] == "in an evaluation file" for case in cases)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +41,38 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 def test_what_is_not_plain_is_made_plain_where_asked(tmp_path: Path) -> None:
     write_json(tmp_path / "card.json", {"folder": Path("runs")}, default=str)
     assert json.loads((tmp_path / "card.json").read_text()) == {"folder": "runs"}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+WRITERS = {"write_text", "write_bytes", "dump", "save_file", "save", "touch", "open", "savez", "copyfile", "copy"}
+# Those that write under a temporary name and rename it; the lock and the probe hold nothing that is read back.
+WHOLE = {
+    "evaluation/run_folder.py: write_whole",
+    "training/checkpoints.py: write",
+    "training/checkpoints.py: check_writable",
+    "training/evaluator.py: _save",  # a result, which saves itself by `write_json`
+    "training/run_lock.py: _acquire",
+}
+
+
+def writing_calls() -> Iterator[tuple[str, str]]:
+    """Yield every call in `training/` and `evaluation/` that could write a file, as (file: function, name)."""
+    package = Path(__file__).parents[1] / "opsd"
+    for path in sorted([*(package / "training").glob("*.py"), *(package / "evaluation").glob("*.py")]):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(function, ast.FunctionDef):
+                continue
+            where = f"{path.relative_to(package).as_posix()}: {function.name}"
+            for call in ast.walk(function):
+                if isinstance(call, ast.Call):
+                    called = call.func
+                    name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                    if name in WRITERS:
+                        yield where, ast.unparse(call)
+
+
+def test_every_file_of_a_run_is_written_whole_or_not_at_all() -> None:
+    """A kill in the middle of evaluation.json broke the resume: whatever a run reads back goes through one writer."""
+    others = [(where, call) for where, call in writing_calls() if where not in WHOLE]
+    assert not others and {where for where, _ in writing_calls()} == WHOLE

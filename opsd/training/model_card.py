@@ -6,7 +6,6 @@ Made of the run card and the evaluation's summary, which lie in the run's folder
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,7 @@ def copy_cards(source: Path, target: Path) -> None:
     """Copy the model card and the run card to a folder that the model was saved into."""
     if source.resolve() != target.resolve():
         for name in (FILE, CARD, CARD_PAGE):
-            shutil.copyfile(source / name, target / name)
+            write_whole(target / name, (source / name).read_text("utf-8"))
 
 
 def model_card(
