@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,6 +166,30 @@ def test_another_base_model_or_template_text_is_refused_on_resume(tmp_path: Path
         make_trainer(tmp_path / "run", teacher(), **settings).train(resume_from_checkpoint=True)
 
 
+def test_another_reward_function_of_the_same_name_is_refused_on_resume(tmp_path: Path) -> None:
+    def right() -> Any:
+        def graded(completion_ids: Any, **kwargs: Any) -> list[float]:
+            return [1.0 for _ in completion_ids]
+
+        return graded
+
+    def wrong() -> Any:
+        def graded(completion_ids: Any, **kwargs: Any) -> list[float]:
+            return [0.5 for _ in completion_ids]
+
+        return graded
+
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, MAKE_TEACHER["ema"](), reward_funcs=right(), **settings).train()
+    make_trainer(tmp_path, MAKE_TEACHER["ema"](), reward_funcs=right(), **settings).train(resume_from_checkpoint=True)
+    with pytest.raises(
+        CheckpointError, match=r"rewards\.graded: '\w+' in the checkpoint, '\w+' now \(reward functions"
+    ):
+        make_trainer(tmp_path, MAKE_TEACHER["ema"](), reward_funcs=wrong(), **settings).train(
+            resume_from_checkpoint=True
+        )
+
+
 def test_a_folder_that_holds_a_model_is_refused(tmp_path: Path) -> None:
     make_llama().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="already holds a model"):
@@ -199,7 +224,7 @@ ANOTHER_RUN: dict[str, tuple[dict[str, object], str]] = {
     "learning_rate": ({"learning_rate": 2e-2}, "learning_rate: 0.01 in the checkpoint, 0.02 now"),
     "more steps": ({"max_steps": 3}, "max_steps: 2 in the checkpoint, 3 now"),
     "beta": ({"beta": 0.5}, "beta: 1.0 in the checkpoint, 0.5 now"),
-    "rewards": ({"reward_funcs": ["exact"]}, r"rewards: \[\] in the checkpoint, \['exact'\] now"),
+    "rewards": ({"reward_funcs": ["exact"]}, "rewards.exact: None in the checkpoint, 'of opsd' now"),
     "logging_steps": ({"logging_steps": 2}, "logging_steps: 1 in the checkpoint, 2 now"),
 }
 OF_THE_CHECKPOINT = {"save_strategy": "steps", "save_steps": 1, "mask_tokens": ["+"]}

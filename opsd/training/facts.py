@@ -5,6 +5,7 @@ Reads settings, model, rows, teacher and plan; `resume.py` decides what a differ
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -71,8 +72,8 @@ def run_facts(parts: RunParts, data: str) -> dict[str, Any]:
         "sharding": kind if kind in ("FSDP", "DEEPSPEED") else "none",
         "processes": parts.accelerator.num_processes,
         "contrast": scorer.contrast and scorer.contrast.prompts.description,
-        "rewards": parts.groups.rewards.names,
-        "tools": [tool.__name__ for tool in student.renderer.tools or []],
+        "rewards": dict(zip(parts.groups.rewards.names, map(_code, parts.groups.rewards.functions), strict=True)),
+        "tools": {tool.__name__: _code(tool) for tool in student.renderer.tools or []},
         "left_out_ids": sorted(scorer.selection.left_out_ids),
         "end_ids": sorted(scorer.selection.end_ids),
         "tokenizer": tokenizer_digest(student.tokenizer),
@@ -129,6 +130,17 @@ def _fingerprint(student: nn.Module, vocab_size: int) -> str:
     is_fresh = hasattr(student, "disable_adapter") and adapter_adds_nothing(student, vocab_size)
     left_out = adapter_parameters(student) if is_fresh else ()
     return digest({name: p for name, p in student.named_parameters() if p not in left_out})
+
+
+def _code(function: Any) -> str:
+    """Return a hash of a user's function; the code of opsd's own is what its version is."""
+    kind = function if hasattr(function, "__code__") else type(function)
+    if str(kind.__module__).startswith("opsd."):
+        return "of opsd"
+    try:
+        return digest_of([inspect.getsource(kind)])
+    except (OSError, TypeError):
+        return "without source"
 
 
 def _without(values: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

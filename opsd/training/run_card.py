@@ -115,9 +115,13 @@ def _method(recipe: Recipe | None, teacher: Teacher) -> dict[str, Any]:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of a tokenizer's words and special tokens."""
+    """Return a hash of a tokenizer: its words, how it cuts text into them, and its special tokens."""
     words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return digest_of([json.dumps(words), json.dumps(tokenizer.special_tokens_map, default=str, sort_keys=True)])
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
+    for name in ("truncation", "padding"):  # set anew by each call
+        rules.pop(name, None)
+    special = tokenizer.special_tokens_map
+    return digest_of(json.dumps(each, default=str, sort_keys=True) for each in (words, rules, special))
 
 
 def chat_template_digest(student: StudentHandle) -> str:
