@@ -41,7 +41,8 @@ def main() -> None:
     start, seed, values = time.time(), args.first, 0
     refused: Counter[str] = Counter()
     wrong: list[dict[str, object]] = []
-    largest = {name: {"mean": 0.0, "grad_norm": 0.0} for name in ("float32", "bfloat16")}
+    largest = {name: {"mean": 0.0, "grad_norm": 0.0} for name in BOUNDS}
+    runs: Counter[str] = Counter()
     accepted = 0
     while accepted < args.runs:
         combination = draw(seed)
@@ -53,12 +54,13 @@ def main() -> None:
             refused[str(error).split(".")[0][:120]] += 1
             continue
         accepted += 1
+        runs[combination.rounding] += 1
         values += len(found)
         for gap in found:
-            sizes = largest["bfloat16" if combination.has_bfloat16 else "float32"]
+            sizes = largest[combination.rounding]
             kind = "grad_norm" if gap.name == "grad_norm" else "mean"
             sizes[kind] = max(sizes[kind], gap.size)
-            if not gap.within(combination.has_bfloat16):
+            if not gap.within(combination.rounding):
                 wrong.append({"combination": vars(combination), **vars(gap)})
                 print(f"{combination}: {gap}", flush=True)
         if accepted % 20 == 0:
@@ -67,10 +69,10 @@ def main() -> None:
         "what": "values that a run of 3 steps and an evaluation log, against a float64 recomputation from its rollouts",
         "command": f"python benchmarks/combinations.py --runs {args.runs} --first {args.first}",
         "hardware": hardware(),
-        "runs": accepted,
+        "runs": {"all": accepted, **runs},
         "values": values,
         "out_of_bounds": wrong,
-        "bounds": dict(zip(largest, ({"mean": m, "grad_norm": g} for m, g in BOUNDS.values()), strict=True)),
+        "bounds": {name: {"mean": mean, "grad_norm": norm} for name, (mean, norm) in BOUNDS.items()},
         "largest_gap": largest,
         "refused": sum(refused.values()),
         "why_refused": dict(refused.most_common()),

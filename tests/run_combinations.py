@@ -162,9 +162,12 @@ class Combination:
     precision: str
 
     @property
-    def has_bfloat16(self) -> bool:
-        """Whether any pass computes in bfloat16."""
-        return self.precision == "bfloat16" or self.student == "lora on bfloat16"
+    def rounding(self) -> str:
+        """What rounds its values: the row of `run_twin.BOUNDS`."""
+        if self.precision == "float32" and self.student != "lora on bfloat16":
+            return "float32"
+        chooses = "top k" in self.loss or self.loss in ("union", "entropy gate", "entry clip") or "kept" in self.terms
+        return "bfloat16, tokens or entries chosen" if chooses else "bfloat16"
 
     @property
     def settings(self) -> dict[str, Any]:
