@@ -51,7 +51,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
                 found = gaps(combination, Path(folder))
         except OPSDError as error:
-            refused[str(error).split(".")[0][:120]] += 1
+            refused[str(error).split(". ")[0][:120]] += 1
             continue
         accepted += 1
         runs[combination.rounding] += 1
