@@ -1,58 +1,110 @@
-"""One log entry of several batches: means over all rows or tokens, and extremes."""
+"""One log entry of several batches, and of several processes: means over all rows or tokens, and extremes."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_rows
 from datasets import Dataset
-from helpers import make_trainer
+from helpers import MAKE_TEACHER, make_trainer, returns
 
-from opsd.training.averages import BatchSizes
+from opsd.training.averages import Averages, Tally
 
 
-def test_lengths_of_uneven_batches_are_those_of_all_completions() -> None:
-    """TRL averages its batches: two batches of 2 and 1 completions, of lengths 4, 6 and 9 of which 9 was cut."""
-    sizes, metrics = BatchSizes(), defaultdict(list)
-    sizes.rows += [2, 1]
-    for name, values in {
-        "mean_length": [5.0, 9.0],
-        "min_length": [4.0, 9.0],
-        "max_length": [6.0, 9.0],
-        "clipped_ratio": [0.0, 1.0],
-        "mean_terminated_length": [5.0, 0.0],
-        "min_terminated_length": [4.0, 0.0],
-        "max_terminated_length": [6.0, 0.0],
-    }.items():
-        metrics[f"completions/{name}"] = values
-    sizes.reduce(metrics)
-    assert {name.removeprefix("completions/"): values for name, values in metrics.items()} == {
-        "mean_length": [pytest.approx(19 / 3)],
-        "min_length": [4.0],
-        "max_length": [9.0],
-        "clipped_ratio": [pytest.approx(1 / 3)],
-        "mean_terminated_length": [5.0],
-        "min_terminated_length": [4.0],
-        "max_terminated_length": [6.0],
+def entry(*batches: dict[str, Tally]) -> dict[str, float]:
+    averages, metrics = Averages(), dict[str, list[float]]()
+    for batch in batches:
+        averages.add(batch)
+    averages.write_into(metrics)
+    assert not averages.tallies
+    return {name: value for name, (value,) in metrics.items()}
+
+
+def test_uneven_batches_count_by_their_size() -> None:
+    batches = [{"reward": Tally.of([1.0, 0.0, 1.0])}, {"reward": Tally.of([0.0])}, {"reward": Tally.of([math.nan])}]
+    assert entry(*batches) == {"reward": 0.5}
+
+
+@pytest.mark.parametrize("kind", ["max", "min"])
+def test_extremes_are_those_of_all_batches_that_have_any(kind: str) -> None:
+    values = [[4.0, 6.0], [], [9.0]]
+    assert entry(*({"x": Tally.of(each, kind)} for each in values)) == {"x": {"max": 9.0, "min": 4.0}[kind]}
+    assert entry({"x": Tally.of([], kind)}) == {"x": 0.0}
+
+
+def test_what_a_checkpoint_holds_goes_on() -> None:
+    first, second = Averages(), Averages()
+    first.add({"a": Tally.of([1.0, 1.0]), "b": Tally.of([3.0], "max")})
+    second.load(first.state)
+    for averages in (first, second):
+        averages.add({"a": Tally.of([4.0]), "b": Tally.of([2.0], "max")})
+    assert first.tallies == second.tallies == {"a": Tally(6.0, 3), "b": Tally(3.0, 2, "max")}
+
+
+LENGTHS = [f"{kind}_{which}length" for kind in ("mean", "min", "max") for which in ("", "terminated_")]
+
+
+ENDS = [2, *range(100, 130)]  # so that about half of the completions end
+
+
+def expected_lengths(completions: list[list[int]]) -> dict[str, float]:
+    """The definition, from all completions of an entry."""
+    of = {"": completions, "terminated_": [ids for ids in completions if ids[-1] in ENDS]}
+    kinds = {"mean": lambda values: sum(values) / len(values), "min": min, "max": max}
+    lengths = {
+        f"{kind}_{which}length": float(function([len(ids) for ids in some])) if some else 0.0
+        for which, some in of.items()
+        for kind, function in kinds.items()
     }
+    return {**lengths, "clipped_ratio": 1 - len(of["terminated_"]) / len(completions)}
 
 
-def test_sizes_are_of_one_log_entry_only() -> None:
-    sizes = BatchSizes()
-    for metrics in ({"reward": [1.0, 0.0]}, {"reward": [0.0, 1.0]}):
-        sizes.add(["reward"], 3)
-        sizes.add(["reward"], 1)
-        sizes.reduce(metrics)
-        assert metrics["reward"] in ([0.75], [0.25])
-
-
-def test_training_logs_the_shortest_rollout_of_several_steps(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """With logging_steps above 1 "the shortest rollout" was the mean of each step's shortest."""
-    lengths = []
-    trainer = make_trainer(tmp_path, rows=Dataset.from_list(make_rows()), logging_steps=3, max_steps=3)
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_lengths_are_those_of_all_completions_of_a_log_entry(tmp_path: Path, evaluates: bool) -> None:
+    """The shortest was a mean of each step's shortest, and an evaluation between two entries mixed values up."""
+    settings: dict[str, Any] = {"logging_steps": 4, "max_steps": 4, "generation_kwargs": {"eos_token_id": ENDS}}
+    if evaluates:
+        settings |= {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
+    eval_rows = Dataset.from_list(make_rows(17)[12:]) if evaluates else None
+    trainer = make_trainer(tmp_path, MAKE_TEACHER["ema"](), eval_rows=eval_rows, **settings)
+    seen: dict[bool, list[list[int]]] = {True: [], False: []}
     generate = trainer._generate_single_turn
-    trainer._generate_single_turn = lambda *a, **k: lengths.extend(map(len, out := generate(*a, **k))) or out  # type: ignore
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        completions = generate(*args, **kwargs)
+        seen[trainer.model.training] += completions
+        return completions
+
+    trainer._generate_single_turn = listening  # type: ignore[method-assign]
     trainer.train()
-    entry = next(e for e in trainer.state.log_history if "completions/min_length" in e)
-    assert (entry["completions/min_length"], entry["completions/max_length"]) == (min(lengths), max(lengths))
+    log = trainer.state.log_history
+    ended = [ids for ids in seen[True] if ids[-1] in ENDS]
+    assert 0 < len(ended) < len(seen[True]), "some must end, and some must be cut"
+    (training,) = [e for e in log if "completions/min_length" in e]
+    assert {k: training[f"completions/{k}"] for k in [*LENGTHS, "clipped_ratio"]} == pytest.approx(
+        expected_lengths(seen[True])
+    )
+    if evaluates:
+        last = [e for e in log if "eval_completions/min_length" in e][-1]
+        expected = expected_lengths(seen[False][-5:])
+        assert {k: last[f"eval_completions/{k}"] for k in [*LENGTHS, "clipped_ratio"]} == pytest.approx(expected)
+
+
+def test_a_reward_that_is_called_like_an_extreme_is_a_mean(tmp_path: Path) -> None:
+    """`rewards/minimal_edit` was logged as the smallest of all rewards."""
+    reward = returns([0.0, 1.0, 0.0, 1.0])
+    reward.__name__ = "minimal_edit"
+    trainer = make_trainer(tmp_path, MAKE_TEACHER["ema"](), reward_funcs=reward, max_steps=2, logging_steps=2)
+    trainer.train()
+    (training,) = [e for e in trainer.state.log_history if "rewards/minimal_edit" in e]
+    assert training["rewards/minimal_edit"] == 0.5
+
+
+def test_an_evaluation_after_a_prediction_begins_anew(tmp_path: Path) -> None:
+    rows = Dataset.from_list(make_rows(17)[12:])
+    trainer = make_trainer(tmp_path, MAKE_TEACHER["ema"](), eval_rows=rows, per_device_eval_batch_size=2)
+    trainer.predict(rows)
+    assert trainer.evaluate()["eval_loss"] > 0

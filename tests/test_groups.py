@@ -26,6 +26,7 @@ from opsd.commands.run_file import read_run
 from opsd.data.order import EpochSampler
 from opsd.errors import ConfigError, DataError
 from opsd.rollouts import Rollouts
+from opsd.training.averages import Tally
 from opsd.training.groups import Groups
 from opsd.training.metrics import gate_metrics
 from opsd.training.rewards import Rewards
@@ -41,7 +42,9 @@ def graded(
     rows = [{"prompt": f"prompt {n // (2 * size)}", "answer": "19"} for n in range(len(rewards))]
     rollouts = Rollouts(rows, [[1]] * len(rows), [[10 + n] * 3 for n in range(len(rows))])
     groups = Groups(Rewards.parse(returns(rewards, feedback), None), num_generations=size, **settings)
-    return groups.grade(rollouts, lambda ids: texts, SameCheckpointTeacher(context=context).prompts.has_fields, STATE)
+    has_fields = SameCheckpointTeacher(context=context).prompts.has_fields
+    result, values = groups.grade(rollouts, lambda ids: texts, has_fields, STATE)
+    return result, {name: Tally.of(of_rows).result for name, of_rows in values.items()}
 
 
 # ---- the order of rows ----------------------------------------------------------------------------------------------

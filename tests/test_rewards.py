@@ -14,6 +14,7 @@ from helpers import logged, make_trainer, returns
 
 from opsd import SameCheckpointTeacher
 from opsd.errors import ConfigError, DataError, OPSDWarning
+from opsd.training.averages import Tally
 from opsd.training.rewards import Rewards, Verdicts
 
 STATE = SimpleNamespace(global_step=3)
@@ -58,8 +59,8 @@ def test_rewards_are_summed_by_weight_and_none_is_unknown() -> None:
     verdicts = asked([first, second], [2.0, 0.5])
     assert verdicts.rewards[:2] == [2.25, 1.0] and math.isnan(verdicts.rewards[2])
     assert asked([first, second]).rewards[:2] == [1.5, 2.0]
-    assert asked(second).means["rewards/fixed"] == 1.25, "of those that are known"
-    assert math.isnan(asked(returns([None] * 3)).means["rewards/fixed"])
+    assert Tally.of(asked(second).values["rewards/fixed"]).result == 1.25, "of those that are known"
+    assert Tally.of(asked(returns([None] * 3)).values["rewards/fixed"]).size == 0
     assert asked(returns([0.0] * 3, ["a", None, "c"])).feedback == ["a", None, "c"]
 
 
@@ -99,7 +100,7 @@ def test_what_is_no_reward_function_is_refused_before_training(value: Any, messa
 
 def test_a_grader_is_a_reward_function_by_its_name() -> None:
     verdicts = asked("last_number")
-    assert verdicts.rewards == [1.0, 0.0, 1.0] and verdicts.means == {"rewards/last_number": 2 / 3}
+    assert verdicts.rewards == [1.0, 0.0, 1.0] and verdicts.values == {"rewards/last_number": [1.0, 0.0, 1.0]}
     chats = [[{"role": "user", "content": "2"}, {"role": "assistant", "content": text}] for text in ("1", "2", "")]
     assert asked("exact", completions=chats).rewards == [1.0, 1.0, 0.0], "the last message is the answer"
     assert asked("exact", completions=[[], [{"role": "assistant"}], chats[0]]).rewards == [0.0, 0.0, 0.0]

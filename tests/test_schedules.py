@@ -169,7 +169,8 @@ def test_a_row_gets_the_next_level_in_order_that_it_can_fill_and_is_counted() ->
     counts = schedule.counts
     assert (counts.rendered, counts.fell_back) == (40, 10)
     assert counts.levels == {"worked_solution": 30, "answer_only": 5, "none": 5}
-    assert counts.metrics["context/fell_back"] == 0.25 and counts.metrics["context/level/worked_solution"] == 0.75
+    assert counts.metrics["context/fell_back"] == (10, 40)
+    assert counts.metrics["context/level/worked_solution"] == (30, 40)
     schedule.forget_counts()
     assert schedule.counts == ContextCounts(levels=dict.fromkeys(schedule.levels, 0))
 

@@ -34,7 +34,7 @@ class ContextCounts:
 
     Example:
         >>> (ContextCounts(rendered=4, shortened=1) - ContextCounts(rendered=2)).metrics["context/shortened"]
-        0.5
+        (1, 2)
     """
 
     rendered: int = 0
@@ -58,14 +58,13 @@ class ContextCounts:
         return ContextCounts(**{n: getattr(self, n) + sign * getattr(other, n) for n in names}, levels=levels)
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """What is logged: shares of the prompts rendered, and tokens cut per prompt."""
-        n = max(self.rendered, 1)
-        logged = {"context/shortened": self.shortened / n, "context/tokens_cut": self.tokens_cut / n}
+    def metrics(self) -> dict[str, tuple[float, int]]:
+        """What is logged of the prompts rendered, as (sum, number of prompts)."""
+        logged: dict[str, float] = {"context/shortened": self.shortened, "context/tokens_cut": self.tokens_cut}
         if self.levels:
-            logged["context/fell_back"] = self.fell_back / n
-            logged |= {f"context/level/{name}": count / n for name, count in sorted(self.levels.items())}
-        return logged
+            logged["context/fell_back"] = self.fell_back
+            logged |= {f"context/level/{name}": count for name, count in sorted(self.levels.items())}
+        return {name: (total, self.rendered) for name, total in logged.items()}
 
 
 class Context(ABC):

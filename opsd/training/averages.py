@@ -1,76 +1,96 @@
-"""How the values of several batches become one number of a log entry.
+"""Sums and extremes of what a run measures, from one log entry to the next.
 
-TRL and transformers average the values of batches as they are, also where one batch has fewer rows or tokens than
-another. Knows names and numbers; nothing of losses or rollouts. A function that takes values of this process only is a
-collective: all processes call it.
+Every mean that is logged is a sum over rows or tokens of all batches and all processes, divided by their number. TRL
+and transformers average the means of batches, which differ in rows and tokens. Knows names and numbers; nothing of
+losses or rollouts.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from accelerate.utils import gather_object
 
-LENGTHS, CUT = "completions/", "completions/clipped_ratio"
+KINDS: dict[str, Callable[[Iterable[float]], float]] = {"mean": sum, "max": max, "min": min}  # kind -> of values
 
 
-class BatchSizes:
-    """The number of rows or tokens behind each value since the last log entry.
+class Tally(NamedTuple):
+    """One measured quantity of some rows or tokens.
 
-    Rows of a step are equally many in all steps, and the loss weighs its own values, so training adds none; batches
-    of an evaluation are uneven.
+    Args:
+        value: their sum, or their largest or smallest value.
+        size: how many they are; nothing is logged as 0.
+        kind: a key of KINDS: mean, max or min.
 
     Example:
-        >>> sizes, metrics = BatchSizes(), {"divergence": [1.0, 4.0]}
-        >>> sizes.add(["divergence"], 20)
-        >>> sizes.add(["divergence"], 10)
-        >>> sizes.reduce(metrics)
+        >>> Tally.of([1.0, 2.0]).plus(Tally.of([6.0])).result
+        3.0
+    """
+
+    value: float
+    size: float
+    kind: str = "mean"
+
+    @classmethod
+    def of(cls, values: Iterable[float], kind: str = "mean") -> Tally:
+        """Return the tally of single values; NaN, which is unknown, is left out."""
+        known = [float(value) for value in values if not math.isnan(value)]
+        return cls(KINDS[kind](known) if known else 0.0, len(known), kind)
+
+    def plus(self, other: Tally) -> Tally:
+        """Return the tally of both."""
+        if not (self.size and other.size):
+            return self if self.size else other
+        return Tally(KINDS[self.kind]((self.value, other.value)), self.size + other.size, self.kind)
+
+    @property
+    def result(self) -> float:
+        """The mean, or the extreme."""
+        return self.value / self.size if self.size and self.kind == "mean" else self.value
+
+
+class Averages:
+    """Tallies by name since the last log entry.
+
+    Example:
+        >>> averages, metrics = Averages(), {}
+        >>> averages.add({"reward": Tally.of([1.0, 0.0])})
+        >>> averages.write_into(metrics)
         >>> metrics
-        {'divergence': [2.0]}
+        {'reward': [0.5]}
     """
 
     def __init__(self) -> None:
-        self.rows: list[float] = []  # of each batch; they weigh the values that TRL adds
-        self._sizes: dict[str, list[float]] = defaultdict(list)
+        self.tallies: dict[str, Tally] = {}
+        self.latest: dict[str, float] = {}  # the result of what was last added, by name; kept after a log entry
 
-    def add(self, names: Iterable[str], size: float) -> None:
-        """Take the size of the batch whose values were just added under these names."""
-        for name in names:
-            self._sizes[name].append(size)
+    def add(self, tallies: Mapping[str, Tally]) -> None:
+        """Add what a batch, or a part of one, measured in all processes."""
+        for name, tally in tallies.items():
+            self.tallies[name] = self.tallies[name].plus(tally) if name in self.tallies else tally
+            self.latest[name] = tally.result
 
-    def mean(self, name: str, values: Sequence[float]) -> float:
-        """Return the mean of a metric's values over all rows or tokens."""
-        return weighted_mean(values, self._sizes[name])
+    def write_into(self, metrics: dict[str, list[float]]) -> None:
+        """Put the results among lists of values, as TRL's `log` reads them, and begin anew."""
+        metrics.update({name: [tally.result] for name, tally in self.tallies.items()})
+        self.tallies.clear()
 
-    def reduce(self, metrics: dict[str, list[float]]) -> None:
-        """Replace the values of each metric by their extreme, or by their mean over all rows or tokens; begin anew."""
-        ended = [1.0 - share for share in metrics.get(CUT, ())]
-        if len(self.rows) == len(ended):
-            ended = [rows * share for rows, share in zip(self.rows, ended, strict=True)]
-        for name, values in metrics.items():
-            # TRL writes 0 for a batch in which no completion ended.
-            of_ended = name.startswith(LENGTHS) and "terminated" in name
-            sizes = ended if of_ended else self._sizes.get(name) or self.rows
-            known = [value for value, size in zip(values, sizes, strict=False) if size] if of_ended else values
-            if "/max" in name or "/min" in name:
-                metrics[name] = [(max if "/max" in name else min)(known, default=0.0)]
-            elif len(sizes) == len(values):
-                metrics[name] = [weighted_mean(values, sizes)]
-        self.rows.clear()
-        self._sizes.clear()
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {name: list(tally) for name, tally in self.tallies.items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.tallies = {name: Tally(*tally) for name, tally in state.items()}
 
 
-def weighted_mean(values: Sequence[float], sizes: Sequence[float]) -> float:
-    """Return Σ size·value / Σ size; 0 where there is nothing to average."""
-    total = sum(sizes)
-    return sum(value * size for value, size in zip(values, sizes, strict=True)) / total if total else 0.0
-
-
-def mean_over_processes(values: dict[str, float]) -> dict[str, float]:
-    """Return the mean of each value over the processes that know it; a collective."""
-    processes: list[dict[str, float]] = gather_object([values])
-    names = dict.fromkeys(name for process in processes for name in process)
-    known = {name: [each[name] for each in processes if not math.isnan(each.get(name, math.nan))] for name in names}
-    return {name: sum(numbers) / len(numbers) for name, numbers in known.items() if numbers}
+def over_processes(tallies: Mapping[str, Tally]) -> dict[str, Tally]:
+    """Return the tallies of all processes together; a collective. A process need not know every name."""
+    together: dict[str, Tally] = {}
+    for process in gather_object([dict(tallies)]):
+        for name, tally in process.items():
+            together[name] = together[name].plus(tally) if name in together else tally
+    return together

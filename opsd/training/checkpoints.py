@@ -81,7 +81,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a teacher's tensors from a checkpoint, and the metrics that were not logged yet.
 
     Raises:

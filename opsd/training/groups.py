@@ -152,8 +152,8 @@ class Groups(GroupSettings):
 
     def grade(
         self, rollouts: Rollouts, decode: Decode, has_fields: HasFields, state: Any
-    ) -> tuple[Rollouts, dict[str, float]]:
-        """Return the rollouts with their fields, weights and advantages, and the metrics to log.
+    ) -> tuple[Rollouts, dict[str, Sequence[float]]]:
+        """Return the rollouts with their fields, weights and advantages, and what is logged of each, NaN if unknown.
 
         Rows that are neither distilled nor reinforced have no scored token left: they are not counted in the loss.
 
@@ -183,7 +183,6 @@ class Groups(GroupSettings):
         is_distilled = [chosen and has for chosen, has in zip(selected, has_context, strict=True)]
         advantages = self._advantages(verdicts.rewards, groups, is_distilled)
         unused = [not d and not a for d, a in zip(is_distilled, advantages, strict=True)]
-        known = [reward for reward in verdicts.rewards if not math.isnan(reward)]
         graded = replace(
             rollouts.mask_rows(unused),
             rollout_fields=rollout_fields,
@@ -191,13 +190,13 @@ class Groups(GroupSettings):
             advantages=advantages,
         )
         return graded, {
-            **verdicts.means,
-            "reward": fmean(known) if known else math.nan,
-            "group/right": fmean(right),
-            "group/distilled": fmean(is_distilled),
-            "group/without_context": fmean(c and not has for c, has in zip(selected, has_context, strict=True)),
-            "group/unused": fmean(unused),
-            "group/flat": fmean(len(set(_known(verdicts.rewards, group))) <= 1 for group in groups),
+            **verdicts.values,
+            "reward": verdicts.rewards,
+            "group/right": right,
+            "group/distilled": is_distilled,
+            "group/without_context": [c and not has for c, has in zip(selected, has_context, strict=True)],
+            "group/unused": unused,
+            "group/flat": [len(set(_known(verdicts.rewards, group))) <= 1 for group in groups],
         }
 
     def verdicts(

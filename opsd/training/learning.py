@@ -8,7 +8,7 @@ warns, that a part of the run does nothing. Knows settings, teachers and logged 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from opsd.findings import Finding
 from opsd.models.sharding import local_shard
 from opsd.teachers import Recipe, Teacher
+from opsd.training.averages import Averages
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.parts import RunParts
@@ -199,11 +200,11 @@ class Learning(TrainerCallback):
 
     Args:
         parts: what the run is made of.
-        metrics: the trainer's lists of values by name, one per step since the last log entry.
+        averages: what the run measures, of which the latest step's values are read.
     """
 
-    def __init__(self, parts: RunParts, metrics: Mapping[str, Sequence[float]]):
-        self._args, self._scorer, self._groups, self._metrics = parts.args, parts.scorer, parts.groups, metrics
+    def __init__(self, parts: RunParts, averages: Averages):
+        self._args, self._scorer, self._groups, self._averages = parts.args, parts.scorer, parts.groups, averages
         self._accelerator, self._brings_optimizer = parts.accelerator, any(parts.optimizers)
         teacher, brings = parts.scorer.teacher, self._brings_optimizer
         self._known = causes_in_settings(parts.args, teacher, parts.rows, parts.recipe, brings_optimizer=brings)
@@ -255,7 +256,7 @@ class Learning(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Count the step; after the first one, say why it trained nothing."""
-        counts, tokens = self.counts, int(self._metrics["scored_tokens"][-1])
+        counts, tokens = self.counts, int(self._averages.latest["scored_tokens"])
         counts.steps += 1
         counts.rollouts += args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         counts.tokens += tokens
@@ -263,8 +264,8 @@ class Learning(TrainerCallback):
         counts.with_gradient += self._gradient > ROUNDING
         counts.with_rate += self._rate > 0
         for name in EXPLAINING:
-            if self._metrics.get(name):
-                counts.sums[name] = counts.sums.get(name, 0.0) + self._metrics[name][-1]
+            if name in self._averages.latest:
+                counts.sums[name] = counts.sums.get(name, 0.0) + self._averages.latest[name]
         state.stateful_callbacks[STORED] = {"args": {}, "attributes": {"counts": asdict(counts)}}
         if counts.steps == 1:
             self._announce(self._causes_in_rollouts(), "step 1      ")

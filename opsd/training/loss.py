@@ -23,6 +23,7 @@ from opsd.models.head import Head
 from opsd.rollouts import PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
+from opsd.training.averages import Tally
 from opsd.training.config import OPSDConfig
 from opsd.training.token_selection import TokenSelection, pass_rate_need
 
@@ -124,13 +125,13 @@ class Scorer:
             rollouts = view.prompts.render(rollouts)
         return self.teacher.adjust_rollouts(rollouts)
 
-    def context_metrics(self) -> dict[str, float]:
+    def context_metrics(self) -> dict[str, Tally]:
         """Return the context metrics since the last call."""
         contexts = {id(context): context for context in self.teacher.prompts.contexts}.values()
         counts = sum((context.counts for context in contexts), ContextCounts())
         metrics = (counts - self._logged_counts).metrics if contexts else {}
         self._logged_counts = counts
-        return metrics
+        return {name: Tally(*sum_and_count) for name, sum_and_count in metrics.items()}
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Return a micro-batch with the signals of all views; it went through `prepare_rollouts`."""

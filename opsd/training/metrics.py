@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from accelerate.utils import gather_object
 from opsd.errors import NonFiniteLossError
 from opsd.losses import LossOutput
 from opsd.rollouts import Rollouts
+from opsd.training.averages import KINDS, Tally
 
 NOT_LOGGED = frozenset({"logprob", "teacher_logprob"})  # the estimators are made of them
 REWARDS = "reward functions"  # when a metric is logged: in runs that have these
 BY_FUNCTION = "rewards/{function}"
+COMPLETIONS = "completions/"
 TRL, TRANSFORMERS = "trl", "transformers"
 
 WAY_OUT = (
@@ -98,13 +100,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("statistics_seconds", "seconds", "the pass without gradient that ranks tokens, per micro-batch", _HERE,
            "keep_fraction, reward_to_go"),
     # Rollouts
-    Metric("completions/mean_length", "tokens", "mean length of rollouts", TRL, gate=True),
-    Metric("completions/min_length", "tokens", "the shortest rollout", TRL, gate=True),
-    Metric("completions/max_length", "tokens", "the longest rollout", TRL, gate=True),
-    Metric("completions/clipped_ratio", "share of rollouts", "rollouts cut at max_completion_length", TRL, gate=True),
-    Metric("completions/mean_terminated_length", "tokens", "mean length of rollouts that were not cut", TRL, gate=True),
-    Metric("completions/min_terminated_length", "tokens", "the shortest of them", TRL, gate=True),
-    Metric("completions/max_terminated_length", "tokens", "the longest of them", TRL, gate=True),
+    Metric("completions/mean_length", "tokens", "mean length of rollouts", _HERE, gate=True),
+    Metric("completions/min_length", "tokens", "the shortest rollout", _HERE, gate=True),
+    Metric("completions/max_length", "tokens", "the longest rollout", _HERE, gate=True),
+    Metric("completions/clipped_ratio", "share of rollouts", "rollouts cut at max_completion_length", _HERE, gate=True),
+    Metric("completions/mean_terminated_length", "tokens", "mean length of rollouts that were not cut, or 0", _HERE,
+           gate=True),
+    Metric("completions/min_terminated_length", "tokens", "the shortest of them", _HERE, gate=True),
+    Metric("completions/max_terminated_length", "tokens", "the longest of them", _HERE, gate=True),
     Metric("num_tokens", "tokens", "prompt and completion tokens sampled so far", TRL),
     Metric("tools/call_frequency", "calls per rollout", "tool calls", TRL, "tools"),
     Metric("tools/failure_frequency", "share of calls", "tool calls that failed", TRL, "tools"),
@@ -188,18 +191,16 @@ def as_markdown() -> str:
 
 
 def divergence_metrics(
-    record: LossOutput, rollouts: Rollouts, accelerator: Accelerator, micro_batches: int, step: int
-) -> tuple[dict[str, float], float]:
-    """Return the means over the tokens of all processes and the largest divergence, and the number of tokens.
-
-    In an evaluation, whose batches are no shares of a step, the loss is among the means.
+    record: LossOutput, rollouts: Rollouts, accelerator: Accelerator, step: int, *, with_loss: bool = False
+) -> dict[str, Tally]:
+    """Return divergence, entropy and all other records of the scored tokens of all processes.
 
     Args:
         record: the loss of this process's micro-batch.
         rollouts: the rollouts it was computed from.
         accelerator: of the run.
-        micro_batches: micro-batches of a step; their logged means are averaged, so each counts by its share of tokens.
         step: the step under way, for the message.
+        with_loss: whether the loss is among them, as the mean over tokens: in evaluations.
 
     Raises:
         NonFiniteLossError: NaN or infinity in any process; raised in all of them.
@@ -209,20 +210,65 @@ def divergence_metrics(
     worst = values_N.max() if len(values_N) else values_N.new_tensor(-math.inf)
     sums = {"divergence": values_N.sum(), "entropy": record.entropy_N.sum()}
     sums |= {name: record.metrics[name].sum() for name in sorted(set(record.metrics) - NOT_LOGGED)}
-    if rollouts.num_loss_tokens is None:
-        sums["loss"] = record.loss.detach().to(values_N) * len(values_N)  # without a given number it is their mean
+    if with_loss:
+        sums["loss"] = record.loss.detach().to(values_N) * len(values_N)
     local = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), *sums.values()]
     count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(local)[None]).T
     if bool(bad_somewhere.any()):
         _stop_at_rows(record, rollouts, step)
     tokens = float(count.sum())
-    share = rollouts.num_loss_tokens / micro_batches if rollouts.num_loss_tokens else max(tokens, 1.0)
-    metrics = {name: float(total.sum()) / share for name, total in zip(sums, totals, strict=True)}
-    if tokens:
-        metrics["divergence/max"] = float(worst.max())
+    tallies = {name: Tally(float(total.sum()), tokens) for name, total in zip(sums, totals, strict=True)}
+    tallies["divergence/max"] = Tally(float(worst.max()) if tokens else 0.0, tokens, "max")
     if record.statistics_seconds:
-        metrics["statistics_seconds"] = record.statistics_seconds
-    return metrics, tokens
+        tallies["statistics_seconds"] = Tally(record.statistics_seconds, 1)
+    return tallies
+
+
+def rollout_metrics(
+    rollouts: Rollouts, values: Mapping[str, Sequence[float]], is_repeated: Sequence[bool], end_ids: Collection[int]
+) -> dict[str, Tally]:
+    """Return what is logged of this process's rollouts: their rewards, and the lengths of those that were sampled.
+
+    Args:
+        rollouts: as they were sampled.
+        values: per rollout by name, NaN where unknown.
+        is_repeated: rows that are in the batch only to fill it; they count nowhere.
+        end_ids: ids that end a completion.
+    """
+    counted = [number for number, repeated in enumerate(is_repeated) if not repeated]
+    tallies = {name: Tally.of(of_rows[number] for number in counted) for name, of_rows in values.items()}
+    sampled = [number for number in counted if rollouts.on_policy[number]]
+    if not sampled:
+        return tallies
+    assert rollouts.loss_mask is not None
+    lengths = {number: sum(rollouts.loss_mask[number]) for number in sampled}  # without the output of tools
+    ended = [number for number in sampled if rollouts.completion_ids[number][-1] in end_ids]
+    for which, rows in {"": sampled, "terminated_": ended}.items():
+        for kind in KINDS:
+            tallies[f"{COMPLETIONS}{kind}_{which}length"] = Tally.of((lengths[row] for row in rows), kind)
+    tallies[f"{COMPLETIONS}clipped_ratio"] = Tally(len(sampled) - len(ended), len(sampled))
+    return tallies
+
+
+def forget_completions(metrics: dict[str, list[float]]) -> None:
+    """Remove TRL's lengths of completions, one value per batch, where `rollout_metrics` measures them."""
+    for name in [name for name in metrics if name.startswith(COMPLETIONS)]:
+        del metrics[name]
+
+
+def repeated_rows(accelerator: Accelerator, count: int, *, trains: bool) -> list[bool]:
+    """Tell which of this process's rows an evaluation has seen before: accelerate fills its last batch with the first.
+
+    Args:
+        accelerator: of the run.
+        count: rows of this process.
+        trains: whether these are training rows, which are never repeated.
+    """
+    state = accelerator.gradient_state
+    if trains or not state.end_of_dataloader or state.remainder <= 0:
+        return [False] * count
+    first = accelerator.process_index * count
+    return [first + number >= state.remainder for number in range(count)]
 
 
 def _stop_at_rows(record: LossOutput, rollouts: Rollouts, step: int) -> None:

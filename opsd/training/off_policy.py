@@ -81,13 +81,13 @@ def trains_on_completions(args: OPSDConfig) -> bool:
 
 def off_policy_completions(
     rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, student: StudentHandle
-) -> tuple[list[Ids], float]:
-    """Return completions for off-policy rows, and the share of them that was cut at max_completion_length."""
+) -> tuple[list[Ids], int]:
+    """Return completions for off-policy rows, and how many of them were cut at max_completion_length."""
     limit = args.max_completion_length
     assert limit is not None
     if args.seq_kd:
         sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
-        return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling), 0.0
+        return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling), 0
     embedded = embedded_tokens(student.model)
     completions = [row_completion(row, student.renderer, embedded) for row in rows]
-    return [ids[:limit] for ids in completions], sum(len(ids) > limit for ids in completions) / len(rows)
+    return [ids[:limit] for ids in completions], sum(len(ids) > limit for ids in completions)

@@ -101,12 +101,13 @@ class Verdicts:
     Args:
         rewards: the weighted sum per rollout; NaN where no function gave one.
         feedback: the verifier's text on each, or None.
-        means: the mean of each function's rewards by name, and the values that functions gave to `log_metric`.
+        values: each function's reward per rollout by name, NaN where it gave none, and what functions gave to
+            `log_metric`, the same for all.
     """
 
     rewards: Sequence[float]
     feedback: Sequence[str | None]
-    means: Mapping[str, float] = field(default_factory=dict)
+    values: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,12 @@ class Rewards:
         """
         keys = {key for row in rows for key in row} - set(NOT_COLUMNS)
         extra: dict[str, list[Any]] = {}
-        means: dict[str, float] = {}
+        logged: dict[str, Sequence[float]] = {}
         columns = {
             **{key: [row.get(key) for row in rows] for key in keys},
             "trainer_state": state,
             "log_extra": lambda name, values: extra.__setitem__(name, list(values)),
-            "log_metric": lambda name, value: means.__setitem__(name, float(value)),
+            "log_metric": lambda name, value: logged.__setitem__(name, [float(value)] * len(rows)),
         }
         prompts = [row["prompt"] for row in rows]
         totals, known = [0.0] * len(rows), [False] * len(rows)
@@ -187,8 +188,7 @@ class Rewards:
                 if not math.isnan(value):
                     totals[number] += weight * value
                     known[number] = True
-            real = [value for value in values if not math.isnan(value)]
-            means[f"rewards/{name}"] = sum(real) / len(real) if real else UNKNOWN
+            logged[f"rewards/{name}"] = values
         rewards = [total if is_known else UNKNOWN for total, is_known in zip(totals, known, strict=True)]
         feedback = extra.get(FEEDBACK, [None] * len(rows))
         if len(feedback) != len(rows):
@@ -196,7 +196,7 @@ class Rewards:
                 f"log_extra('feedback', …) got {len(feedback)} texts for {len(rows)} rollouts. Pass one for each, in "
                 "order (None where there is none)."
             )
-        return Verdicts(rewards, feedback, means)
+        return Verdicts(rewards, feedback, logged)
 
 
 def _as_rewards(returned: Any, name: str, count: int) -> list[float]:

@@ -95,7 +95,7 @@ class RunFiles:
             folder = self.folder / f"checkpoint-{step}"
             checkpoints.write(folder, state, self._facts or {}, step=step, pending=pending)
 
-    def read_checkpoint(self, folder: Path) -> dict[str, list[float]]:
+    def read_checkpoint(self, folder: Path) -> dict[str, Any]:
         """Give the teacher its state from a checkpoint, and return the metrics that were pending."""
         state, pending = checkpoints.read_state(folder)
         load_state(self.parts.scorer.teacher, state)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd.data.needs import Need
 from opsd.errors import ConfigError, DataError
 from opsd.rollouts import Ids, Rollouts
+from opsd.training.averages import Tally
 
 Mask = list[int]  # one entry per token of a completion: 1 where it is scored
 
@@ -171,11 +172,10 @@ class TokenSelection(TokenSelectionSettings):
         ]
         return replace(rollouts, loss_mask=masks, row_weights=row_weights)
 
-    def metrics(self, sampled: Rollouts, prepared: Rollouts) -> dict[str, float]:
+    def metrics(self, sampled: Rollouts, prepared: Rollouts) -> dict[str, Tally]:
         """Return the share of the sampled tokens that was left out."""
-        if not self.leaves_out:
-            return {}
-        return {"tokens/left_out": 1.0 - prepared.num_scorable / max(sampled.num_scorable, 1)}
+        count = sampled.num_scorable
+        return {"tokens/left_out": Tally(count - prepared.num_scorable, count)} if self.leaves_out else {}
 
     def _mask(self, mask: Sequence[int], completion_ids: Ids) -> Mask:
         if self.mask_truncated_completions:

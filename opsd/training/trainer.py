@@ -38,8 +38,8 @@ from opsd.models.loading import ready_model, student_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
 from opsd.teachers.base import Row
-from opsd.training import checkpoints, checks, precision
-from opsd.training.averages import BatchSizes, mean_over_processes
+from opsd.training import checkpoints, checks, metrics, precision
+from opsd.training.averages import Averages, Tally, over_processes
 from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
@@ -50,7 +50,6 @@ from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
-from opsd.training.metrics import check_gradient, divergence_metrics
 from opsd.training.off_policy import off_policy_completions, on_policy_rows
 from opsd.training.parts import Rows, RunParts
 from opsd.training.rewards import RewardFunc
@@ -146,14 +145,14 @@ class OPSDTrainer(DistillationTrainer):
         keep_float32_sums(self.accelerator)
         self._engine = prepare_engine(self.vllm_generation, bool(args.importance_clip)) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
-        self._eval_sizes = BatchSizes()
+        self._averages = {"train": Averages(), "eval": Averages()}
         self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         teacher_hooks = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        self.learning = Learning(self.files.parts, self._metrics["train"])
+        self.learning = Learning(self.files.parts, self._averages["train"])
         self.callback_handler.callbacks[:0] = [teacher_hooks, self._stop, self.files.resumed, self.learning]
         if plan is not None:
             self.evaluator = Evaluator(self.files.parts, self._stop)
@@ -215,18 +214,18 @@ class OPSDTrainer(DistillationTrainer):
         count = len(inputs)
         if self.model.training:
             count = on_policy_rows(len(inputs), self.args.lmbda, self.state.global_step)
-        else:
-            self._eval_sizes.rows.append(count)
         rollouts = self._sample(inputs, count)
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
         if self.log_completions:
             self._logs["prompt"].extend(gather_object(decode(rollouts.prompt_ids)))
             self._logs["completion"].extend(gather_object(decode(rollouts.completion_ids)))
-        rollouts, rewards = self.groups.grade(rollouts, decode, self.teacher.prompts.has_fields, self.state)
-        prepared = self.scorer.prepare_rollouts(rollouts)
-        self._add_metrics(mean_over_processes(rewards) if rewards else {}, len(inputs))
-        self._add_metrics(self.scorer.context_metrics(), len(inputs))
-        self._add_metrics(self.scorer.selection.metrics(rollouts, prepared), rollouts.num_scorable)
+        graded, values = self.groups.grade(rollouts, decode, self.teacher.prompts.has_fields, self.state)
+        is_repeated = metrics.repeated_rows(self.accelerator, len(inputs), trains=self.model.training)
+        graded = graded.mask_rows(is_repeated)
+        prepared = self.scorer.prepare_rollouts(graded)
+        tallies = metrics.rollout_metrics(rollouts, values, is_repeated, self.eos_token_ids)
+        tallies |= {**self.scorer.context_metrics(), **self.scorer.selection.metrics(graded, prepared)}
+        self._averages[self._mode].add(over_processes(tallies))
         return prepared
 
     def _sample(self, rows: Sequence[Row], count: int) -> Rollouts:
@@ -238,10 +237,11 @@ class OPSDTrainer(DistillationTrainer):
         if count:
             prompts = [row["prompt"] for row in rows[:count]]
             prompt_ids[:count], sampled, loss_mask, *_ = self._generate(prompts)
+            metrics.forget_completions(self._metrics[self._mode])  # TRL's, of which `log` would average batches
         if count < len(rows):
             with self.accelerator.autocast():
                 others, cut = off_policy_completions(rows[count:], self.args, self.teacher, self.student)
-            self._add_metrics({"off_policy/shortened": cut}, len(rows) - count)
+            self._averages["train"].add(over_processes({"off_policy/shortened": Tally(cut, len(others))}))
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
         logprobs = None
         if self._engine is not None:
@@ -252,13 +252,6 @@ class OPSDTrainer(DistillationTrainer):
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
-
-    def _add_metrics(self, metrics: Mapping[str, float], size: float) -> None:
-        """Add values to the next log entry, of training or of evaluation; `size` is the rows or tokens they are of."""
-        for name, value in metrics.items():
-            self._metrics[self._mode][name].append(value)
-        if not self.model.training:
-            self._eval_sizes.add(metrics, size)
 
     # ---- score, and the loss -----------------------------------------------------------------------------------
 
@@ -271,7 +264,7 @@ class OPSDTrainer(DistillationTrainer):
             rollouts = self._generate_and_score_completions(generation_batch).sorted_by_length()
             count = torch.tensor(rollouts.num_scorable, device=self.accelerator.device)
             total = int(self.accelerator.gather(count).sum())
-            self._metrics["train"]["scored_tokens"].append(total)
+            self._averages["train"].add({"scored_tokens": Tally(total, 1)})
             self._buffered_inputs = list(rollouts.with_num_loss_tokens(max(total, 1)).split(steps))
         return self._scored(self._buffered_inputs[self._step % steps])
 
@@ -298,33 +291,33 @@ class OPSDTrainer(DistillationTrainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         record, self._record = self._record, None
         assert record is not None
-        step, steps = self.state.global_step + 1, self.args.gradient_accumulation_steps
         # TRL's, whose mean over micro-batches counts one without tokens as 0 nats.
         self._metrics[self._mode]["entropy"].pop()
-        rollouts = inputs["scored"].rollouts
+        step, rollouts, mode = self.state.global_step + 1, inputs["scored"].rollouts, self._mode
         record = self._sampling_check(record, rollouts)
-        self._add_metrics(*divergence_metrics(record, rollouts, self.accelerator, steps, step))
+        tallies = metrics.divergence_metrics(record, rollouts, self.accelerator, step, with_loss=mode == "eval")
+        self._averages[mode].add(tallies)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if not self.args.fp16:  # there the loss scaler expects overflows, and skips those steps
-            check_gradient(norm, self.state.global_step + 1)
+            metrics.check_gradient(norm, self.state.global_step + 1)
         self.learning.see_gradient(norm)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log to the console and to whatever `report_to` names."""
-        for mode, metrics in self._metrics.items():
-            (self._eval_sizes if mode == "eval" else BatchSizes()).reduce(metrics)
+        self._averages[self._mode].write_into(self._metrics[self._mode])
         super().log(logs, start_time)
 
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Return transformers' output, with the loss averaged over tokens and not over batches."""
+        self._averages["eval"] = Averages()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics[f"{metric_key_prefix}_loss"] = self._eval_sizes.mean("loss", self._metrics["eval"].pop("loss"))
+        output.metrics[f"{metric_key_prefix}_loss"] = self._averages["eval"].tallies.pop("loss").result
         return output
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -332,13 +325,13 @@ class OPSDTrainer(DistillationTrainer):
         if self.evaluator is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, *args, **kwargs)
         only_selection = self.eval_dataset is self.evaluator.plan.selection
-        metrics = {} if only_selection else super().evaluate(None, *args, **kwargs)
+        divergence = {} if only_selection else super().evaluate(None, *args, **kwargs)
         selection = self.evaluator.evaluate_selection(self.state.global_step)
         if selection:
             with evaluating(self.model):  # TRL logs by the model's mode, and would empty the training's metrics
                 self.log(dict(selection))
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, selection)
-        return metrics | selection
+        return divergence | selection
 
     # ---- files -------------------------------------------------------------------------------------------------
 
@@ -363,13 +356,16 @@ class OPSDTrainer(DistillationTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
-        self.files.write_checkpoint(self.state.global_step, self._metrics["train"])
+        pending = {"lists": dict(self._metrics["train"]), "tallies": self._averages["train"].state}
+        self.files.write_checkpoint(self.state.global_step, pending)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        pending = self.files.read_checkpoint(Path(resume_from_checkpoint))
         self._metrics["train"].clear()
-        self._metrics["train"].update(self.files.read_checkpoint(Path(resume_from_checkpoint)))
+        self._metrics["train"].update(pending["lists"])
+        self._averages["train"].load(pending["tallies"])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C or SIGTERM saves a checkpoint at the end of the step, and prints how to resume.
