@@ -35,6 +35,7 @@ from opsd import (
 
 VOCABULARY = 300
 STEPS = 3
+EVAL_ROWS, EVAL_BATCHES = 5, 3  # in batches of 2
 Weights = Mapping[str, Tensor]  # the trainable parameters by name, float64
 Row = Mapping[str, Any]
 
@@ -82,13 +83,20 @@ CONTEXTS = {
     ),
 }
 
-# name -> (its constructor, given a context or None; (step, the student's weights before each step) -> the teacher's)
-SELF_TEACHERS: dict[str, tuple[Callable[[Any], Any], Callable[[int, list[Weights]], Weights]]] = {
-    "same checkpoint": (lambda c: SameCheckpointTeacher(context=c), lambda k, past: past[0]),
-    "live": (lambda c: LiveTeacher(context=c), lambda k, past: past[k]),
-    "ema": (lambda c: EMATeacher(0.7, context=c), lambda k, past: averaged(past[: k + 1], 0.7)),
-    "snapshot": (lambda c: SnapshotTeacher(2, context=c), lambda k, past: past[k - k % 2]),
-    "checkpoint 1": (lambda c: PastCheckpointTeacher("checkpoint-1", context=c), lambda k, past: past[min(k, 1)]),
+# name -> (its constructor, given a context or None; (steps done, the last step that has begun, the student's weights
+# after each number of steps) -> the teacher's)
+SELF_TEACHERS: dict[str, tuple[Callable[[Any], Any], Callable[[int, int, Mapping[int, Weights]], Weights]]] = {
+    "same checkpoint": (lambda c: SameCheckpointTeacher(context=c), lambda k, begun, past: past[0]),
+    "live": (lambda c: LiveTeacher(context=c), lambda k, begun, past: past[k]),
+    "ema": (
+        lambda c: EMATeacher(0.7, context=c),
+        lambda k, begun, past: averaged([past[n] for n in range(k + 1)], 0.7),
+    ),
+    "snapshot": (lambda c: SnapshotTeacher(2, context=c), lambda k, begun, past: past[begun - begun % 2]),
+    "checkpoint 1": (
+        lambda c: PastCheckpointTeacher("checkpoint-1", context=c),
+        lambda k, begun, past: past[min(k, 1)],
+    ),
 }
 COMPOSITES = ("sibling model", "two weights", "two contexts", "pushed away", "route")
 TEACHERS = (*SELF_TEACHERS, *COMPOSITES)
@@ -143,6 +151,12 @@ SAMPLING: dict[str, dict[str, Any]] = {
 BATCHES = ({}, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
            {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4})  # fmt: skip
 
+LOGS: dict[str, dict[str, Any]] = {
+    "every step": {},
+    "once": {"logging_steps": STEPS},
+    "once, with an evaluation before": {"logging_steps": STEPS, "eval_strategy": "steps", "eval_steps": 2},
+}
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -159,6 +173,7 @@ class Combination:
     groups: str
     sampling: str
     batch: int
+    log: str
     precision: str
 
     @property
@@ -180,7 +195,7 @@ class Combination:
             "learning_rate": 3e-2,
             "per_device_eval_batch_size": 2,
         }
-        for each in (*chosen, BATCHES[self.batch], {"bf16": self.precision == "bfloat16"}):
+        for each in (*chosen, BATCHES[self.batch], LOGS[self.log], {"bf16": self.precision == "bfloat16"}):
             together |= each
         return together
 
@@ -207,6 +222,7 @@ def draw(seed: int) -> Combination:
         mostly("single", GROUPS),
         mostly("plain", SAMPLING),
         rng.randrange(len(BATCHES)),
+        rng.choice(list(LOGS)),
         rng.choice(("float32", "float32", "bfloat16")),
     )
 
@@ -307,7 +323,7 @@ def build(combination: Combination, folder: Path) -> Recorder:
     """
     rows = [
         {**row, "rate": (number % 5) / 4, "completion": [{"role": "assistant", "content": f"It is {row['answer']}."}]}
-        for number, row in enumerate(make_rows(17))
+        for number, row in enumerate(make_rows(12 + EVAL_ROWS))
     ]
     trainer = Recorder(
         make_student(combination.student, combination.seed),

@@ -10,6 +10,7 @@ Shapes: N scored tokens of all rows · V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from conftest import make_tokenizer
 from losses_twin import Problem, reference
 from run_combinations import (
     CONTEXTS,
+    EVAL_BATCHES,
     SELF_TEACHERS,
     STEPS,
     VOCABULARY,
@@ -41,6 +43,7 @@ from opsd.losses import Tokens
 from opsd.models.head import Head
 from opsd.signals import HiddenSignal, MixtureSignal
 
+LENGTH = "completions/mean_length"
 # The largest |logged - recomputed| / (1 + |recomputed|) of a mean over tokens, and of the gradient's norm. In bfloat16
 # a token or entry at the border of a choice (top-k, keep_fraction, a gate, a clip) may fall on the other side.
 BOUNDS = {"float32": (1e-4, 1e-4), "bfloat16": (3e-2, 5e-2), "bfloat16, tokens or entries chosen": (1e-1, 2e-1)}
@@ -48,19 +51,34 @@ BOUNDS = {"float32": (1e-4, 1e-4), "bfloat16": (3e-2, 5e-2), "bfloat16, tokens o
 
 @dataclass
 class Expected:
-    """What a log entry must hold: sums over tokens by name, and how many tokens they are over."""
+    """What one step, or one batch of an evaluation, must add to the log.
+
+    Args:
+        tokens: scored tokens.
+        sums: over these tokens, by name.
+        largest: the largest divergence of a token.
+        gradient_norm: of a step.
+        of_rows: values of single rows by name, NaN where there is none.
+    """
 
     tokens: int = 0
     sums: dict[str, float] = field(default_factory=dict)
-    largest: float = 0.0
+    largest: float = -math.inf
     gradient_norm: float = 0.0
-    others: dict[str, float] = field(default_factory=dict)
+    of_rows: dict[str, list[float]] = field(default_factory=dict)
 
-    @property
-    def entry(self) -> dict[str, float]:
-        """The logged values by name."""
-        means = {name: total / max(self.tokens, 1) for name, total in self.sums.items()}
-        return {**means, **self.others, "divergence/max": self.largest, "scored_tokens": self.tokens}
+
+def entry_of(records: Sequence[Expected]) -> dict[str, float]:
+    """Return the log entry of several steps or batches: every mean over all tokens, or over all rows."""
+    tokens = sum(record.tokens for record in records)
+    names = {name for record in records for name in record.sums}
+    entry = {name: sum(record.sums.get(name, 0.0) for record in records) / max(tokens, 1) for name in names}
+    for name in {name for record in records for name in record.of_rows}:
+        values = [value for record in records for value in record.of_rows[name] if not math.isnan(value)]
+        entry[name] = fmean(values) if values else 0.0
+        if name == LENGTH:
+            entry[LENGTH.replace("mean", "min")], entry[LENGTH.replace("mean", "max")] = min(values), max(values)
+    return {**entry, "divergence/max": max(0.0 if tokens == 0 else record.largest for record in records)}
 
 
 class Twin:
@@ -78,7 +96,7 @@ class Twin:
         self.tokenizer = make_tokenizer(VOCABULARY)
         self.end = self.tokenizer.eos_token_id
         self.loaded: Weights | None = None
-        self.past = [batch.weights for batch in (*trainer.batches, *trainer.eval_batches)]
+        self.past = {batch.step: batch.weights for batch in (*trainer.batches, *trainer.eval_batches)}
         self.other = sibling_model(combination.seed).double().eval()
 
     # -- prompts
@@ -87,10 +105,10 @@ class Twin:
         text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
         return self.tokenizer(text + "<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
 
-    def readings(self, row: Row, step: int) -> list[tuple[float, Weights | None, str]]:
+    def readings(self, row: Row, step: int, begun: int) -> list[tuple[float, Weights | None, str]]:
         """The weight, the teacher's weights (None for the sibling model) and the context of each part for a row."""
         c = self.combination
-        of = [SELF_TEACHERS[part][1](step, self.past) for part in c.parts]
+        of = [SELF_TEACHERS[part][1](step, begun, self.past) for part in c.parts]
         if c.teacher == "sibling model":
             return [(1.0, None, c.context)]
         if c.teacher == "two weights":
@@ -101,7 +119,7 @@ class Twin:
             return [(1.5, of[0], c.context), (-0.5, of[1], "none")]
         if c.teacher == "route":
             return [(1.0, of[0], c.context) if row["domain"] == "even" else (1.0, of[1], "answer")]
-        return [(1.0, SELF_TEACHERS[c.teacher][1](step, self.past), c.context)]
+        return [(1.0, SELF_TEACHERS[c.teacher][1](step, begun, self.past), c.context)]
 
     # -- passes
 
@@ -156,7 +174,7 @@ class Twin:
             right = [m for m in group if rewards[m] >= 1 and m != n]
             fields = {"sibling": texts[right[0]].strip()} if right else {}
             chosen = {"all": True, "wrong": rewards[n] < 1, "right": rewards[n] >= 1}[self.args.distill_on]
-            contexts = [CONTEXTS[name] for *_, name in self.readings(batch.rows[n], 0)]
+            contexts = [CONTEXTS[name] for *_, name in self.readings(batch.rows[n], 0, 0)]
             chosen = chosen and all(context.turns(batch.rows[n], fields) is not None for context in contexts)
             values = [rewards[m] for m in group]
             reinforced = self.args.grpo_coef > 0 and not (self.args.grpo_on == "undistilled" and chosen)
@@ -169,8 +187,8 @@ class Twin:
 
     # -- a step
 
-    def expected(self, batch: Batch, *, gradient: bool) -> Expected:
-        """Return what a step, or a batch of evaluation, must log."""
+    def expected(self, batch: Batch, *, trains: bool) -> Expected:
+        """Return what a step, or a batch of an evaluation, must log."""
         graded = self.groups(batch)
         masks = [
             mask if graded["distilled"][n] or graded["advantage"][n] else [False] * len(mask)
@@ -179,15 +197,23 @@ class Twin:
         scored = [(n, [p for p, used in enumerate(mask) if used]) for n, mask in enumerate(masks) if any(mask)]
         total = sum(len(places) for _, places in scored)
         record = Expected(total, dict.fromkeys(("loss", "divergence", "entropy"), 0.0))
+        sampled = batch.completions[: batch.on_policy]
+        if sampled:
+            record.of_rows[LENGTH] = [float(len(ids)) for ids in sampled]
+            record.of_rows["completions/clipped_ratio"] = [float(ids[-1] != self.end) for ids in sampled]
+            ended = [float(len(ids)) for ids in sampled if ids[-1] == self.end]
+            record.of_rows["completions/mean_terminated_length"] = ended
         if graded["reward"]:
-            record.others = {"reward": fmean(graded["reward"]), "group/distilled": fmean(graded["distilled"])}
+            record.of_rows |= {"reward": graded["reward"], "group/distilled": graded["distilled"]}
+            record.of_rows["group/right"] = [float(value >= 1) for value in graded["reward"]]
         if total:
-            self._add_loss(record, batch, graded, scored, gradient)
+            self._add_loss(record, batch, graded, scored, trains)
         return record
 
     def _add_loss(
-        self, record: Expected, batch: Batch, graded: dict[str, list[Any]], scored: list[Any], gradient: bool
+        self, record: Expected, batch: Batch, graded: dict[str, list[Any]], scored: list[Any], trains: bool
     ) -> None:
+        begun = batch.step if trains else max(batch.step - 1, 0)
         columns: dict[str, list[Any]] = {name: [] for name in ("ids", "row", "weight", "advantage", "distilled")}
         states, parts, start = list[Tensor](), list[list[Tensor]](), list[Tensor]()
         contrast: list[list[Tensor]] = []
@@ -195,7 +221,7 @@ class Twin:
         for n, places in scored:
             row, ids = batch.rows[n], batch.completions[n]
             plain = self.prompt([("user", question(row))])
-            readings = self.readings(row, batch.step)
+            readings = self.readings(row, batch.step, begun)
             shares = [share for share, *_ in readings]
             turns = [CONTEXTS[name].turns(row, graded["fields"][n]) for *_, name in readings]
             prompts = [plain if each is None else self.prompt(each) for each in turns]  # None is not distilled
@@ -239,9 +265,9 @@ class Twin:
         result = reference(self.args.objective, problem)
         record.sums |= {name: float(column.sum()) for name, column in result.values.items() if name != "loss"}
         record.sums["loss"] = float(result.values["loss"]) * record.tokens
-        if "divergence" in result.values:  # contrast_context may leave no token any weight
-            record.largest = float(result.values["divergence"].max())
-        if gradient:
+        # contrast_context may leave no token any weight.
+        record.largest = float(result.values["divergence"].max()) if "divergence" in result.values else 0.0
+        if trains:
             record.gradient_norm = self._norm(hidden_ND, weight_VD, result.gradients)
 
     def _norm(self, hidden_ND: Tensor, weight_VD: Tensor, gradients: dict[str, Tensor]) -> float:
@@ -256,16 +282,6 @@ class Twin:
 
 def _of_logits(logits_NV: Tensor) -> HiddenSignal:
     return HiddenSignal(logits_NV, Head(torch.eye(logits_NV.shape[1], dtype=torch.float64)))
-
-
-def pooled(records: Sequence[Expected]) -> Expected:
-    """Return the records of several batches as one: every mean over all tokens of all batches."""
-    names = {name for record in records for name in record.sums}
-    return Expected(
-        sum(record.tokens for record in records),
-        {name: sum(record.sums.get(name, 0.0) for record in records) for name in names},
-        max(record.largest for record in records),
-    )
 
 
 @dataclass
@@ -298,15 +314,30 @@ def gaps(combination: Combination, folder: Path) -> list[Gap]:
         model = copy.deepcopy(trainer.student.model)
         trainer.train()
         evaluated = trainer.evaluate()
-    twin, result = Twin(combination, trainer, model), list[Gap]()
-    entries = [entry for entry in trainer.state.log_history if "divergence" in entry]
-    assert len(entries) == len(trainer.batches) == STEPS
-    for entry, batch in zip(entries, trainer.batches, strict=True):
-        record = twin.expected(batch, gradient=True)
-        expected = {**record.entry, "grad_norm": record.gradient_norm}
-        result += [Gap(name, entry[name], value) for name, value in expected.items() if name in entry]
-    logged = next(entry for entry in reversed(trainer.state.log_history) if "eval_divergence" in entry)
-    assert logged["eval_loss"] == evaluated["eval_loss"]
-    record = pooled([twin.expected(batch, gradient=False) for batch in trainer.eval_batches])
-    expected = {f"eval_{name}": value for name, value in record.entry.items()}
-    return result + [Gap(name, logged[name], value) for name, value in expected.items() if name in logged]
+    twin = Twin(combination, trainer, model)
+    log = trainer.state.log_history
+    assert len(trainer.batches) == STEPS
+    records = [twin.expected(batch, trains=True) for batch in trainer.batches]
+    entries = [entry for entry in log if "divergence" in entry]
+    size = STEPS // len(entries)
+    result = list[Gap]()
+    for number, entry in enumerate(entries):
+        part = records[number * size : (number + 1) * size]
+        expected = {**entry_of(part), "grad_norm": part[-1].gradient_norm}
+        # transformers averages the losses of steps.
+        expected["loss"] = fmean(record.sums["loss"] / max(record.tokens, 1) for record in part)
+        expected["scored_tokens"] = fmean(record.tokens for record in part)
+        result += compared(expected, entry)
+    looks = [entry for entry in log if "eval_divergence" in entry]
+    assert len(trainer.eval_batches) == EVAL_BATCHES * len(looks) and looks[-1]["eval_loss"] == evaluated["eval_loss"]
+    for number, entry in enumerate(looks):
+        batches = trainer.eval_batches[number * EVAL_BATCHES : (number + 1) * EVAL_BATCHES]
+        expected = entry_of([twin.expected(batch, trains=False) for batch in batches])
+        result += compared({f"eval_{name}": value for name, value in expected.items()}, entry)
+    return result
+
+
+def compared(expected: dict[str, float], entry: dict[str, float]) -> list[Gap]:
+    """Compare a log entry with what it must hold; opsd logs all of it but two."""
+    names = [name for name in expected if name.removeprefix("eval_") not in ("logprob", "teacher_logprob")]
+    return [Gap(name, entry[name], expected[name]) for name in names]

@@ -72,7 +72,9 @@ def plain_run(folder: Path, teacher: Any, settings: dict[str, Any]) -> OPSDTrain
 def run_with_engine(folder: Path) -> OPSDTrainer:
     with pytest.warns(OPSDWarning, match="importance_clip has no effect"):
         trainer = make_trainer(folder, same_checkpoint(), importance_clip=2.0)
-    trainer._engine = SimpleNamespace(take=lambda ids, others=(): [[-5.0] * len(each) for each in ids])  # stands for vLLM
+    trainer._engine = SimpleNamespace(
+        take=lambda ids, others=(): [[-5.0] * len(each) for each in ids]
+    )  # stands for vLLM
     return trainer
 
 

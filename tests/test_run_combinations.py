@@ -27,7 +27,6 @@ def test_a_random_run_logs_what_a_float64_recomputation_gives(first: int, tmp_pa
             continue
         wrong = [gap for gap in found if not gap.within(combination.rounding)]
         assert not wrong, f"{combination}: {wrong}"
-        assert len(found) >= 18, "five values of three steps, and three of an evaluation"
         compared += 1
         if compared == 5:
             return
