@@ -54,6 +54,29 @@ open(os.path.join(folder, f"result-{world}-{rank}.json"), "w").write(result)
 """
 
 
+MEANS = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from helpers import MAKE_TEACHER, make_trainer
+from datasets import Dataset
+from conftest import make_rows
+
+folder, kind = sys.argv[1:]
+rows = [dict(row, value=float(number)) for number, row in enumerate(make_rows(11))]
+def value_of(value, **kwargs):  # known for some rows only
+    return [None if v % 4 == 3 else v for v in value]
+trainer = make_trainer(folder, MAKE_TEACHER["ema"](), rows=Dataset.from_list(rows[:8]), max_steps=1, logging_steps=1,
+                       eval_rows=Dataset.from_list(rows[8:]), per_device_eval_batch_size=2, reward_funcs=value_of,
+                       per_device_train_batch_size=8 // int(os.environ.get("WORLD_SIZE", 1)),
+                       gradient_accumulation_steps=1, mask_tokens=["e"])
+trainer.train()
+evaluated = trainer.evaluate()
+world, rank = trainer.accelerator.num_processes, trainer.accelerator.process_index
+entry = dict([(k, v) for e in trainer.state.log_history for k, v in e.items()])
+json.dump(entry, open(os.path.join(folder, f"result-{world}-{rank}.json"), "w"))
+"""
+
+
 EVERY_TEACHER = """
 import json, os, sys
 sys.path.insert(0, {tests!r})
@@ -175,6 +198,18 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path: Path, script: Pat
     two = launch(script, 2, tmp_path / "two", kind)
     assert one["check"] == two[0]["check"] == two[1]["check"]
     assert two[0]["grad"] == pytest.approx(one["grad"], rel=2e-5) and two[1]["grad"] == two[0]["grad"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_means_are_over_the_rows_of_all_processes_and_each_row_once(tmp_path: Path, processes: int) -> None:
+    """accelerate fills the last batch of an evaluation with its first rows; means of two processes were averaged."""
+    script = tmp_path / "means.py"
+    script.write_text(MEANS.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    logged = launch(script, processes, tmp_path, "means")[0]
+    assert logged["reward"] == pytest.approx((0 + 1 + 2 + 4 + 5 + 6) / 6), "3 and 7 are unknown"
+    assert logged["eval_reward"] == pytest.approx((8 + 9 + 10) / 3)
+    assert logged["eval_group/right"] == 1.0
 
 
 @pytest.mark.slow
