@@ -13,6 +13,7 @@ from datasets import Dataset
 from gallery_parts import OTHER_END
 from helpers import make_args, make_trainer
 from jinja2 import UndefinedError
+from tokenizers import AddedToken
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.contexts.completions import completion_ids, end_of_answer
@@ -141,10 +142,12 @@ SPECIAL = sorted(
 NO_TOKENS = {"<think>", "</think>", "<tool_call>", "<tools>"}
 
 
-@pytest.fixture(scope="module")
-def shipped_tokenizer() -> Any:
+@pytest.fixture(scope="module", params=[True, False], ids=["special", "not special"])
+def shipped_tokenizer(request: Any) -> Any:
+    """The markers are added tokens only, as in the tokenizers of Gemma 3 and Phi: `all_special_ids` lacks them."""
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in SPECIAL if t not in NO_TOKENS]})
+    markers = [AddedToken(text, special=request.param, normalized=False) for text in SPECIAL if text not in NO_TOKENS]
+    tokenizer.add_tokens(markers)
     return tokenizer
 
 

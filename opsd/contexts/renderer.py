@@ -106,14 +106,18 @@ class PromptRenderer:
 
     @cached_property
     def end_of_turn(self) -> int | None:
-        """The special token that the chat template writes after an assistant's text; None where it writes none."""
+        """The token that the chat template writes after an assistant's text; None where it ends a turn in plain words.
+
+        Any added token counts: not all tokenizers list the ends of turns among their special tokens (Gemma, Phi).
+        """
         word = "opsd"
         try:
             tail = self.transcript([{"role": "user", "content": "?"}, {"role": "assistant", "content": word}])
         except (ValueError, TypeError, jinja2.TemplateError):
             return None
         ids = self.tokenizer(text=tail.rpartition(word)[2], add_special_tokens=False)["input_ids"]
-        return next((token for token in ids if token in self.tokenizer.all_special_ids), None)
+        added = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        return next((token for token in ids if token in added), None)
 
     def _apply(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, **form: bool) -> Any:
         return self.tokenizer.apply_chat_template(

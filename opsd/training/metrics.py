@@ -113,8 +113,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("tools/failure_frequency", "share of calls", "tool calls that failed", TRL, "tools"),
     Metric("tokens/left_out", "share of tokens", "tokens that the token selection leaves out", _SELECTION,
            "skip_first_tokens, mask_…"),
-    Metric("off_policy/shortened", "share of rows", "off-policy completions cut at max_completion_length",
-           "training/trainer.py", "lmbda below 1"),
+    Metric("off_policy/shortened", "share of rows", "off-policy completions cut at max_completion_length, or behind "
+           "an end", "training/trainer.py", "lmbda below 1"),
     # Rewards and groups
     Metric("reward", "reward", "the weighted sum of all reward functions, mean over rollouts", _GROUPS, REWARDS, True),
     Metric(BY_FUNCTION, "reward", "of one reward function, mean over rollouts", "training/rewards.py", REWARDS,

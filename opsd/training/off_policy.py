@@ -5,7 +5,7 @@ Knows rows, the student and a teacher; nothing of losses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from opsd.contexts.completions import completion_ids
 from opsd.contexts.renderer import PromptRenderer
@@ -13,6 +13,7 @@ from opsd.data.needs import Need
 from opsd.data.rows import completion_of, completion_problem
 from opsd.errors import DataError
 from opsd.models.forward import embedded_tokens
+from opsd.models.generation import cut_after_stop
 from opsd.rollouts import Ids
 from opsd.teachers import StudentHandle, Teacher, TeacherView
 from opsd.teachers.prompting import Row
@@ -80,9 +81,17 @@ def trains_on_completions(args: OPSDConfig) -> bool:
 
 
 def off_policy_completions(
-    rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, student: StudentHandle
+    rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, student: StudentHandle, end_ids: Collection[int]
 ) -> tuple[list[Ids], int]:
-    """Return completions for off-policy rows, and how many of them were cut at max_completion_length."""
+    """Return completions for off-policy rows, and how many were cut at max_completion_length or behind their end.
+
+    Args:
+        rows: prepared.
+        args: settings.
+        teacher: samples, with seq_kd.
+        student: the student.
+        end_ids: ids at which a rollout of the student would end.
+    """
     limit = args.max_completion_length
     assert limit is not None
     if args.seq_kd:
@@ -90,4 +99,5 @@ def off_policy_completions(
         return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling), 0
     embedded = embedded_tokens(student.model)
     completions = [row_completion(row, student.renderer, embedded) for row in rows]
-    return [ids[:limit] for ids in completions], sum(len(ids) > limit for ids in completions)
+    kept = [cut_after_stop(ids[:limit], end_ids) for ids in completions]
+    return kept, sum(len(ids) > len(rest) for ids, rest in zip(completions, kept, strict=True))

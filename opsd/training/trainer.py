@@ -240,7 +240,8 @@ class OPSDTrainer(DistillationTrainer):
             metrics.forget_completions(self._metrics[self._mode])  # TRL's, of which `log` would average batches
         if count < len(rows):
             with self.accelerator.autocast():
-                others, cut = off_policy_completions(rows[count:], self.args, self.teacher, self.student)
+                sources = (self.teacher, self.student, self.eos_token_ids)
+                others, cut = off_policy_completions(rows[count:], self.args, *sources)
             self._averages["train"].add(over_processes({"off_policy/shortened": Tally(cut, len(others))}))
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
         logprobs = None
