@@ -31,6 +31,7 @@ CHATS = {
     "Command": "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>1 + 1?<|END_OF_TURN_TOKEN|>",
     "Alpaca": "### Instruction:\n1 + 1?\n\n### Response:\n",
     "plain words": "User: 1 + 1?\n\nAssistant:",
+    "Vicuna": "A chat. USER: 1 + 1? ASSISTANT:",
 }
 TEXTS = (
     "1 + 1 = ",
@@ -39,6 +40,9 @@ TEXTS = (
     "Write an Assistant: class with __init__.",
     "What does the token <pad> mean?",
     "a[INSTANCE] <b>1</b> |user| x",
+    "What does the [INST] marker do in Llama 2 prompts?",
+    "Explain <|im_end|> to me.",
+    "Which tag closes a system prompt: is it <</SYS>>?",
 )
 OWN = "{% for m in messages %}{{ '(' + m['role'] + ') ' + m['content'] + '<|pad|>' }}{% endfor %}" + (
     "{% if add_generation_prompt %}{{ '(me) ' }}{% endif %}"
@@ -79,8 +83,8 @@ def test_a_turn_that_ends_with_a_header_is_a_chat_and_one_that_asks_about_marker
     for chat in (CHATS["ChatML"], CHATS["Llama 3"], CHATS["Llama 2"]):
         with pytest.raises(DataError, match="already written as a chat"):
             context.messages({"prompt": [{"role": "user", "content": chat}], "answer": "2"})
-    asked = "What does <|im_start|>assistant do in a chat template?"
-    assert context.messages({"prompt": [{"role": "user", "content": asked}], "answer": "2"})
+    for asked in ("What does <|im_start|>assistant do in a chat template?", "Which ends a turn: is it <|im_end|>"):
+        assert context.messages({"prompt": [{"role": "user", "content": asked}], "answer": "2"})
 
 
 def test_a_teacher_prompt_in_place_of_a_chat_is_no_addition() -> None:

@@ -175,6 +175,16 @@ def test_behind_every_template_that_trl_ships_an_answer_has_one_end_and_no_thoug
                 assert text.count("</think>") == text.count("<think>") <= 1 and "One more." in text
 
 
+@pytest.mark.parametrize("prompt", ["User: 1 + 1?\nAssistant:", "What does [INST] mean?", "1 + 1 ="])
+def test_behind_text_an_answer_ends_where_sampling_stops(prompt: str) -> None:
+    """Base models' tokenizers have a chat template whose end of turn is not where a rollout of text ends."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = "<|pad|>"
+    view = PromptRenderer(tokenizer)
+    assert view.end_of_turn != tokenizer.eos_token_id
+    assert completion_ids(view, prompt, "It is 2.")[-1] == tokenizer.eos_token_id
+
+
 TURNS = [{"role": "assistant", "content": "2"}, {"role": "user", "content": "Sure?"}]
 
 

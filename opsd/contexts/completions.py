@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import jinja2
 
-from opsd.contexts.markup import chat_markup
+from opsd.contexts.markup import own_markup
 from opsd.contexts.messages import Prompt, Turns
 from opsd.contexts.renderer import THINK, THINK_END, PromptRenderer
 from opsd.data.values import REASONING, is_empty, text_of
@@ -55,8 +55,12 @@ def completion_ids(renderer: PromptRenderer, prompt: Prompt, completion: Complet
 
 
 def end_of_answer(renderer: PromptRenderer, prompt: Prompt) -> int | None:
-    """Return the token that ends an answer: that of the chat's turns, else the tokenizer's; None where it has none."""
-    is_chat = not isinstance(prompt, str) or chat_markup(prompt, renderer)
+    """Return the token that ends an answer: that of the chat's turns, else the tokenizer's; None where it has none.
+
+    A text prompt is a chat where it ends as this chat template opens or ends a turn; behind others the student samples
+    until the tokenizer's end.
+    """
+    is_chat = not isinstance(prompt, str) or own_markup(prompt, renderer)
     end = renderer.end_of_turn if is_chat else None
     return renderer.tokenizer.eos_token_id if end is None else end
 

@@ -23,14 +23,24 @@ MARKERS = {
     "Granite": r"<\|start_of_role\|>",
     "Command": r"<\|(?:START|END)_OF_TURN_TOKEN\|>",
 }
+# Markers behind which the assistant's answer begins.
+OPENINGS = (
+    r"<\|im_start\|>assistant", r"<\|start_header_id\|>assistant<\|end_header_id\|>", r"<\|assistant\|>",
+    r"<\|header_start\|>assistant<\|header_end\|>", r"\[/INST\]", r"<start_of_turn>model", r"<｜Assistant｜>",
+    r"<\|start\|>assistant", r"<\|start_of_role\|>assistant<\|end_of_role\|>", r"<\|CHATBOT_TOKEN\|>",
+)  # fmt: skip
 _MARKER = re.compile("|".join(MARKERS.values()))
-_LAST_MARKER = re.compile(rf"(?:{_MARKER.pattern})\w*(?:<\|[a-z_]+\|>)?\s*\Z")
+_FIRST_MARKER = re.compile(rf"\s*(?:<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>)?\s*({_MARKER.pattern})")
+_LAST_OPENING = re.compile(rf"(?:{'|'.join(OPENINGS)})\s*(?:{THINK})?\s*\Z")
 # Headers in plain words count where a text ends with them: the answer would begin there.
-_LAST_HEADER = re.compile(r"^(?:#+ ?)?(?:Assistant|Response):\s*\Z", re.MULTILINE)
+_LAST_HEADER = re.compile(r"^(?:#+ ?)?(?:Assistant|Response):\s*\Z|\bASSISTANT:\s*\Z", re.MULTILINE)
 
 
 def chat_markup(prompt: str, renderer: PromptRenderer | None = None) -> str | None:
-    r"""Return the first marker of a chat's turns in a text prompt, or None.
+    r"""Return a marker of a text prompt that is written as a chat, or None.
+
+    It is one where it begins with a marker of a turn, ends where the assistant's answer begins, or has two different
+    markers. A text that mentions one marker is none.
 
     Args:
         prompt: the text.
@@ -39,17 +49,26 @@ def chat_markup(prompt: str, renderer: PromptRenderer | None = None) -> str | No
     Example:
         >>> chat_markup("<|im_start|>user\nWhat is 12 + 7?<|im_end|>\n<|im_start|>assistant\n")
         '<|im_start|>user'
-        >>> chat_markup("What is 12 + 7?")
+        >>> chat_markup("What does [INST] mean?")
     """
-    match = _MARKER.search(prompt) or _LAST_HEADER.search(prompt)
-    if match or renderer is None:
-        return match[0].strip() if match else None
+    first = _FIRST_MARKER.match(prompt)
+    if first:
+        return first[1]
+    markers = [match[0] for match in _MARKER.finditer(prompt)]
+    if len(set(markers)) > 1:
+        return markers[0]
+    last = _LAST_OPENING.search(prompt) or _LAST_HEADER.search(prompt)
+    return last[0].strip() if last else own_markup(prompt, renderer)
+
+
+def own_markup(prompt: str, renderer: PromptRenderer | None) -> str | None:
+    """Return the header or the end of turn of a renderer's own chat template with which a text prompt ends, or None."""
+    if renderer is None:
+        return None
     header = renderer.opening.partition(THINK)[0].strip()
-    if header and prompt.rstrip().endswith(header):
-        return header
     end = renderer.end_of_turn
-    marker = "" if end is None else str(renderer.tokenizer.convert_ids_to_tokens(end))
-    return marker if marker and marker in prompt else None
+    markers = [header, "" if end is None else str(renderer.tokenizer.convert_ids_to_tokens(end))]
+    return next((marker for marker in markers if marker and prompt.rstrip().endswith(marker)), None)
 
 
 def check_not_a_chat(prompt: str, placed: str, name: str, renderer: PromptRenderer | None, *, is_turn: bool) -> None:
@@ -67,7 +86,7 @@ def check_not_a_chat(prompt: str, placed: str, name: str, renderer: PromptRender
     """
     if placed.strip() == prompt.strip() or prompt.strip() not in placed:
         return
-    last = _LAST_MARKER.search(prompt)
+    last = _LAST_OPENING.search(prompt)
     marker = (last and last[0].strip()) if is_turn else chat_markup(prompt, renderer)
     if marker:
         raise DataError(

@@ -10,6 +10,7 @@ import jinja2
 import torch
 from jinja2 import meta
 
+from opsd.contexts.completions import end_of_answer
 from opsd.contexts.markup import chat_markup
 from opsd.contexts.renderer import THINK, PromptRenderer
 from opsd.doctor.patient import Patient, RenderedPrompt
@@ -134,17 +135,16 @@ def _ends(patient: Patient) -> Iterator[Finding]:
     stops = set(patient.trainer.eos_token_ids)
     stop_tokens = listed(sorted({patient.tokenizer.decode([token]) for token in stops}))
     first = patient.student_prompts[0].messages
-    is_chat = not isinstance(first, str) or chat_markup(first, patient.student.renderer)
-    end = patient.student.renderer.end_of_turn if is_chat else None
+    end = end_of_answer(patient.student.renderer, first)
     if end is not None and end not in stops:
         yield find(
             "warn",
-            f"the chat template ends an assistant's turn with {patient.tokenizer.decode([end])!r}, and sampling stops "
+            f"an answer ends with {patient.tokenizer.decode([end])!r} by the chat template, and sampling stops "
             f"at {stop_tokens} only: rollouts would go on with further turns until they are cut.",
             f"Add it: generation_kwargs: {{eos_token_id: {end}}}.",
         )
     elif end is not None:
-        yield find("pass", f"a turn ends with {patient.tokenizer.decode([end])!r}, where sampling stops.")
+        yield find("pass", f"an answer ends with {patient.tokenizer.decode([end])!r}, where sampling stops.")
     for teacher in patient.teacher.members:
         if not isinstance(teacher, LocalTeacher) or teacher.model is patient.student.model:
             continue
