@@ -152,7 +152,7 @@ def test_a_text_completion_ends_its_turn_and_a_long_one_is_counted(tmp_path: Pat
     rollouts = trainer._generate_and_score_completions(list(rows)[:4])
     assert rollouts.completion_ids[1][-1] == make_tokenizer().eos_token_id
     assert len(rollouts.completion_ids[0]) == 6
-    assert trainer._metrics["train"]["off_policy/shortened"] == [0.5]
+    assert trainer._averages["train"].tallies["off_policy/shortened"].result == 0.5
 
 
 def test_seq_kd_takes_the_teachers_own_samples(tmp_path: Path) -> None:
