@@ -29,12 +29,12 @@ def failing_together() -> Iterator[None]:
         yield
     except Exception as error:
         own = error
-    errors = gather_object([None if own is None else _sendable(own)])
+    sent: list[Exception | None] = gather_object([None if own is None else _sendable(own)])
     if own is not None:
         raise own
-    for error in errors:
-        if error is not None:
-            raise error
+    for other in sent:
+        if other is not None:
+            raise other
 
 
 def _sendable(error: Exception) -> Exception:
