@@ -154,6 +154,52 @@ json.dump(logged, open(os.path.join(folder, f"result-{world}-{rank}.json"), "w")
 """
 
 
+FAILING = """
+import json, os, sys, warnings
+sys.path.insert(0, {tests!r})
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
+from helpers import make_args
+from transformers import TrainerCallback
+from opsd import OPSDTrainer, SameCheckpointTeacher
+from opsd.errors import ConfigError
+from opsd.training.together import failing_together
+
+class Odd(Exception):  # cannot be rebuilt from its text
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+class Breaks(TrainerCallback):  # the student of the second process, after training
+    def on_train_end(self, args, state, control, model, **kwargs):
+        if args.process_index == 1:
+            def generate(*args, **kwargs):
+                raise RuntimeError("out of memory here")
+            model.generate = generate
+
+folder, rows = sys.argv[1], make_rows(24)
+for number, row in enumerate(rows):
+    row["prompt"] = [{"role": "user", "content": f"Question {number}: what is it?"}]
+args = make_args(os.path.join(folder, "run"), ddp_timeout=60)
+trainer = OPSDTrainer(make_llama(0), SameCheckpointTeacher(context="answer_only"), args=args,
+                      train_dataset=Dataset.from_list(rows[:10]), processing_class=make_tokenizer(),
+                      callbacks=[Breaks()], evaluation={"test": rows[10:14], "grader": "contains"})
+rank, caught = trainer.accelerator.process_index, []
+for error in (ConfigError("a wrong setting"), Odd("one", "two")):
+    try:
+        with failing_together():
+            if rank == 0:
+                raise error
+    except Exception as raised:
+        caught.append([type(raised).__name__, str(raised)])
+with warnings.catch_warnings(record=True) as warned:
+    warnings.simplefilter("always")
+    trainer.train()
+trainer.save_model()
+texts = [str(each.message) for each in warned if "could not be evaluated" in str(each.message)]
+json.dump([caught, texts], open(os.path.join(folder, f"result-2-{rank}.json"), "w"))
+"""
+
+
 def launch(script: Path, processes: int, folder: Path, kind: str) -> list[dict]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
@@ -255,6 +301,19 @@ def test_two_processes_answer_the_questions_of_a_plan_as_one_does(tmp_path: Path
     for when, one in found[1].items():
         assert found[2][when].greedy == one.greedy and found[2][when].questions == one.questions
         assert found[2][when].samples == 2 and len(found[2][when].sampled) == 7
+
+
+@pytest.mark.slow
+def test_what_fails_in_one_process_fails_in_all(tmp_path: Path) -> None:
+    """The process that failed went on to save the model, and the others waited for its answers: no model."""
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    first, second = launch(script, 2, tmp_path, "")
+    assert first[0] == [["ConfigError", "a wrong setting"], ["Odd", "one and two"]]
+    assert second[0] == [["ConfigError", "a wrong setting"], ["RuntimeError", "Odd: one and two"]]
+    assert len(first[1]) == len(second[1]) == 1
+    assert all("RuntimeError: out of memory here" in text for (text,) in (first[1], second[1]))
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

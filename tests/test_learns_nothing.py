@@ -32,6 +32,7 @@ from opsd.errors import ConfigError
 from opsd.evaluation.run_folder import read_card
 from opsd.teachers import recipe_of
 from opsd.training.config import OPSDConfig
+from opsd.training.learning import checksum
 
 BEFORE, FIRST, LAST = "warning     ", "step 1      ", ""  # how a line begins that names a cause, by when it is known
 GROUPS: dict[str, Any] = {"num_generations": 2, "grpo_coef": 1.0, "distill_on": "wrong"}
@@ -235,3 +236,14 @@ def test_a_resumed_run_goes_on_counting(tmp_path: Path) -> None:
     resumed = make_trainer(tmp_path, EMATeacher(0.9, context="answer_only"), **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.learning.counts == whole.learning.counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_the_checksum_of_weights_sees_values_that_change_places(dtype: torch.dtype, monkeypatch) -> None:
+    """It was a sum of bits, so [1, 2] and [2, 1] had the same, and a run that swaps values "changed no weight"."""
+    values = torch.arange(1.0, 9.0)
+    others = [values.flip(0), values.roll(1), values[[1, 0, *range(2, 8)]], values + torch.eye(8)[3], -values]
+    sums = {checksum(each.to(dtype)) for each in (values, *others)}
+    assert len(sums) == 1 + len(others) and checksum(values.to(dtype)) == checksum(values.to(dtype).clone())
+    monkeypatch.setattr("opsd.training.learning.BLOCK", 3)
+    assert sums == {checksum(each.to(dtype)) for each in (values, *others)}

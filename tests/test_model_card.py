@@ -66,7 +66,7 @@ def test_an_adapter_says_so(tmp_path: Path) -> None:
 def test_a_base_model_is_linked_where_a_hub_may_have_it(
     tmp_path: Path, base: str, named: str | None, link: bool
 ) -> None:
-    card = model_card({**run_card_of(tmp_path), "model": base}, {}, "mine")
+    card = model_card({**run_card_of(tmp_path), "model": base, "first_loaded_from": base}, {}, "mine")
     assert card.data.base_model == named
     assert ("huggingface.co/org/model" in card.text) is link and "/home" not in str(card)
 

@@ -32,6 +32,7 @@ from opsd import (
 from opsd.data.order import EpochSampler
 from opsd.errors import CheckpointError, ConfigError, OPSDWarning
 from opsd.evaluation.run_folder import read_card
+from opsd.teachers.weight_copy import digest
 from opsd.training import checkpoints, resume
 
 
@@ -166,6 +167,32 @@ def test_another_base_model_or_template_text_is_refused_on_resume(tmp_path: Path
         make_trainer(tmp_path / "run", teacher(), **settings).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("place", [slice(0, 1), slice(-1, None), slice(None)])
+def test_the_hash_of_weights_reads_all_of_a_matrix(place: slice) -> None:
+    """It read the first 64 values: a model with another last row of every matrix was taken as the same."""
+    one = torch.arange(400.0 * 64).view(400, 64)
+    other = one.clone()
+    other[place] += 1.0
+    assert digest({"a": one}) == digest({"a": one.clone()}) != digest({"a": other})
+    columns = one.clone()
+    columns[:, 17] += 1.0  # read in steps of an even number it would be missed
+    assert digest({"a": columns}) != digest({"a": one})
+    for small in (torch.ones(()), torch.ones(0), torch.ones(3)):
+        assert digest({"a": small}) == digest({"a": small.clone()}) != digest({"b": small})
+
+
+def test_another_last_row_of_every_matrix_is_refused_on_resume(tmp_path: Path) -> None:
+    settings = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, MAKE_TEACHER["ema"](), **settings).train()
+    other = make_llama()
+    with torch.no_grad():
+        for p in other.parameters():
+            if p.ndim == 2:
+                p[-1] += 0.01
+    with pytest.raises(CheckpointError, match="student: "):
+        make_trainer(tmp_path, MAKE_TEACHER["ema"](), other, **settings).train(resume_from_checkpoint=True)
+
+
 def test_another_reward_function_of_the_same_name_is_refused_on_resume(tmp_path: Path) -> None:
     def right() -> Any:
         def graded(completion_ids: Any, **kwargs: Any) -> list[float]:
@@ -214,8 +241,12 @@ ANOTHER_RUN: dict[str, tuple[dict[str, object], str]] = {
     "top_p": ({"top_p": 0.9}, "top_p: 1.0 in the checkpoint, 0.9 now"),
     "temperature": ({"temperature": 0.7}, "temperature: 1.0 in the checkpoint, 0.7 now"),
     "chat_template_kwargs": (
-        {"chat_template_kwargs": {"enable_thinking": True}},
+        {"chat_template_kwargs": {"bos_token": "<|SECRET|>", "enable_thinking": True}},
         "chat_template_kwargs.enable_thinking: None in the checkpoint, True now",
+    ),
+    "a name that looks like a secret's": (
+        {"chat_template_kwargs": {"bos_token": "<|other|>"}},
+        r"chat_template_kwargs.bos_token: '\(hash \w+\)' in the checkpoint, '\(hash \w+\)' now",
     ),
     "student_system_prompt": ({"student_system_prompt": "Be kind."}, "student_system_prompt: None in the"),
     "batch size": ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: 2 in the checkpoint, 1 now"),
@@ -227,7 +258,9 @@ ANOTHER_RUN: dict[str, tuple[dict[str, object], str]] = {
     "rewards": ({"reward_funcs": ["exact"]}, "rewards.exact: None in the checkpoint, 'of opsd' now"),
     "logging_steps": ({"logging_steps": 2}, "logging_steps: 1 in the checkpoint, 2 now"),
 }
-OF_THE_CHECKPOINT = {"save_strategy": "steps", "save_steps": 1, "mask_tokens": ["+"]}
+OF_THE_CHECKPOINT = {
+    "save_strategy": "steps", "save_steps": 1, "mask_tokens": ["+"], "chat_template_kwargs": {"bos_token": "<|SECRET|>"}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +307,10 @@ def test_a_checkpoint_of_a_version_that_stored_no_settings_is_refused(finished: 
     (tmp_path / "checkpoint-1" / "opsd_teacher.json").write_text(json.dumps(old))
     with pytest.raises(CheckpointError, match="written by an earlier version of opsd"):
         resuming(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_no_secret_is_in_a_checkpoint(finished: Path) -> None:
+    assert "SECRET" not in (finished / "checkpoint-1" / "opsd_teacher.json").read_text()
 
 
 def test_every_setting_is_compared_or_listed_as_one_that_changes_no_number(finished: Path) -> None:

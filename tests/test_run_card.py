@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_rows, make_tokenizer
+from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
-from helpers import MAKE_TEACHER, make_trainer
+from helpers import MAKE_TEACHER, make_student, make_trainer
 
 from opsd import MixtureTeacher, SameCheckpointTeacher
 from opsd.cli import main
@@ -103,6 +103,18 @@ def test_a_changed_word_of_a_template_is_found(tmp_path: Path) -> None:
         and "prompts.0.teacher.0.prompt" in names
         and "settings.learning_rate" not in names
     )
+
+
+def test_the_card_says_of_a_loaded_model_only_what_is_known(tmp_path: Path, llama_folder: str) -> None:
+    """A model that had been fine-tuned since stood there under the name of its base."""
+    model = make_llama()
+    model.config._name_or_path = "org/base"
+    card = card_of(tmp_path / "loaded", student=model)
+    assert (card["model"], card["first_loaded_from"]) == ("LlamaForCausalLM", "org/base")
+    adapted = make_student("lora")
+    assert card_of(tmp_path / "lora", student=adapted)["model"] == "LlamaForCausalLM"
+    named = card_of(tmp_path / "named", student=llama_folder)
+    assert named["model"] == named["first_loaded_from"] == llama_folder
 
 
 @pytest.mark.slow

@@ -57,6 +57,20 @@ def test_a_second_run_is_refused_while_the_first_lives_and_no_longer(tmp_path: P
     assert (tmp_path / LOCK).read_text() == ""
 
 
+def test_the_lock_of_a_machine_that_died_can_be_deleted(tmp_path: Path) -> None:
+    """On NFS 3 it stays with the server, and the message offered only to wait, or another folder."""
+    process, _ = holder(tmp_path)
+    try:
+        with pytest.raises(CheckpointError, match=f"known to be gone, delete {tmp_path / LOCK}"), only_run_in(tmp_path):
+            pass
+        (tmp_path / LOCK).unlink()
+        with only_run_in(tmp_path):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_run_is_refused_before_its_model_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))

@@ -148,7 +148,10 @@ class Patient:
 
     @cached_property
     def sampled(self) -> tuple[list[Ids], float]:
-        """The student's rollouts, sampled as the run samples them, and the seconds they took."""
+        """The student's rollouts, by transformers with the run's settings, and the seconds they took.
+
+        A run with use_vllm samples by vLLM instead, whose own settings (generation_kwargs) have no part in these.
+        """
         start, run = time.perf_counter(), {"temperature": self.args.temperature, **rollout_settings(self.args)}
         completions = self._generate(do_sample=True, seed=self.args.seed, **run)
         return completions, time.perf_counter() - start

@@ -27,7 +27,7 @@ from opsd.models.sharding import (
 )
 
 MEGABYTE = 2**20
-DIGESTED_VALUES = 64
+ENDS, SPREAD = 64, 256  # values of each tensor that a digest reads: at either end, and between
 
 
 def megabytes(tensors: Sequence[Tensor]) -> float:
@@ -40,11 +40,22 @@ def megabytes(tensors: Sequence[Tensor]) -> float:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Return a short hash of weights, computed from the first values of each: other weights differ in all of them."""
+    """Return a short hash of weights, computed from some values of each tensor: both ends, and a sample between.
+
+    Other training changes some of these values. A change of a few other values alone is not seen: reading all of an 8B
+    model would take as long as loading it.
+
+    Args:
+        tensors: by name, of one process and not sharded.
+    """
     sha = hashlib.sha256()
     for name, t in tensors.items():
+        flat = t.detach().flatten()
+        # An odd distance: an even one would read the same few columns of a matrix again and again.
+        between = flat[:: max(len(flat) // SPREAD, 1) | 1]
+        values = torch.cat([flat[:ENDS], between, flat[-ENDS:]])
         sha.update(f"{name}{tuple(t.shape)}".encode())
-        sha.update(t.detach().flatten()[:DIGESTED_VALUES].to("cpu", torch.float32).numpy().tobytes())
+        sha.update(values.to("cpu", torch.float32).numpy().tobytes())
     return sha.hexdigest()[:16]
 
 

@@ -52,6 +52,7 @@ from opsd.training.callbacks import GracefulStop
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import row_completion
 from opsd.training.parts import RunParts
+from opsd.training.together import failing_together
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
 UNCHECKED_STREAM = "whether test questions are trained on: the training rows are a stream"
@@ -147,16 +148,21 @@ class Evaluator(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Evaluate the checkpoint that the rule picked, and summarise the run."""
+        """Evaluate the checkpoint that the rule picked, and summarise the run.
+
+        What fails in one process fails in all, so that all of them go on to save the model.
+        """
         if self._stop.stopped_by is not None:
             return
         try:
             self._evaluate_splits(AFTER)
-            summary = self._summary(state)
-            if args.should_save:
-                self._write(SUMMARY, summary | summarise(self.folder, list(self.plan.retention)))
-            self._accelerator.wait_for_everyone()
-            self._accelerator.print("\n".join(lines(read_summary(self.folder))))
+            with failing_together():
+                summary = self._summary(state)
+                if args.should_save:
+                    summary |= summarise(self.folder, list(self.plan.retention))
+            self._write(SUMMARY, summary)
+            with failing_together():
+                self._accelerator.print("\n".join(lines(read_summary(self.folder))))
         except Exception as error:
             warnings.warn(
                 f"the student could not be evaluated after training: {type(error).__name__}: {error}\nIts weights are "
@@ -234,7 +240,7 @@ class Evaluator(TrainerCallback):
         share = rows[accelerator.process_index :: accelerator.num_processes]
         total = len(share) * (1 + plan.samples)
         console = Console(stderr=True, quiet=not accelerator.is_main_process)
-        with console.status(label) as status, accelerator.autocast():
+        with failing_together(), console.status(label) as status, accelerator.autocast():
             result = evaluate(
                 generate,
                 share,
@@ -327,12 +333,14 @@ class Evaluator(TrainerCallback):
         }
 
     def _save(self, name: str, result: EvaluationResult) -> None:
-        if self._args.should_save:
-            result.save(self.folder / name)
+        with failing_together():
+            if self._args.should_save:
+                result.save(self.folder / name)
 
     def _write(self, name: str, values: Mapping[str, Any] | None) -> None:
-        if values and self._args.should_save:
-            write_json(self.folder / name, values)
+        with failing_together():
+            if values and self._args.should_save:
+                write_json(self.folder / name, values)
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name

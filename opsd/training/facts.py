@@ -19,7 +19,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 
-from opsd.errors import CheckpointError
 from opsd.teachers.weight_copy import adapter_adds_nothing, adapter_parameters, digest
 from opsd.training import checkpoints, resume
 from opsd.training.machine import hardware
@@ -28,10 +27,12 @@ from opsd.training.run_card import (
     chat_template_digest,
     data_digests,
     digest_of,
+    secret_digest,
     tokenizer_digest,
     versions,
     without_secrets,
 )
+from opsd.training.together import failing_together
 
 # Of a model's configuration: where it was loaded from and by what.
 _NOT_OF_THE_MODEL = ("_name_or_path", "transformers_version")
@@ -100,29 +101,23 @@ def changes_on_resume(
     Raises:
         CheckpointError: in every process, if something else differs in any.
     """
-    differing, error = list[resume.Change](), None
-    if folder is not None and facts is not None:
-        try:
+    differing = list[resume.Change]()
+    with failing_together():
+        if folder is not None and facts is not None:
             differing = resume.changes(folder, checkpoints.read_facts(folder), facts, allowed or ())
-        except CheckpointError as raised:
-            error = raised
-    shared = gather_object([(differing, error)])
-    for _, problem in shared:
-        if problem is not None:
-            raise problem
-    differing = shared[0][0]
+    differing = gather_object([differing])[0]
     if facts is not None:
         resume.warn(folder, facts, differing, allowed)
     return differing
 
 
 def settings_facts(args: Any) -> dict[str, Any]:
-    """Return the settings that can change a number, without secrets; of a file of settings, its content."""
+    """Return the settings that can change a number, of secrets a hash; of a file of settings, its content."""
     settings = _without(args.to_dict(), chain(*resume.NOT_COMPARED.values()))
     for name, value in settings.items():
         if isinstance(value, str) and value.endswith(".json") and Path(value).is_file():
             settings[name] = json.loads(Path(value).read_text("utf-8"))
-    return without_secrets(_plain(settings))
+    return without_secrets(_plain(settings), secret_digest)
 
 
 def _fingerprint(student: nn.Module, vocab_size: int) -> str:

@@ -23,6 +23,7 @@ from opsd.rollouts import Rollouts
 from opsd.training.averages import KINDS, Tally
 
 NOT_LOGGED = frozenset({"logprob", "teacher_logprob"})  # the estimators are made of them
+GAP, OWN = "sampling_gap", "own_tokens"  # of a record: the gap, 0 off-policy, and 1 at the student's own tokens
 REWARDS = "reward functions"  # when a metric is logged: in runs that have these
 BY_FUNCTION = "rewards/{function}"
 COMPLETIONS = "completions/"
@@ -77,8 +78,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("divergence", "nats per token", "divergence from the teacher, mean over scored tokens", _HERE, gate=True),
     Metric("divergence/max", "nats", "the divergence of the worst token since the last entry", _HERE, gate=True),
     Metric("entropy", "nats per token", "the student's entropy, mean over scored tokens", _HERE, gate=True),
-    Metric("sampling_gap", "nats per token", "−log p of the student's own tokens minus its entropy, mean over scored "
-           "tokens: 0 but for chance where rollouts come from its whole distribution", "training/sampling.py"),
+    Metric(GAP, "nats per token", "−log p of the student's own tokens minus its entropy, mean over these: 0 but for "
+           "chance where rollouts come from its whole distribution", "training/sampling.py",
+           "rollouts of which nothing is left out by what was sampled"),
     Metric("scored_tokens", "tokens per step", "tokens that were trained on, over all processes", "training/trainer.py",
            gate=True),
     Metric("k1", "nats per token", "log p_student - log p_teacher of the sampled token: estimates the reverse KL",
@@ -218,6 +220,9 @@ def divergence_metrics(
         _stop_at_rows(record, rollouts, step)
     tokens = float(count.sum())
     tallies = {name: Tally(float(total.sum()), tokens) for name, total in zip(sums, totals, strict=True)}
+    if OWN in tallies:  # the gap is a mean over the student's own tokens, and no number where there are none
+        tallies[GAP] = Tally(tallies[GAP].value, tallies.pop(OWN).value)
+        tallies = {name: tally for name, tally in tallies.items() if name != GAP or tally.size}
     tallies["divergence/max"] = Tally(float(worst.max()) if tokens else 0.0, tokens, "max")
     if record.statistics_seconds:
         tallies["statistics_seconds"] = Tally(record.statistics_seconds, 1)

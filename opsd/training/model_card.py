@@ -86,7 +86,7 @@ def model_card(
         datasets: hub id or ids of the training rows.
         links: lines with links to logs.
     """
-    base = card["model"]
+    base = card["first_loaded_from"]
     results = list(eval_results(summary))
     data = ModelCardData(
         base_model=base if is_hub_id(base) and not Path(base).exists() else None,
@@ -130,10 +130,9 @@ def _parts(
 ) -> Iterator[str]:
     """Yield the paragraphs of the page."""
     yield f"# {name}"
-    base = card["model"]
     yield (
-        f"{_named(base)}, trained by on-policy distillation with opsd {card['opsd']}: the model answers, and a teacher "
-        "scores every token of the answer."
+        f"{_student(card)}, trained by on-policy distillation with opsd {card['opsd']}: the model answers, and a "
+        "teacher scores every token of the answer."
     )
     yield "\n".join(links)
     yield f"## Quick start\n\n{_QUICK_START.format(model=model)}"
@@ -148,7 +147,7 @@ def _parts(
 def _training(card: Mapping[str, Any]) -> str:
     settings = card["settings"]
     rows = {
-        "base model": _named(card["model"]),
+        "base model": _student(card),
         "control": settings.get("control") and f"{settings['control']}: not the method, but what it is compared with",
         "teacher": card["teacher"]["description"],
         "context of the teacher": ", ".join(card["contexts"]) or "none: the student's own prompt",
@@ -167,6 +166,12 @@ def _named(base: str) -> str:
     if Path(base).is_absolute() or Path(base).exists() or not is_hub_id(base):
         return f"`{Path(base).name}`"
     return f"[{base}](https://huggingface.co/{base})"
+
+
+def _student(card: Mapping[str, Any]) -> str:
+    """Return the model that training began with: its name, or of a loaded model its class and where it came from."""
+    model, origin = card["model"], card["first_loaded_from"]
+    return _named(model) if origin in ("", model) else f"{_named(model)}, first loaded from {_named(origin)}"
 
 
 def _sources(card: Mapping[str, Any]) -> str:

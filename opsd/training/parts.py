@@ -32,6 +32,7 @@ class RunParts:
         plan: what is evaluated, if anything.
         recipe: the recipe that the teacher was named by, if any.
         optimizers: optimizer and schedule that the user gave, if any.
+        given: the student's name or path, where the user gave one; "" for a loaded model.
 
     Example:
         >>> run_card(trainer.parts)["divergence"]["formula"]
@@ -48,3 +49,4 @@ class RunParts:
     plan: EvaluationPlan | None = None
     recipe: Recipe | None = None
     optimizers: tuple[Any, Any] = (None, None)
+    given: str = ""

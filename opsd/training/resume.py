@@ -29,6 +29,9 @@ NOT_COMPARED = {
         *("dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
         "dataloader_multiprocessing_context",
     ),
+    # Not per_device_eval_batch_size: an evaluation samples batch by batch, from the random state that training goes on
+    # with.
+    "the memory of an evaluation": ("eval_accumulation_steps",),
     "vLLM's address and memory": (
         *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
         "vllm_gpu_memory_utilization",

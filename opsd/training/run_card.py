@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from itertools import islice
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from opsd import __version__, sources
 from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, read_card, write_json, write_whole
 from opsd.findings import Examination
+from opsd.models.forward import language_model
 from opsd.teachers import Recipe, StudentHandle, Teacher, read_recipe
 from opsd.training.groups import Groups, placeholders
 from opsd.training.loss import Scorer
@@ -58,7 +59,9 @@ def run_card(
     data, questions = digests or data_digests(rows)
     return {
         "opsd": __version__,
-        "model": str(getattr(student.model.config, "_name_or_path", "")) or type(student.model).__name__,
+        "model": parts.given or type(language_model(student.model)).__name__,
+        # Of a loaded model no more is known: training may have changed its weights since.
+        "first_loaded_from": str(getattr(student.model.config, "_name_or_path", "")),
         "teacher": {"description": scorer.teacher.describe(), **scorer.teacher.description},
         "method": _method(parts.recipe, scorer.teacher),
         "contexts": list(contexts),
@@ -140,13 +143,23 @@ def data_digests(dataset: Any) -> tuple[str, str]:
     return whole.hexdigest()[:16], prompts.hexdigest()[:16]
 
 
-def without_secrets(value: Any) -> Any:
-    """Leave out tokens, keys and passwords, at every depth, and names and passwords in addresses."""
+def without_secrets(value: Any, shown: Callable[[Any], str] = lambda secret: "(left out)") -> Any:
+    """Leave out tokens, keys and passwords, at every depth, and names and passwords in addresses.
+
+    Args:
+        value: plain values.
+        shown: what stands in place of a value whose name is that of a secret (`bos_token` looks like one too).
+    """
     if isinstance(value, Mapping):
-        return {k: "(left out)" if v and _SECRET.fullmatch(str(k)) else without_secrets(v) for k, v in value.items()}
+        return {k: shown(v) if v and _SECRET.fullmatch(str(k)) else without_secrets(v, shown) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
+        return [without_secrets(item, shown) for item in value]
     return _USER.sub("//", value) if isinstance(value, str) else value
+
+
+def secret_digest(secret: Any) -> str:
+    """Return what tells one secret from another without showing either."""
+    return f"(hash {digest_of([json.dumps(secret, sort_keys=True, default=str)])})"
 
 
 def _prompts(student: StudentHandle, scorer: Scorer, groups: Groups, rows: Any) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ from opsd.training.model_card import copy_cards, write_model_card
 from opsd.training.parts import RunParts
 from opsd.training.resume import ResumedSettings
 from opsd.training.run_card import data_digests, resumed_card, run_card, write_run_card
+from opsd.training.together import failing_together
 
 
 class RunFiles:
@@ -65,22 +66,24 @@ class RunFiles:
 
         Raises:
             CheckpointError: the folder holds another run; nothing to resume from; the checkpoint is of another run,
-                apart from what `allow_changes` names.
+                apart from what `allow_changes` names. This and any other error is raised in every process.
         """
-        checkpoint, passed_over = checkpoints.resolve(self.folder, resume)
-        self.parts.accelerator.wait_for_everyone()
+        with failing_together():
+            checkpoint, passed_over = checkpoints.resolve(self.folder, resume)
         for line in passed_over:
             self.parts.accelerator.print(line, flush=True)
-        if self._writes:
-            self._digests = data_digests(self.parts.rows)
-            self._facts = self._start_facts | run_facts(self.parts, self._digests[0])
+        with failing_together():
+            if self._writes:
+                self._digests = data_digests(self.parts.rows)
+                self._facts = self._start_facts | run_facts(self.parts, self._digests[0])
         self.resumed.changes = changes_on_resume(checkpoint, self._facts, self.parts.args.allow_changes)
-        if self._writes:
-            card = self.card
-            checkpoints.store_number_format(self.folder, bool(self.parts.args.bf16))
-            if checkpoint is not None:
-                card = resumed_card(card, self.folder, checkpoints.step_of(checkpoint), self.resumed.changes)
-            write_run_card(self.folder, card)
+        with failing_together():
+            if self._writes:
+                card = self.card
+                checkpoints.store_number_format(self.folder, bool(self.parts.args.bf16))
+                if checkpoint is not None:
+                    card = resumed_card(card, self.folder, checkpoints.step_of(checkpoint), self.resumed.changes)
+                write_run_card(self.folder, card)
         return None if checkpoint is None else str(checkpoint)
 
     def write_checkpoint(self, step: int, pending: Mapping[str, Any]) -> None:

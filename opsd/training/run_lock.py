@@ -1,7 +1,7 @@
 """One run at a time in an output folder: the lock that a run holds from its start to its end.
 
-The operating system holds it for the process (flock), so a killed run leaves none. On NFS it needs the server's lock
-service, as every lock there. Knows folders and processes only.
+The operating system holds it for the process (flock), so a process that is killed leaves none. On a shared file system
+the server holds it, and may go on holding it for a machine that died (NFS 3 does). Knows folders and processes only.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from opsd.errors import CheckpointError, OPSDWarning
+from opsd.training.together import failing_together
 
 LOCK = "_run.lock"  # transformers uploads no file whose name begins with an underscore
 _held: dict[Path, int] = {}  # file descriptors by lock file, of this process
@@ -51,16 +51,11 @@ def only_run_in(output_dir: str | os.PathLike[str]) -> Iterator[None]:
         >>> with only_run_in("runs/first"):
         ...     trainer.train()
     """
-    path, error, descriptor = Path(output_dir).resolve() / LOCK, None, None
-    if PartialState().is_main_process and path not in _held:
-        try:
-            descriptor = _acquire(path)
-        except CheckpointError as raised:
-            error = raised
+    path, descriptor = Path(output_dir).resolve() / LOCK, None
     try:
-        for problem in gather_object([error]):
-            if problem is not None:
-                raise problem
+        with failing_together():
+            if PartialState().is_main_process and path not in _held:
+                descriptor = _acquire(path)
         yield
     finally:
         if descriptor is not None:
@@ -80,7 +75,8 @@ def _acquire(path: Path) -> int | None:
         raise CheckpointError(
             f"{path.parent} is in use by another run{_holder(path)}. Two runs in one folder would overwrite each "
             "other's checkpoints, and neither could be resumed as itself. Wait for that run or stop it, or choose "
-            "another output_dir."
+            "another output_dir. A machine that died can leave its lock on a shared file system: where that process "
+            f"is known to be gone, delete {path}."
         ) from None
     except OSError as error:
         os.close(descriptor)

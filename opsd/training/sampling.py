@@ -1,9 +1,10 @@
-"""How rollouts are sampled: which settings are allowed, and a check in every run that rollouts are the student's own.
+"""How rollouts are sampled: which settings are allowed, and a check that rollouts are the student's own.
 
 A loss is derived for tokens that the student draws from its whole distribution at `temperature`. Settings that reshape
 it (top_p, a repetition penalty, suppressed tokens) are refused where the gradient is an estimate from the sampled
 tokens, and named in a warning elsewhere. The check costs nothing: on average −log s(y) of a sampled token equals the
-student's entropy, and the loss computes both. Knows settings and loss records; nothing of steps or teachers.
+student's entropy, and the loss computes both. Where it scores no fair sample, the run says that nothing is checked.
+Knows settings and loss records; nothing of steps or teachers.
 
 Shapes: N scored tokens of a micro-batch (packed).
 """
@@ -25,6 +26,7 @@ from opsd.losses import LossOutput
 from opsd.losses.objective import Objective
 from opsd.models.generation import add_stop_ids, generation_config, stop_ids_of
 from opsd.rollouts import Rollouts
+from opsd.training.metrics import GAP, OWN
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -317,33 +319,37 @@ def explain(args: Any) -> tuple[str, str]:
 
 @dataclass
 class SamplingCheck:
-    """Checks in every run that rollouts come from the student's own distribution, and says so once where they do not.
+    """Checks in a run that rollouts come from the student's own distribution, and says so once where they do not.
 
-    >>> check = SamplingCheck(args, selects=False, notify=print)
-    >>> record = check(record, rollouts)  # the same record, with the metric sampling_gap
+    >>> check = SamplingCheck(args, unchecked=why_unchecked(args, rollout_columns=False), notify=print)
+    >>> record = check(record, rollouts)  # the same record, with what the metric sampling_gap is made of
 
     Args:
         args: an OPSDConfig.
-        selects: whether tokens are chosen for the loss by what was sampled; the rest is then no fair sample, and the
-            two are not compared.
+        unchecked: why this run cannot be checked (`why_unchecked`), which is then said once; "" where it can.
         notify: called with the line.
     """
 
     args: Any
-    selects: bool
+    unchecked: str
     notify: Notify
     agreement: Agreement = field(default_factory=Agreement)
     has_spoken: bool = False
 
     def __call__(self, record: LossOutput, rollouts: Rollouts) -> LossOutput:
-        """Return the record of a micro-batch with one more metric, and compare all tokens seen so far."""
+        """Return the record of a micro-batch with two more metrics, and compare all tokens seen so far."""
+        if self.unchecked:
+            if not self.has_spoken:
+                self.notify(f"sampling    not checked: {self.unchecked}")
+            self.has_spoken = True
+            return record
         scored = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()])
         own_N = torch.tensor(rollouts.on_policy).repeat_interleave(scored).to(record.entropy_N.device)
         gap_N = sampling_gap(record).masked_fill(~own_N, 0.0)
-        if not (self.selects or self.has_spoken):
+        if not self.has_spoken:
             self.agreement.add(gap_N[own_N], record.entropy_N[own_N])
             self._compare()
-        return replace(record, metrics={**record.metrics, "sampling_gap": gap_N})
+        return replace(record, metrics={**record.metrics, GAP: gap_N, OWN: own_N.to(gap_N)})
 
     def _compare(self) -> None:
         if self.agreement.differs:
@@ -358,18 +364,34 @@ def sampling_gap(record: LossOutput) -> Tensor:
     return -record.metrics["logprob"] - record.entropy_N
 
 
-def selects_by_sample(args: Any, rollout_columns: bool) -> bool:
-    """Tell whether the loss leaves tokens out by what was sampled.
+def why_unchecked(args: Any, rollout_columns: bool) -> str:
+    """Return why a run's rollouts cannot be compared with the student's entropy, in words; "" where they can.
+
+    The loss computes entropies of the tokens that it scores. Those that are left out by what was sampled (their id, how
+    the rollout ended, its reward) were drawn with other probabilities than the rest, whose means then differ in a
+    healthy run too.
 
     Args:
         args: an OPSDConfig.
         rollout_columns: whether a context reads what rollouts provide: rows without it are left out.
     """
-    return bool(
-        args.mask_tokens
-        or args.mask_special_tokens
-        or args.mask_truncated_completions
-        or args.contrast_context
-        or args.distill_on != "all"
-        or rollout_columns
+    if args.lmbda == 0:
+        return "lmbda is 0, so the student samples no rollout."
+    # Where the loss makes a pass over all tokens first, it knows those that a contrast leaves out too.
+    knows_all = args.keep_fraction < 1 or args.reward_to_go != "none"
+    causes = {
+        "mask_tokens": bool(args.mask_tokens),
+        "mask_special_tokens": args.mask_special_tokens,
+        "mask_truncated_completions": args.mask_truncated_completions,
+        "contrast_context": args.contrast_context is not None and not knows_all,
+        f"distill_on {args.distill_on!r}": args.distill_on != "all",
+        "a context that reads rollouts": rollout_columns,
+    }
+    named = [cause for cause, is_set in causes.items() if is_set]
+    if not named:
+        return ""
+    doctor = "" if args.use_vllm else " `opsd doctor` checks rollouts of which nothing is left out."
+    return (
+        f"{' and '.join(named)} leave{'s' * (len(named) == 1)} tokens out by what was sampled, and the rest is no fair "
+        f"sample of the student's distribution.{doctor}"
     )

@@ -55,7 +55,7 @@ from opsd.training.parts import Rows, RunParts
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
-from opsd.training.sampling import SamplingCheck, prepare_sampling, selects_by_sample
+from opsd.training.sampling import SamplingCheck, prepare_sampling, why_unchecked
 from opsd.training.student import ready_student
 from opsd.training.vllm_sync import prepare_engine
 
@@ -127,6 +127,7 @@ class OPSDTrainer(DistillationTrainer):
         plan = planned(evaluation, args, self.scorer, questions)
         if plan is not None and eval_dataset is None:
             eval_dataset = plan.selection  # without a dataset transformers never calls `evaluate`
+        given = model if isinstance(model, str) else ""
         model, processing_class = ready_model(model, processing_class, args)
         checks.check_adapters(model)
         super().__init__(
@@ -147,7 +148,7 @@ class OPSDTrainer(DistillationTrainer):
         self._say = partial(self.accelerator.print, flush=True)
         self._averages = {"train": Averages(), "eval": Averages()}
         self._prepare_teacher()
-        rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers)
+        rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
@@ -170,7 +171,7 @@ class OPSDTrainer(DistillationTrainer):
         self.eos_token_ids, self.generation_config = prepare_sampling(self.args, student, self._tokenizer, engine)
         self.scorer.prepare(self.student, self.eos_token_ids)
         shows_rollouts = bool(self.scorer.columns & set(self.groups.rollout_fields))
-        self._sampling_check = SamplingCheck(self.args, selects_by_sample(self.args, shows_rollouts), self._say)
+        self._sampling_check = SamplingCheck(self.args, why_unchecked(self.args, shows_rollouts), self._say)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
         check_rows_fit(self.train_dataset, self.student, self.teacher, self.args, self.groups.rollout_fields)
         self._say(summary(self.scorer, self.groups, self.train_dataset, self.student, self.args))

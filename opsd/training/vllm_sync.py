@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from opsd.errors import ConfigError
 from opsd.models.sharding import from_first_process, full_tensor, plain_name, reshard
+from opsd.training.together import failing_together
 from opsd.training.vllm_logprobs import EngineLogprobs
 
 PROCESSED = "processed_logprobs"
@@ -47,12 +48,16 @@ def check_logprobs_mode(engine: Any) -> None:
     """Refuse a server whose log-probabilities are not those it samples with; an engine in this process has TRL's mode.
 
     Raises:
-        ConfigError: names the server's flag.
+        ConfigError: in every process; names the server's flag.
     """
     if engine.mode != "server":
         return
     client = getattr(engine, "vllm_client", None)  # the first process's
-    mode = from_first_process(client and client.get_server_info()["model_config"]["logprobs_mode"])
+    mode = None
+    with failing_together():  # a server that does not answer
+        if client is not None:
+            mode = client.get_server_info()["model_config"]["logprobs_mode"]
+    mode = from_first_process(mode)
     if mode != PROCESSED:
         raise ConfigError(
             f"importance_clip is set, and the vLLM server runs with --logprobs-mode {mode}. Its log-probabilities are "
