@@ -155,6 +155,18 @@ def test_a_text_completion_ends_its_turn_and_a_long_one_is_counted(tmp_path: Pat
     assert trainer._averages["train"].tallies["off_policy/shortened"].result == 0.5
 
 
+def test_a_run_that_evaluates_trains_on_the_same_rollouts(tmp_path: Path) -> None:
+    """Evaluation samples, and moved the random state that training goes on with."""
+    eval_rows = Dataset.from_list(make_rows(15)[12:])
+    divergences = []
+    for kind in ("no", "steps"):
+        settings = {"max_steps": 3, "eval_rows": eval_rows, "eval_strategy": kind, "eval_steps": 1}
+        trainer = make_trainer(tmp_path / kind, EMATeacher(0.5, context="answer_only"), **settings)
+        trainer.train()
+        divergences.append(logged(trainer, "divergence"))
+    assert divergences[0] == divergences[1]
+
+
 def test_seq_kd_takes_the_teachers_own_samples(tmp_path: Path) -> None:
     with pytest.warns(OPSDWarning):
         trainer = make_trainer(

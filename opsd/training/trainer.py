@@ -316,9 +316,10 @@ class OPSDTrainer(DistillationTrainer):
     # ---- evaluation --------------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Return transformers' output, with the loss averaged over tokens and not over batches."""
-        self._averages["eval"] = Averages()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        """Return transformers' output, with the loss averaged over tokens; training's random state stays as it was."""
+        self._averages["eval"], device = Averages(), self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_loss"] = self._averages["eval"].tallies.pop("loss").result
         return output
 
