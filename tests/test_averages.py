@@ -108,3 +108,10 @@ def test_an_evaluation_after_a_prediction_begins_anew(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, MAKE_TEACHER["ema"](), eval_rows=rows, per_device_eval_batch_size=2)
     trainer.predict(rows)
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_a_reward_that_is_unknown_everywhere_is_not_logged_as_0(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, MAKE_TEACHER["ema"](), reward_funcs=returns([None] * 4), max_steps=1)
+    trainer.train()
+    assert not any("reward" in entry for entry in trainer.state.log_history)
+    assert any("group/right" in entry for entry in trainer.state.log_history)

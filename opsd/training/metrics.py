@@ -241,7 +241,8 @@ def rollout_metrics(
         end_ids: ids that end a completion.
     """
     counted = [number for number, repeated in enumerate(is_repeated) if not repeated]
-    tallies = {name: Tally.of(of_rows[number] for number in counted) for name, of_rows in values.items()}
+    of_values = {name: Tally.of(of_rows[number] for number in counted) for name, of_rows in values.items()}
+    tallies = {name: tally for name, tally in of_values.items() if tally.size}  # an unknown reward is not 0
     sampled = [number for number in counted if rollouts.on_policy[number]]
     if not sampled:
         return tallies
