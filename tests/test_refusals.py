@@ -174,3 +174,18 @@ def test_a_token_in_the_settings_is_refused(tmp_path: Path) -> None:
     """transformers would pickle it into every checkpoint."""
     with pytest.raises(ConfigError, match="HF_TOKEN"):
         make_args(tmp_path, hub_token="hf_abc")
+
+
+@pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_that_would_round_the_weights_is_refused(tmp_path: Path, name: str) -> None:
+    """transformers casts the student for an evaluation, and it stayed in 16 bits."""
+    with pytest.raises(ConfigError, match=f"{name} casts the student's weights"):
+        make_trainer(tmp_path, MAKE_TEACHER["ema"](), **{name: True})
+
+
+def test_a_student_with_two_adapters_is_refused(tmp_path: Path) -> None:
+    """The folder that it saved held the other one."""
+    student = make_student("lora")
+    student.add_adapter("second", student.peft_config["default"])
+    with pytest.raises(ConfigError, match="has 2 adapters: default, second"):
+        make_trainer(tmp_path, MAKE_TEACHER["ema"](), student)

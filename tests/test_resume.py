@@ -214,3 +214,18 @@ def test_a_folder_that_holds_a_model_is_refused(tmp_path: Path) -> None:
     make_llama().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="already holds a model"):
         make_trainer(tmp_path, None).train()
+
+
+@pytest.mark.parametrize("steps", [2, 3])  # within an epoch of three steps, and at its end
+def test_a_finished_run_that_is_resumed_trains_nothing(tmp_path: Path, steps: int) -> None:
+    """Within an epoch transformers trained one step more than max_steps, and wrote a checkpoint of it."""
+    settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}
+    first = make_trainer(tmp_path, MAKE_TEACHER["ema"](), "lora", **settings)
+    first.train()
+    again = make_trainer(tmp_path, MAKE_TEACHER["ema"](), "lora", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps and not (tmp_path / f"checkpoint-{steps + 1}").exists()
+    weights = dict(first.model.named_parameters())
+    assert all(torch.equal(p, weights[name]) for name, p in again.model.named_parameters())
+    states = (trainer.teacher.state_dict() for trainer in (first, again))
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))

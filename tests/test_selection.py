@@ -11,11 +11,19 @@ import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 from helpers import logged, make_args, make_trainer, prepared
+from tokenizers import AddedToken
 
 from opsd import SameCheckpointTeacher
 from opsd.errors import ConfigError, DataError
 from opsd.rollouts import Rollouts
-from opsd.training.token_selection import TokenSelection, first_only, skip_first, without_ids, without_truncated
+from opsd.training.token_selection import (
+    TokenSelection,
+    TokenSelectionSettings,
+    first_only,
+    skip_first,
+    without_ids,
+    without_truncated,
+)
 
 END = 2
 ROLLOUTS = Rollouts(
@@ -148,3 +156,13 @@ def test_a_prefix_is_scored_as_it_is_within_the_whole() -> None:
     part = teacher.prompts.render(TokenSelection(first_tokens_only=2).apply(whole))
     a, b = (teacher.score(r).logprobs(r.pad("cpu").scored_ids_N) for r in (whole, part))
     assert torch.allclose(a[:2], b, atol=1e-5)
+
+
+def test_a_marker_that_is_an_added_token_only_is_special() -> None:
+    """Gemma's and Phi's ends of turns are not in `all_special_ids`, and stayed in the loss."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end not in tokenizer.all_special_ids
+    settings = TokenSelectionSettings(mask_special_tokens=True)
+    assert end in TokenSelection.from_config(settings, tokenizer, [end]).left_out_ids

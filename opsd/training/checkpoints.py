@@ -135,6 +135,17 @@ def step_of(folder: Path) -> int:
     return int(_read(folder)["step"])
 
 
+def is_finished(folder: Path, max_steps: int) -> bool:
+    """Tell whether a checkpoint is of the last step of its run.
+
+    Args:
+        folder: the checkpoint.
+        max_steps: of the resuming run; not above 0 where epochs say how long it trains.
+    """
+    state = json.loads((folder / TRAINER_STATE).read_text("utf-8"))
+    return state["global_step"] >= (max_steps if max_steps > 0 else state["max_steps"])
+
+
 def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to resume from (None starts anew), and what was passed over and why.
 

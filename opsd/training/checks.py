@@ -132,9 +132,19 @@ def check_adapter(config: PeftConfig) -> None:
 
 
 def check_adapters(model: Any) -> None:
-    """Refuse a model that arrives with such an adapter."""
-    for config in getattr(model, "peft_config", {}).values():
+    """Refuse a model that arrives with such an adapter, or with several.
+
+    Raises:
+        ConfigError: as `check_adapter`; or names the adapters.
+    """
+    adapters = getattr(model, "peft_config", {})
+    for config in adapters.values():
         check_adapter(config)
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"the student has {len(adapters)} adapters: {', '.join(adapters)}. One of them trains, and a saved folder "
+            "would be loaded with another. Keep the one to train: model.delete_adapter(name), or merge the others."
+        )
 
 
 def check_settings(
@@ -152,6 +162,12 @@ def check_settings(
         ConfigError: names the two.
     """
     check_importance(args.importance_clip, has_tools)
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ConfigError(
+                f"{name} casts the student's weights to 16 bits in an evaluation, and they stay so: what trains and is "
+                "saved afterwards is rounded. Leave it out; with bf16: true an evaluation computes in bfloat16 already."
+            )
     check_sharding(args, evaluates=evaluation is not None)
     if peft_config is not None:
         vars(peft_config).update(read_lists(type(peft_config), vars(peft_config)))

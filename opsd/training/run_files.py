@@ -86,6 +86,12 @@ class RunFiles:
                 write_run_card(self.folder, card)
         return None if checkpoint is None else str(checkpoint)
 
+    def is_finished(self, checkpoint: Path) -> bool:
+        """Tell whether a checkpoint is of the run's last step, and nothing is left to train."""
+        if any(change.name == "num_train_epochs" for change in self.resumed.changes):
+            return False
+        return checkpoints.is_finished(checkpoint, self.parts.args.max_steps)
+
     def write_checkpoint(self, step: int, pending: Mapping[str, Any]) -> None:
         """Write the teacher's state and the facts into a checkpoint; every process calls it.
 

@@ -125,7 +125,9 @@ class TokenSelection(TokenSelectionSettings):
         Raises:
             ConfigError: a named token that the vocabulary does not have.
         """
-        special = tokenizer.all_special_ids if args.mask_special_tokens else []
+        # Not all tokenizers list the ends of turns among their special tokens (Gemma, Phi).
+        added = [token for token, content in tokenizer.added_tokens_decoder.items() if content.special]
+        special = [*tokenizer.all_special_ids, *added] if args.mask_special_tokens else []
         return cls(
             **{f.name: getattr(args, f.name) for f in fields(TokenSelectionSettings)},
             left_out_ids=frozenset([*special, *(_id_of(text, tokenizer) for text in args.mask_tokens or [])]),

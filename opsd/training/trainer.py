@@ -46,6 +46,7 @@ from opsd.training.controls import control_of
 from opsd.training.cost import summary
 from opsd.training.dataset import check_rows_fit, check_trained, epoch_sampler, prepare_datasets
 from opsd.training.evaluator import Evaluator, planned
+from opsd.training.finished import take_finished
 from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.learning import Learning
@@ -191,11 +192,8 @@ class OPSDTrainer(DistillationTrainer):
     @property
     def _rows_per_step(self) -> int:
         """Rollouts of one generation batch over all processes: one optimizer step."""
-        return (
-            self.accelerator.num_processes
-            * self.args.per_device_train_batch_size
-            * self.args.gradient_accumulation_steps
-        )
+        per_device = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return self.accelerator.num_processes * per_device
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler[int]:
         """Order rows by seed and epoch; TRL's sampler would replay epoch 0 after a resume in epoch 1."""
@@ -386,6 +384,8 @@ class OPSDTrainer(DistillationTrainer):
         self._step, self._buffered_inputs, self._record = 0, None, None
         with only_run_in(self.args.output_dir):
             checkpoint = self.files.begin(resume_from_checkpoint)
+            if checkpoint and self.files.is_finished(Path(checkpoint)):
+                return take_finished(self, checkpoint)
             with self._stop.listening():
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
