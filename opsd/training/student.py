@@ -12,7 +12,6 @@ from torch import nn
 
 from opsd.models.forward import check_model
 from opsd.models.loading import broadcast_parameters, without_dropout
-from opsd.training.checks import check_student
 from opsd.training.precision import widen_adapter
 
 
@@ -26,10 +25,9 @@ def ready_student(student: nn.Module, vocab_size: int, args: Any, say: Callable[
         say: called with a line for the user.
 
     Raises:
-        ConfigError: nothing trains, or in 16 bits.
+        ConfigError: weights train in 16 bits.
         UnsupportedModelError: its logits cannot be computed from its last hidden states.
     """
-    check_student(student)
     if line := widen_adapter(student):
         say(line)
     broadcast_parameters(student)  # DDP would do so only after teachers have copied
