@@ -5,11 +5,11 @@ Knows messages; nothing of tokenizers, templates or rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from opsd.data.values import text_of
-from opsd.errors import DataError
+from opsd.errors import ConfigError, DataError
 
 Prompt: TypeAlias = list[dict[str, Any]] | str
 Turns: TypeAlias = list[dict[str, Any]]
@@ -53,8 +53,10 @@ def block_positions(turns: Turns) -> dict[str, int]:
     return {"user": users[-1], "system": systems[0]} if systems else {"user": users[-1]}
 
 
-def with_blocks(turns: Turns, blocks: Mapping[str, str]) -> Turns:
+def with_blocks(turns: Turns, blocks: Mapping[str, str], examples: Turns = ()) -> Turns:  # type: ignore[assignment]
     """Return the turns with the text of the blocks `user` and `system` in their turns; a system turn may be added.
+
+    Examples stand behind the system turn.
 
     Example:
         >>> with_blocks([{"role": "user", "content": "Hi"}], {"system": "Be kind.", "user": " "})
@@ -67,7 +69,30 @@ def with_blocks(turns: Turns, blocks: Mapping[str, str]) -> Turns:
         turn["content"] = changed_text(turn.get("content"), text_of(turn), blocks[block])
     if "system" not in positions and blocks["system"].strip():
         turns.insert(0, {"role": "system", "content": blocks["system"].strip()})
-    return turns
+    behind_system = 1 if turns[0]["role"] == "system" else 0
+    return [*turns[:behind_system], *map(dict, examples), *turns[behind_system:]]
+
+
+def read_examples(examples: Any) -> Turns:
+    """Return the messages of worked examples, as they stand in a prompt.
+
+    Raises:
+        ConfigError: they are no user turns with an answer each.
+
+    Example:
+        >>> read_examples([{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}])
+        [{'role': 'user', 'content': '1 + 1?'}, {'role': 'assistant', 'content': '2'}]
+    """
+    turns = list(examples) if isinstance(examples, Sequence) and not isinstance(examples, str) else [examples]
+    roles = [turn.get("role") if isinstance(turn, Mapping) else None for turn in turns]
+    is_text = all(isinstance(turn, Mapping) and str(turn.get("content") or "").strip() for turn in turns)
+    if not is_text or len(turns) % 2 or roles != ["user", "assistant"] * (len(turns) // 2):
+        raise ConfigError(
+            "examples are messages, each a user turn and then the assistant's answer to it, and these are "
+            f"{examples!r:.80}. A turn that is missing would be answered by the student's question. Write "
+            "[{role: user, content: …}, {role: assistant, content: …}]."
+        )
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def changed_text(content: Any, text: str, block: str) -> Any:

@@ -22,11 +22,12 @@ from opsd.contexts.messages import (
     block_positions,
     changed_text,
     plain_text,
+    read_examples,
     turns_of,
     with_blocks,
     with_conversations,
 )
-from opsd.contexts.renderer import THINK, THINK_END, PromptRenderer
+from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.template import TemplateBlocks, TemplateText, find_template
 from opsd.contexts.trial import render_in_subprocess, try_template
 from opsd.contexts.truncation import Boundary, Side, check_cut, first_share, longest_that_fits
@@ -51,6 +52,8 @@ class PrivilegedContext(Context):
         reveal: share of the privileged field to insert, in (0, 1], by tokens and from its beginning; {field: share}
             where the template has several fields.
         system: the teacher's system turn; replaces the row's own and the template's block.
+        examples: messages of worked examples, a user turn and an answer each, which stand in every prompt behind the
+            system turn: small models follow examples where they do not follow a rule.
         chat_template_kwargs: keywords for the chat template; they go over the renderer's.
         bridge_thinking: end the teacher's prompt in an open `<think>` block, which the student's rollout then
             continues: for a student that reasons in plain text under a teacher that thinks.
@@ -78,6 +81,7 @@ class PrivilegedContext(Context):
         values: Mapping[str, Any] | None = None,
         reveal: float | Mapping[str, float] | None = None,
         system: str | None = None,
+        examples: Turns = (),  # type: ignore[assignment]
         chat_template_kwargs: Mapping[str, Any] | None = None,
         bridge_thinking: bool = False,
         truncate: str | None = None,
@@ -94,6 +98,7 @@ class PrivilegedContext(Context):
         self._constants = dict(values or {})
         self._shares = self._read_shares(reveal)
         self.system = system
+        self.examples = read_examples(examples)
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.bridge_thinking = bridge_thinking
         self.truncate = truncate
@@ -103,7 +108,8 @@ class PrivilegedContext(Context):
         self._check_settings()
         self._adds_text = bool(self.template.fields or self._constants) or self._adds_text_without_fields()
         self._read_needs()
-        if not (self.needs or self._adds_text or self.chat_template_kwargs or self.bridge_thinking or self.system):
+        settings = (self.chat_template_kwargs, self.bridge_thinking, self.system, self.examples)
+        if not (self.needs or self._adds_text or any(settings)):
             raise TemplateError(
                 f"template {self.name!r} adds nothing to the student's prompt: it uses no other column and has no text "
                 "of its own.\nA teacher with the student's prompt needs no template.\n"
@@ -140,6 +146,7 @@ class PrivilegedContext(Context):
             "values": self._constants,
             "reveal": self._shares,
             "system": self.system,
+            "examples": self.examples,
             "bridge_thinking": self.bridge_thinking,
             "truncate_at": None if self.truncate_at == "token" else self.truncate_at,
         }
@@ -245,31 +252,20 @@ class PrivilegedContext(Context):
         prefill = blocks["assistant"].removeprefix("\n")
         is_text = isinstance(row["prompt"], str)
         check_not_a_chat(texts["user"], blocks["user"], self.name, renderer, is_turn=not is_text)
-        prompt = self._text_prompt(row["prompt"], blocks, prefill) if is_text else with_blocks(turns, blocks)
-        return prompt, prefill if renderer is None else self._open_thinking(prefill, renderer)
+        if self.bridge_thinking and renderer is not None:
+            prefill = renderer.open_thinking(prefill)
+        if is_text:
+            return self._text_prompt(row["prompt"], blocks, prefill), prefill
+        return with_blocks(turns, blocks, self.examples), prefill
 
     def _text_prompt(self, prompt: str, blocks: Mapping[str, str], prefill: str) -> str:
-        if blocks["system"].strip() or prefill:
+        if blocks["system"].strip() or prefill or self.examples:
             raise DataError(
-                f"template {self.name!r} writes a system turn or begins the assistant's, and this row's prompt is "
-                "plain text, which has no turns.\nThe text of these blocks would be lost.\n"
-                "Move it into the block user, or give prompts as messages."
+                f"template {self.name!r} writes a system turn or examples, or begins the assistant's turn, and this "
+                "row's prompt is plain text, which has no turns.\nThese texts would be lost.\n"
+                "Move them into the block user, or give prompts as messages."
             )
         return changed_text(prompt, prompt, blocks["user"])
-
-    def _open_thinking(self, prefill: str, renderer: PromptRenderer) -> str:
-        """Return the prefill behind an open thinking block, if bridge_thinking is set and none is open."""
-        if not self.bridge_thinking:
-            return prefill
-        header = renderer.opening + prefill
-        if header.rfind(THINK) > header.rfind(THINK_END):
-            return prefill
-        if THINK_END in header:
-            raise ConfigError(
-                f"bridge_thinking opens the teacher's thinking block, and its chat template has closed one: {header!r}."
-                "\nSwitch thinking on for the teacher: chat_template_kwargs={'enable_thinking': True}."
-            )
-        return f"{THINK}\n{prefill}"
 
     def _shorten(
         self, row: Row, values: Mapping[str, Any], renderer: PromptRenderer, size: int, limit: int

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from opsd.contexts.messages import Prompt
+from opsd.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,6 +90,22 @@ class PromptRenderer:
         except jinja2.TemplateError:
             return ""
         return begin if begin and text.startswith(begin) and text.count(begin) == 1 else ""
+
+    def open_thinking(self, prefill: str) -> str:
+        """Return a prefill behind an open thinking block, which is written where none is open.
+
+        Raises:
+            ConfigError: the chat template has already closed a thinking block.
+        """
+        header = self.opening + prefill
+        if header.rfind(THINK) > header.rfind(THINK_END):
+            return prefill
+        if THINK_END in header:
+            raise ConfigError(
+                f"bridge_thinking opens the teacher's thinking block, and its chat template has closed one: {header!r}."
+                "\nSwitch thinking on for the teacher: chat_template_kwargs={'enable_thinking': True}."
+            )
+        return f"{THINK}\n{prefill}"
 
     @cached_property
     def opening(self) -> str:
