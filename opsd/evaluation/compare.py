@@ -29,6 +29,7 @@ from opsd.evaluation.statistics import (
     paired_difference,
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
+from opsd.evaluation.sweep_folder import expanded, read_record
 from opsd.evaluation.verdict import Pairwise, beats, with_verdict
 
 METHOD = "method"
@@ -162,7 +163,7 @@ def read_runs(folders: Sequence[str]) -> list[RunResult]:
         CheckpointError: a folder holds no run, or one without a result after training.
     """
     runs: list[RunResult] = []
-    for folder in folders:
+    for folder in expanded(folders):
         if Path(folder).is_file():
             runs.append(_from_file(Path(folder), {run.arm for run in runs}))
             continue
@@ -173,7 +174,9 @@ def read_runs(folders: Sequence[str]) -> list[RunResult]:
                 "`evaluation:` in its YAML; or compare files: `opsd eval RUN … --output RUN.json` of each."
             )
         card = read_card(folder)
-        arm, seed = card["settings"].get("control") or METHOD, card["settings"].get("seed", 0)
+        record = read_record(folder)
+        arm = record.arm if record else card["settings"].get("control") or METHOD
+        seed = card["settings"].get("seed", 0)
         drift = read_summary(Path(folder) / FOLDER).get("drift")
         runs.append(RunResult(folder, arm, seed, card, results, drift and drift["per_token"]["value"]))
     return runs
