@@ -113,9 +113,9 @@ def _check_same(run: SweepRun, record: RunRecord) -> None:
         }
         for each in (record, now)
     ]
+    differing = [each for each in differences(*sides) if each[0] != "settings.evaluation.baselines"]
     changes = [
-        f"  {name.removeprefix('settings.')}: {before!r} there, {after!r} now"
-        for name, before, after in differences(*sides)
+        f"  {name.removeprefix('settings.')}: {before!r} there, {after!r} now" for name, before, after in differing
     ]
     if changes:
         raise CheckpointError(
