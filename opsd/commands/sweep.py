@@ -176,8 +176,8 @@ class Sweep:
 
     def _best(self) -> dict[str, Mapping[str, Any]]:
         """Return each arm's value with the best selection accuracy at the first seed."""
-        from opsd.commands.sweep_plan import as_label
         from opsd.evaluation.selection import selection_accuracy
+        from opsd.evaluation.sweep_folder import as_label
 
         best: dict[str, Mapping[str, Any]] = {}
         for arm in self.plan.arms:
@@ -195,7 +195,10 @@ class Sweep:
     def _compare(self) -> None:
         from opsd.commands import compare
 
-        compare.main([str(self.plan.folder)])
+        folder, files = self.plan.folder, compare.FILES
+        compare.main(
+            [str(folder), *(text for kind, name in files.items() for text in (f"--{kind}", str(folder / name)))]
+        )
 
 
 def _states(plan: SweepPlan) -> dict[str, str]:

@@ -19,6 +19,7 @@ from opsd.commands.run_file import Run, RunParser, make_parser, resolve_run
 from opsd.errors import ConfigError, OPSDWarning, as_count, did_you_mean, not_one_of
 from opsd.evaluation.compare import METHOD
 from opsd.evaluation.plan import EvaluationPlan
+from opsd.evaluation.sweep_folder import as_label
 from opsd.teachers.recipes import read_yaml
 from opsd.training.controls import control_of
 
@@ -326,11 +327,6 @@ def _with_seed(value: Any, seed: int) -> Any:
 def _folder_name(arm: str, values: Mapping[str, Any], seed: int) -> str:
     parts = [f"{SHORT.get(name, name)}{as_label(value)}" for name, value in values.items()]
     return "-".join(map(_plain, [arm, *parts, f"seed{seed}"]))
-
-
-def as_label(value: Any) -> str:
-    """Return a value as names and tables show it: 3e-6, not 3e-06."""
-    return re.sub(r"e([-+])0+", r"e\1", f"{value:g}") if isinstance(value, float) else str(value)
 
 
 def _plain(text: str) -> str:

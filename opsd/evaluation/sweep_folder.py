@@ -6,6 +6,7 @@ Knows files; nothing of models or training.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -90,3 +91,8 @@ def expanded(folders: Iterable[str]) -> list[str]:
 def _is_done(folder: Path) -> bool:
     record = read_record(folder)
     return record is not None and record.status == DONE
+
+
+def as_label(value: Any) -> str:
+    """Return a value as names and tables show it: 3e-6, not 3e-06."""
+    return re.sub(r"e([-+])0+", r"e\1", f"{value:g}") if isinstance(value, float) else str(value)
