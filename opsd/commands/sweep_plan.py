@@ -29,7 +29,6 @@ SEEDS_AT = ("all", "best")  # values that seeds after the first are trained at
 OPTIONS = ("jobs", "keep", "seeds_at")  # of a sweep; `sweep:` may hold them beside lists and arms
 FLAGS = ("dry_run", "skip_doctor")
 SHORT = {RATE: "lr"}  # in names of folders
-BASELINES = "baselines"  # folder in the sweep's: what every run would measure before training
 PLACE = "{seed}"  # in any text of the settings: the seed of the run
 # A sweep resumes its runs by itself; a setting that differs is refused there, run by run.
 _NOT_SWEPT = ("resume_from_checkpoint", "allow_changes")
@@ -292,7 +291,6 @@ def _runs_of(
         if isinstance(merged.get("evaluation"), str):  # a file: its content is part of what the run is
             merged["evaluation"] = read_yaml(Path(merged["evaluation"]))
         run = _resolved(merged)
-        merged["evaluation"] = {"baselines": str(folder / BASELINES), **merged["evaluation"]}
         seed = run.args.seed
         at = {name: run.args.learning_rate if name == RATE else merged.get(name) for name in swept}
         output = folder / _folder_name(arm, at, seed)

@@ -21,12 +21,13 @@ from opsd.commands.processes import Job
 from opsd.commands.sweep_plan import SweepRun
 from opsd.errors import CheckpointError
 from opsd.evaluation.run_folder import differences
-from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, results_of
+from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, is_evaluated, results_of
 from opsd.evaluation.sweep_folder import BEGUN, DONE, FAILED, RECORD, RunRecord, read_record
 from opsd.training import checkpoints
 from opsd.training.resume import NOT_COMPARED
 from opsd.training.run_lock import holder_of
 
+BASELINES = "baselines"  # folder in the sweep's: what every run would measure before training
 RUN_FILE, LOG = "run.yaml", "train.log"
 NEW, RESUMED, REPEATED = "new", "goes on from its checkpoint", "begins anew"  # what is next to do, beside DONE
 SAMPLE = 2**20  # bytes that are read at the start, in the middle and at the end of a large file
@@ -38,14 +39,20 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "train
 
 def record_of(run: SweepRun) -> RunRecord:
     """Return what a run is now: its settings, and digests of the files that they name."""
-    return RunRecord(run.arm, dict(run.values), run.seed, dict(run.settings), files_of(run.settings))
+    settings = compared(run.settings)
+    return RunRecord(run.arm, dict(run.values), run.seed, settings, files_of(settings))
+
+
+def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run file that can change a number."""
+    left_out = {*chain(*NOT_COMPARED.values()), "evaluation"}
+    evaluation = {name: value for name, value in settings["evaluation"].items() if name != BASELINES}
+    return {**{name: value for name, value in settings.items() if name not in left_out}, "evaluation": evaluation}
 
 
 def files_of(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return a digest of each file or folder that a setting names."""
-    left_out = set(chain(*NOT_COMPARED.values()))
-    named = (value for name, value in settings.items() if name not in left_out)
-    texts = {text for value in named for text in _texts(value)}
+    texts = set(_texts(settings))
     return {text: digest(text) for text in sorted(texts) if _exists(text)}
 
 
@@ -97,7 +104,7 @@ def state_of(run: SweepRun) -> str:
             )
         return NEW
     has_checkpoint = any(checkpoints.problem(each) is None for each in checkpoints.saved(folder))
-    is_done = record.status == DONE and AFTER in results_of(folder / FOLDER)
+    is_done = record.status == DONE and is_evaluated(folder / FOLDER)
     if is_done or has_checkpoint:
         _check_same(run, record)
     return DONE if is_done else RESUMED if has_checkpoint else REPEATED
@@ -105,17 +112,10 @@ def state_of(run: SweepRun) -> str:
 
 def _check_same(run: SweepRun, record: RunRecord) -> None:
     """Refuse a run that was made by other settings or files than those asked for."""
-    now, left_out = record_of(run), set(chain(*NOT_COMPARED.values()))
-    sides = [
-        {
-            "settings": {name: value for name, value in each.settings.items() if name not in left_out},
-            "files": each.files,
-        }
-        for each in (record, now)
-    ]
-    differing = [each for each in differences(*sides) if each[0] != "settings.evaluation.baselines"]
+    sides = [{"settings": each.settings, "files": each.files} for each in (record, record_of(run))]
     changes = [
-        f"  {name.removeprefix('settings.')}: {before!r} there, {after!r} now" for name, before, after in differing
+        f"  {name.removeprefix('settings.')}: {before!r} there, {after!r} now"
+        for name, before, after in differences(*sides)
     ]
     if changes:
         raise CheckpointError(
@@ -155,14 +155,16 @@ def begin(run: SweepRun) -> None:
             if path.name not in (LOG, RECORD):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RUN_FILE).write_text(yaml.safe_dump(dict(run.settings), sort_keys=False), "utf-8")
+    evaluation = {BASELINES: str(folder.parent / BASELINES), **run.settings["evaluation"]}
+    content = yaml.safe_dump({**run.settings, "evaluation": evaluation}, sort_keys=False)
+    (folder / RUN_FILE).write_text(content, "utf-8")
     record = record_of(run)
     record.after(BEGUN, earlier.seconds if earlier else 0.0).write(folder)
 
 
 def end(run: SweepRun, exit_status: int, seconds: float, keep: str) -> str:
     """Write down how a process of a run ended, and remove weights that are not kept; returns the run's status."""
-    is_done = exit_status == 0 and AFTER in results_of(run.folder / FOLDER)
+    is_done = exit_status == 0 and is_evaluated(run.folder / FOLDER)
     was_stopped = exit_status < 0 or exit_status > 128
     status = DONE if is_done else BEGUN if was_stopped else FAILED
     record = read_record(run.folder)

@@ -27,7 +27,7 @@ class RunRecord:
         arm: the name of its arm.
         values: what is swept beside the seed, and the learning rate.
         seed: of training.
-        settings: its run file.
+        settings: those of its run file that can change a number.
         files: digests of the files and folders that its settings name.
         status: BEGUN, DONE or FAILED.
         seconds: wall clock of its processes, all attempts together.

@@ -77,7 +77,8 @@ def with_verdict(pair: Pairwise, first: str, metric: Metric, *, trained: bool) -
     change += f" over {difference.n} questions"
     if spread.low is not None:
         change += f"; {number(spread.low)} to {number(spread.high)} over {spread.seeds} seeds"
-        change += f", the same sign in {pair.same_sign} of {spread.seeds}" if pair.by_seed else ""
+    if len(pair.by_seed) > 1:
+        change += f", the same sign in {pair.same_sign} of {len(pair.by_seed)}"
     return replace(pair, verdict=_sentence(pair, first, metric, trained, f"{change})"))
 
 

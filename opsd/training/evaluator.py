@@ -39,6 +39,7 @@ from opsd.evaluation.summary import (
     SUMMARY,
     TEACHER,
     file_of,
+    is_evaluated,
     lines,
     metrics_with_intervals,
     read_summary,
@@ -117,6 +118,11 @@ class Evaluator(TrainerCallback):
     def folder(self) -> Path:
         """The folder of the results."""
         return Path(self._args.output_dir) / FOLDER
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has its results after training."""
+        return is_evaluated(self.folder)
 
     # ---- when --------------------------------------------------------------------------------------------------
 

@@ -222,6 +222,11 @@ class Learning(TrainerCallback):
         self.findings = list(self._known)
 
     @property
+    def is_done(self) -> bool:
+        """Whether this process has counted the run's steps."""
+        return self.counts.steps > 0
+
+    @property
     def learned(self) -> bool:
         """Whether the last `train` changed weights by a gradient, as far as was counted."""
         return not any(finding.status == "fail" for finding in self.findings)
