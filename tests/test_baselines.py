@@ -72,16 +72,23 @@ CHANGES: dict[str, tuple[Any, bool, bool]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the baselines of a run."""
+    folder = tmp_path_factory.mktemp("measured")
+    assert asks(folder, of_teacher=False) and asks(folder, of_teacher=True)
+    return folder
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_baseline_is_taken_only_if_all_it_depends_on_is_equal(tmp_path: Path, name: str) -> None:
+def test_a_baseline_is_taken_only_if_all_it_depends_on_is_equal(measured: Path, name: str) -> None:
     """A ceiling of another context, or a student of another precision, beside results that it does not belong to."""
     make_changes, student, teacher = CHANGES[name]
     changes = make_changes()
     if "evaluation" in changes:
-        changes["evaluation"] = shared(tmp_path, **changes["evaluation"])
+        changes["evaluation"] = shared(measured, **changes["evaluation"])
     for of_teacher, is_new in ((False, student), (True, teacher)):
-        assert asks(tmp_path, of_teacher=of_teacher)
-        assert asks(tmp_path, of_teacher=of_teacher, **changes) is is_new
+        assert asks(measured, of_teacher=of_teacher, **changes) is is_new
 
 
 def test_a_sibling_is_compared_by_its_weights(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +102,16 @@ def test_a_sweep_that_cannot_be_is_refused_before_its_first_run(
 def test_values_of_a_command_line_have_the_types_of_a_file(text: str, value: Any) -> None:
     """YAML reads 3e-6 as text, and a text is no learning rate."""
     assert as_typed(text, from_shell=True) == value and type(as_typed(text, from_shell=True)) is type(value)
+
+
+def test_the_commands_and_the_file_of_the_guide_make_the_runs_that_it_says(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text().split("\n## Sweeps\n")[1]
+    (block,) = re.findall(r"```sh\n(.*?)```", guide, flags=re.S)
+    commands = [shlex.split(line, comments=True) for line in block.splitlines() if "opsd sweep" in line]
+    plans = [plan(tmp_path, *command[3:]) for command in commands]
+    assert [len(each.runs) for each in plans] == [27, 27, 18]
+    later = plans[2].later_runs({arm: {"learning_rate": 1e-5} for arm in plans[2].arms})
+    assert (len(plans[2].first_runs), len(later)) == (6, 4)
+    of_file = plan(tmp_path, **yaml.safe_load(re.findall(r"```yaml\n(.*?)```", guide, flags=re.S)[0]))
+    assert len(of_file.runs) == 27 and len(of_file.first_runs) == 9
+    assert "sft-lr1e-5-seed0" in [run.name for run in of_file.runs] and "runs/sweep/sft-lr1e-5-seed0" in guide
