@@ -130,7 +130,12 @@ def _ends(point: Point, axis: int) -> tuple[float, float]:
 
 
 def _axis(values: Sequence[float]) -> list[float]:
-    """Return the values of the grid, which reaches around all values."""
+    """Return the values of the grid, which reaches around all values.
+
+    Example:
+        >>> _axis([36.0, 47.0])
+        [35.0, 40.0, 45.0, 50.0]
+    """
     low, high = min(values), max(values)
     step = next((each for each in STEPS if (high - low) / each <= LINES - 2), STEPS[-1])
     first, last = math.floor(low / step - 0.2), math.ceil(high / step + 0.2)
