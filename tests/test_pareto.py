@@ -82,7 +82,7 @@ def test_the_best_value_is_chosen_on_the_selection_split_over_the_seeds_that_all
         at("sft", 1e-6, 1, 0.3, 0.7, selection=0.5),
     ]
     tradeoff = tradeoff_of(runs)
-    assert names(tradeoff, "is_best") == ["method, learning_rate 1e-5", "sft"]
+    assert names(tradeoff, "is_best") == ["method, lr 1e-5", "sft"]
     assert [arm.name for arm in tradeoff.comparison.arms] == ["method", "sft"]
     (pair,) = tradeoff.comparison.pairwise
     assert pair.difference.difference == pytest.approx(0.1) and (pair.same_sign, pair.by_seed) == (2, [0.1, 0.1])
@@ -116,8 +116,9 @@ def test_retention_is_paired_by_question_and_seed_and_adjusted() -> None:
         return replace(one, retention={"general": split})
 
     runs = [kept(at(c, 1e-5, s, 0.5), share) for c, share in ((None, 0.7), ("sft", 0.5), ("x", 0.7)) for s in (0, 1, 2)]
-    pairs = tradeoff_of(runs).retention["general"]
-    assert [pair.other for pair in pairs] == ["sft", "x"] and ALL_SPLITS not in tradeoff_of(runs).retention
+    retention = tradeoff_of(runs).retention
+    pairs = retention["general"]
+    assert [pair.other for pair in pairs] == ["sft", "x"] and ALL_SPLITS not in retention
     sides = [np.array([r.retention["general"]["after"].correct for r in runs if r.arm == a]) for a in ("sft", "method")]
     wanted = paired_difference(sides[0].mean(0), sides[1].mean(0))
     assert pairs[0].difference == wanted and pairs[0].p_value == pytest.approx(2 * wanted.p_value)
@@ -156,22 +157,32 @@ def test_command_compares_the_finished_runs_of_a_sweep_by_the_names_of_its_arms(
     files = {kind: sweep / f"c.{kind}" for kind in ("json", "markdown", "plot")}
     assert main(["compare", str(sweep), *(t for kind, path in files.items() for t in (f"--{kind}", str(path)))]) == 0
     out, table = capsys.readouterr().out, files["markdown"].read_text()
-    assert "method, learning_rate 1e-5" in out and "front, best" in out
-    assert "best values on the selection split: method, learning_rate 1e-5; answers, learning_rate 1e-5" in out
+    assert "method, lr 1e-5" in out and "front, best" in out
+    assert "best values on the selection split: method, lr 1e-5; answers, lr 1e-5" in out
     assert "retention, split 0: method is ahead of answers with one pair of seeds" in out
-    assert "| method, learning_rate 1e-6 | front | 0 | 40.0 | 40.0 (" in table and "| 20 | 0.500 |" in table
+    assert "| method, lr 1e-6 | front | 0 | 40.0 | 40.0 (" in table and "| 20 | 0.500 |" in table
     stored = json.loads(files["json"].read_text())
     marks = [(p["name"], p["on_front"], p["is_best"]) for p in stored["points"]]
-    assert marks[1] == ("method, learning_rate 1e-5", True, True) and [m[1] for m in marks] == [
+    assert marks[1] == ("method, lr 1e-5", True, True) and [m[1] for m in marks] == [
         True,
         True,
         False,
         False,
     ]
     assert stored["retention"]["split 0"][0]["difference"]["difference"] == pytest.approx(0.3)
+    assert "(" in out.split("lr 1e-5")[1].splitlines()[0]
     root = Xml.parse(files["plot"]).getroot()
     titles = [node.text for node in root.iter() if node.tag.endswith("title")]
-    assert "method, learning_rate 1e-5: task 50.0%, retention 60.0%" in titles and len(titles) == 4
+    assert "method, lr 1e-5: task 50.0%, retention 60.0%" in titles and len(titles) == 4
+
+
+def test_a_narrow_terminal_shows_no_intervals(sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """With them a line of the table took six lines."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["compare", str(sweep)]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("method, lr 1e-5")]
+    assert line.split()[3:8] == ["front,", "best", "0", "50.0", "50.0"] and "a terminal of" in " ".join(out.split())
 
 
 def test_every_point_of_a_plot_lies_inside_it() -> None:

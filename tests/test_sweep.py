@@ -46,8 +46,8 @@ def run_file(tmp_path: Path, llama_folder: str, monkeypatch: pytest.MonkeyPatch)
         "max_steps": STEPS,
         "evaluation": evaluation,
     }
-    arms = {"method": {}, "broken": {"context": "document"}, "sft": {"control": "sft"}}
-    sweep = {"arms": arms, "learning_rate": [1.0e-3], "seed": [0], "jobs": 2}
+    arms = {"method": {}, "broken": {"context": "document"}, "sft": {"control": "sft", "seed": [0]}}
+    sweep = {"arms": arms, "learning_rate": [1.0e-3], "seed": [0], "jobs": 3}
     Path("run.yaml").write_text(yaml.safe_dump({**settings, "sweep": sweep}, sort_keys=False))
     return "run.yaml"
 
@@ -74,7 +74,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_in_a_comparison(run_file:
     assert main([*arguments, "--jobs", "1"]) == 128 + signal.SIGTERM
     thread.join()
     out = capsys.readouterr().out
-    assert "stopped by SIGTERM: 0 of 6 runs are done" in out and f"opsd {' '.join(arguments)} --jobs 1" in out
+    assert "stopped by SIGTERM: 0 of 5 runs are done" in out and f"opsd {' '.join(arguments)} --jobs 1" in out
     record = read_record(method)
     assert record is not None and record.status == BEGUN and record.seconds > 0
     assert read_record("sweep/broken-lr0.001-seed0") is None, "a run began after the signal"
@@ -86,14 +86,14 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_in_a_comparison(run_file:
     assert "best        broken: no run at the first seed was finished" in out
     assert "best        method: learning_rate 0.001, " in out and "4 of 4 runs done" not in out
     assert "method minus it" in out and "failed      broken-lr0.001-seed0" in out
-    runs = [method, sft, Path("sweep/method-lr0.001-seed1"), Path("sweep/sft-lr0.001-seed1")]
+    runs = [method, sft, Path("sweep/method-lr0.001-seed1")]
     for folder in runs:
         assert read_card(str(folder))["outcome"]["steps"] == STEPS
         assert not [*folder.glob("checkpoint-*"), *folder.glob("*.safetensors")]
     assert read_card(str(method))["outcome"]["seconds"] > 0
-    assert len(read_summary(runs[3] / "evaluation")["taken"]) == 3
+    assert len(read_summary(runs[2] / "evaluation")["taken"]) == 5
     comparison = json.loads(Path("sweep/comparison.json").read_text())
-    assert [(p["name"], len(p["task"]["runs"])) for p in comparison["points"]] == [("method", 2), ("sft", 2)]
+    assert [(p["name"], len(p["task"]["runs"])) for p in comparison["points"]] == [("method", 2), ("sft", 1)]
     assert "| method |" in Path("sweep/comparison.md").read_text() and Path("sweep/pareto.svg").is_file()
 
     first = (method / "train.log").stat().st_mtime_ns
@@ -108,7 +108,7 @@ def test_a_sweep_goes_on_where_it_was_stopped_and_ends_in_a_comparison(run_file:
 def test_a_dry_run_prints_the_runs_and_trains_none(run_file: str, capsys) -> None:
     assert main(["sweep", run_file, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "3 runs: 3 arm(s), 3 points, 1 seed(s), 2 at a time" in out and "sft-lr0.001-seed0: new" in out
+    assert "3 runs: 3 arm(s), 3 points, 1 seed(s), 3 at a time" in out and "sft-lr0.001-seed0: new" in out
     assert not Path("sweep").exists()
 
 
@@ -138,13 +138,14 @@ def test_only_a_run_that_ended_with_its_results_is_done(one: SweepRun) -> None:
     begin(one)
     written = yaml.safe_load((one.folder / "run.yaml").read_text())
     assert written["evaluation"].pop("baselines") == "sweep/baselines" and written == one.settings
-    assert state_of(one) == REPEATED and end(one, 0, 5.0, "all") == FAILED, "no results"
+    assert state_of(one) == REPEATED and end(one, 0, 5.0) == FAILED, "no results"
     (one.folder / "checkpoint-1").mkdir()
     begin(one)
     assert not (one.folder / "checkpoint-1").exists(), "what a run that begins anew left is in its way"
     evaluated(one)
-    assert end(one, -signal.SIGTERM, 5.0, "all") == BEGUN and end(one, 1, 5.0, "all") == FAILED
-    assert end(one, 0, 5.0, "all") == DONE == state_of(one)
+    assert end(one, -signal.SIGTERM, 5.0, stopped=True) == BEGUN
+    assert end(one, -signal.SIGKILL, 5.0) == FAILED, "killed by the system, as for memory"
+    assert end(one, 0, 5.0) == DONE == state_of(one)
     record = read_record(one.folder)
     assert record is not None and (record.arm, record.seed, record.seconds) == ("method", 0, 20.0)
 
@@ -164,7 +165,7 @@ def test_runs_of_two_kinds_are_not_mixed(one: SweepRun, change: Any, named: str 
     """A changed file of rows has the same name in the settings."""
     begin(one)
     evaluated(one)
-    end(one, 0, 5.0, "all")
+    end(one, 0, 5.0)
     change(one)
     digest.cache_clear()
     if named is None:
@@ -199,7 +200,7 @@ def test_only_the_first_run_of_the_method_is_examined(run_file: str) -> None:
     sweep = Sweep(read_sweep([run_file, "--seed", "0", "1"]), [])
     assert sweep._examined is sweep.plan.runs[0]
     commands = [job_of(run, examined=run is sweep._examined).command for run in sweep.plan.runs]
-    assert [("--skip-doctor" in command) for command in commands] == [False, True, True, True, True, True]
+    assert [("--skip-doctor" in command) for command in commands] == [False, True, True, True, True]
     assert not any("--resume_from_checkpoint" in command for command in commands)
 
 
@@ -214,7 +215,9 @@ def test_the_best_value_of_an_arm_is_that_of_the_selection_split(run_file: str, 
             evaluated(run, accuracy)
     best = sweep._best()
     assert best == {"method": {"learning_rate": 1e-2}, "sft": {"learning_rate": 1e-3}}
-    assert [run.name for run in sweep.plan.later_runs(best)] == ["method-lr0.01-seed1", "sft-lr0.001-seed1"]
+    assert [run.name for run in sweep.plan.later_runs(best)] == ["method-lr0.01-seed1"]  # sft has one seed
+    assert sweep.plan.later_count == 1
+    assert sweep.plan.choice == ["each arm at its best accuracy on the selection split; the test split chooses nothing"]
     assert "best        method: learning_rate 0.01, 60.0% on the selection split" in capsys.readouterr().out
 
 
@@ -222,7 +225,7 @@ def test_the_time_left_counts_runs_that_go_on_from_a_checkpoint_whole(one: Sweep
     sweep = Sweep(SweepPlan(Path("sweep"), [one], jobs=1), [])
     begin(one)
     evaluated(one)
-    sweep.states[one.name] = end(one, 0, 120.0, "all")
+    sweep.states[one.name] = end(one, 0, 120.0)
     assert sweep._progress() == "1 of 1 runs done"
     sweep._missing = 2
     assert sweep._progress() == "1 of 3 runs done, about 4 minutes left"

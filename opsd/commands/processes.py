@@ -101,7 +101,9 @@ class Processes:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+        # Under nohup a hangup is ignored, and stays so.
+        numbers = [n for n in STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
@@ -88,7 +89,7 @@ class Sweep:
         self.states = _states(plan)
         self._by_name = {run.name: run for run in plan.runs}
         self._wanted = list(plan.first_runs)  # runs of the plan as far as it is known
-        self._missing = len(plan.seeds[1:]) * len(plan.arms) if plan.seeds_at == "best" else 0  # and those to come
+        self._missing = plan.later_count  # and those to come
         self._examined = None if plan.skip_doctor else next((run for run in plan.runs if run.is_method), None)
         self.received: list[int] = []
 
@@ -98,7 +99,9 @@ class Sweep:
 
         plan = self.plan
         _say(f"sweep       {_count(plan)} in {plan.folder}")
-        declared = {"seeds_at": plan.seeds_at, "arms": plan.arms, "seeds": plan.seeds}
+        for line in plan.choice:
+            _say(f"choice      {line}")
+        declared = {"seeds_at": plan.seeds_at, "choice": plan.choice, "arms": plan.arms, "seeds": plan.seeds}
         write_sweep(plan.folder, declared, [run.name for run in plan.runs])
         goes_on = self._train(plan.first_runs)
         if goes_on and plan.seeds_at == "best":
@@ -111,7 +114,7 @@ class Sweep:
             _say(f"  opsd sweep {' '.join(self._arguments)}")
             return 128 + number.value
         failed = [run.name for run in self._wanted if self.states[run.name] == "failed"]
-        if goes_on:
+        if goes_on and self._done:
             self._compare()
         for name in failed:
             _say(f"failed      {name}: see {plan.folder / name}/train.log; the same command trains it again")
@@ -149,11 +152,12 @@ class Sweep:
         from opsd.commands.train import NOT_STARTED
 
         run = self._by_name[job.name]
-        status = self.states[job.name] = end(run, exit_status, seconds, self.plan.keep)
+        stopped = bool(self.received) or not self._goes_on
+        status = self.states[job.name] = end(run, exit_status, seconds, keep=self.plan.keep, stopped=stopped)
         minutes = f"{seconds / 60:.1f} minutes"
         if status == "done":
             _say(f"done        {job.name}: {outcome(run)}, {minutes}; {self._progress()}")
-        elif not self.received:
+        elif not stopped:
             _say(f"FAILED      {job.name} after {minutes}, exit status {exit_status}; the end of its train.log:")
             _say("\n".join(f"            {line}" for line in last_lines(run)))
             if run is self._examined and any(NOT_STARTED in line for line in last_lines(run)):
@@ -169,8 +173,8 @@ class Sweep:
         left = self._total - sum(self.states[run.name] in ("done", "failed") for run in self._wanted)
         if not left:
             return f"{self._done} of {self._total} runs done"
-        minutes = left * sum(taken) / len(taken) / self.plan.jobs / 60
-        return f"{self._done} of {self._total} runs done, about {minutes:.0f} minutes left"
+        minutes = math.ceil(left * sum(taken) / len(taken) / self.plan.jobs / 60)
+        return f"{self._done} of {self._total} runs done, about {minutes} minute{'s' * (minutes != 1)} left"
 
     # ---- choosing and comparing ------------------------------------------------------------------------------------
 
@@ -222,7 +226,7 @@ def _count(plan: SweepPlan) -> str:
     points = {(run.arm, str(run.values)) for run in plan.runs}
     arms, seeds = f"{len(plan.arms)} arm(s)", f"{len(plan.seeds)} seed(s)"
     if plan.seeds_at == "best":
-        count = len(plan.first_runs) + len(plan.arms) * (len(plan.seeds) - 1)
+        count = len(plan.first_runs) + plan.later_count
         return f"{count} runs: {arms}, {len(points)} points at seed {plan.seeds[0]}, the other seeds at each arm's best"
     return f"{len(plan.runs)} runs: {arms}, {len(points)} points, {seeds}, {plan.jobs} at a time"
 

@@ -19,7 +19,7 @@ from opsd.commands.run_file import Run, RunParser, make_parser, resolve_run
 from opsd.errors import ConfigError, OPSDWarning, as_count, did_you_mean, not_one_of
 from opsd.evaluation.compare import METHOD
 from opsd.evaluation.plan import EvaluationPlan
-from opsd.evaluation.sweep_folder import as_label
+from opsd.evaluation.sweep_folder import SHORT, as_label
 from opsd.teachers.recipes import read_yaml
 from opsd.training.controls import control_of
 
@@ -28,7 +28,6 @@ KEEP = ("all", "none")  # weights and checkpoints of a run once its results are 
 SEEDS_AT = ("all", "best")  # values that seeds after the first are trained at
 OPTIONS = ("jobs", "keep", "seeds_at")  # of a sweep; `sweep:` may hold them beside lists and arms
 FLAGS = ("dry_run", "skip_doctor")
-SHORT = {RATE: "lr"}  # in names of folders
 PLACE = "{seed}"  # in any text of the settings: the seed of the run
 # A sweep resumes its runs by itself; a setting that differs is refused there, run by run.
 _NOT_SWEPT = ("resume_from_checkpoint", "allow_changes")
@@ -106,9 +105,25 @@ class SweepPlan:
         return list(dict.fromkeys(run.seed for run in self.runs))
 
     @property
+    def choice(self) -> list[str]:
+        """How the best value of an arm will be chosen; empty where each arm has one value."""
+        points = {(run.arm, str(run.values)) for run in self.runs}
+        if len(points) == len(self.arms):
+            return []
+        if any(run.settings["evaluation"].get("selection") is None for run in self.runs):
+            return ["none: without `selection:` in the evaluation no best value of an arm is chosen"]
+        return ["each arm at its best accuracy on the selection split; the test split chooses nothing"]
+
+    @property
     def first_runs(self) -> list[SweepRun]:
         """The runs that do not wait for others: all, or those of the first seed."""
         return [run for run in self.runs if self.seeds_at == "all" or run.seed == self.seeds[0]]
+
+    @property
+    def later_count(self) -> int:
+        """Number of runs that wait for the best values: one for each other seed of each arm."""
+        waiting = {(run.arm, run.seed) for run in self.runs} - {(run.arm, run.seed) for run in self.first_runs}
+        return len(waiting)
 
     def later_runs(self, best: Mapping[str, Mapping[str, Any]]) -> list[SweepRun]:
         """Return the runs of the other seeds at the best values of their arms."""

@@ -162,11 +162,18 @@ def begin(run: SweepRun) -> None:
     record.after(BEGUN, earlier.seconds if earlier else 0.0).write(folder)
 
 
-def end(run: SweepRun, exit_status: int, seconds: float, keep: str) -> str:
-    """Write down how a process of a run ended, and remove weights that are not kept; returns the run's status."""
+def end(run: SweepRun, exit_status: int, seconds: float, *, keep: str = "all", stopped: bool = False) -> str:
+    """Write down how a process of a run ended, and remove weights that are not kept; returns the run's status.
+
+    Args:
+        run: the run.
+        exit_status: of its process.
+        seconds: that it took.
+        keep: "all" or "none".
+        stopped: whether the sweep stopped it, which is no failure.
+    """
     is_done = exit_status == 0 and is_evaluated(run.folder / FOLDER)
-    was_stopped = exit_status < 0 or exit_status > 128
-    status = DONE if is_done else BEGUN if was_stopped else FAILED
+    status = DONE if is_done else BEGUN if stopped else FAILED
     record = read_record(run.folder)
     assert record is not None
     record.after(status, seconds).write(run.folder)

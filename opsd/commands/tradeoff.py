@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from opsd.commands.cells import as_change, as_estimate
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from opsd.evaluation.pareto import Kept, Point, Tradeoff
     from opsd.evaluation.statistics import SeedSpread
 
+WIDE = 170  # columns of a terminal that show the table with its intervals
+ONLY_WIDE = ("sd", "tokens", "s/rollout")  # left out of a narrower one, as the intervals are
 NO_RETENTION = (
     "it shows the task against retention, and the runs have no retention split (`evaluation: {retention: …}`)"
 )
@@ -34,33 +36,30 @@ def show(tradeoff: Tradeoff, console: Console) -> None:
     """Print the points, where there is more to them than the comparison shows."""
     if not is_shown(tradeoff):
         return
-    table = Table(*head(tradeoff), box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    is_wide, names = console.width >= WIDE, head(tradeoff)
+    shown = [place for place, name in enumerate(names) if is_wide or name not in ONLY_WIDE]
+    columns = [Column(names[place] if is_wide else names[place].partition(",")[0], no_wrap=True) for place in shown]
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     for cells in rows(tradeoff):
-        table.add_row(*cells)
+        table.add_row(*(cells[place] if is_wide else _without_interval(cells[place]) for place in shown))
     console.print(table)
-    for line in (*_remarks(tradeoff), footer(tradeoff)):
+    for line in _remarks(tradeoff):
         console.print(f"· {line}", highlight=False)
+    hint = "" if is_wide else f" With intervals, sd and tokens: --markdown, or a terminal of {WIDE} columns."
+    console.print(f"[dim]{footer(tradeoff)}.{hint}[/]", highlight=False)
     console.print()
+
+
+def _without_interval(cell: str) -> str:
+    return cell.partition(" (")[0]
 
 
 def head(tradeoff: Tradeoff) -> list[str]:
     """Return the heads of the columns."""
     unit = ", %" if tradeoff.comparison.kind.is_share else ""
     kept = [text for name in _splits(tradeoff) for text in (f"{name}, %", "sd", "change")]
-    return [
-        "",
-        "",
-        "seeds",
-        "selection, %",
-        f"task{unit}",
-        "sd",
-        "gain",
-        *kept,
-        "drift",
-        "tokens",
-        "s",
-        "s per rollout",
-    ]
+    first = ["", "", "seeds", "select, %", f"task{unit}", "sd", "gain"]
+    return [*first, *kept, "drift", "tokens", "s", "s/rollout"]
 
 
 def rows(tradeoff: Tradeoff) -> Iterator[list[str]]:
@@ -115,11 +114,11 @@ def _remarks(tradeoff: Tradeoff) -> list[str]:
 def footer(tradeoff: Tradeoff) -> str:
     """Return what the columns mean."""
     return (
-        "task: the test split after training; the retention splits likewise. 95 % intervals over questions; sd: "
-        "standard deviation over seeds; changes in points, paired by question. front: no other point is at least as "
-        "good on the task and on the mean of the retention splits, and better on one. best: of its arm on the "
-        "selection split, over the seeds that all its values have. tokens: per answer. s: seconds of training by the "
-        "wall clock"
+        "select, task: the selection and the test split after training; the retention splits likewise. 95 % intervals "
+        "over questions; sd: standard deviation over seeds; changes in points, paired by question. front: no other "
+        "point is at least as good on the task and on the mean of the retention splits, and better on one. best: of "
+        "its arm on the selection split, over the seeds that all its values have. tokens: per answer. s: seconds of "
+        "training by the wall clock, and per rollout"
     )
 
 

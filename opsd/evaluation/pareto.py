@@ -24,7 +24,7 @@ from opsd.evaluation.statistics import (
     paired_difference,
 )
 from opsd.evaluation.summary import AFTER, BEFORE
-from opsd.evaluation.sweep_folder import as_label
+from opsd.evaluation.sweep_folder import SHORT, as_label
 from opsd.evaluation.verdict import Pairwise, with_verdict
 
 RATE = "learning_rate"
@@ -70,7 +70,7 @@ class Point:
 
     Example:
         >>> [point.name for point in tradeoff_of(read_runs(["runs/sweep"])).points if point.on_front]  # doctest: +SKIP
-        ['method, learning_rate 1e-5', 'sft, learning_rate 1e-5']
+        ['method, lr 1e-5', 'sft, lr 1e-5']
     """
 
     name: str
@@ -214,7 +214,7 @@ def _differ_in_rate(point: Point, other: Point) -> bool:
 def _name(point: Point, points: Sequence[Point]) -> str:
     others = [other.values for other in points if other.arm == point.arm]
     differing = [name for name, value in point.values.items() if any(each.get(name) != value for each in others)]
-    return ", ".join([point.arm, *(f"{name} {as_label(point.values[name])}" for name in differing)])
+    return ", ".join([point.arm, *(f"{SHORT.get(name, name)} {as_label(point.values[name])}" for name in differing)])
 
 
 def _selection(point: Point, group: Sequence[Point]) -> float | None:

@@ -16,6 +16,7 @@ from opsd.errors import CheckpointError
 from opsd.evaluation.run_folder import write_json
 
 SWEEP, RECORD = "sweep.json", "sweep_run.json"
+SHORT = {"learning_rate": "lr"}  # in names of folders and points
 BEGUN, DONE, FAILED = "begun", "done", "failed"
 
 
