@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
+from conftest import make_llama, make_tokenizer
 from datasets import Dataset
 from evaluation_runs import DEV, GRADER, KEPT, PLAN, TEST, make, results
 from helpers import logged
 
-from opsd import EMATeacher, PrivilegedContext, SameCheckpointTeacher, SiblingTeacher
+from opsd import EMATeacher, PrivilegedContext, RoutedTeacher, SameCheckpointTeacher, SiblingTeacher
 from opsd.evaluation.summary import read_summary
+from opsd.teachers import Teacher
 from opsd.training.baselines import Baselines
 
 
@@ -91,12 +92,13 @@ def test_a_baseline_is_taken_only_if_all_it_depends_on_is_equal(measured: Path, 
         assert asks(measured, of_teacher=of_teacher, **changes) is is_new
 
 
-def test_a_sibling_is_compared_by_its_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_part", [False, True])
+def test_a_sibling_is_compared_by_its_weights(tmp_path: Path, is_part: bool) -> None:
     """Its name is the same after it was trained on."""
-    from conftest import make_tokenizer
 
-    def sibling(seed: int) -> SiblingTeacher:
-        return SiblingTeacher(make_llama(seed), tokenizer=make_tokenizer(), context="answer_only")
+    def sibling(seed: int) -> Teacher:
+        alone = SiblingTeacher(make_llama(seed), tokenizer=make_tokenizer(), context="answer_only")
+        return RoutedTeacher("domain", {"even": alone, "odd": SameCheckpointTeacher()}) if is_part else alone
 
     assert asks(tmp_path, of_teacher=True, teacher=sibling(5))
     assert not asks(tmp_path, of_teacher=True, teacher=sibling(5))

@@ -57,7 +57,7 @@ def test_a_signal_reaches_the_children_once_and_waits_for_them(tmp_path: Path) -
     """A second SIGTERM of a cluster must not end a child that is saving; no other job may start."""
     script = "trap 'echo saving; sleep 0.4; echo saved; exit 143' TERM; while true; do sleep 0.05; done"
     statuses = dict[str, int]()
-    processes = Processes(1, lambda job: None, lambda job, status, _: bool(statuses.update({job.name: status})) or True)
+    processes = Processes(2, lambda job: None, lambda job, status, _: bool(statuses.update({job.name: status})) or True)
 
     def stop() -> None:
         for _ in range(2):
@@ -66,9 +66,9 @@ def test_a_signal_reaches_the_children_once_and_waits_for_them(tmp_path: Path) -
 
     thread = threading.Thread(target=stop)
     thread.start()
-    processes.run(jobs(tmp_path, script, "true"))
+    processes.run(jobs(tmp_path, script, "exec sleep 30", "true"))
     thread.join()
-    assert statuses == {"0": 143} and processes.received == [signal.SIGTERM] * 2
+    assert statuses == {"0": 143, "1": -signal.SIGTERM} and processes.received == [signal.SIGTERM] * 2
     assert (tmp_path / "0.log").read_text() == "saving\nsaved\n"
 
 

@@ -21,6 +21,7 @@ from opsd.commands.sweep_plan import SweepPlan, SweepRun, read_sweep
 from opsd.commands.sweep_runs import NEW, REPEATED, RESUMED, begin, digest, end, files_of, job_of, record_of, state_of
 from opsd.errors import CheckpointError
 from opsd.evaluation.run_folder import read_card
+from opsd.evaluation.selection import selection_accuracy
 from opsd.evaluation.summary import read_summary
 from opsd.evaluation.sweep_folder import BEGUN, DONE, FAILED, read_record
 
@@ -143,7 +144,7 @@ def test_only_a_run_that_ended_with_its_results_is_done(one: SweepRun) -> None:
     begin(one)
     assert not (one.folder / "checkpoint-1").exists(), "what a run that begins anew left is in its way"
     evaluated(one)
-    assert end(one, -signal.SIGTERM, 5.0, stopped=True) == BEGUN
+    assert end(one, -signal.SIGTERM, 5.0, stopped=True) == BEGUN and state_of(one) == REPEATED
     assert end(one, -signal.SIGKILL, 5.0) == FAILED, "killed by the system, as for memory"
     assert end(one, 0, 5.0) == DONE == state_of(one)
     record = read_record(one.folder)
@@ -173,6 +174,18 @@ def test_runs_of_two_kinds_are_not_mixed(one: SweepRun, change: Any, named: str 
     else:
         with pytest.raises(CheckpointError, match=f"other settings or files:\n  {named}"):
             state_of(one)
+
+
+@pytest.mark.parametrize(("chosen", "accuracy"), [(None, None), (0, 0.1), (4, 0.6), (5, 0.6), (8, 0.5)])
+def test_the_selection_accuracy_is_that_of_the_checkpoint_the_run_ended_with(
+    tmp_path: Path, chosen: int | None, accuracy: float | None
+) -> None:
+    """With the best checkpoint kept, the last look is of another model."""
+    looks = [{"step": step, "accuracy": {"value": value}} for step, value in ((0, 0.1), (4, 0.6), (8, 0.5))]
+    summary = {"selection": looks} | ({} if chosen is None else {"chosen": f"step {chosen}: the best"})
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "evaluation.json").write_text(json.dumps(summary))
+    assert selection_accuracy(tmp_path) == accuracy
 
 
 def test_a_folder_of_something_else_is_not_written_over(one: SweepRun) -> None:

@@ -161,7 +161,7 @@ class Sweep:
             _say(f"FAILED      {job.name} after {minutes}, exit status {exit_status}; the end of its train.log:")
             _say("\n".join(f"            {line}" for line in last_lines(run)))
             if run is self._examined and any(NOT_STARTED in line for line in last_lines(run)):
-                _say("the doctor failed the first run of the method, and no other was started")
+                _say(f"the doctor failed this run, and the sweep was stopped. All of it: opsd doctor {job.command[4]}")
                 self._goes_on = False
         return self._goes_on
 
