@@ -80,6 +80,7 @@ def test_seeds_at_best_waits_with_the_other_seeds(tmp_path: Path) -> None:
         (["--jobs", "0"], {}, "at least 1"),
         (["--seed", "0", "0"], {}, "would share the folder"),
         (["--seed", "0", "--resume_from_checkpoint", "true"], {}, "resumes its runs by itself"),
+        ([], {"push_to_hub": True}, "write over each other"),
         ([], {"evaluation": None}, "has no `evaluation:`"),
         ([], {"sweep": {"learning_rate": 1e-5}}, "must be a list"),
         ([], {"sweep": {"arms": ["sft"]}}, "must be a mapping of names"),

@@ -326,6 +326,11 @@ def _resolved(settings: Mapping[str, Any]) -> Run:
             "a sweep compares its runs on held-out questions, and the run file has no `evaluation:`. Add one: "
             "{test: test.jsonl, grader: last_number} (docs/evaluation.md)."
         )
+    if run.args.push_to_hub:
+        raise ConfigError(
+            "push_to_hub is on, and the runs of a sweep would write over each other in one repository. Leave it out, "
+            "and upload the run that you choose."
+        )
     return run
 
 

@@ -112,7 +112,10 @@ def state_of(run: SweepRun) -> str:
 
 def _check_same(run: SweepRun, record: RunRecord) -> None:
     """Refuse a run that was made by other settings or files than those asked for."""
-    sides = [{"settings": each.settings, "files": each.files} for each in (record, record_of(run))]
+    now = record_of(run)
+    # A file that only the record has is one that a setting no longer names.
+    files = {name: record.files.get(name) for name in now.files}
+    sides = {"settings": compared(record.settings), "files": files}, {"settings": now.settings, "files": now.files}
     changes = [
         f"  {name.removeprefix('settings.')}: {before!r} there, {after!r} now"
         for name, before, after in differences(*sides)
