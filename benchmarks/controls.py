@@ -1,5 +1,7 @@
 """The demo's run under controls, three seeds each: does the gain come from the method, and from the context?
 
+Writes the questions and a run file, and lets `opsd sweep` train and compare.
+
 Run:     python benchmarks/controls.py [--seeds 0 1 2] [--arms method no-context …] [--folder runs/controls]
          python benchmarks/controls.py --recompute   compares the stored grades again, without training
 Writes:  benchmarks/results/controls.json and controls.md, the table of docs/evaluation.md; finished runs are kept
@@ -10,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from opsd.cli import main as opsd
 from opsd.commands.compare import markdown
 from opsd.commands.demo_run import (
     TEST_SEED,
@@ -28,9 +30,9 @@ from opsd.commands.demo_run import (
     write_rows,
 )
 from opsd.evaluation import Answer, EvaluationResult
-from opsd.evaluation.compare import Comparison, RunResult, as_json, compare, read_runs
+from opsd.evaluation.compare import METHOD, Comparison, RunResult, as_json, compare, read_runs
 from opsd.evaluation.run_folder import write_json, write_whole
-from opsd.evaluation.summary import AFTER, FOLDER, read_summary
+from opsd.evaluation.summary import FOLDER, read_summary
 
 RESULTS = Path(__file__).parent / "results"
 ARMS = ("method", "no-context", "wrong-context", "off-policy", "sft")
@@ -46,7 +48,7 @@ NEUTRAL = (
 )  # fmt: skip
 
 
-def prepare(folder: Path, seeds: list[int]) -> None:
+def prepare(folder: Path, arms: list[str], seeds: list[int]) -> Path:
     """Write the questions and the run file; training questions differ from seed to seed, as in the demo."""
     demo = DemoSettings()
     held_out = arithmetic(demo.questions, TEST_SEED)
@@ -56,24 +58,12 @@ def prepare(folder: Path, seeds: list[int]) -> None:
         rows = arithmetic(demo.steps * demo.rollouts, seed + 1, without=map(question, held_out))
         write_rows(folder / f"train-{seed}.jsonl", rows)
     run = run_settings(demo, packaged_model(), folder)
-    for name in ("dataset_name", "output_dir", "seed"):  # differ from run to run
-        del run[name]
+    run |= {"dataset_name": str(folder / "train-{seed}.jsonl"), "output_dir": str(folder / "sweep")}
     run["evaluation"] |= {"test": str(folder / "test.jsonl"), "neutral": str(folder / "neutral.jsonl")}
-    (folder / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False))
-
-
-def train(folder: Path, arm: str, seed: int) -> Path:
-    """Train one arm with one seed in its own process, unless it was trained before; returns its output folder."""
-    output = folder / f"{arm}-{seed}"
-    if (output / FOLDER / f"{AFTER}.json").is_file():
-        return output
-    command = [sys.executable, "-m", "opsd", "train", str(folder / "run.yaml"), "--skip-doctor"]
-    command += ["--dataset_name", str(folder / f"train-{seed}.jsonl"), "--output_dir", str(output)]
-    command += ["--seed", str(seed), *([] if arm == "method" else ["--control", arm])]
-    subprocess.run(command, check=True)
-    for weights in output.glob("*.safetensors"):  # half a gigabyte per run, and the results are written
-        weights.unlink()
-    return output
+    run["sweep"] = {"arms": {arm: {} if arm == METHOD else {"control": arm} for arm in arms}, "seed": seeds}
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run, sort_keys=False))
+    return path
 
 
 def traces(run: RunResult) -> dict[str, Any]:
@@ -120,12 +110,14 @@ def main() -> None:
         write(record, compare(stored_runs(record)))
         return
     options.folder.mkdir(parents=True, exist_ok=True)
-    prepare(options.folder, options.seeds)
-    folders = [str(train(options.folder, arm, seed)) for seed in options.seeds for arm in options.arms]
-    runs = read_runs(folders)
-    settings = yaml.safe_load((options.folder / "run.yaml").read_text())
+    run_file = prepare(options.folder, options.arms, options.seeds)
+    if status := opsd(["sweep", str(run_file), "--skip-doctor", "--keep", "none"]):
+        sys.exit(status)
+    runs = read_runs([str(options.folder / "sweep")])
+    settings = yaml.safe_load(run_file.read_text())
     settings["model_name_or_path"] = "SmolLM2-135M-Instruct"
-    del settings["evaluation"]
+    for name in ("evaluation", "sweep", "dataset_name", "output_dir", "seed"):
+        del settings[name]
     record = {"settings": settings, "versions": runs[0].card["versions"], "comparison": {}}
     write({**record, "runs": [traces(run) for run in runs]}, compare(runs))
 

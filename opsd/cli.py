@@ -19,6 +19,7 @@ from opsd.errors import OPSDError
 # name -> module of opsd.commands, one line of help
 COMMANDS = {
     "train": ("train", "train a model with a teacher, from a YAML file"),
+    "sweep": ("sweep", "train arms x learning rates x seeds of a run file, and compare them"),
     "doctor": ("doctor", "examine a run before step 1: alignment, prompts, leaks, whether the teacher helps"),
     "eval": ("evaluate", "grade a model's answers on a dataset, with intervals"),
     "compare": ("compare", "compare a method with its controls, with intervals"),

@@ -304,3 +304,18 @@ def test_what_an_earlier_run_left_is_not_read_as_this_ones(tmp_path: Path) -> No
 def test_a_control_needs_nothing_of_evaluation_rows_that_its_teacher_never_sees(tmp_path: Path) -> None:
     make(tmp_path, evaluation={**PLAN, "test": TEST[:1], "neutral": DEV[:1]}, control="wrong-context").train()
     assert results(tmp_path)["after"].n == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_last_evaluation_is_evaluated_on_resume(tmp_path: Path) -> None:
+    """Its last checkpoint is of the last step, so a resume trained nothing, and measured nothing either."""
+    settings = {"evaluation": {**PLAN, "neutral": KEPT}, "save_strategy": "steps", "save_steps": 1}
+    whole = make(tmp_path / "run", **settings)
+    whole.train()
+    folder = tmp_path / "run" / "evaluation"
+    summary, outcome = read_summary(folder), read_card(str(tmp_path / "run"))["outcome"]
+    for name in ("after.json", "evaluation.json"):
+        (folder / name).unlink()
+    make(tmp_path / "run", **settings).train(resume_from_checkpoint=True)
+    assert read_summary(folder) == summary
+    assert read_card(str(tmp_path / "run"))["outcome"] == outcome

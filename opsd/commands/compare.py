@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from opsd.commands import tradeoff as page
+from opsd.commands.cells import as_change, as_estimate
+
 if TYPE_CHECKING:
     from opsd.evaluation.compare import Arm, Comparison, Pairwise
-    from opsd.evaluation.statistics import Estimate, PairedDifference
 
+FILES = {"json": "comparison.json", "markdown": "comparison.md", "plot": "pareto.svg"}  # of a sweep's folder
 HEAD = ("", "seeds", "after{unit}", "gain", "sd", "drift", "{first} minus it", "p")
 
 
@@ -23,30 +26,43 @@ def make_parser() -> argparse.ArgumentParser:
         prog="opsd compare",
         description="Compare runs on the same held-out questions: the method with its controls, each with its seeds. "
         "Runs that differ only in seed and training questions are one arm. Intervals over questions (95 %, paired) "
-        "cover the choice of questions; the spread over seeds covers the choice of seed.",
-        epilog="Example: opsd compare runs/method-* runs/wrong-context-* runs/sft-*",
+        "cover the choice of questions; the spread over seeds covers the choice of seed. Where an arm has runs at "
+        "several learning rates, or at several values of a sweep, arms are compared at their best value on the "
+        "selection split; a first table shows every value, with what was kept on the retention splits.",
+        epilog="Example: opsd compare runs/method-* runs/wrong-context-* runs/sft-*; opsd compare runs/sweep",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="output folders of runs that had an `evaluation:`")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="output folders of runs that had an `evaluation:`, or of `opsd sweep`"
+    )
     parser.add_argument(
         "--metric", default="accuracy", help="accuracy (default), avg@k, pass@k, maj@k, format, length, truncated"
     )
     parser.add_argument("--json", metavar="FILE", help="write the comparison")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table for a README")
+    parser.add_argument("--markdown", metavar="FILE", help="write the tables for a README")
+    parser.add_argument("--plot", metavar="FILE.svg", help="write a plot of the task against retention")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table and the verdicts."""
     options = make_parser().parse_args(arguments)
-    from opsd.evaluation.compare import as_json, compare, read_runs
+    from opsd.evaluation.compare import as_json, read_runs
+    from opsd.evaluation.pareto import as_plain, tradeoff_of
+    from opsd.evaluation.plot import as_svg
     from opsd.evaluation.run_folder import write_json, write_whole
 
-    comparison = compare(read_runs(options.runs), options.metric)
-    show(comparison, Console())
+    tradeoff, console = tradeoff_of(read_runs(options.runs), options.metric), Console()
+    comparison = tradeoff.comparison
+    page.show(tradeoff, console)
+    show(comparison, console)
     if options.json:
-        write_json(Path(options.json), as_json(comparison))
+        write_json(Path(options.json), {**as_json(comparison), **as_plain(tradeoff)})
     if options.markdown:
-        write_whole(Path(options.markdown), markdown(comparison))
+        write_whole(Path(options.markdown), page.markdown(tradeoff) + markdown(comparison))
+    if options.plot and page.has_plot(tradeoff):
+        write_whole(Path(options.plot), as_svg(tradeoff.points))
+    elif options.plot:
+        console.print(f"no plot was written: {page.NO_RETENTION}", highlight=False)
     return 0
 
 
@@ -81,35 +97,26 @@ def rows(comparison: Comparison) -> Iterator[tuple[str, ...]]:
     scale = comparison.kind.scale
     empty = ("",) * (len(HEAD) - 3)
     if comparison.before is not None:
-        yield ("before", "", _estimate(comparison.before, scale), *empty)
+        yield ("before", "", as_estimate(comparison.before, scale), *empty)
     pairs = {pair.other: pair for pair in comparison.pairwise}
     for arm in comparison.arms:
         yield (*_arm(arm, scale), *_pair(pairs.get(arm.name), scale))
     if comparison.ceiling is not None:
-        yield ("ceiling", "", _estimate(comparison.ceiling, scale), *empty)
+        yield ("ceiling", "", as_estimate(comparison.ceiling, scale), *empty)
 
 
 def _arm(arm: Arm, scale: int) -> tuple[str, ...]:
-    gain = "" if arm.gain is None else _change(arm.gain, scale)
+    gain = "" if arm.gain is None else as_change(arm.gain, scale)
     seeds = ", ".join(str(run.seed) for run in arm.runs)
     spread = "?" if arm.spread.deviation is None else f"{scale * arm.spread.deviation:.1f}"
     drift = "" if arm.drift is None else f"{arm.drift:.3f}"
-    return arm.name, seeds, _estimate(arm.after, scale), gain, spread, drift
+    return arm.name, seeds, as_estimate(arm.after, scale), gain, spread, drift
 
 
 def _pair(pair: Pairwise | None, scale: int) -> tuple[str, str]:
     if pair is None:
         return "", ""
-    return _change(pair.difference, scale), f"{pair.p_value:.3f}" if pair.p_value >= 0.001 else "< 0.001"
-
-
-def _estimate(value: Estimate, scale: int) -> str:
-    ends = "" if value.low is None or value.high is None else f" ({scale * value.low:.1f} to {scale * value.high:.1f})"
-    return f"{scale * value.value:.1f}{ends}"
-
-
-def _change(change: PairedDifference, scale: int) -> str:
-    return f"{scale * change.difference:+.1f} ({scale * change.low:+.1f} to {scale * change.high:+.1f})"
+    return as_change(pair.difference, scale), f"{pair.p_value:.3f}" if pair.p_value >= 0.001 else "< 0.001"
 
 
 def footer(comparison: Comparison) -> str:

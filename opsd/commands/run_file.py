@@ -83,12 +83,14 @@ class Run:
         args: training arguments.
         model: TRL's model arguments (name, dtype, LoRA, quantisation).
         recipe: the recipe that `teacher` names, if any.
+        has_sweep: whether the file has a `sweep:`, which only `opsd sweep` reads.
     """
 
     run: RunArguments
     args: OPSDConfig
     model: ModelConfig
     recipe: Recipe | None
+    has_sweep: bool = False
 
 
 SETTINGS = (RunArguments, OPSDConfig, ModelConfig)
@@ -105,6 +107,11 @@ class RunParser(TrlParser):
     def keys(self) -> set[str]:
         """Every key that a YAML file may hold."""
         return {action.dest for action in self._actions} - {"help"}
+
+    @property
+    def lists(self) -> set[str]:
+        """Keys whose value is a list."""
+        return {action.dest for action in self._actions if action.nargs in ("+", "*")}
 
     def check(self, names: Iterable[str], where: str) -> None:
         """Refuse a key that nothing reads."""
@@ -133,9 +140,21 @@ def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: an unknown or ill-typed key (nearest name suggested), no model, no dataset.
     """
+    return resolve_run({} if path is None else read_yaml(path), str(path or "a YAML file"), overrides)
+
+
+def resolve_run(config: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> Run:
+    """Return a run's configuration from the content of its file; see `read_run`.
+
+    Args:
+        config: the content; its `sweep` is left to `opsd sweep`.
+        where: the file, for errors.
+        overrides: `--key value` arguments.
+    """
     parser = make_parser()
-    config = {} if path is None else read_yaml(path)
-    parser.check(config, str(path))
+    config = dict(config)
+    has_sweep = config.pop("sweep", None) is not None
+    parser.check(config, where)
     given = [token[2:].split("=")[0].replace("-", "_") for token in overrides if token.startswith("--")]
     parser.check([name for name in given if not name.startswith("no_")], "command line")
     recipe = recipe_of(_last_value(overrides, "teacher") or config.get("teacher"))
@@ -148,10 +167,10 @@ def read_run(path: Path | None, overrides: Sequence[str] = ()) -> Run:
     run, args, model = parser.parse_args_into_dataclasses(args=list(overrides))
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", run.dataset_name)):
         if not value:
-            raise ConfigError(f"a run needs {name}. Set it in {path or 'a YAML file'} or by --{name}.")
+            raise ConfigError(f"a run needs {name}. Set it in {where} or by --{name}.")
     if isinstance(run.evaluation, str):
         run.evaluation = read_yaml(Path(run.evaluation))
-    return Run(run, args, model, recipe)
+    return Run(run, args, model, recipe, has_sweep)
 
 
 def _with_lists(config: Mapping[str, Any]) -> dict[str, Any]:

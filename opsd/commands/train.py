@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 SKIP_DOCTOR = ("--skip-doctor", "--skip_doctor")
+NOT_STARTED = "training did not start"  # where the doctor failed
 HELP = """\
 usage: opsd train CONFIG.yaml [--key value …]
 
@@ -73,6 +74,10 @@ def main(arguments: Sequence[str]) -> int:
     from opsd.training import checkpoints
     from opsd.training.run_lock import only_run_in
 
+    if run.has_sweep:
+        print(
+            f"sweep       not read: this is one run of the settings beside it; all of them: opsd sweep {arguments[0]}"
+        )
     resume = _as_resume(run.args.resume_from_checkpoint)
     checkpoints.check_writable(run.args.output_dir)
     with only_run_in(run.args.output_dir):  # before a model loads
@@ -118,7 +123,7 @@ def _passes_doctor(trainer: Any) -> bool:
     failed = any(gather_object([trainer.files.examination.failed]))
     if failed:
         way_out = "fix the checks that failed, or train regardless with --skip-doctor"
-        trainer.accelerator.print(f"training did not start: {way_out}")
+        trainer.accelerator.print(f"{NOT_STARTED}: {way_out}")
     return not failed
 
 

@@ -6,6 +6,8 @@
     power                          how many questions or seeds a difference needs
     plan, questions                what a run measures; which questions are the same
     summary, compare, verdict      one run summarised; several runs compared
+    pareto, selection, plot        the task beside what was kept; the best value of an arm; a drawing of both
+    sweep_folder                   what `opsd sweep` writes into its folders
     likelihood, run_folder         log-probabilities of traces, drift; a run's folder read back
 
 Knows nothing of training.

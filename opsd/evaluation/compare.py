@@ -19,6 +19,7 @@ from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.run_folder import differences, read_card
 from opsd.evaluation.sample_metrics import Metric, meaning_of
+from opsd.evaluation.selection import selection_accuracy
 from opsd.evaluation.statistics import (
     Estimate,
     PairedDifference,
@@ -29,6 +30,7 @@ from opsd.evaluation.statistics import (
     paired_difference,
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
+from opsd.evaluation.sweep_folder import expanded, read_record
 from opsd.evaluation.verdict import Pairwise, beats, with_verdict
 
 METHOD = "method"
@@ -53,6 +55,9 @@ class RunResult:
         card: its run card; empty for a file of `opsd eval`.
         results: results of the test split by time.
         drift: nats per token that the student moved on neutral prompts; None if not measured.
+        values: of a sweep: what is swept beside the seed.
+        selection: accuracy on the selection split; None without one.
+        retention: results of other tasks, by their names and by time.
 
     Example:
         >>> from opsd.evaluation import Answer
@@ -68,6 +73,9 @@ class RunResult:
     card: Mapping[str, Any]
     results: Mapping[str, EvaluationResult]
     drift: float | None = None
+    values: Mapping[str, Any] | None = None
+    selection: float | None = None
+    retention: Mapping[str, Mapping[str, EvaluationResult]] = field(default_factory=dict)
 
     @property
     def after(self) -> EvaluationResult:
@@ -162,7 +170,7 @@ def read_runs(folders: Sequence[str]) -> list[RunResult]:
         CheckpointError: a folder holds no run, or one without a result after training.
     """
     runs: list[RunResult] = []
-    for folder in folders:
+    for folder in expanded(folders):
         if Path(folder).is_file():
             runs.append(_from_file(Path(folder), {run.arm for run in runs}))
             continue
@@ -172,11 +180,24 @@ def read_runs(folders: Sequence[str]) -> list[RunResult]:
                 f"{folder} was not measured after training: it has no {FOLDER}/{AFTER}.json. Train it with an "
                 "`evaluation:` in its YAML; or compare files: `opsd eval RUN … --output RUN.json` of each."
             )
-        card = read_card(folder)
-        arm, seed = card["settings"].get("control") or METHOD, card["settings"].get("seed", 0)
-        drift = read_summary(Path(folder) / FOLDER).get("drift")
-        runs.append(RunResult(folder, arm, seed, card, results, drift and drift["per_token"]["value"]))
+        runs.append(_from_folder(Path(folder), results))
     return runs
+
+
+def _from_folder(folder: Path, results: Mapping[str, EvaluationResult]) -> RunResult:
+    card, record, summary = read_card(str(folder)), read_record(folder), read_summary(folder / FOLDER)
+    settings, drift = card["settings"], summary.get("drift")
+    return RunResult(
+        str(folder),
+        record.arm if record else settings.get("control") or METHOD,
+        settings.get("seed", 0),
+        card,
+        results,
+        drift and drift["per_token"]["value"],
+        record.values if record else None,
+        selection_accuracy(folder),
+        {name: results_of(folder / FOLDER, f"retention {name}") for name in summary.get("retention", {})},
+    )
 
 
 def _from_file(path: Path, taken: set[str]) -> RunResult:
@@ -198,9 +219,9 @@ def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
         raise ConfigError("there are no runs to compare. Name their output folders.")
     reference = runs[0].after
     _check_contexts(runs)
-    values = {run.folder: run.after.in_order_of(reference).graded_values(metric) for run in runs}
-    arms = [_arm(name, each, metric, values, reference) for name, each in _by_arm(runs).items()]
-    pairs = [_pair(arms[0], other, values) for other in arms[1:]]
+    values = values_of(runs, metric)
+    arms = arms_of(runs, metric)
+    pairs = [pair_of(arms[0], other, values) for other in arms[1:]]
     p_values = adjusted([pair.p_value for pair in pairs]) if pairs else []
     first, kind, trained = arms[0].name, meaning_of(metric), bool(runs[0].card)
     ceiling = next((run.results[TEACHER] for run in runs if TEACHER in run.results), None)
@@ -219,6 +240,17 @@ def compare(runs: Sequence[RunResult], metric: str = "accuracy") -> Comparison:
     )
 
 
+def values_of(runs: Sequence[RunResult], metric: str) -> dict[str, np.ndarray]:
+    """Return a metric per question after training by run, the questions in the order of the first run's."""
+    return {run.folder: run.after.in_order_of(runs[0].after).graded_values(metric) for run in runs}
+
+
+def arms_of(runs: Sequence[RunResult], metric: str = "accuracy") -> list[Arm]:
+    """Return the arms of runs, the method's first; runs of a sweep that differ in values are arms of their own."""
+    values = values_of(runs, metric)
+    return [_arm(name, each, metric, values, runs[0].after) for name, each in _by_arm(runs).items()]
+
+
 def _check_contexts(runs: Sequence[RunResult]) -> None:
     contexts = {run.after.context: run.folder for run in runs}
     if len(contexts) > 1:
@@ -233,7 +265,7 @@ def _by_arm(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     """Return the runs of each arm in the order of their seeds, the method's arm first."""
     groups: list[list[RunResult]] = []
     for run in runs:
-        group = next((group for group in groups if _is_same_arm(group[0], run)), None)
+        group = next((group for group in groups if is_same_arm(group[0], run)), None)
         if group is None:
             groups.append([run])
         elif any(run.seed == other.seed for other in group):
@@ -255,10 +287,14 @@ def _by_arm(runs: Sequence[RunResult]) -> dict[str, list[RunResult]]:
     return named
 
 
-def _is_same_arm(run: RunResult, other: RunResult) -> bool:
+def is_same_arm(run: RunResult, other: RunResult, apart_from: tuple[str, ...] = ()) -> bool:
+    """Tell whether runs differ in nothing but their seeds, and settings that may differ: `settings.NAME`."""
     if run.arm != other.arm:
         return False
-    return bool(run.card) and all(name.startswith(_SAME_ARM) for name, _, _ in differences(run.card, other.card))
+    if run.values is not None and other.values is not None:  # a sweep says what differs
+        return bool(apart_from) or run.values == other.values
+    may_differ = (*_SAME_ARM, *apart_from)
+    return bool(run.card) and all(name.startswith(may_differ) for name, _, _ in differences(run.card, other.card))
 
 
 def _arm(
@@ -275,27 +311,36 @@ def _arm(
     return Arm(name, runs, estimate(after, is_share=meaning_of(metric).is_share), gain, spread, drift)
 
 
-def _pair(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Pairwise:
+def pair_of(first: Arm, other: Arm, values: Mapping[str, np.ndarray]) -> Pairwise:
+    """Return the first arm minus another one, paired by question and seed.
+
+    Args:
+        first: an arm.
+        other: another arm.
+        values: one number per question, by the folder of the run.
+    """
     by_seed = [{run.seed: values[run.folder] for run in arm.runs} for arm in (first, other)]
     both = sorted(by_seed[0].keys() & by_seed[1].keys())
     if both:
         sides = [np.mean([each[seed] for seed in both], axis=0) for each in by_seed]
-        spread = over_seeds([float(np.nanmean(by_seed[0][seed] - by_seed[1][seed])) for seed in both])
+        each_seed = [float(np.nanmean(by_seed[0][seed] - by_seed[1][seed])) for seed in both]
     else:
         sides = [np.mean(list(each.values()), axis=0) for each in by_seed]
-        spread = over_seeds([float(np.nanmean(sides[0] - sides[1]))])
+        each_seed = [float(np.nanmean(sides[0] - sides[1]))]
     difference = paired_difference(sides[1], sides[0])
-    return Pairwise(other.name, difference, difference.p_value, spread)
+    return Pairwise(other.name, difference, difference.p_value, over_seeds(each_seed), by_seed=each_seed)
 
 
 # ---- warnings ---------------------------------------------------------------------------------------------------
 
 
 def _unequal_budgets(arms: Sequence[Arm]) -> Iterator[str]:
-    first = arms[0].runs[0].card.get("settings", {})
+    first, swept = arms[0].runs[0].card.get("settings", {}), arms[0].runs[0].values or {}
     for arm in arms[1:]:
         settings = arm.runs[0].card.get("settings", {})
         for name in _BUDGET if first and settings else ():  # a file of `opsd eval` has no settings
+            if name in swept and name in (arm.runs[0].values or {}):
+                continue
             if settings.get(name) != first.get(name):
                 values = f"{first.get(name)} in {arms[0].name} and {settings.get(name)} in {arm.name}"
                 yield f"not the same budget: {name} is {values}"

@@ -70,6 +70,8 @@ class EvaluationPlan:
         max_new_tokens: longest answer, in tokens; None is the run's `max_completion_length`.
         batch_size: answers per forward pass.
         seed: of the sampled answers.
+        baselines: folder where runs keep what they measured before training, for runs with the same model, questions
+            and settings; `opsd sweep` sets it.
 
     Raises:
         ConfigError: settings that cannot work together.
@@ -93,6 +95,7 @@ class EvaluationPlan:
     max_new_tokens: int | None = None
     batch_size: int = 64
     seed: int = 0
+    baselines: str | None = None
 
     @classmethod
     def parse(cls, value: EvaluationPlan | Mapping[str, Any] | None) -> EvaluationPlan | None:

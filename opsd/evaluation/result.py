@@ -6,7 +6,7 @@ Metrics are computed from it and never stored alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -177,15 +177,20 @@ class EvaluationResult:
             CheckpointError: the file is damaged, or not an evaluation.
         """
         try:
-            stored: dict[str, Any] = json.loads(path.read_text("utf-8"))
-            answers = [Answer(**answer) for answer in stored.pop("greedy")]
-            sampled = [[Answer(**answer) for answer in each] for each in stored.pop("sampled")]
-            return cls(greedy=answers, sampled=sampled, **stored)
+            return cls.from_plain(json.loads(path.read_text("utf-8")))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} is not an evaluation, or damaged ({type(error).__name__}: {error}). Write it again: "
                 "`opsd eval MODEL … --output FILE.json`."
             ) from error
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Any]) -> EvaluationResult:
+        """Return the result of plain values, as `dataclasses.asdict` makes them."""
+        stored = dict(values)
+        answers = [Answer(**answer) for answer in stored.pop("greedy")]
+        sampled = [[Answer(**answer) for answer in each] for each in stored.pop("sampled")]
+        return cls(greedy=answers, sampled=sampled, **stored)
 
     def in_order_of(self, other: EvaluationResult) -> EvaluationResult:
         """Return this result with its questions in the order of another result's, so that the two can be paired.

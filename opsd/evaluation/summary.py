@@ -54,6 +54,11 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
+def is_evaluated(folder: Path) -> bool:
+    """Return whether an evaluation folder has all results of its run, of which the summary is the last."""
+    return "chosen" in read_summary(folder)
+
+
 # ---- summarising ------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ Knows differences and their intervals; nothing of runs or files.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from opsd.evaluation.power import questions_needed, seeds_needed
@@ -23,6 +24,7 @@ class Pairwise:
         p_value: of no difference, adjusted for the number of arms compared (Holm).
         spread: of the difference over seeds; runs of one seed are paired.
         verdict: the result in a sentence.
+        by_seed: the difference at each seed.
 
     Example:
         >>> from opsd.evaluation import paired_difference
@@ -37,6 +39,12 @@ class Pairwise:
     p_value: float
     spread: SeedSpread
     verdict: str = ""
+    by_seed: Sequence[float] = ()
+
+    @property
+    def same_sign(self) -> int:
+        """Number of seeds whose difference has the sign of the mean; 0 where that is 0."""
+        return sum(each * self.difference.difference > 0 for each in self.by_seed)
 
 
 def beats(pair: Pairwise) -> bool:
@@ -69,6 +77,8 @@ def with_verdict(pair: Pairwise, first: str, metric: Metric, *, trained: bool) -
     change += f" over {difference.n} questions"
     if spread.low is not None:
         change += f"; {number(spread.low)} to {number(spread.high)} over {spread.seeds} seeds"
+    if len(pair.by_seed) > 1:
+        change += f", the same sign in {pair.same_sign} of {len(pair.by_seed)}"
     return replace(pair, verdict=_sentence(pair, first, metric, trained, f"{change})"))
 
 

@@ -39,6 +39,7 @@ from opsd.evaluation.summary import (
     SUMMARY,
     TEACHER,
     file_of,
+    is_evaluated,
     lines,
     metrics_with_intervals,
     read_summary,
@@ -48,6 +49,7 @@ from opsd.models.forward import embedded_tokens
 from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids
 from opsd.teachers import LiveTeacher, Teacher, TeacherView
+from opsd.training.baselines import Baselines
 from opsd.training.callbacks import GracefulStop
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import row_completion
@@ -109,12 +111,18 @@ class Evaluator(TrainerCallback):
         self._live = LiveTeacher()  # the student's likelihoods; prepared before mixed precision wraps the model
         self._live.prepare(parts.student)
         self._selection: list[dict[str, Any]] = []  # metrics of the selection split, one entry per look
+        self._baselines = Baselines(parts)
         self._skipped = [] if isinstance(parts.rows, Dataset) else [UNCHECKED_STREAM]
 
     @property
     def folder(self) -> Path:
         """The folder of the results."""
         return Path(self._args.output_dir) / FOLDER
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run has its results after training."""
+        return is_evaluated(self.folder)
 
     # ---- when --------------------------------------------------------------------------------------------------
 
@@ -124,6 +132,7 @@ class Evaluator(TrainerCallback):
         if state.global_step:
             summary = read_summary(self.folder)
             self._selection, self._skipped = summary.get("selection", []), summary.get("skipped", [])
+            self._baselines.taken = summary.get("taken", [])
             return
         self._accelerator.print(f"evaluation  {self.plan.describe()}")
         if args.should_save:  # results of an earlier run would be read as this one's
@@ -134,10 +143,16 @@ class Evaluator(TrainerCallback):
         self._evaluate_splits(BEFORE)
         if self._args.control is None:  # the teacher of a control is no ceiling
             self._evaluate_teacher()
-            self._write(TRACE_LIKELIHOOD, self._traces())
+            rows = self.plan.test if self._trace_ids[1] else None
+            self._write(TRACE_LIKELIHOOD, self._baselines.value("traces", rows, self._traces, teacher=True))
         if self.plan.neutral is not None:
-            self._write(NEUTRAL, self._neutral())
+            self._write(NEUTRAL, self._baselines.value("neutral", self.plan.neutral, self._neutral))
         self.evaluate_selection(0)
+        if self._baselines.taken:
+            taken = ", ".join(self._baselines.taken)
+            self._accelerator.print(
+                f"evaluation  measured by an earlier run, taken from {self.plan.baselines}: {taken}"
+            )
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate the last step's student, where the run will end with another checkpoint."""
@@ -175,7 +190,8 @@ class Evaluator(TrainerCallback):
         """Evaluate the selection split, add it to the summary, and return what is logged; {} without such a split."""
         if self.plan.selection is None:
             return {}
-        result = self._evaluate_student(self.plan.splits["selection"], f"selection at step {step}")
+        questions = self.plan.splits["selection"]
+        result = self._evaluate_student(questions, f"selection at step {step}", is_before=step == 0)
         self._selection = [entry for entry in self._selection if entry["step"] < step]
         self._selection.append({"step": step, **metrics_with_intervals(result)})
         summary = self._read(SUMMARY) or {}
@@ -197,10 +213,13 @@ class Evaluator(TrainerCallback):
         """Evaluate the student on every split but `selection`."""
         for name, questions in self.plan.splits.items():
             if name != "selection":
-                self._save(file_of(name, when), self._evaluate_student(questions, f"{name}: student {when}"))
+                label = f"{name}: student {when}"
+                result = self._evaluate_student(questions, label, is_before=when == BEFORE)
+                self._save(file_of(name, when), result)
 
-    def _evaluate_student(self, questions: Questions, label: str) -> EvaluationResult:
-        return self._evaluate(self._generate, questions, label, model="student")
+    def _evaluate_student(self, questions: Questions, label: str, *, is_before: bool = False) -> EvaluationResult:
+        measure = partial(self._evaluate, self._generate, questions, label, model="student")
+        return self._baselines.result(label, questions, measure) if is_before else measure()
 
     @property
     def _generate(self) -> Generate:
@@ -218,21 +237,23 @@ class Evaluator(TrainerCallback):
 
     def _evaluate_teacher(self) -> None:
         """Measure the ceiling: the teacher with its context, and without it where that is not the student."""
-        teacher, test = self._teacher, self.plan.splits["test"]
+        teacher = self._teacher
         silent = None if teacher.can_sample else f"teacher {teacher.strategy!r} is no single model that could answer"
         if reason := silent or self._missing:
             what = "the ceiling" if silent else "the ceiling, and the likelihood of the test rows' traces"
             self._skipped.append(f"{what}: {reason}")
             self._accelerator.print(f"evaluation  not measured: {what}: {reason}")
             return
-        names = {"model": teacher.describe(), "context": teacher.prompts.describe()}
-        result = self._evaluate(TeacherView(teacher).sample, test, "test: teacher with its context", **names)
-        self._save(file_of("test", TEACHER), result)
+        self._evaluate_view(TEACHER, TeacherView(teacher), "with its context", teacher.prompts.describe())
         if not teacher.starts_as_student:
             plain = TeacherView(teacher, teacher.prompts.with_context(None))
-            result = self._evaluate(plain.sample, test, "test: teacher without context", model=teacher.describe())
-            self._save(file_of("test", PLAIN_TEACHER), result)
+            self._evaluate_view(PLAIN_TEACHER, plain, "without context", "none")
         teacher.prompts.forget_counts()
+
+    def _evaluate_view(self, when: str, view: TeacherView, how: str, context: str) -> None:
+        test, label, names = self.plan.splits["test"], f"test: teacher {how}", {"model": view.teacher.describe()}
+        measure = partial(self._evaluate, view.sample, test, label, **names, context=context)
+        self._save(file_of("test", when), self._baselines.result(label, test, measure, teacher=True))
 
     def _evaluate(self, generate: Generate, questions: Questions, label: str, **names: Any) -> EvaluationResult:
         """Let a model answer, each process a share of the questions."""
@@ -328,6 +349,7 @@ class Evaluator(TrainerCallback):
             "chosen": _chosen(state, self.plan.rule),
             "selection": self._selection,
             "skipped": self._skipped,
+            "taken": self._baselines.taken,
             "drift": self._drift(),
             "traces": traces and {**traces, "before": self._read(TRACE_LIKELIHOOD)},
         }

@@ -82,7 +82,8 @@ def run_facts(parts: RunParts, data: str) -> dict[str, Any]:
         "data": data,
         "rows": len(parts.rows) if isinstance(parts.rows, Dataset) else None,
         "eval_data": None if plan is not None and parts.eval_rows is plan.selection else _plain(parts.eval_rows),
-        "evaluation": plan and {field.name: _plain(getattr(plan, field.name)) for field in fields(plan)},
+        "evaluation": plan
+        and {field.name: _plain(getattr(plan, field.name)) for field in fields(plan) if field.name != "baselines"},
         "versions": versions(),
         "hardware": hardware(),
     }

@@ -8,6 +8,7 @@ warns, that a part of the run does nothing. Knows settings, teachers and logged 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -176,6 +177,8 @@ class Counts:
         with_rate: steps whose learning rate was above 0.
         sums: of metrics in `EXPLAINING`, one value per step.
         weights: the checksum of the trainable weights before step 1.
+        seconds: wall clock of the steps, sampling included; evaluations and saves are not.
+        cpu_seconds: processor time of this process in the steps, all threads together.
     """
 
     steps: int = 0
@@ -186,6 +189,8 @@ class Counts:
     with_rate: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     weights: str = ""
+    seconds: float = field(default=0.0, compare=False)
+    cpu_seconds: float = field(default=0.0, compare=False)
 
     def is_always(self, name: str, value: float) -> bool:
         """Tell whether a metric had this value in every step."""
@@ -211,9 +216,15 @@ class Learning(TrainerCallback):
         teacher, brings = parts.scorer.teacher, self._brings_optimizer
         self._known = causes_in_settings(parts.args, teacher, parts.rows, parts.recipe, brings_optimizer=brings)
         self._gradient = self._rate = 0.0
+        self._began = 0.0, 0.0  # wall clock and processor time at the start of the step
         self._announce(self._known)
         self.counts = Counts()
         self.findings = list(self._known)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this process has counted the run's steps."""
+        return self.counts.steps > 0
 
     @property
     def learned(self) -> bool:
@@ -235,7 +246,8 @@ class Learning(TrainerCallback):
     def description(self) -> dict[str, Any]:
         """The same in plain values, for the run card."""
         counts = {name: getattr(self.counts, name) for name in ("steps", "rollouts", "tokens")}
-        return {"learned": self.learned, **counts, "lines": self.lines}
+        clocks = {name: round(getattr(self.counts, name), 3) for name in ("seconds", "cpu_seconds")}
+        return {"learned": self.learned, **counts, **clocks, "lines": self.lines}
 
     # ---- events -----------------------------------------------------------------------------------------------
 
@@ -247,6 +259,10 @@ class Learning(TrainerCallback):
         self._announce(self._rate_causes(steps) + left_undone(self._scorer.teacher, state.global_step, steps))
         stored = state.stateful_callbacks.get(STORED) if state.global_step else None
         self.counts = Counts(**stored["attributes"]["counts"]) if stored else Counts(weights=self._checksum(model))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clocks of the step; its rollouts are sampled after this."""
+        self._began = time.perf_counter(), time.process_time()
 
     def see_gradient(self, norm: Any) -> None:
         """Take the norm of a step's gradient, before the optimizer steps."""
@@ -260,6 +276,8 @@ class Learning(TrainerCallback):
         """Count the step; after the first one, say why it trained nothing."""
         counts, tokens = self.counts, int(self._averages.latest["scored_tokens"])
         counts.steps += 1
+        counts.seconds += time.perf_counter() - self._began[0]
+        counts.cpu_seconds += time.process_time() - self._began[1]
         counts.rollouts += args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         counts.tokens += tokens
         counts.with_tokens += tokens > 0

@@ -94,6 +94,23 @@ def _acquire(path: Path) -> int | None:
     return descriptor
 
 
+def holder_of(output_dir: str | os.PathLike[str]) -> str | None:
+    """Return which other process holds the lock of an output folder, in words; None where none does."""
+    path = Path(output_dir).resolve() / LOCK
+    if not path.is_file():
+        return None
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f"another process{_holder(path)}"
+    except OSError:  # a file system without locks
+        return None
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _holder(path: Path) -> str:
     """Return which process holds a lock, in words."""
     try:
