@@ -1,0 +1,117 @@
+"""Where on-policy self-distillation wins, and where not: experiments on a small model, minutes each.
+
+Run:     python -m benchmarks.learning recover [--seeds 0 1 2] [--jobs 2] [--folder runs/learning]
+         python -m benchmarks.learning --list
+         python -m benchmarks.learning recover --recompute    the tables again, from the stored grades
+Writes:  benchmarks/results/learning/NAME.json, NAME.md and NAME.svg; the same command goes on after a stop
+Takes:   15 to 45 minutes an experiment on two cores
+
+Each experiment writes rows and a run file, and lets `opsd sweep` train and compare its arms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.learning.experiments import EXPERIMENTS
+from benchmarks.learning.records import record_of, run_of
+from opsd.cli import main as opsd
+from opsd.commands import tradeoff as page
+from opsd.commands.compare import markdown
+from opsd.evaluation.compare import as_json, read_runs
+from opsd.evaluation.pareto import Tradeoff, as_plain, tradeoff_of
+from opsd.evaluation.plot import as_svg
+from opsd.evaluation.run_folder import write_json, write_whole
+from opsd.evaluation.summary import AFTER
+
+RESULTS = Path(__file__).parent.parent / "results" / "learning"
+PATHS = ("output_dir", "dataset_name", "sweep", "evaluation")  # of a run file: not part of the record's settings
+
+
+def train(name: str, folder: Path, seeds: list[int], jobs: int) -> dict[str, Any]:
+    """Train what is missing of an experiment; returns its record, before the figures."""
+    experiment = EXPERIMENTS[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = experiment.prepare(folder, seeds)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    options = ["--jobs", str(jobs), "--keep", experiment.keep, "--seeds-at", "best", "--skip-doctor"]
+    if status := opsd(["sweep", str(path), *options]):
+        sys.exit(status)
+    runs = read_runs([str(folder / "sweep")])
+    return {
+        "asks": experiment.asks,
+        "command": f"python -m benchmarks.learning {name} --seeds {' '.join(map(str, seeds))} --jobs {jobs}",
+        "hardware": runs[0].card["hardware"],
+        "versions": runs[0].card["versions"],
+        "settings": {key: value for key, value in settings.items() if key not in PATHS},
+        "sweep": settings["sweep"],
+        "runs": [record_of(run, experiment.form) for run in runs],
+    }
+
+
+def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:
+    """Write the record of an experiment with the figures that follow from it, its table and its plot."""
+    tradeoff = tradeoff_of([run_of(run) for run in record["runs"]])
+    results.mkdir(parents=True, exist_ok=True)
+    record["figures"] = {**as_json(tradeoff.comparison), **as_plain(tradeoff)}
+    write_json(results / f"{name}.json", record)
+    hardware = record["hardware"]
+    head = f"# {name}: {record['asks']}\n\n`{record['command']}`, {hardware}\n\n"
+    tables = [page.markdown(tradeoff), markdown(tradeoff.comparison), *form_table(record["runs"], tradeoff)]
+    write_whole(results / f"{name}.md", head + "".join(tables))
+    write_whole(results / f"{name}.svg", as_svg(tradeoff.points))
+
+
+def form_table(runs: Sequence[Mapping[str, Any]], tradeoff: Tradeoff) -> Iterator[str]:
+    """Yield the share of answers in the form that was asked for, by arm and split, if it was counted."""
+    if "in_form" not in runs[0]["test"][AFTER]:
+        return
+    splits = ["test", *runs[0]["retention"]]
+    yield f"\nAnswers in the form asked for, %, at each arm's best value:\n\n|  | {' | '.join(splits)} |\n"
+    yield f"|{'---|' * (len(splits) + 1)}\n"
+    for point in tradeoff.points:
+        chosen = [run for run in runs if run["arm"] == point.arm and run["values"] == point.values]
+        if point.is_best:
+            shares = [_share_in_form(chosen, split) for split in splits]
+            yield f"| {point.name} | {' | '.join(f'{100 * share:.1f}' for share in shares)} |\n"
+
+
+def _share_in_form(runs: Sequence[Mapping[str, Any]], split: str) -> float:
+    graded = [(run["test"] if split == "test" else run["retention"][split])[AFTER] for run in runs]
+    return sum(each["in_form"] for each in graded) / sum(len(each["right"]) for each in graded)
+
+
+def main() -> None:
+    """Train and compare the arms of experiments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(EXPERIMENTS))
+    parser.add_argument("--list", action="store_true", help="print the experiments")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--recompute", action="store_true", help="write tables and plots again from the stored grades")
+    options = parser.parse_args()
+    if unknown := set(options.names) - EXPERIMENTS.keys():
+        parser.error(f"there is no experiment {', '.join(unknown)}; known are {', '.join(EXPERIMENTS)}")
+    for name in [] if options.list else options.names:
+        if options.recompute:
+            record = json.loads((RESULTS / f"{name}.json").read_text())
+        else:
+            record = train(name, options.folder / name, options.seeds, options.jobs)
+        write(name, record)
+        print((RESULTS / f"{name}.md").read_text())
+    if options.list or not options.names:
+        for name, experiment in EXPERIMENTS.items():
+            print(f"{name:<16} {experiment.asks}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Keeps what figures follow from: the grade of every answer of every run, so that tables can be computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opsd.evaluation import Answer, EvaluationResult
+from opsd.evaluation.compare import RunResult
+
+# Settings that a comparison reads: what tells arms apart, and what makes a budget unequal.
+SETTINGS = (
+    "control", "seed", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "max_completion_length",
+)  # fmt: skip
+Form = Callable[[str], bool]
+OUTCOME = ("rollouts", "tokens", "seconds", "cpu_seconds")
+
+
+def record_of(run: RunResult, form: Form | None = None) -> dict[str, Any]:
+    """Return a run in plain values: a digit per question, the lengths of answers, right samples per question.
+
+    Args:
+        run: with the texts of its answers.
+        form: text -> whether an answer has the form that was asked for; counted beside the grades.
+    """
+
+    def graded(results: Mapping[str, EvaluationResult]) -> dict[str, Any]:
+        return {when: _graded(result, form) for when, result in results.items()}
+
+    card = run.card
+    return {
+        "arm": run.arm,
+        "values": run.values,
+        "seed": run.seed,
+        "settings": {name: card["settings"][name] for name in SETTINGS if name in card["settings"]},
+        "questions": card["hashes"].get("questions"),
+        "outcome": {name: card["outcome"][name] for name in OUTCOME if name in card["outcome"]},
+        "selection": run.selection,
+        "drift": run.drift,
+        "test": graded(run.results),
+        "retention": {name: graded(results) for name, results in run.retention.items()},
+    }
+
+
+def run_of(record: Mapping[str, Any]) -> RunResult:
+    """Return the run of a record."""
+    card = {
+        "settings": record["settings"],
+        "hashes": {"questions": record["questions"]},
+        "outcome": record["outcome"],
+        "rows": None,
+    }
+    values = ", ".join(f"{name} {value}" for name, value in record["values"].items())
+    return RunResult(
+        folder=f"{record['arm']}, {values}, seed {record['seed']}",
+        arm=record["arm"],
+        seed=record["seed"],
+        card=card,
+        results={when: _result(each) for when, each in record["test"].items()},
+        drift=record["drift"],
+        values=record["values"],
+        selection=record["selection"],
+        retention={name: {w: _result(r) for w, r in times.items()} for name, times in record["retention"].items()},
+    )
+
+
+def _graded(result: EvaluationResult, form: Form | None) -> dict[str, Any]:
+    graded: dict[str, Any] = {
+        "grader": result.grader,
+        "right": "".join(str(int(right)) for right in result.correct),
+        "tokens": " ".join(map(str, result.lengths)),
+        "truncated": result.truncated,
+    }
+    if form is not None:
+        graded["in_form"] = sum(map(form, result.texts))
+    if result.sampled:
+        graded["samples"] = len(result.sampled[0])
+        graded["right_samples"] = "".join(str(sum(a.correct is True for a in each)) for each in result.sampled)
+    return graded
+
+
+def _result(graded: Mapping[str, Any]) -> EvaluationResult:
+    lengths = list(map(int, graded["tokens"].split()))
+    greedy = [Answer("", mark == "1", n, ended=True) for mark, n in zip(graded["right"], lengths, strict=True)]
+    k = graded.get("samples", 0)
+    sampled = [
+        [Answer("", number < int(count), 0, ended=True) for number in range(k)]
+        for count in graded.get("right_samples", "")
+    ]
+    return EvaluationResult([f"question {number}" for number in range(len(greedy))], graded["grader"], greedy, sampled)
