@@ -20,15 +20,8 @@ import yaml
 
 from opsd.cli import main as opsd
 from opsd.commands.compare import markdown
-from opsd.commands.demo_run import (
-    TEST_SEED,
-    DemoSettings,
-    arithmetic,
-    packaged_model,
-    question,
-    run_settings,
-    write_rows,
-)
+from opsd.commands.demo_run import DemoSettings, run_settings
+from opsd.commands.demo_tasks import TEST_SEED, arithmetic, packaged_model, question, write_rows
 from opsd.evaluation import Answer, EvaluationResult
 from opsd.evaluation.compare import METHOD, Comparison, RunResult, as_json, compare, read_runs
 from opsd.evaluation.run_folder import write_json, write_whole

@@ -19,7 +19,8 @@ from typing import Any
 from datasets import Dataset
 
 from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
-from opsd.commands.demo_run import MAX_NEW_TOKENS, DemoSettings, arithmetic, packaged_model
+from opsd.commands.demo_run import MAX_NEW_TOKENS, DemoSettings
+from opsd.commands.demo_tasks import arithmetic, packaged_model
 from opsd.doctor import ROWS, examine
 from opsd.training.machine import hardware
 

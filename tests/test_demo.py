@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from opsd.cli import main
-from opsd.commands.demo_run import COMMENTS, DemoSettings, arithmetic, packaged_model, question, write_run
+from opsd.commands.demo_run import COMMENTS, DemoSettings, write_run
+from opsd.commands.demo_tasks import arithmetic, packaged_model, question
 from opsd.commands.run_file import read_run
 from opsd.contexts.renderer import PromptRenderer
 from opsd.errors import ConfigError

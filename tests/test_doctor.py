@@ -23,7 +23,8 @@ from helpers import MAKE_TEACHER, STUDENTS, make_args, make_trainer, returns, sn
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.commands.demo_run import GRADER, MAX_NEW_TOKENS, arithmetic, packaged_model
+from opsd.commands.demo_run import GRADER, MAX_NEW_TOKENS
+from opsd.commands.demo_tasks import arithmetic, packaged_model
 from opsd.commands.doctor import TITLES
 from opsd.doctor import CHECKS, examine
 from opsd.doctor.environment import DISTRIBUTION

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.learning import tasks
 from benchmarks.learning.graders import json_form
 from opsd import PrivilegedContext
-from opsd.commands.demo_run import packaged_model, write_rows
+from opsd.commands.demo_tasks import packaged_model, write_rows
 from opsd.contexts.renderer import PromptRenderer
 from opsd.evaluation.compare import read_runs
 from opsd.evaluation.pareto import tradeoff_of

