@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from opsd import __version__
-from opsd.commands.demo_run import DemoResult, DemoSettings, run_demo
+from opsd.commands.demo_sums import SumsResult, SumsSettings, run_sums
 from opsd.evaluation import EvaluationResult, share_of_gap
 from opsd.evaluation.run_folder import write_json
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, difference, results_of
@@ -51,7 +51,7 @@ def figures(result: EvaluationResult) -> dict[str, object]:
     }
 
 
-def summarise(seed: int, demo: DemoResult) -> dict[str, object]:
+def summarise(seed: int, demo: SumsResult) -> dict[str, object]:
     """Return one seed's figures."""
     results = results_of(Path(demo.folder) / FOLDER)
     before, ceiling = results[BEFORE], results[TEACHER]
@@ -79,10 +79,10 @@ def main() -> None:
     runs: list[Any] = []
     for seed in options.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            settings = DemoSettings(seed=seed, output=f"{folder}/model")
-            demo = run_demo(settings, print, control=options.control and seed == options.seeds[0])
+            settings = SumsSettings(seed=seed, output=f"{folder}/model")
+            demo = run_sums(settings, print, control=options.control and seed == options.seeds[0])
             runs.append(summarise(seed, demo))
-        write_json(RESULTS, {"settings": asdict(DemoSettings()), "hardware": hardware(), "runs": runs})
+        write_json(RESULTS, {"settings": asdict(SumsSettings()), "hardware": hardware(), "runs": runs})
         print(json.dumps(runs[-1], indent=1), flush=True)
 
 

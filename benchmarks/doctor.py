@@ -19,7 +19,7 @@ from typing import Any
 from datasets import Dataset
 
 from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
-from opsd.commands.demo_run import MAX_NEW_TOKENS, DemoSettings
+from opsd.commands.demo_sums import MAX_NEW_TOKENS, SumsSettings
 from opsd.commands.demo_tasks import arithmetic, packaged_model
 from opsd.doctor import ROWS, examine
 from opsd.training.machine import hardware
@@ -33,7 +33,7 @@ CONTEXTS = {
 
 def make_trainer(context: Any, seed: int, steps: int, folder: str) -> OPSDTrainer:
     """The demo's run, with another number of steps."""
-    demo = DemoSettings()
+    demo = SumsSettings()
     args = OPSDConfig(
         folder,
         max_steps=steps,

@@ -23,7 +23,7 @@ from helpers import MAKE_TEACHER, STUDENTS, make_args, make_trainer, returns, sn
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.cli import main
-from opsd.commands.demo_run import GRADER, MAX_NEW_TOKENS
+from opsd.commands.demo_sums import GRADER, MAX_NEW_TOKENS
 from opsd.commands.demo_tasks import arithmetic, packaged_model
 from opsd.commands.doctor import TITLES
 from opsd.doctor import CHECKS, examine

@@ -75,7 +75,10 @@ def run_file(folder: Path, seeds: Sequence[int], rates: Sequence[float], arms: A
 
 
 def evaluation(folder: Path, steps: int, selection: Any, test: Any, grader: str, **retention: Any) -> dict[str, Any]:
-    """Write the splits of an experiment and return its `evaluation:`; retention is name=(rows, grader)."""
+    """Write the splits of an experiment and return its `evaluation:`; retention is name=(rows, grader).
+
+    The selection split is evaluated after the last step only: it chooses learning rates, not checkpoints.
+    """
     write_rows(folder / "selection.jsonl", selection)
     write_rows(folder / "test.jsonl", test)
     others = {}
@@ -88,7 +91,6 @@ def evaluation(folder: Path, steps: int, selection: Any, test: Any, grader: str,
         "every": steps,
         "grader": grader,
         "retention": others,
-        "samples": 4,
         "batch_size": 100,
     }
 
@@ -123,7 +125,7 @@ def fine_tuning(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     )  # fmt: skip
     return run_file(
         folder, seeds, (1e-5, 3e-5, 1e-4), arms, context="answer_only", teacher={"strategy": "same_checkpoint"},
-        max_steps=steps, max_completion_length=24, evaluation=plan,
+        max_steps=steps, max_completion_length=24, evaluation={**plan, "samples": 4},
     )  # fmt: skip
 
 
@@ -145,7 +147,7 @@ def recover(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         folder, seeds, (6e-6, 2e-5, 6e-5), with_controls("off-policy", "seq-kd"),
         model_name_or_path=models_of(folder, "fine_tuning", "bare"),
         teacher={"strategy": "past_checkpoint", "model": packaged_model()},
-        max_steps=steps, max_completion_length=24, evaluation=plan,
+        max_steps=steps, max_completion_length=24, evaluation={**plan, "samples": 4},
     )  # fmt: skip
 
 
@@ -181,7 +183,7 @@ def _fold_in(folder: Path, seeds: Sequence[int], model: dict[str, Any]) -> dict[
     )  # fmt: skip
     arms = {
         "method": {"beta": 0.0},
-        "reverse KL": {"beta": 1.0},
+        "reverse KL": {"beta": 1.0, "learning_rate": [3e-5, 1e-4]},
         "off-policy": {"control": "off-policy", "beta": 0.0},
         "sft": {"control": "sft", "dataset_name": str(folder / "texts-{seed}.jsonl")},
     }
