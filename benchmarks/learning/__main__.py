@@ -25,14 +25,15 @@ from benchmarks.learning.records import record_of, run_of
 from opsd.cli import main as opsd
 from opsd.commands import tradeoff as page
 from opsd.commands.compare import markdown
+from opsd.commands.demo_tasks import packaged_model
 from opsd.evaluation.compare import as_json, read_runs
 from opsd.evaluation.pareto import Tradeoff, as_plain, tradeoff_of
 from opsd.evaluation.plot import as_svg
 from opsd.evaluation.run_folder import write_json, write_whole
 from opsd.evaluation.summary import AFTER
 
+MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).parent.parent / "results" / "learning"
-PATHS = ("output_dir", "dataset_name", "sweep", "evaluation")  # of a run file: not part of the record's settings
 
 
 def train(name: str, folder: Path, seeds: list[int], jobs: int) -> dict[str, Any]:
@@ -51,10 +52,20 @@ def train(name: str, folder: Path, seeds: list[int], jobs: int) -> dict[str, Any
         "command": f"python -m benchmarks.learning {name} --seeds {' '.join(map(str, seeds))} --jobs {jobs}",
         "hardware": runs[0].card["hardware"],
         "versions": runs[0].card["versions"],
-        "settings": {key: value for key, value in settings.items() if key not in PATHS},
-        "sweep": settings["sweep"],
+        "settings": _without_paths(settings, {str(folder.parent): "runs/learning", packaged_model(): MODEL}),
         "runs": [record_of(run, experiment.form) for run in runs],
     }
+
+
+def _without_paths(value: Any, names: Mapping[str, str]) -> Any:
+    """Return settings with the folders of this machine by the names that they have on any."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(each, names) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(each, names) for each in value]
+    for path, text in names.items() if isinstance(value, str) else ():
+        value = value.replace(path, text)
+    return value
 
 
 def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:

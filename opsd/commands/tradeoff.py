@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from opsd.evaluation.statistics import SeedSpread
 
 WIDE = 170  # columns of a terminal that show the table with its intervals
-ONLY_WIDE = ("sd", "tokens", "s/rollout")  # left out of a narrower one, as the intervals are
+ONLY_WIDE = ("sd", "change", "all splits, %", "tokens", "s", "s/rollout")  # left out of a narrower one, as intervals are
 NO_RETENTION = (
     "it shows the task against retention, and the runs have no retention split (`evaluation: {retention: …}`)"
 )
@@ -45,7 +45,7 @@ def show(tradeoff: Tradeoff, console: Console) -> None:
     console.print(table)
     for line in _remarks(tradeoff):
         console.print(f"· {line}", highlight=False)
-    hint = "" if is_wide else f" With intervals, sd and tokens: --markdown, or a terminal of {WIDE} columns."
+    hint = "" if is_wide else f" With intervals, changes and seconds: --markdown, or a terminal of {WIDE} columns."
     console.print(f"[dim]{footer(tradeoff)}.{hint}[/]", highlight=False)
     console.print()
 
