@@ -269,6 +269,17 @@ def cost(objective: Objective, row: list[int], n: int, each: dict[int, Token]) -
     return sum(r.values()) / len(r) if objective.reward_to_go == "mean" and r else 0.0
 
 
+def drift_weights(objective: Objective, rows: list[list[int]], each: dict[int, Token]) -> dict[int, float]:
+    """n → 1 + γ·(1 − d/D) over its mean in the rollout."""
+    factors = {}
+    for row in rows:
+        gaps = [abs((each[n].log_s_y.clamp(min=LOWEST) - each[n].log_t_y.clamp(min=LOWEST)).item()) for n in row]
+        shares = [sum(gaps[:place]) / sum(gaps) if any(gaps) else 0.0 for place in range(len(row))]
+        raw = [1 + objective.prefix_weight * (1 - share) for share in shares]
+        factors |= {n: value * len(raw) / sum(raw) for n, value in zip(row, raw, strict=True)}
+    return factors
+
+
 def contrast(problem: Problem, rows: list[list[int]], vocab_size: int) -> dict[int, float]:
     factors = {}
     for row in rows:
@@ -315,6 +326,9 @@ def reference(objective: Objective, problem: Problem) -> Result:
     if objective.keep_fraction < 1:
         kept = kept_weights(objective, rows, each)
         weight = {n: weight[n] * (kept.get(n, 0.0) if share(n) else 1.0) for n in weight}
+    if objective.prefix_weight:
+        factors = drift_weights(objective, rows, each)
+        weight = {n: weight[n] * (factors[n] if share(n) else 1.0) for n in weight}
     if problem.contrast_signal is not None:
         factors = contrast(problem, rows, v)
         weight = {n: weight[n] * (factors[n] if share(n) else 1.0) for n in weight}
@@ -322,7 +336,7 @@ def reference(objective: Objective, problem: Problem) -> Result:
     loss, steered = leaves["states"].sum().nan_to_num(0, 0, 0) * 0, leaves["states"].sum().nan_to_num(0, 0, 0) * 0
     columns: dict[str, dict[int, float]] = defaultdict(dict)
     # A pass over all tokens before some were left out leaves the metrics of all of them.
-    has_statistics_pass = objective.keep_fraction < 1 or objective.reward_to_go != "none"
+    has_statistics_pass = objective.keep_fraction < 1 or objective.prefix_weight or objective.reward_to_go != "none"
     for n in places if has_statistics_pass else weight:
         for name, value in metrics_of(objective, tokens, n, each[n]).items():
             columns[name][n] = value

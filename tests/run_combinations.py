@@ -119,6 +119,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "reference": {"ref_kl_coef": 0.3},
     "kept by entropy": {"keep_fraction": 0.5},
     "kept by disagreement": {"keep_fraction": 0.6, "keep_by": "disagreement"},
+    "by drift": {"prefix_weight": 1.5},
     "discounted": {"reward_to_go": "discounted", "discount": 0.9},
     "mean reward to go and reference": {"reward_to_go": "mean", "ref_kl_coef": 0.1},
     "contrast": {"contrast_context": "answer_only"},

@@ -74,6 +74,24 @@ def test_contrast_weighs_by_the_gap_over_its_mean_in_the_rollout(lengths: list[i
         assert result[row_N == row].tolist() == pytest.approx([x / (sum(gap) / len(gap)) for x in gap])
 
 
+@quick
+@given(lengths=rows_of, gamma=st.floats(0.0, 5.0), seed=st.integers(0, 999))
+def test_earlier_tokens_weigh_more_by_the_drift_after_them(lengths: list[int], gamma: float, seed: int) -> None:
+    row_N, ratio_N = packed(lengths), random(sum(lengths), seed=seed)
+    result = token_weights.by_drift(ratio_N, row_N, gamma)
+    for row, length in enumerate(lengths):
+        weights, gaps = result[row_N == row].tolist(), ratio_N[row_N == row].abs().tolist()
+        raw = [1 + gamma * (1 - sum(gaps[:n]) / sum(gaps)) for n in range(length)]
+        assert weights == pytest.approx([x * length / sum(raw) for x in raw], rel=1e-5)
+        assert weights == sorted(weights, reverse=True)
+
+
+def test_drift_weights_worked_by_hand() -> None:
+    """The paper's 1 + 0.5·(1, 3/4, 1/4), whose mean is 4/3; the second rollout has no drift."""
+    result = token_weights.by_drift(torch.tensor([-1.0, 2.0, 1.0, 0.0, 0.0]), packed([3, 2]), 0.5)
+    assert result.tolist() == pytest.approx([1.5 * 3 / 4, 1.375 * 3 / 4, 1.125 * 3 / 4, 1.0, 1.0])
+
+
 def test_contrast_of_a_rollout_that_nothing_tells_apart_is_zero() -> None:
     same = torch.tensor([-1.0, -2.0])
     assert token_weights.contrastive(same, same, packed([2])).tolist() == [0.0, 0.0]
@@ -120,7 +138,9 @@ def test_an_importance_ratio_is_truncated_above_only_and_1_where_unknown() -> No
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"keep_fraction": 0.5}, {"importance_clip": 1.2, "ref_kl_coef": 0.1}], ids=str
+    "settings",
+    [{}, {"keep_fraction": 0.5}, {"prefix_weight": 0.5}, {"importance_clip": 1.2, "ref_kl_coef": 0.1}],
+    ids=str,
 )
 @pytest.mark.parametrize("divergence", DIVERGENCE_CASES[::3], ids=name_of)
 def test_contrast_multiplies_every_other_weight(divergence: Divergence, settings: dict) -> None:
@@ -133,6 +153,13 @@ def test_contrast_multiplies_every_other_weight(divergence: Divergence, settings
 def test_reference_and_contrast_over_heads_padded_differently(sizes: tuple[int, int]) -> None:
     case = problem(9, v=sizes[0], teacher_v=sizes[1], contrast_signal=True, dtype=torch.float32)
     agrees(Objective(ref_kl_coef=0.5), case)
+
+
+def test_a_weight_by_drift_moves_the_gradient_and_not_the_logged_divergence() -> None:
+    case = problem(10)
+    plain, weighed = (measured(Objective(prefix_weight=gamma), case) for gamma in (0.0, 2.0))
+    assert torch.equal(plain.values["divergence"], weighed.values["divergence"])
+    assert not torch.allclose(plain.gradients["states"], weighed.gradients["states"])
 
 
 def test_contrast_of_equal_contexts_trains_on_nothing() -> None:

@@ -264,6 +264,8 @@ REFUSED = [
     ({"reward_to_go": "all"}, "reward_to_go is 'all'", "must be one of", "discounted"),
     ({"keep_fraction": 0.0}, "keep_fraction", "above 0", "is 0"),
     ({"keep_fraction": 1.1}, "keep_fraction", "up to 1", "is 1.1"),
+    ({"prefix_weight": -0.5}, "at least 0", "Below 0", "leave it out"),
+    ({"prefix_weight": math.inf}, "must be a number", "is inf", "leave it out"),
     ({"reward_to_go": "discounted", "discount": 0.0}, "discount", "above 0", "is 0"),
     ({"discount": 0.5}, "discount", "no effect", "Set reward_to_go"),
     ({"importance_clip": 0.5}, "at least 1", "Below 1", "leave it out"),

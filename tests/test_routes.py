@@ -138,6 +138,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "reverse KL": {},
     "JSD": {"divergence": Divergence(0.5)},
     "half of the tokens": {"keep_fraction": 0.5},
+    "by drift": {"prefix_weight": 1.0},
     "half, by disagreement": {"keep_fraction": 0.5, "keep_by": "disagreement"},
     "discounted future": {"reward_to_go": "discounted", "discount": 0.9},
     "sampled, discounted": {"divergence": Divergence(1.0, support="sampled"), "reward_to_go": "discounted"},

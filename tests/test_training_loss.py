@@ -28,6 +28,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], str]] = {
     "EOPD": ({"entropy_gate": 0.8}, "entropy is above 0.8"),
     "TIP": ({"keep_fraction": 0.5}, "50%"),
     "TIP, disagreement": ({"keep_fraction": 0.5, "keep_by": "disagreement"}, "highest disagreement"),
+    "IW-OPD": ({"prefix_weight": 0.5}, "tokens weighed up by 0.5"),
     "Thinking Machines": ({"support": "sampled", "baseline": "none"}, "the sampled token"),
     "discounted": ({"support": "sampled", "reward_to_go": "discounted", "discount": 0.5}, "discounted by 0.5"),
     "MiniLLM": ({"reward_to_go": "mean"}, "the mean reward of later tokens"),

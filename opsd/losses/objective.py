@@ -8,6 +8,7 @@ Shapes: N scored tokens of a micro-batch (packed) · D hidden width.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -24,7 +25,7 @@ from opsd.losses.estimators import ESTIMATORS, REWARD_TO_GO, discounted_reward_t
 from opsd.losses.kernel import Kernel
 from opsd.losses.pointwise import log_ratio
 from opsd.losses.rule import Tokens, TrainingRule, compiled
-from opsd.losses.token_weights import contrastive, keep_top_fraction
+from opsd.losses.token_weights import by_drift, contrastive, keep_top_fraction
 from opsd.models.head import Head
 from opsd.signals import DenseSignal, HiddenSignal, RoutedSignal, TeacherSignal
 
@@ -75,6 +76,14 @@ class ObjectiveSettings:
         metadata={
             "help": "Score by which keep_fraction keeps the highest: entropy (the student's), or disagreement (the "
             "divergence)."
+        },
+    )
+    prefix_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "γ of the token weight 1 + γ·(1 − d/D), at least 0 (IW-OPD, arXiv 2606.22600: 0.5). d is the size of "
+            "log s(y) − log t(y) summed over the rollout's earlier tokens, D over all. Divided by its mean over the "
+            "rollout. Costs a pass over the head without gradient."
         },
     )
     reward_to_go: str = field(
@@ -162,6 +171,12 @@ class Objective(ObjectiveSettings):
                 f"importance_clip must be at least 1, and is {self.importance_clip}. Below 1 it would also cut tokens "
                 "on which trainer and engine agree. 2 is usual; leave it out for no correction."
             )
+        if not 0.0 <= self.prefix_weight < math.inf:
+            raise ConfigError(
+                f"prefix_weight must be a number of at least 0, and is {self.prefix_weight}. Below 0 it would weigh "
+                "the tokens at the end of a rollout most, after prefixes that the teacher would not write. 0.5 is the "
+                "paper's; leave it out for equal weights."
+            )
         if not self.ref_kl_coef >= 0.0:
             raise ConfigError(
                 f"ref_kl_coef must not be negative, and is {self.ref_kl_coef}: it would push the student away from "
@@ -196,6 +211,8 @@ class Objective(ObjectiveSettings):
             parts.append(REWARD_TO_GO[self.reward_to_go].format(discount=self.discount))
         if self.keep_fraction < 1.0:
             parts.append(f"on the {self.keep_fraction:.0%} of each rollout's tokens with the highest {self.keep_by}")
+        if self.prefix_weight:
+            parts.append(f"tokens weighed up by {self.prefix_weight:g}·(1 − the share of drift before them)")
         if self.importance_clip is not None:
             parts.append(f"importance ratio at most {self.importance_clip:g}")
         if self.ref_kl_coef:
@@ -253,7 +270,7 @@ class Objective(ObjectiveSettings):
         counted_N = batch.tokens.weight_N != 0
         used = batch.select(counted_N) if not bool(counted_N.all()) else batch
         seconds, seen_N, seen = 0.0, counted_N, dict[str, Tensor]()
-        if self._needs_statistics or batch.contrast_signal is not None:
+        if self.needs_statistics or batch.contrast_signal is not None:
             start = time.perf_counter()
             used, kept, seen = self._after_statistics(used)
             seconds = time.perf_counter() - start
@@ -268,8 +285,9 @@ class Objective(ObjectiveSettings):
         return LossOutput(loss, metrics.pop("divergence"), metrics.pop("entropy"), metrics, seconds)
 
     @property
-    def _needs_statistics(self) -> bool:
-        return self.keep_fraction < 1.0 or self.reward_to_go != "none"
+    def needs_statistics(self) -> bool:
+        """Whether all tokens go through a pass without gradient before they are weighed."""
+        return self.keep_fraction < 1.0 or self.prefix_weight > 0.0 or self.reward_to_go != "none"
 
     def _after_statistics(self, batch: _Batch) -> tuple[_Batch, Tensor, dict[str, Tensor]]:
         """Run all tokens without gradient, and weigh them by the result.
@@ -280,7 +298,7 @@ class Objective(ObjectiveSettings):
         tokens = batch.tokens
         assert tokens.row_N is not None and tokens.ids_N is not None, "tokens are compared within their rollout"
         weight_N, advantage_N, seen = tokens.weight_N, tokens.advantage_N, dict[str, Tensor]()
-        if self._needs_statistics:
+        if self.needs_statistics:
             with torch.no_grad():
                 _, seen = self._kernel(replace(batch, reference=None)).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
@@ -288,6 +306,8 @@ class Objective(ObjectiveSettings):
                 kept_N = keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
                 weight_N = weight_N * tokens.where_distilled(kept_N)
             reward_N = -log_ratio(seen["logprob"], seen["teacher_logprob"])
+            if self.prefix_weight:
+                weight_N = weight_N * tokens.where_distilled(by_drift(reward_N, tokens.row_N, self.prefix_weight))
             if self.reward_to_go == "discounted":
                 advantage_N = tokens.plus_advantage(discounted_reward_to_go(reward_N, tokens.row_N, self.discount))
             elif self.reward_to_go == "mean":

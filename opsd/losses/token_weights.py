@@ -37,6 +37,31 @@ def keep_top_fraction(score_N: Tensor, row_N: Tensor, fraction: float) -> Tensor
     return weight_N
 
 
+def by_drift(ratio_N: Tensor, row_N: Tensor, gamma: float) -> Tensor:
+    """Weigh a token by how little the rollout has drifted from the teacher before it (IW-OPD, arXiv 2606.22600).
+
+    The paper's factor is 1 + gamma · (1 - d / D), where d sums |log s(y) - log t(y)| over the earlier tokens and D over
+    all tokens of the rollout: 1 + gamma at the first token, and falling. Here it is divided by its mean over the
+    rollout, whose share of the loss does not change.
+
+    Args:
+        ratio_N: float32, log s(y) - log t(y) of the scored tokens, nats; tokens of a rollout stand in order.
+        row_N: int64, the rollout of each token.
+        gamma: at least 0.
+
+    Returns:
+        weight_N, float32: with a mean of 1 in each rollout; 1 where student and teacher agree on all of it.
+    """
+    weight_N = torch.ones_like(ratio_N, dtype=torch.float32)
+    for row in row_N.unique():
+        places = (row_N == row).nonzero()[:, 0]
+        size = ratio_N[places].abs()
+        before, total = size.cumsum(0) - size, size.sum()
+        factor = 1.0 + gamma * (1.0 - before / total) if total > 0 else torch.ones_like(size)
+        weight_N[places] = (factor / factor.mean()).float()
+    return weight_N
+
+
 def contrastive(right_N: Tensor, contrast_N: Tensor, row_N: Tensor) -> Tensor:
     """Weigh tokens by how much their log-probability differs between the context and a contrast context.
 

@@ -250,6 +250,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "force_tail": self.force_tail and (self.tail != "none" or not kind.falls_off_support),
             "baseline": self.support != "sampled" and self.baseline != DivergenceSettings.baseline,
             "keep_by": self.keep_fraction == 1.0 and self.keep_by != ObjectiveSettings.keep_by,
+            "prefix_weight": self.prefix_weight > 0.0 and self.max_completion_length == 1,
             "grpo_on": self.grpo_coef == 0.0 and self.grpo_on != GroupSettings.grpo_on,
             "importance_clip": self.importance_clip is not None and not self.use_vllm,
         }

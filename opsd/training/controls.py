@@ -28,6 +28,7 @@ _ONE_TOKEN: dict[str, Any] = {
     "token_clip": None,
     "entropy_gate": None,
     "keep_fraction": 1.0,
+    "prefix_weight": 0.0,
     "reward_to_go": "none",
     "importance_clip": None,
     "contrast_context": None,

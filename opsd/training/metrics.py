@@ -100,7 +100,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("importance/ratio", "ratio", "p_student / p_engine of the sampled token, after the clip", _LOSS, _ENGINE),
     Metric("importance/truncated", "share of tokens", "tokens whose ratio was above importance_clip", _LOSS, _ENGINE),
     Metric("statistics_seconds", "seconds", "the pass without gradient that ranks tokens, per micro-batch", _HERE,
-           "keep_fraction, reward_to_go"),
+           "keep_fraction, prefix_weight, reward_to_go"),
     # Rollouts
     Metric("completions/mean_length", "tokens", "mean length of rollouts", _HERE, gate=True),
     Metric("completions/min_length", "tokens", "the shortest rollout", _HERE, gate=True),

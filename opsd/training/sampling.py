@@ -378,7 +378,7 @@ def why_unchecked(args: Any, rollout_columns: bool) -> str:
     if args.lmbda == 0:
         return "lmbda is 0, so the student samples no rollout."
     # Where the loss makes a pass over all tokens first, it knows those that a contrast leaves out too.
-    knows_all = args.keep_fraction < 1 or args.reward_to_go != "none"
+    knows_all = args.objective.needs_statistics
     causes = {
         "mask_tokens": bool(args.mask_tokens),
         "mask_special_tokens": args.mask_special_tokens,
