@@ -27,6 +27,7 @@ TITLES = {
     "prompts": "Prompts",
     "leaks": "Leaks",
     "lift": "Does the teacher help?",
+    "reach": "Can rollouts become what the teacher writes?",
     "cost": "Cost",
     "environment": "Environment",
 }

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from opsd.evaluation.statistics import SeedSpread
 
 WIDE = 170  # columns of a terminal that show the table with its intervals
-ONLY_WIDE = ("sd", "change", "all splits, %", "tokens", "s", "s/rollout")  # left out of a narrower one, as intervals are
+# Left out of a narrower one, as the intervals are.
+ONLY_WIDE = ("sd", "change", "all splits, %", "tokens", "s", "s/rollout")
 NO_RETENTION = (
     "it shows the task against retention, and the runs have no retention split (`evaluation: {retention: …}`)"
 )

@@ -21,6 +21,7 @@ from opsd.doctor.leaks import check_leaks
 from opsd.doctor.lift import check_lift
 from opsd.doctor.patient import Patient
 from opsd.doctor.prompts import check_prompts
+from opsd.doctor.reach import check_reach
 from opsd.doctor.sampling import check_sampling
 from opsd.doctor.tokenizers import check_tokenizers
 from opsd.errors import ConfigError, OPSDError, as_list, not_one_of
@@ -37,6 +38,7 @@ CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "prompts": check_prompts,
     "leaks": check_leaks,
     "lift": check_lift,
+    "reach": check_reach,
     "cost": check_cost,
     "environment": check_environment,
 }

@@ -1,4 +1,4 @@
-"""Check 8: memory, seconds per step, rows and time to finish, from two measured micro-batches."""
+"""Check 9: memory, seconds per step, rows and time to finish, from two measured micro-batches."""
 
 from __future__ import annotations
 

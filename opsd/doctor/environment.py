@@ -1,4 +1,4 @@
-"""Check 9: the environment: tested versions, attention, determinism, disk space for checkpoints."""
+"""Check 10: the environment: tested versions, attention, determinism, disk space for checkpoints."""
 
 from __future__ import annotations
 

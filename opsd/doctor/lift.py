@@ -9,22 +9,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opsd.doctor.patient import BATCH, Patient
+from opsd.data.values import is_empty
+from opsd.doctor.patient import Patient
 from opsd.evaluation.graders import NUMBER
 from opsd.evaluation.statistics import paired_difference, proportion_interval
 from opsd.findings import Finding
-from opsd.rollouts import Ids
 from opsd.teachers import TeacherView
 
 find = functools.partial(Finding, "lift")
 FEW = 4  # rollouts of a kind, below which their mean is noise
 ROWS = 8  # rows, below which a bootstrap is noise
 LEAST = 0.05  # lift worth confirming with more rows
+SHORT = 8  # tokens of an answer, at the median: all of it stands in the few tokens that fine-tuning trains on
+WHEN = "docs/when.md says where fine-tuning or RL does better."
 
 
 @dataclass(frozen=True)
@@ -82,20 +85,19 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
             "Look at its prompts with `opsd show`; try it without the context, or use another teacher.",
         )
     if min(accuracies) > 0.9:
-        return "warn", f"the student already answers these rows ({change}): little is left to teach", "Use harder rows."
+        saw = f"the student already answers these rows ({change}): little is left to teach"
+        return "warn", saw, f"Use harder rows. {WHEN}"
     if gain.difference > LEAST:
         return "warn", f"the lift ({change}) may be chance with {rows} rows", "Examine more rows: --rows 64."
     return (
         "warn",
         f"no lift ({change}): with {rows} rows, no sign that this teacher can teach this",
-        "Give its context more (answer, solution), use a larger sibling, or examine more rows: --rows 64.",
+        f"Give its context more (answer, solution), use a larger sibling, or examine more rows: --rows 64. {WHEN}",
     )
 
 
 def check_lift(patient: Patient) -> Iterator[Finding]:
     """Grade answers of student and teacher, and score the student's rollouts with and without the teacher's context."""
-    provided = set(patient.trainer.groups.rollout_fields) - set(patient.rows[0])
-    needs = {n for c in patient.teacher.prompts.contexts for n in c.columns} & provided
     if patient.grader_name is None:
         yield find(
             "skip",
@@ -103,11 +105,8 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
             "Name a grader: --grader last_number, or module:function.",
         )
         return
-    if not patient.teacher.can_sample:
-        yield find("skip", f"teacher {patient.teacher.strategy!r} is no single model that could answer.")
-        return
-    if needs:
-        yield find("skip", f"the context needs {', '.join(sorted(needs))}, which rollouts provide during training.")
+    if why := patient.why_no_answers:
+        yield find("skip", why)
         return
     lift, figures = _measure(patient)
     status, saw, do = verdict(lift)
@@ -133,18 +132,12 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     share = (
         figures["kl_answer"] / figures["kl_rest"] if figures["kl_answer"] is not None and figures["kl_rest"] else None
     )
-    bare = patient.grade(_answers(patient, plain)) if not patient.teacher.starts_as_student else None
-    lift = Lift(patient.grade(patient.greedy), patient.grade(_answers(patient, teacher)), bare, separation, share)
+    bare = patient.grade(patient.answers_of(plain)) if not patient.teacher.starts_as_student else None
+    lift = Lift(patient.grade(patient.greedy), patient.grade(patient.teacher_answers), bare, separation, share)
     for name, graded in (("student", lift.student), ("teacher", lift.teacher), ("teacher_without_context", bare)):
         if graded is not None:
             figures[name] = {"right": sum(graded), "of": len(graded), "interval": proportion_interval(graded)}
     return lift, figures
-
-
-def _answers(patient: Patient, teacher: TeacherView) -> list[Ids]:
-    longest = max((prompt.ids for prompt in patient.prompts), key=len)
-    with patient.trainer.accelerator.autocast():
-        return teacher.sample(patient.rows, max_new_tokens=patient.room([longest]), batch_size=BATCH)
 
 
 def _kl_on_answers(
@@ -189,4 +182,18 @@ def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator
     cut = sum(len(ids) >= patient.max_new_tokens for ids in patient.greedy)
     if cut and patient.max_new_tokens < patient.args.max_completion_length:
         yield f"{cut} of the student's answers were cut at {patient.max_new_tokens} tokens (--max_new_tokens)"
+    if (tokens := _answer_tokens(patient)) is not None and tokens <= SHORT:
+        yield (
+            f"the context holds the row's own answer, {tokens:.0f} tokens long: fine-tuning on it, or lmbda 0, is "
+            "likely to teach the task as well. What the method does better is to keep the rest (docs/when.md)"
+        )
     yield f"grader: {patient.grader_name}"
+
+
+def _answer_tokens(patient: Patient) -> float | None:
+    """Return the median length of the rows' answers, if the teacher's context shows them."""
+    shown = {name for context in patient.teacher.prompts.contexts for name in context.columns}
+    answers = [str(row["answer"]) for row in patient.rows if not is_empty(row.get("answer"))]
+    if "answer" not in shown or not answers:
+        return None
+    return median(len(patient.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers)

@@ -24,13 +24,14 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.data.values import is_empty
 from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
+from opsd.evaluation.likelihood import logprobs
 from opsd.losses import Divergence, LossOutput, Objective, Tokens
 from opsd.models.forward import context_length, keeping_modes, last_hidden
 from opsd.models.generation import generate
 from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal
-from opsd.teachers import StudentHandle, Teacher, TeacherPrompts, TeacherView
+from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherPrompts, TeacherView
 from opsd.training.groups import placeholders
 from opsd.training.sampling import Agreement, rollout_settings, sampling_gap
 from opsd.training.trainer import OPSDTrainer
@@ -253,6 +254,33 @@ class Patient:
         return values
 
     # ---- answers ----------------------------------------------------------------------------------------------
+
+    @property
+    def why_no_answers(self) -> str:
+        """Why the teacher can answer no row here; empty if it can."""
+        provided = set(self.trainer.groups.rollout_fields) - set(self.rows[0])
+        needs = {name for context in self.teacher.prompts.contexts for name in context.columns} & provided
+        if not self.teacher.can_sample:
+            return f"teacher {self.teacher.strategy!r} is no single model that could answer."
+        return f"the context needs {', '.join(sorted(needs))}, which rollouts provide during training." if needs else ""
+
+    @cached_property
+    def teacher_answers(self) -> list[Ids]:
+        """The teacher's greedy answers, with its context."""
+        return self.answers_of(TeacherView(self.teacher))
+
+    def answers_of(self, teacher: TeacherView) -> list[Ids]:
+        """Return a teacher's greedy answers."""
+        longest = max((prompt.ids for prompt in self.prompts), key=len)
+        with self.trainer.accelerator.autocast():
+            return teacher.sample(self.rows, max_new_tokens=self.room([longest]), batch_size=BATCH)
+
+    def student_logprobs(self, completions: Sequence[Ids]) -> list[list[float]]:
+        """Return the student's log p in nats of every token of completions of the rows."""
+        student = LiveTeacher()
+        student.prepare(self.student)
+        with self.trainer.accelerator.autocast():
+            return logprobs(student, self.rows, completions, BATCH)
 
     @cached_property
     def grader_name(self) -> str | None:

@@ -81,8 +81,8 @@ class ObjectiveSettings:
     prefix_weight: float = field(
         default=0.0,
         metadata={
-            "help": "γ of the token weight 1 + γ·(1 − d/D), at least 0 (IW-OPD, arXiv 2606.22600: 0.5). d is the size of "
-            "log s(y) − log t(y) summed over the rollout's earlier tokens, D over all. Divided by its mean over the "
+            "help": "γ of the token weight 1 + γ·(1 − d/D), at least 0 (IW-OPD, arXiv 2606.22600: 0.5). d is the size "
+            "of log s(y) − log t(y) summed over the rollout's earlier tokens, D over all. Divided by its mean over the "
             "rollout. Costs a pass over the head without gradient."
         },
     )
