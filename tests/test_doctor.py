@@ -144,6 +144,7 @@ def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: st
     assert "the context lifts this model" in found.saw and "expect learning" in found.saw
     assert found.figures["teacher"]["right"] >= 15 and found.figures["student"]["right"] <= 8
     assert found.figures["grader"] == GRADER
+    assert any("fine-tuning on it, or lmbda 0, is likely" in line for line in found.detail)
     assert found.figures["kl_answer"] > found.figures["kl_rest"]
     # what the context changes at wrong rollouts: they become less likely
     assert found.figures["nll_wrong_with_context"] > found.figures["nll_wrong_without_context"]
@@ -159,6 +160,12 @@ def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: st
     other = demo_trainer(demo_model, tmp_path / "other", wrong)
     (found,) = of(examine(other, only=["lift"]), "lift")
     assert found.status == "warn" and ("no lift" in found.saw or "worse than the student" in found.saw)
+    # and one that writes JSON, as this student never does, is out of the reverse KL's reach
+    reply = {"role": "assistant", "content": '{"answer": "The chemical symbol of iron is Fe."}'}
+    turns = [{"role": "user", "content": "What is the chemical symbol of iron?"}, reply]
+    rule = {"template": "system_rule", "values": {"rule": "Write every reply as JSON."}, "examples": turns * 2}
+    (found,) = of(examine(demo_trainer(demo_model, tmp_path / "rule", rule), only=["reach"]), "reach")
+    assert found.status == "warn" and found.figures["first_token"] < 1e-4, found.saw
 
 
 def test_rewards_grade_where_there_are_any_and_a_grader_that_is_named_wins(tmp_path: Path) -> None:
