@@ -146,6 +146,8 @@ SAMPLING: dict[str, dict[str, Any]] = {
     "half off-policy": {"lmbda": 0.5},
     "off-policy": {"lmbda": 0.0},
     "the teacher's samples": {"lmbda": 0.5, "seq_kd": True},
+    "off-policy first": {"lmbda_schedule": {0: 0.0, 1: 0.5, 2: 1.0}},
+    "short first": {"completion_length_schedule": {0: 2, 2: 5}},
     "top p": {"top_p": 0.9},
     "top k": {"top_k": 20},
 }

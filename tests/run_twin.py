@@ -44,6 +44,7 @@ from opsd.models.head import Head
 from opsd.signals import HiddenSignal, MixtureSignal
 
 LENGTH = "completions/mean_length"
+SCHEDULED = {"lmbda_schedule": "lmbda", "completion_length_schedule": "completions/limit"}
 # The largest |logged - recomputed| / (1 + |recomputed|) of a mean over tokens, and of the gradient's norm. In bfloat16
 # a token or entry at the border of a choice (top-k, keep_fraction, a gate, a clip) may fall on the other side.
 BOUNDS = {"float32": (1e-4, 1e-4), "bfloat16": (3e-2, 5e-2), "bfloat16, tokens or entries chosen": (1e-1, 2e-1)}
@@ -74,7 +75,7 @@ def entry_of(records: Sequence[Expected]) -> dict[str, float]:
     names = {name for record in records for name in record.sums}
     entry = {name: sum(record.sums.get(name, 0.0) for record in records) / max(tokens, 1) for name in names}
     for name in {name for record in records for name in record.of_rows}:
-        values = [value for record in records for value in record.of_rows[name] if not math.isnan(value)]
+        values = [value for record in records for value in record.of_rows.get(name, ()) if not math.isnan(value)]
         entry[name] = fmean(values) if values else 0.0
         if name == LENGTH:
             entry[LENGTH.replace("mean", "min")], entry[LENGTH.replace("mean", "max")] = min(values), max(values)
@@ -197,6 +198,9 @@ class Twin:
         scored = [(n, [p for p, used in enumerate(mask) if used]) for n, mask in enumerate(masks) if any(mask)]
         total = sum(len(places) for _, places in scored)
         record = Expected(total, dict.fromkeys(("loss", "divergence", "entropy"), 0.0))
+        for setting, name in SCHEDULED.items() if trains else ():
+            if schedule := self.combination.settings.get(setting):
+                record.of_rows[name] = [float([schedule[step] for step in sorted(schedule) if step <= batch.step][-1])]
         sampled = batch.completions[: batch.on_policy]
         if sampled:
             record.of_rows[LENGTH] = [float(len(ids)) for ids in sampled]

@@ -50,6 +50,10 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "schedule of contexts": (lambda: SameCheckpointTeacher(context=SCHEDULE), {}),
     "off-policy": (lambda: SiblingTeacher(make_llama(5), tokenizer=make_tokenizer()), {"lmbda": 0.5, "seq_kd": True}),
+    "schedules": (
+        lambda: SiblingTeacher(make_llama(5), tokenizer=make_tokenizer()),
+        {"lmbda_schedule": {0: 0.0, 1: 1.0}, "seq_kd": True, "completion_length_schedule": {0: 4, 1: 6}},
+    ),
     "snapshot with a gate": (MAKE_TEACHER["snapshot"], {}),
     "mixture of snapshots": (lambda: MixtureTeacher([SnapshotTeacher(1), SnapshotTeacher(2)], [0.5, 0.5]), {}),
     "top-k support": (same_checkpoint, {**TOP_K, "tail": "bucket", "entry_clip": 0.1}),

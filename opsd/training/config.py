@@ -23,6 +23,7 @@ from opsd.training.groups import GroupSettings
 from opsd.training.machine import choose_bf16
 from opsd.training.resume import check_allowed
 from opsd.training.sampling import check_sampling, warn_sampling
+from opsd.training.schedules import StepSchedule
 from opsd.training.token_selection import TokenSelectionSettings
 
 # Below it most training tokens are not the student's own, and it is not trained on the prefixes of its inference.
@@ -91,6 +92,20 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         metadata={
             "help": "Share of rows trained on the student's own rollouts, in [0, 1] (GKD, arXiv 2306.13649). The rest "
             "uses the row's own `completion`, or the teacher's samples with `seq_kd`. 0 never generates."
+        },
+    )
+    lmbda_schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "lmbda by step, such as {0: 0.0, 8: 1.0}: off-policy first, then on-policy (Qwen3; arXiv "
+            "2606.30044). Unset: lmbda at every step."
+        },
+    )
+    completion_length_schedule: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of the longest completion by step, such as {0: 64, 50: 512}, max_completion_length at most "
+            "(ShortOPD, arXiv 2607.13124). Unset: max_completion_length at every step."
         },
     )
     seq_kd: bool = field(
@@ -162,6 +177,20 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         self._warn()
 
     @property
+    def on_policy_share(self) -> StepSchedule:
+        """The share of rows trained on the student's own rollouts, by step: `lmbda_schedule`, or `lmbda`."""
+        if self.lmbda_schedule is None:
+            return StepSchedule({0: self.lmbda})
+        return StepSchedule.parse("lmbda_schedule", self.lmbda_schedule)
+
+    @property
+    def completion_length(self) -> StepSchedule:
+        """Tokens of the longest completion, by step: `completion_length_schedule`, or `max_completion_length`."""
+        if self.completion_length_schedule is None:
+            return StepSchedule({0: self.max_completion_length or 0})
+        return StepSchedule.parse("completion_length_schedule", self.completion_length_schedule)
+
+    @property
     def objective(self) -> Objective:
         """The training loss, as the settings describe it."""
         return Objective.from_config(self)
@@ -183,17 +212,34 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
                 "hub_token would be written into training_args.bin in every checkpoint. Log in with `hf auth login`, "
                 "or set the environment variable HF_TOKEN."
             )
-        if not 0.0 <= self.lmbda <= 1.0:
-            raise ConfigError(
-                f"lmbda must lie between 0 and 1, and is {self.lmbda}. It is the share of rows trained on the "
-                "student's own rollouts. Use 1 for all of them, 0 for none."
-            )
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ConfigError(
                 f"max_completion_length must be at least 1, and is {self.max_completion_length}. Without a token "
                 "there is nothing to score. Set it to the tokens a full answer needs."
             )
-        self.check_any_token(self.max_completion_length)
+        self._check_schedules()
+        self.check_any_token(int(self.completion_length.least))
+
+    def _check_schedules(self) -> None:
+        for name in ("lmbda", "lmbda_schedule"):
+            if name == "lmbda_schedule" and self.lmbda_schedule is not None and self.lmbda != 1.0:
+                raise ConfigError(
+                    f"lmbda is {self.lmbda:g} and lmbda_schedule {self.lmbda_schedule}: two settings of one share. "
+                    "Leave one of them out."
+                )
+            share = StepSchedule({0: self.lmbda}) if name == "lmbda" else self.on_policy_share
+            if not (share.least >= 0.0 and share.most <= 1.0):
+                raise ConfigError(
+                    f"{name} must lie between 0 and 1, and is {getattr(self, name)}. It is the share of rows trained "
+                    "on the student's own rollouts. Use 1 for all of them, 0 for none."
+                )
+        lengths, longest = self.completion_length.values.values(), self.max_completion_length
+        if any(length != int(length) or not 1 <= length <= (longest or 0) for length in lengths):
+            raise ConfigError(
+                f"completion_length_schedule must hold whole numbers of tokens from 1 to max_completion_length, and is "
+                f"{self.completion_length_schedule} with {longest}. Prompts and memory are checked for "
+                "max_completion_length. Raise that, or lower the schedule."
+            )
 
     def _check_group_size(self) -> None:
         size, rollouts = self.num_generations, self.per_device_train_batch_size * self.gradient_accumulation_steps
@@ -203,17 +249,18 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
                 "accumulation steps). A group would span two steps or devices, and its rollouts could not be compared. "
                 "Make one a multiple of the other."
             )
-        if size > 1 and self.lmbda < 1.0 and self.control is None:
+        if size > 1 and self.on_policy_share.least < 1.0 and self.control is None:
             raise ConfigError(
-                f"num_generations is {size} and lmbda {self.lmbda:g}: off-policy rows have one completion, so a group "
-                "of them would be one rollout several times. Set one of them to 1."
+                f"num_generations is {size} and lmbda {self.on_policy_share.least:g}: off-policy rows have one "
+                "completion, so a group of them would be one rollout several times. Set one of them to 1."
             )
 
     def _check_on_policy(self, objective: Objective) -> None:
-        if objective.uses_sampled_tokens and self.lmbda < 1.0:
+        share = self.on_policy_share.least
+        if objective.uses_sampled_tokens and share < 1.0:
             raise ConfigError(
                 f"support 'sampled' and reward_to_go {self.reward_to_go!r} need tokens that the student sampled, and "
-                f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the rows would have completions of others, on which "
+                f"lmbda is {share:g}: {1 - share:.0%} of the rows would have completions of others, on which "
                 "a policy gradient is biased. Set lmbda to 1, or compare distributions: support 'full' and "
                 "reward_to_go 'none'."
             )
@@ -221,15 +268,16 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
     def _warn(self) -> None:
         self._warn_no_effect()
         warn_sampling(self, stacklevel=5)
-        if self.lmbda < LOW_LMBDA and self.control is None:
+        share = self.on_policy_share.last
+        if share < LOW_LMBDA and self.control is None:
             warnings.warn(
-                f"lmbda is {self.lmbda:g}: {1 - self.lmbda:.0%} of the training tokens are not the student's. It is "
+                f"lmbda is {share:g}: {1 - share:.0%} of the training tokens are not the student's. It is "
                 "then trained on prefixes that do not occur at its inference (exposure bias). Set lmbda to 1 for "
                 "on-policy training.",
                 OPSDWarning,
                 stacklevel=5,
             )
-        if self.seq_kd and self.lmbda == 1.0:
+        if self.seq_kd and self.on_policy_share.least == 1.0:
             warnings.warn("seq_kd has no effect where lmbda is 1: no row is off-policy.", OPSDWarning, stacklevel=5)
         kind = self.objective.divergence.kind
         if kind.vanishes_near_ends and min(self.beta, 1.0 - self.beta) < NEAR_AN_END:

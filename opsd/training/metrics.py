@@ -115,6 +115,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("tools/failure_frequency", "share of calls", "tool calls that failed", TRL, "tools"),
     Metric("tokens/left_out", "share of tokens", "tokens that the token selection leaves out", _SELECTION,
            "skip_first_tokens, mask_…"),
+    Metric("completions/limit", "tokens", "the length at which rollouts are cut", _HERE, "completion_length_schedule"),
+    Metric("lmbda", "share of rows", "rows on the student's own rollouts", _HERE, "lmbda_schedule"),
     Metric("off_policy/shortened", "share of rows", "off-policy completions cut at max_completion_length, or behind "
            "an end", "training/trainer.py", "lmbda below 1"),
     # Rewards and groups

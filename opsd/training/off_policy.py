@@ -38,12 +38,12 @@ def completion_needs(args: OPSDConfig) -> list[Need]:
     """Return the need of a completion in every row, where some are trained on with their own."""
     if not trains_on_completions(args):
         return []
-    share = 1.0 - args.lmbda
+    lmbda, setting = args.on_policy_share.least, "lmbda" if args.lmbda_schedule is None else "lmbda_schedule"
     return [
         Need(
             ("completion", "completion_ids"),
-            f"lmbda: {args.lmbda:g}",
-            f"It sends {share:.0%} of the rows off-policy, and any row may be drawn.",
+            f"{setting}: {lmbda:g}" if setting == "lmbda" else f"{setting} ({args.on_policy_share.describe()})",
+            f"It sends {1.0 - lmbda:.0%} of the rows off-policy, and any row may be drawn.",
             "set seq_kd to use the teacher's own samples, or set lmbda to 1",
             find_problem=completion_problem,
         )
@@ -77,23 +77,27 @@ def row_completion(row: Row, renderer: PromptRenderer, embedded: int) -> Ids:
 
 def trains_on_completions(args: OPSDConfig) -> bool:
     """Return whether some rows are trained on with their own completion."""
-    return args.lmbda < 1.0 and not args.seq_kd
+    return args.on_policy_share.least < 1.0 and not args.seq_kd
 
 
 def off_policy_completions(
-    rows: Sequence[Row], args: OPSDConfig, teacher: Teacher, student: StudentHandle, end_ids: Collection[int]
+    rows: Sequence[Row],
+    args: OPSDConfig,
+    limit: int,
+    teacher: Teacher,
+    student: StudentHandle,
+    end_ids: Collection[int],
 ) -> tuple[list[Ids], int]:
-    """Return completions for off-policy rows, and how many were cut at max_completion_length or behind their end.
+    """Return completions for off-policy rows, and how many were cut at their longest length or behind their end.
 
     Args:
         rows: prepared.
         args: settings.
+        limit: tokens of the longest completion at this step.
         teacher: samples, with seq_kd.
         student: the student.
         end_ids: ids at which a rollout of the student would end.
     """
-    limit = args.max_completion_length
-    assert limit is not None
     if args.seq_kd:
         sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
         return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling), 0

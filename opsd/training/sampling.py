@@ -157,7 +157,7 @@ def check_sampling(args: Any, objective: Objective) -> None:
 
 def warn_sampling(args: Any, stacklevel: int) -> None:
     """Name the settings of a run that reshape the distribution of its rollouts."""
-    if args.lmbda > 0 and (reshaped := reshaped_by(args)):
+    if args.on_policy_share.most > 0 and (reshaped := reshaped_by(args)):
         warnings.warn(
             f"{' and '.join(reshaped)}: rollouts do not come from the student's whole distribution, so the loss is "
             "taken after prefixes that the student itself would write less or more often. Evaluation samples without "
@@ -375,7 +375,7 @@ def why_unchecked(args: Any, rollout_columns: bool) -> str:
         args: an OPSDConfig.
         rollout_columns: whether a context reads what rollouts provide: rows without it are left out.
     """
-    if args.lmbda == 0:
+    if args.on_policy_share.most == 0:
         return "lmbda is 0, so the student samples no rollout."
     # Where the loss makes a pass over all tokens first, it knows those that a contrast leaves out too.
     knows_all = args.objective.needs_statistics

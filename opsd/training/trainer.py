@@ -57,6 +57,7 @@ from opsd.training.rewards import RewardFunc
 from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import SamplingCheck, prepare_sampling, why_unchecked
+from opsd.training.schedules import scheduled, set_longest
 from opsd.training.student import ready_student
 from opsd.training.vllm_sync import prepare_engine
 
@@ -210,9 +211,9 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
         """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
-        count = len(inputs)
+        count, step = len(inputs), self.state.global_step
         if self.model.training:
-            count = on_policy_rows(len(inputs), self.args.lmbda, self.state.global_step)
+            count = on_policy_rows(len(inputs), self.args.on_policy_share.at(step), step)
         rollouts = self._sample(inputs, count)
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
         if self.log_completions:
@@ -224,28 +225,28 @@ class OPSDTrainer(DistillationTrainer):
         prepared = self.scorer.prepare_rollouts(graded)
         tallies = metrics.rollout_metrics(rollouts, values, is_repeated, self.eos_token_ids)
         tallies |= {**self.scorer.context_metrics(), **self.scorer.selection.metrics(graded, prepared)}
+        if self.model.training:
+            tallies |= scheduled(self.args, step)
         self._averages[self._mode].add(over_processes(tallies))
         return prepared
 
     def _sample(self, rows: Sequence[Row], count: int) -> Rollouts:
         """Sample completions from the student for the first `count` rows, and take off-policy ones for the rest."""
         prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in rows]
-        limit, longest = context_length(self.student.model), self.args.max_completion_length
-        check_lengths(limit, prompt_ids, [longest or 0] * len(prompt_ids), "student")
+        step = self.state.global_step if self.model.training else None
+        longest = set_longest(self.args, step, self.generation_config, self.vllm_generation if self.use_vllm else None)
+        check_lengths(context_length(self.student.model), prompt_ids, [longest] * len(prompt_ids), "student")
         sampled, others, loss_mask = list[Ids](), list[Ids](), None
         if count:
-            prompts = [row["prompt"] for row in rows[:count]]
-            prompt_ids[:count], sampled, loss_mask, *_ = self._generate(prompts)
+            prompt_ids[:count], sampled, loss_mask, *_ = self._generate([row["prompt"] for row in rows[:count]])
             metrics.forget_completions(self._metrics[self._mode])  # TRL's, of which `log` would average batches
         if count < len(rows):
             with self.accelerator.autocast():
                 sources = (self.teacher, self.student, self.eos_token_ids)
-                others, cut = off_policy_completions(rows[count:], self.args, *sources)
+                others, cut = off_policy_completions(rows[count:], self.args, longest, *sources)
             self._averages["train"].add(over_processes({"off_policy/shortened": Tally(cut, len(others))}))
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
-        logprobs = None
-        if self._engine is not None:
-            logprobs = self._engine.take(sampled, others)
+        logprobs = None if self._engine is None else self._engine.take(sampled, others)
         own = [number < count for number in range(len(rows))]
         return Rollouts(rows, prompt_ids, sampled + others, loss_mask, rollout_logprobs=logprobs, on_policy=own)
 

@@ -1,0 +1,105 @@
+"""Settings that change with the step: a mapping of steps to values, each in force from its step on.
+
+Knows settings and the engines that sample; nothing of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from transformers import GenerationConfig
+
+from opsd.errors import ConfigError
+from opsd.training.averages import Tally
+from opsd.training.metrics import COMPLETIONS
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """A number that changes at given optimizer steps.
+
+    Args:
+        values: the value that holds from each step on; the first step is 0.
+
+    Example:
+        >>> schedule = StepSchedule.parse("lmbda_schedule", {0: 0.0, 8: 1.0})
+        >>> schedule.at(7), schedule.at(8)
+        (0.0, 1.0)
+    """
+
+    values: Mapping[int, float]
+
+    @classmethod
+    def parse(cls, name: str, value: Mapping[Any, Any] | str) -> StepSchedule:
+        """Return a schedule from a mapping, or from the text of one as a command line has it.
+
+        Args:
+            name: of the setting, for errors.
+            value: {step: value}; steps may be text, as JSON writes them.
+
+        Raises:
+            ConfigError: not a mapping of steps to numbers, or one that does not begin at step 0.
+        """
+        try:
+            given = yaml.safe_load(value) if isinstance(value, str) else value
+            values = dict(sorted((int(step), float(number)) for step, number in given.items()))
+        except (yaml.YAMLError, AttributeError, TypeError, ValueError):
+            raise ConfigError(
+                f"{name} must be a mapping of steps to values, and is {value!r:.80}. Each value holds from its step "
+                f"on. Write {name}: {{0: …, 8: …}}."
+            ) from None
+        if not values or min(values) != 0:
+            raise ConfigError(
+                f"{name} must begin at step 0, and is {value!r:.80}. Before its first step there would be no value. "
+                "Add a value for 0."
+            )
+        return cls(values)
+
+    def at(self, step: int) -> float:
+        """Return the value at a step, counted from 0."""
+        return self.values[max(begin for begin in self.values if begin <= step)]
+
+    @property
+    def least(self) -> float:
+        """The smallest value."""
+        return min(self.values.values())
+
+    @property
+    def most(self) -> float:
+        """The largest value."""
+        return max(self.values.values())
+
+    @property
+    def last(self) -> float:
+        """The value at the end of training."""
+        return self.values[max(self.values)]
+
+    def describe(self) -> str:
+        """Return the schedule in words: `0 from step 0, 1 from step 8`."""
+        return ", ".join(f"{value:g} from step {step}" for step, value in self.values.items())
+
+
+def set_longest(args: Any, step: int | None, config: GenerationConfig, engine: Any = None) -> int:
+    """Set the length at which rollouts are cut, and return it.
+
+    Args:
+        args: an OPSDConfig.
+        step: of training; None in an evaluation, whose rollouts may always take max_completion_length.
+        config: samples with transformers.
+        engine: samples with vLLM, or None.
+    """
+    longest = args.max_completion_length if step is None else int(args.completion_length.at(step))
+    config.max_new_tokens = longest
+    if engine is not None:
+        engine.max_completion_length = longest
+    return longest
+
+
+def scheduled(args: Any, step: int) -> dict[str, Tally]:
+    """Return the values that schedules give to a step; nothing without schedules."""
+    schedules = {"lmbda": args.on_policy_share, f"{COMPLETIONS}limit": args.completion_length}
+    given = {"lmbda": args.lmbda_schedule, f"{COMPLETIONS}limit": args.completion_length_schedule}
+    return {name: Tally(schedule.at(step), 1) for name, schedule in schedules.items() if given[name] is not None}
