@@ -102,6 +102,23 @@ def test_a_sibling_is_the_first_other_correct_rollout_of_the_same_group() -> Non
     assert [made["attempt"] for made in rollouts.rollout_fields] == [f"t{n}" for n in range(8)], "without thinking"
 
 
+def test_a_random_sibling_is_any_other_correct_rollout_by_step_and_text() -> None:
+    groups = Groups(Rewards.parse(returns([1.0] * 8), None), num_generations=8, sibling_choice="random")
+    rows = [{"prompt": "1 + 1?", "answer": "2"}] * 8
+
+    def siblings(step: int, texts: str = "abcdefgh") -> list[str]:
+        rollouts = Rollouts(rows, [[1]] * 8, [[5]] * 8)
+        state = SimpleNamespace(global_step=step)
+        found, _ = groups.grade(rollouts, lambda ids: list(texts), lambda row, made: True, state)
+        return [made["sibling"] for made in found.rollout_fields]
+
+    drawn = [siblings(step) for step in range(40)]
+    assert all(own != sibling for each in drawn for own, sibling in zip("abcdefgh", each, strict=True))
+    assert {sibling for each in drawn for sibling in each[:1]} == set("bcdefgh"), "every other one, in time"
+    assert siblings(3) == drawn[3], "a resumed run draws the same"
+    assert len(set(drawn[0])) > 1, "rollouts of a group see different ones"
+
+
 def test_feedback_belongs_to_its_own_rollout_and_blank_feedback_is_none() -> None:
     rollouts, found = graded([0.0] * 4, [None, "too few", " ", "too many"])
     assert [made.get("feedback") for made in rollouts.rollout_fields] == [None, "too few", None, "too many"]

@@ -106,6 +106,30 @@ def test_a_grader_is_a_reward_function_by_its_name() -> None:
     assert asked("exact", completions=[[], [{"role": "assistant"}], chats[0]]).rewards == [0.0, 0.0, 0.0]
 
 
+MAJORITIES = {
+    "most": (["It is 4.", "4", "So 5."], [1.0, 1.0, 0.0]),
+    "half, and the rest apart": (["4", "4", "5", "6"], [1.0, 1.0, 0.0, 0.0]),
+    "two answers of equal weight": (["4", "4", "5", "5"], [None] * 4),
+    "less than half": (["4", "4", "5", "6", "7"], [None] * 5),
+    "texts without an answer are none": (["4", "4", "none", "none at all"], [1.0, 1.0, 0.0, 0.0]),
+    "no answer at all": (["none", "none"], [None, None]),
+    "one rollout is no majority": (["4"], [None]),
+}
+
+
+@pytest.mark.parametrize(("completions", "expected"), MAJORITIES.values(), ids=MAJORITIES)
+def test_the_majority_of_a_prompts_rollouts_is_right(completions: list[str], expected: list[float | None]) -> None:
+    """Beside another prompt, whose answers do not count here; the column `answer` is not read."""
+    rows = [{"prompt": "How many?"}] * len(completions) + [{"prompt": "How much?"}] * 2
+    rewards = asked("majority:last_number", rows=rows, completions=[*completions, "9", "9"]).rewards
+    assert [None if math.isnan(reward) else reward for reward in rewards] == [*expected, 1.0, 1.0]
+
+
+def test_a_majority_needs_a_grader_that_reads_answers() -> None:
+    with pytest.raises(ConfigError, match="'contains' reads no answer from a text"):
+        Rewards.parse("majority:contains", None)
+
+
 def test_a_reasoning_gym_dataset_grades_with_its_own_scorer() -> None:
     """Its scorers read more of a row than the answer: this one the numbers that may be used, kept in `metadata`."""
     reasoning_gym = pytest.importorskip("reasoning_gym")

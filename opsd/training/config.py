@@ -299,6 +299,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "baseline": self.support != "sampled" and self.baseline != DivergenceSettings.baseline,
             "keep_by": self.keep_fraction == 1.0 and self.keep_by != ObjectiveSettings.keep_by,
             "prefix_weight": self.prefix_weight > 0.0 and self.max_completion_length == 1,
+            "sibling_choice": self.num_generations < 3 and self.sibling_choice != GroupSettings.sibling_choice,
             "grpo_on": self.grpo_coef == 0.0 and self.grpo_on != GroupSettings.grpo_on,
             "importance_clip": self.importance_clip is not None and not self.use_vllm,
         }

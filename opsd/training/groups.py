@@ -8,6 +8,7 @@ and rewards; nothing of models or losses.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from statistics import fmean, stdev
@@ -25,6 +26,7 @@ DISTILL_ON = {
     "wrong": "rollouts below success_reward are distilled",
     "right": "rollouts at or above success_reward are distilled",
 }
+SIBLING_CHOICES = ("first", "random")
 GRPO_ON = {"all": "every rollout", "undistilled": "rollouts that are not distilled"}
 # Values of rollout fields in prompts that are rendered before training.
 PLACEHOLDERS = {**{name: f"(the {name}, from training)" for name in ROLLOUT_FIELDS}, "pass_rate": 0.0}
@@ -65,6 +67,13 @@ class GroupSettings:
         default="all",
         metadata={"help": "Rollouts that are distilled: all, wrong (SRPO, arXiv 2604.02288), or right."},
     )
+    sibling_choice: str = field(
+        default="first",
+        metadata={
+            "help": "Right rollout of the group that the teacher sees: first (SDPO), or random, so that the rollouts "
+            "of a group learn from different ones."
+        },
+    )
     grpo_coef: float = field(
         default=0.0,
         metadata={
@@ -83,7 +92,8 @@ class GroupSettings:
         Raises:
             ConfigError: names the setting.
         """
-        for name, known in (("distill_on", DISTILL_ON), ("grpo_on", GRPO_ON)):
+        choices = {"distill_on": DISTILL_ON, "grpo_on": GRPO_ON, "sibling_choice": SIBLING_CHOICES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ConfigError(not_one_of(name, getattr(self, name), known))
         if not self.grpo_coef >= 0:
@@ -172,7 +182,7 @@ class Groups(GroupSettings):
         groups = self._groups(rollouts.rows)
         rollout_fields = [
             {
-                **self._fields(number, group, texts, right, verdicts.feedback[number]),
+                **self._fields(number, self._sibling(number, group, texts, right, state), texts, verdicts.feedback),
                 # a rate that was measured before training is the better one
                 **({} if not is_empty(row.get("pass_rate")) else {"pass_rate": fmean(right[other] for other in group)}),
             }
@@ -224,12 +234,23 @@ class Groups(GroupSettings):
             groups.append([other for other in around if prompts[other] == prompt])
         return groups
 
-    def _fields(
-        self, number: int, group: Sequence[int], texts: Sequence[str], right: Sequence[bool], feedback: str | None
-    ) -> dict[str, Any]:
+    def _sibling(
+        self, number: int, group: Sequence[int], texts: Sequence[str], right: Sequence[bool], state: Any
+    ) -> int | None:
+        """Return the right rollout of a group that the teacher of another one sees; None where there is none."""
         siblings = [other for other in group if right[other] and other != number]
-        fields = {"attempt": strip_thinking(texts[number]), "feedback": feedback}
-        fields["sibling"] = strip_thinking(texts[siblings[0]]) if siblings else None
+        if not siblings:
+            return None
+        if self.sibling_choice == "first":
+            return siblings[0]
+        # By step and text: the same on every process, in every order of micro-batches, and in a resumed run.
+        return random.Random(f"{state.global_step} {number - group[0]} {texts[number]}").choice(siblings)
+
+    def _fields(
+        self, number: int, sibling: int | None, texts: Sequence[str], feedback: Sequence[str | None]
+    ) -> dict[str, Any]:
+        fields = {"attempt": strip_thinking(texts[number]), "feedback": feedback[number]}
+        fields["sibling"] = None if sibling is None else strip_thinking(texts[sibling])
         return {name: value for name, value in fields.items() if not is_empty(value)}
 
     def _advantages(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -24,6 +25,8 @@ Row: TypeAlias = Mapping[str, Any]
 RewardFunc: TypeAlias = Callable[..., Sequence[float | None]]
 FEEDBACK = "feedback"  # what a reward function calls the column that it gives to `log_extra`
 UNKNOWN = float("nan")
+MAJORITY = "majority:"
+LEAST_MAJORITY = 0.5  # share of a group; below it the most frequent answer is one of many
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # passed by their plural names
 
 
@@ -32,13 +35,16 @@ def load_reward(value: RewardFunc | str) -> RewardFunc:
 
     Args:
         value: a function with TRL's signature; a grader's name ("last_number", "regex:PATTERN"), whose verdict is a
-            reward of 1 or 0; "reasoning_gym:DATASET", that dataset's own score between 0 and 1; or "module:function",
-            a function with TRL's signature.
+            reward of 1 or 0; "reasoning_gym:DATASET", that dataset's own score between 0 and 1; "majority:GRADER", 1
+            for rollouts with the answer of most rollouts of their prompt; or "module:function", a function with TRL's
+            signature.
 
     Raises:
         ConfigError: nothing has that name, or it is not a plain function.
     """
     if isinstance(value, str):
+        if value.startswith(MAJORITY):
+            return _MajorityReward(value)
         if is_function_name(value):
             return load_reward(import_object(value, "reward function"))
         return _GraderReward(value)
@@ -81,6 +87,37 @@ class _GraderReward:
                 stacklevel=2,
             )
             return None
+
+
+class _MajorityReward:
+    """Whether a rollout has the answer that most rollouts of its prompt have (U-OPSD, arXiv 2608.06296; TTRL).
+
+    Needs no right answers. With a context that reads `sibling`, the teacher sees a rollout with that answer.
+    """
+
+    def __init__(self, name: str):
+        self.__name__ = name
+        grader = load_grader(name.removeprefix(MAJORITY))
+        if grader.read is None:
+            raise ConfigError(
+                f"reward function {name!r} counts equal answers, and the grader {grader.name!r} reads no answer from a "
+                "text. Use last_number, exact, choice, or a regex."
+            )
+        self._read = grader.answer
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        answers = [self._read(completion_text(completion)) for completion in completions]
+        return [self._reward(number, prompts, answers) for number in range(len(answers))]
+
+    def _reward(self, number: int, prompts: Sequence[Any], answers: Sequence[str | None]) -> float | None:
+        group = [answer for prompt, answer in zip(prompts, answers, strict=True) if prompt == prompts[number]]
+        known = Counter(answer for answer in group if answer is not None)
+        if not known or max(known.values()) < LEAST_MAJORITY * len(group) or len(group) < 2:
+            return None  # no majority: nothing is known of this group
+        (answer, count), *rest = known.most_common(2)
+        if rest and rest[0][1] == count:
+            return None
+        return float(answers[number] == answer)
 
 
 def completion_text(completion: Any) -> str:
