@@ -123,6 +123,14 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         default=None,
         metadata={"help": "The student's system turn, in rows that have none. A context's `system` is the teacher's."},
     )
+    drop_long_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Drop training rows whose prompt, the student's or the teacher's with its context, leaves no room "
+            "for max_completion_length tokens; their number is printed and noted in the run card. Off: such a row is "
+            "an error."
+        },
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weight of each reward function in the sum. Unset: 1 each."}
     )

@@ -1,13 +1,13 @@
 """The datasets of a run: what the run needs of their rows, and whether prompts fit the models.
 
 Knows needs, contexts and settings. `prepare_datasets` runs before a model loads; the passes over rows stand in
-`opsd/data/prepare.py`. `check_rows_fit` runs after, and is the third and last pass.
+`opsd/data/prepare.py`. `fitting_rows` runs after, and is the third and last pass.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -21,7 +21,6 @@ from opsd.evaluation.questions import check_disjoint, question_of
 from opsd.models.forward import check_lengths, context_length, embedded_tokens
 from opsd.rollouts import Ids
 from opsd.teachers import StudentHandle, Teacher
-from opsd.teachers.prompting import TeacherPrompts
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.groups import Groups, placeholders
@@ -132,12 +131,19 @@ def _warn_of_missing_siblings(teacher: Teacher, groups: Groups) -> None:
             )
 
 
-def check_rows_fit(
-    dataset: Any, student: StudentHandle, teacher: Teacher, args: OPSDConfig, rollout_fields: Sequence[str] = ()
-) -> None:
-    """Render the prompts of the first rows for both sides, and the completions that are trained on.
+def fitting_rows(
+    dataset: Any,
+    student: StudentHandle,
+    teacher: Teacher,
+    args: OPSDConfig,
+    rollout_fields: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> Any:
+    """Return the training rows whose prompts leave room for a completion.
 
-    Finds templates that fail, prompts that are too long, and completions that do not fit behind their prompts.
+    Only `drop_long_rows` drops any, and renders every row for it. The prompts of the first rows are then rendered for
+    both sides, and their completions, if those are trained on. Finds templates that fail, prompts that are too long,
+    and completions that do not fit behind their prompts.
 
     Args:
         dataset: prepared rows; a stream is checked row by row as it is used.
@@ -145,25 +151,74 @@ def check_rows_fit(
         teacher: the teacher, prepared.
         args: training arguments.
         rollout_fields: names of fields that rollouts provide to contexts; a few words stand for each here.
+        say: called with how many rows were dropped.
 
     Raises:
-        DataError: a prompt leaves no room for its completion, or a completion cannot be used; names the row.
+        DataError: a prompt leaves no room for its completion, or a completion cannot be used; names the row. Or every
+            row is too long, or rows of a stream are to be dropped.
         TemplateError: the template fails on a row.
     """
+    if args.drop_long_rows:
+        before, dataset = dataset, _without_long_rows(dataset, student, teacher, args, rollout_fields)
+        dropped = len(before) - len(dataset)
+        say(f"dropped     {dropped:,} of {len(before):,} rows: their prompts leave no room for a completion")
+    if isinstance(dataset, Dataset):
+        _check_first_rows(dataset, student, teacher, args, rollout_fields)
+    teacher.prompts.forget_counts()
+    return dataset
+
+
+def _without_long_rows(
+    dataset: Any, student: StudentHandle, teacher: Teacher, args: OPSDConfig, rollout_fields: Sequence[str]
+) -> Dataset:
     if not isinstance(dataset, Dataset):
-        return
-    limit, embedded = context_length(student.model), embedded_tokens(student.model)
-    max_new_tokens, has_completion = args.max_completion_length or 0, trains_on_completions(args)
+        raise DataError(
+            "drop_long_rows renders every row before training, to count those that it drops, and these rows are a "
+            "stream. Load them as a Dataset, or filter the stream yourself."
+        )
+    kept = [
+        number
+        for number, row in enumerate(dataset)
+        if all(
+            limit is None or len(ids) + room <= limit
+            for _, limit, ids, room in _prompts(row, number, student, teacher, args, rollout_fields)
+        )
+    ]
+    if not kept:
+        raise DataError(
+            f"drop_long_rows drops all {len(dataset)} rows: every prompt leaves less than max_completion_length "
+            f"({args.max_completion_length}) tokens of the model's context. Lower it, or shorten the prompts."
+        )
+    return dataset if len(kept) == len(dataset) else dataset.select(kept)
+
+
+def _check_first_rows(
+    dataset: Dataset, student: StudentHandle, teacher: Teacher, args: OPSDConfig, rollout_fields: Sequence[str]
+) -> None:
+    embedded, has_completion = embedded_tokens(student.model), trains_on_completions(args)
     for number, row in enumerate(islice(dataset, CHECKED_ROWS)):
-        prompt_ids = student.renderer.ids(row["prompt"])
-        check_lengths(limit, [prompt_ids], [max_new_tokens], "student", first_row=number)
-        _check_embedded(prompt_ids, embedded, student, number)
+        _check_embedded(student.renderer.ids(row["prompt"]), embedded, student, number)
         if has_completion:
             _check_completion(row, embedded, student, number)
-        for leaf in teacher.prompts.leaves_of(row):
-            if leaf.context is not None:
-                _check_teacher_prompts(leaf, row, number, max_new_tokens, rollout_fields)
-    teacher.prompts.forget_counts()
+        for who, limit, ids, room in _prompts(row, number, student, teacher, args, rollout_fields):
+            check_lengths(limit, [ids], [room], who, first_row=number)
+
+
+def _prompts(
+    row: Any, number: int, student: StudentHandle, teacher: Teacher, args: OPSDConfig, rollout_fields: Sequence[str]
+) -> Iterator[tuple[str, int | None, Ids, int]]:
+    """Yield whose prompt, the limit, the ids and the room that a completion needs, under every context it may get."""
+    longest, fields = args.max_completion_length or 0, placeholders(rollout_fields, row)
+    yield "student", context_length(student.model), student.renderer.ids(row["prompt"]), longest
+    for leaf in teacher.prompts.leaves_of(row):
+        for context in leaf.context.possible_contexts(row, fields) if leaf.context is not None else ():
+            try:
+                ids = context.render(row, fields, renderer=leaf.renderer)
+            except DataError as error:
+                raise DataError(f"row {number}: {error}") from error
+            # A field that a rollout provides may be as long as a completion.
+            room = longest * (1 + _untruncated_rollouts(context, rollout_fields))
+            yield "teacher", leaf.teacher.max_length, ids, room
 
 
 def _check_embedded(prompt_ids: Ids, embedded: int, student: StudentHandle, number: int) -> None:
@@ -181,22 +236,6 @@ def _check_completion(row: Any, embedded: int, student: StudentHandle, number: i
         row_completion(row, student.renderer, embedded)
     except DataError as error:
         raise DataError(f"row {number}: {error}") from error
-
-
-def _check_teacher_prompts(
-    leaf: TeacherPrompts, row: Any, number: int, max_new_tokens: int, rollout_fields: Sequence[str]
-) -> None:
-    """Render a row under every context that it may get, and check the lengths."""
-    assert leaf.context is not None
-    fields = placeholders(rollout_fields, row)
-    for context in leaf.context.possible_contexts(row, fields):
-        try:
-            prompt_ids = context.render(row, fields, renderer=leaf.renderer)
-        except DataError as error:
-            raise DataError(f"row {number}: {error}") from error
-        # A field that a rollout provides may be as long as a completion.
-        longest = max_new_tokens * (1 + _untruncated_rollouts(context, rollout_fields))
-        check_lengths(leaf.teacher.max_length, [prompt_ids], [longest], "teacher", first_row=number)
 
 
 def _untruncated_rollouts(context: Context, rollout_fields: Sequence[str]) -> int:

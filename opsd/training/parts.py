@@ -33,6 +33,7 @@ class RunParts:
         recipe: the recipe that the teacher was named by, if any.
         optimizers: optimizer and schedule that the user gave, if any.
         given: the student's name or path, where the user gave one; "" for a loaded model.
+        prepared: the training rows before `drop_long_rows`.
 
     Example:
         >>> run_card(trainer.parts)["divergence"]["formula"]
@@ -50,3 +51,9 @@ class RunParts:
     recipe: Recipe | None = None
     optimizers: tuple[Any, Any] = (None, None)
     given: str = ""
+    prepared: Rows | None = None
+
+    @property
+    def dropped(self) -> int:
+        """Number of training rows that `drop_long_rows` dropped."""
+        return len(self.prepared) - len(self.rows) if isinstance(self.prepared, Dataset) and self.rows else 0

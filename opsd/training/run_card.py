@@ -77,6 +77,7 @@ def run_card(
             "questions": questions,
         },
         "rows": len(rows) if isinstance(rows, Dataset) else "a stream",
+        "rows_dropped": parts.dropped,
         "prompts": list(_prompts(student, scorer, parts.groups, rows)),
         "versions": versions(),
         "hardware": hardware(),

@@ -1,6 +1,6 @@
 """Settings that change with the step: a mapping of steps to values, each in force from its step on.
 
-Knows settings and the engines that sample; nothing of rows.
+Knows settings and the trainer that samples; nothing of rows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from transformers import GenerationConfig
 
 from opsd.errors import ConfigError
 from opsd.training.averages import Tally
@@ -82,24 +81,26 @@ class StepSchedule:
         return ", ".join(f"{value:g} from step {step}" for step, value in self.values.items())
 
 
-def set_longest(args: Any, step: int | None, config: GenerationConfig, engine: Any = None) -> int:
-    """Set the length at which rollouts are cut, and return it.
-
-    Args:
-        args: an OPSDConfig.
-        step: of training; None in an evaluation, whose rollouts may always take max_completion_length.
-        config: samples with transformers.
-        engine: samples with vLLM, or None.
-    """
-    longest = args.max_completion_length if step is None else int(args.completion_length.at(step))
-    config.max_new_tokens = longest
-    if engine is not None:
-        engine.max_completion_length = longest
+def set_longest(trainer: Any) -> int:
+    """Set the length at which the trainer's rollouts are cut, and return it; evaluations take the whole length."""
+    args = trainer.args
+    longest = int(args.completion_length.at(trainer.state.global_step))
+    if not trainer.model.training:
+        longest = args.max_completion_length
+    trainer.generation_config.max_new_tokens = longest
+    if trainer.use_vllm:
+        trainer.vllm_generation.max_completion_length = longest
     return longest
 
 
-def scheduled(args: Any, step: int) -> dict[str, Tally]:
-    """Return the values that schedules give to a step; nothing without schedules."""
-    schedules = {"lmbda": args.on_policy_share, f"{COMPLETIONS}limit": args.completion_length}
-    given = {"lmbda": args.lmbda_schedule, f"{COMPLETIONS}limit": args.completion_length_schedule}
-    return {name: Tally(schedule.at(step), 1) for name, schedule in schedules.items() if given[name] is not None}
+def scheduled(trainer: Any) -> dict[str, Tally]:
+    """Return the values that schedules give to a training step, to be logged; nothing without schedules."""
+    args, step = trainer.args, trainer.state.global_step
+    if not trainer.model.training:
+        return {}
+    tallies = {}
+    if args.lmbda_schedule is not None:
+        tallies["lmbda"] = Tally(args.on_policy_share.at(step), 1)
+    if args.completion_length_schedule is not None:
+        tallies[f"{COMPLETIONS}limit"] = Tally(args.completion_length.at(step), 1)
+    return tallies

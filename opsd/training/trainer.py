@@ -44,7 +44,7 @@ from opsd.training.callbacks import GracefulStop, TeacherCallback
 from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.cost import summary
-from opsd.training.dataset import check_rows_fit, check_trained, epoch_sampler, prepare_datasets
+from opsd.training.dataset import check_trained, epoch_sampler, fitting_rows, prepare_datasets
 from opsd.training.evaluator import Evaluator, planned
 from opsd.training.finished import take_finished
 from opsd.training.fsdp import keep_float32_sums, whole_state_dict
@@ -92,6 +92,7 @@ class OPSDTrainer(DistillationTrainer):
     _name = "OPSD"
     args: OPSDConfig
     control: TrainerControl
+    train_dataset: Any
     _signature_columns: list[str] | None
     _buffered_inputs: list[Rollouts] | None
     _record: LossOutput | None = None
@@ -150,7 +151,7 @@ class OPSDTrainer(DistillationTrainer):
         self._say = partial(self.accelerator.print, flush=True)
         self._averages = {"train": Averages(), "eval": Averages()}
         self._prepare_teacher()
-        rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given)
+        rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop = GracefulStop(self.accelerator)
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
@@ -175,7 +176,8 @@ class OPSDTrainer(DistillationTrainer):
         shows_rollouts = bool(self.scorer.columns & set(self.groups.rollout_fields))
         self._sampling_check = SamplingCheck(self.args, why_unchecked(self.args, shows_rollouts), self._say)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
-        check_rows_fit(self.train_dataset, self.student, self.teacher, self.args, self.groups.rollout_fields)
+        sides = (self.student, self.teacher, self.args, self.groups.rollout_fields, self._say)
+        self.train_dataset = fitting_rows(self.train_dataset, *sides)
         self._say(summary(self.scorer, self.groups, self.train_dataset, self.student, self.args))
 
     def _send_telemetry(self) -> None:
@@ -225,16 +227,14 @@ class OPSDTrainer(DistillationTrainer):
         prepared = self.scorer.prepare_rollouts(graded)
         tallies = metrics.rollout_metrics(rollouts, values, is_repeated, self.eos_token_ids)
         tallies |= {**self.scorer.context_metrics(), **self.scorer.selection.metrics(graded, prepared)}
-        if self.model.training:
-            tallies |= scheduled(self.args, step)
+        tallies |= scheduled(self)
         self._averages[self._mode].add(over_processes(tallies))
         return prepared
 
     def _sample(self, rows: Sequence[Row], count: int) -> Rollouts:
         """Sample completions from the student for the first `count` rows, and take off-policy ones for the rest."""
         prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in rows]
-        step = self.state.global_step if self.model.training else None
-        longest = set_longest(self.args, step, self.generation_config, self.vllm_generation if self.use_vllm else None)
+        longest = set_longest(self)
         check_lengths(context_length(self.student.model), prompt_ids, [longest] * len(prompt_ids), "student")
         sampled, others, loss_mask = list[Ids](), list[Ids](), None
         if count:
