@@ -74,8 +74,8 @@ def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:
     results.mkdir(parents=True, exist_ok=True)
     record["figures"] = {**as_json(tradeoff.comparison), **as_plain(tradeoff)}
     write_json(results / f"{name}.json", record)
-    hardware = record["hardware"]
-    head = f"# {name}: {record['asks']}\n\n`{record['command']}`, {hardware}\n\n"
+    machine = f"{record['hardware']['cpu']}, {record['hardware']['threads']} thread(s) a run"
+    head = f"# {record['asks']}\n\n`{record['command']}`; SmolLM2-135M-Instruct; {machine}.\n\n"
     tables = [page.markdown(tradeoff), markdown(tradeoff.comparison), *form_table(record["runs"], tradeoff)]
     write_whole(results / f"{name}.md", head + "".join(tables))
     write_whole(results / f"{name}.svg", as_svg(tradeoff.points))

@@ -37,11 +37,12 @@ def show(tradeoff: Tradeoff, console: Console) -> None:
     """Print the points, where there is more to them than the comparison shows."""
     if not is_shown(tradeoff):
         return
-    is_wide, names = console.width >= WIDE, head(tradeoff)
-    shown = [place for place, name in enumerate(names) if is_wide or name not in ONLY_WIDE]
+    is_wide, names, points = console.width >= WIDE, head(tradeoff), list(rows(tradeoff))
+    measured = [place for place in range(len(names)) if any(cells[place] for cells in points)]
+    shown = [place for place in measured if is_wide or names[place] not in ONLY_WIDE]
     columns = [Column(names[place] if is_wide else names[place].partition(",")[0], no_wrap=True) for place in shown]
     table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for cells in rows(tradeoff):
+    for cells in points:
         table.add_row(*(cells[place] if is_wide else _without_interval(cells[place]) for place in shown))
     console.print(table)
     for line in _remarks(tradeoff):
