@@ -183,7 +183,7 @@ def _fold_in(folder: Path, seeds: Sequence[int], model: dict[str, Any]) -> dict[
     )  # fmt: skip
     arms = {
         "method": {"beta": 0.0},
-        "reverse KL": {"beta": 1.0, "learning_rate": [3e-5, 1e-4]},
+        "reverse KL": {"beta": 1.0},
         "off-policy": {"control": "off-policy", "beta": 0.0},
         "sft": {"control": "sft", "dataset_name": str(folder / "texts-{seed}.jsonl")},
     }
