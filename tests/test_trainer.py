@@ -33,7 +33,7 @@ from opsd import (
     SiblingTeacher,
 )
 from opsd.errors import DataError, OPSDWarning
-from opsd.training.off_policy import on_policy_rows
+from opsd.training.schedules import on_policy_rows
 
 
 @pytest.mark.parametrize(("teacher", "student"), RUNS)

@@ -178,11 +178,28 @@ def check_settings(
             f"seq_kd trains on the teacher's samples, and teacher {teacher.strategy!r} is no single model that could "
             "sample. Use another teacher, or set seq_kd to false."
         )
+    if args.teacher_lead is not None:
+        check_lead(teacher, groups)
     spread = args.accelerator_config
     if groups.num_generations > 1 and (spread.split_batches or spread.dispatch_batches):
         raise ConfigError(
             "num_generations is above 1, and accelerator_config splits or dispatches batches: rollouts of one prompt "
             "would land in different processes, and could not be compared. Leave both options off."
+        )
+
+
+def check_lead(teacher: Teacher, groups: Groups) -> None:
+    """Refuse a lead of a teacher that cannot answer before the student has.
+
+    Raises:
+        ConfigError: the teacher is no single model, or its context reads what rollouts provide.
+    """
+    reads = {name for context in teacher.prompts.contexts for name in context.columns} & set(groups.rollout_fields)
+    if not teacher.can_sample or reads:
+        why = f"its context reads {', '.join(sorted(reads))}" if reads else "it is no single model that could sample"
+        raise ConfigError(
+            f"teacher_lead compares the teacher's own answers with the student's, and teacher {teacher.strategy!r} "
+            f"cannot answer: {why}. Use another teacher or context, or leave teacher_lead out."
         )
 
 

@@ -35,7 +35,13 @@ _ONE_TOKEN: dict[str, Any] = {
 }
 _LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "ref_kl_coef": 0.0}
 # No reward for off-policy tokens; a group is as many completions of one prompt, so that the questions stay the same.
-_NOT_SAMPLED: dict[str, Any] = {"lmbda": 0.0, "lmbda_schedule": None, "distill_on": "all", "grpo_coef": 0.0}
+_NOT_SAMPLED: dict[str, Any] = {
+    "lmbda": 0.0,
+    "lmbda_schedule": None,
+    "teacher_lead": None,
+    "distill_on": "all",
+    "grpo_coef": 0.0,
+}
 CONSTANT_ADVANTAGE = -1.0  # Adam normalises its size away; the sign is the paper's
 
 
@@ -140,6 +146,13 @@ CONTROLS: dict[str, Control] = {
         "does the teacher add anything to one fixed negative advantage?",
         _constant,
         # Renormalised, one listed token has probability 1 on both sides: the divergence is 0, the advantage trains.
-        {**_ONE_TOKEN, "tail": "renormalise", "lmbda": 1.0, "lmbda_schedule": None, "seq_kd": False},
+        {
+            **_ONE_TOKEN,
+            "tail": "renormalise",
+            "lmbda": 1.0,
+            "lmbda_schedule": None,
+            "teacher_lead": None,
+            "seq_kd": False,
+        },
     ),
 }

@@ -33,6 +33,7 @@ PLACEHOLDERS = {**{name: f"(the {name}, from training)" for name in ROLLOUT_FIEL
 STD_EPSILON = 1e-4  # as in TRL's GRPOTrainer; a group of equal rewards has no advantage anyway
 
 Decode = Callable[[Sequence[Ids]], Sequence[str]]
+Answers = Callable[[Sequence[Mapping[str, Any]]], Sequence[Ids]]
 HasFields = Callable[[Mapping[str, Any], Mapping[str, Any]], bool]
 
 
@@ -72,6 +73,14 @@ class GroupSettings:
         metadata={
             "help": "Right rollout of the group that the teacher sees: first (SDPO), or random, so that the rollouts "
             "of a group learn from different ones."
+        },
+    )
+    teacher_lead: float | None = field(
+        default=None,
+        metadata={
+            "help": "Reward by which the teacher's own answer must beat the mean of the student's rollouts for a "
+            "prompt to be distilled (SKALD, arXiv 2608.09826). 0: any lead. The teacher samples one answer per prompt, "
+            "which the reward functions grade. Unset: every prompt."
         },
     )
     grpo_coef: float = field(
@@ -139,11 +148,12 @@ class Groups(GroupSettings):
 
     def __post_init__(self) -> None:
         self.check_groups()
-        if (self.distill_on != "all" or self.grpo_coef > 0) and not self.rewards.functions:
+        graded = self.distill_on != "all" or self.grpo_coef > 0 or self.teacher_lead is not None
+        if graded and not self.rewards.functions:
             raise ConfigError(
-                f"distill_on {self.distill_on!r} and grpo_coef {self.grpo_coef:g} need to know which rollouts are "
-                "right, and there is no reward function. Pass reward_funcs=, such as 'last_number' or a function with "
-                "TRL's signature."
+                f"distill_on {self.distill_on!r}, grpo_coef {self.grpo_coef:g} and teacher_lead {self.teacher_lead} "
+                "need to know which answers are right, and there is no reward function. Pass reward_funcs=, such as "
+                "'last_number' or a function with TRL's signature."
             )
 
     @property
@@ -158,10 +168,12 @@ class Groups(GroupSettings):
             return text
         text += f", rewarded by {self.rewards.describe()}; {DISTILL_ON[self.distill_on]}"
         text += f" (success from {self.success_reward:g})"
+        if self.teacher_lead is not None:
+            text += f"; only prompts on which the teacher's own answer leads by more than {self.teacher_lead:g}"
         return text + (f"; + {self.grpo_coef:g}·GRPO on {GRPO_ON[self.grpo_on]}" if self.grpo_coef else "")
 
     def grade(
-        self, rollouts: Rollouts, decode: Decode, has_fields: HasFields, state: Any
+        self, rollouts: Rollouts, decode: Decode, has_fields: HasFields, state: Any, answer: Answers | None = None
     ) -> tuple[Rollouts, dict[str, Sequence[float]]]:
         """Return the rollouts with their fields, weights and advantages, and what is logged of each, NaN if unknown.
 
@@ -172,6 +184,7 @@ class Groups(GroupSettings):
             decode: token ids of some completions -> their texts; not called without reward functions.
             has_fields: (row, rollout fields) -> whether a teacher's context has anything to show.
             state: transformers' TrainerState.
+            answer: rows -> the teacher's sampled answers; called with `teacher_lead` only.
         """
         if not self.rewards.functions:
             return rollouts, {}
@@ -189,6 +202,9 @@ class Groups(GroupSettings):
             for number, (group, row) in enumerate(zip(groups, rollouts.rows, strict=True))
         ]
         selected = {"all": [True] * len(rollouts), "wrong": wrong, "right": right}[self.distill_on]
+        leads = self._leads(verdicts.rewards, groups, rollouts.rows, decode, state, answer)
+        if leads:
+            selected = [c and not withheld for c, withheld in zip(selected, leads["lead/withheld"], strict=True)]
         has_context = [has_fields(row, fields) for row, fields in zip(rollouts.rows, rollout_fields, strict=True)]
         is_distilled = [chosen and has for chosen, has in zip(selected, has_context, strict=True)]
         advantages = self._advantages(verdicts.rewards, groups, is_distilled)
@@ -201,6 +217,7 @@ class Groups(GroupSettings):
         )
         return graded, {
             **verdicts.values,
+            **leads,
             "reward": verdicts.rewards,
             "group/right": right,
             "group/distilled": is_distilled,
@@ -223,6 +240,28 @@ class Groups(GroupSettings):
         chats = [[{"role": "assistant", "content": text}] for text in texts]
         completions = texts if isinstance(rows[0]["prompt"], str) else chats
         return self.rewards(rows, completions, completion_ids, state)
+
+    def _leads(
+        self,
+        rewards: Sequence[float],
+        groups: Sequence[Sequence[int]],
+        rows: Sequence[Mapping[str, Any]],
+        decode: Decode,
+        state: Any,
+        answer: Answers | None,
+    ) -> dict[str, list[float]]:
+        """Return by rollout the reward of the teacher's own answer, and whether its lead is too small to distil."""
+        if self.teacher_lead is None or answer is None:
+            return {}
+        firsts = [number for number, group in enumerate(groups) if group[0] == number]
+        ids = answer([rows[number] for number in firsts])
+        graded = self.verdicts([rows[number] for number in firsts], decode(ids), ids, state).rewards
+        reward_of = dict(zip(firsts, graded, strict=True))
+        teachers = [reward_of[group[0]] for group in groups]
+        students = [fmean(known) if (known := _known(rewards, group)) else math.nan for group in groups]
+        # NaN leads by nothing: what is not known is not verified.
+        withheld = [float(not t - s > self.teacher_lead) for t, s in zip(teachers, students, strict=True)]
+        return {"lead/teacher": teachers, "lead/withheld": withheld}
 
     def _groups(self, rows: Sequence[Mapping[str, Any]]) -> list[list[int]]:
         """Return the group of each rollout: those around it that have its prompt."""

@@ -131,6 +131,10 @@ METRICS: tuple[Metric, ...] = (
            True),
     Metric("group/flat", "share of groups", "groups whose rewards are all equal: GRPO has no advantage there", _GROUPS,
            REWARDS, True),
+    Metric("lead/teacher", "reward", "of the teacher's own answers, one per prompt, mean over rollouts", _GROUPS,
+           "teacher_lead"),
+    Metric("lead/withheld", "share of rollouts", "rollouts of prompts on which the teacher leads by too little",
+           _GROUPS, "teacher_lead"),
     # Context and teacher
     Metric("context/shortened", "share of prompts", "teacher prompts with a shortened field", _CONTEXT, "a context"),
     Metric("context/tokens_cut", "tokens per prompt", "tokens cut from the field named in truncate", _CONTEXT,

@@ -5,7 +5,8 @@ Knows rows, the student and a teacher; nothing of losses.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 from opsd.contexts.completions import completion_ids
 from opsd.contexts.renderer import PromptRenderer
@@ -18,20 +19,6 @@ from opsd.rollouts import Ids
 from opsd.teachers import StudentHandle, Teacher, TeacherView
 from opsd.teachers.prompting import Row
 from opsd.training.config import OPSDConfig
-
-
-def on_policy_rows(rows: int, lmbda: float, step: int) -> int:
-    """Return how many of a step's rows are on-policy: the same on every process, λ·rows on average.
-
-    floor(λ·rows·(step+1)) - floor(λ·rows·step): the carry of earlier steps without a counter, so a resume needs none.
-
-    Args:
-        rows: rows of one process.
-        lmbda: the share.
-        step: steps done.
-    """
-    share = lmbda * rows
-    return int(share * (step + 1) + 1e-9) - int(share * step + 1e-9)
 
 
 def completion_needs(args: OPSDConfig) -> list[Need]:
@@ -80,6 +67,22 @@ def trains_on_completions(args: OPSDConfig) -> bool:
     return args.on_policy_share.least < 1.0 and not args.seq_kd
 
 
+def teacher_answers(teacher: Teacher, args: OPSDConfig, limit: int, rows: Sequence[Row]) -> list[Ids]:
+    """Return one answer per row, sampled from the teacher with its context, of `limit` tokens at most."""
+    sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
+    return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling)
+
+
+def answers_of_teacher(trainer: Any) -> Callable[[Sequence[Row]], list[Ids]]:
+    """Return a function that samples one answer per row from the trainer's teacher, as long as a rollout may be."""
+
+    def answers(rows: Sequence[Row]) -> list[Ids]:
+        with trainer.accelerator.autocast():
+            return teacher_answers(trainer.teacher, trainer.args, trainer.generation_config.max_new_tokens, rows)
+
+    return answers
+
+
 def off_policy_completions(
     rows: Sequence[Row],
     args: OPSDConfig,
@@ -99,8 +102,7 @@ def off_policy_completions(
         end_ids: ids at which a rollout of the student would end.
     """
     if args.seq_kd:
-        sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
-        return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling), 0
+        return teacher_answers(teacher, args, limit, rows), 0
     embedded = embedded_tokens(student.model)
     completions = [row_completion(row, student.renderer, embedded) for row in rows]
     kept = [cut_after_stop(ids[:limit], end_ids) for ids in completions]

@@ -81,6 +81,26 @@ class StepSchedule:
         return ", ".join(f"{value:g} from step {step}" for step, value in self.values.items())
 
 
+def own_rows(trainer: Any, rows: int) -> int:
+    """Return how many of a batch's rows the student samples itself: all of them in an evaluation."""
+    step = trainer.state.global_step
+    return on_policy_rows(rows, trainer.args.on_policy_share.at(step), step) if trainer.model.training else rows
+
+
+def on_policy_rows(rows: int, lmbda: float, step: int) -> int:
+    """Return how many of a step's rows are on-policy: the same on every process, λ·rows on average.
+
+    floor(λ·rows·(step+1)) - floor(λ·rows·step): the carry of earlier steps without a counter, so a resume needs none.
+
+    Args:
+        rows: rows of one process.
+        lmbda: the share.
+        step: steps done.
+    """
+    share = lmbda * rows
+    return int(share * (step + 1) + 1e-9) - int(share * step + 1e-9)
+
+
 def set_longest(trainer: Any) -> int:
     """Set the length at which the trainer's rollouts are cut, and return it; evaluations take the whole length."""
     args = trainer.args

@@ -51,13 +51,13 @@ from opsd.training.fsdp import keep_float32_sums, whole_state_dict
 from opsd.training.groups import Groups
 from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
-from opsd.training.off_policy import off_policy_completions, on_policy_rows
+from opsd.training.off_policy import answers_of_teacher, off_policy_completions
 from opsd.training.parts import Rows, RunParts
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import SamplingCheck, prepare_sampling, why_unchecked
-from opsd.training.schedules import scheduled, set_longest
+from opsd.training.schedules import own_rows, scheduled, set_longest
 from opsd.training.student import ready_student
 from opsd.training.vllm_sync import prepare_engine
 
@@ -213,15 +213,13 @@ class OPSDTrainer(DistillationTrainer):
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
         """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
-        count, step = len(inputs), self.state.global_step
-        if self.model.training:
-            count = on_policy_rows(len(inputs), self.args.on_policy_share.at(step), step)
-        rollouts = self._sample(inputs, count)
+        rollouts = self._sample(inputs, own_rows(self, len(inputs)))
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
         if self.log_completions:
-            self._logs["prompt"].extend(gather_object(decode(rollouts.prompt_ids)))
-            self._logs["completion"].extend(gather_object(decode(rollouts.completion_ids)))
-        graded, values = self.groups.grade(rollouts, decode, self.teacher.prompts.has_fields, self.state)
+            for name, ids in (("prompt", rollouts.prompt_ids), ("completion", rollouts.completion_ids)):
+                self._logs[name].extend(gather_object(decode(ids)))
+        has_fields = self.teacher.prompts.has_fields
+        graded, values = self.groups.grade(rollouts, decode, has_fields, self.state, answers_of_teacher(self))
         is_repeated = metrics.repeated_rows(self.accelerator, len(inputs), trains=self.model.training)
         graded = graded.mask_rows(is_repeated)
         prepared = self.scorer.prepare_rollouts(graded)
@@ -242,8 +240,8 @@ class OPSDTrainer(DistillationTrainer):
             metrics.forget_completions(self._metrics[self._mode])  # TRL's, of which `log` would average batches
         if count < len(rows):
             with self.accelerator.autocast():
-                sources = (self.teacher, self.student, self.eos_token_ids)
-                others, cut = off_policy_completions(rows[count:], self.args, longest, *sources)
+                rest = (rows[count:], self.args, longest)
+                others, cut = off_policy_completions(*rest, self.teacher, self.student, self.eos_token_ids)
             self._averages["train"].add(over_processes({"off_policy/shortened": Tally(cut, len(others))}))
         loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
         logprobs = None if self._engine is None else self._engine.take(sampled, others)
