@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_rows
-from helpers import RUNS
+from helpers import LEAVE, RUNS
 
 from opsd.evaluation.summary import results_of
 
@@ -201,6 +201,8 @@ json.dump([caught, texts], open(os.path.join(folder, f"result-2-{rank}.json"), "
 
 
 def launch(script: Path, processes: int, folder: Path, kind: str) -> list[dict]:
+    if not script.read_text().endswith(LEAVE):
+        script.write_text(script.read_text() + LEAVE)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     done = subprocess.run(

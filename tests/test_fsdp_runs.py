@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import LEAVE
 
 WORKER = """
 import json, os, sys
@@ -122,7 +123,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What both processes found, per run."""
     folder = tmp_path_factory.mktemp("runs")
     script = folder / "worker.py"
-    script.write_text(WORKER.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    script.write_text(WORKER.replace("{tests!r}", repr(str(Path(__file__).parent))) + LEAVE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

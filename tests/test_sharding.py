@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from helpers import RUNS
+from helpers import LEAVE, RUNS
 
 WORKER = """
 import json, os, sys
@@ -123,7 +123,7 @@ dist.barrier()
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("sharded")
     script = folder / "worker.py"
-    script.write_text(WORKER.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    script.write_text(WORKER.replace("{tests!r}", repr(str(Path(__file__).parent))) + LEAVE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
 
