@@ -177,6 +177,50 @@ def test_the_figures_of_the_sums_are_those_of_the_result_file() -> None:
     assert len(record["runs"]) >= 3 and all(run["gain"]["after"]["low"] > 0 for run in record["runs"])
 
 
+LEARNING = ROOT / "benchmarks" / "results" / "learning"
+
+
+@pytest.mark.parametrize(("name", "lines"), [("when.md", 3), ("results.md", 2)])
+def test_figures_beside_an_experiment_are_in_its_table(name: str, lines: int) -> None:
+    """A cell or a paragraph that links to a result file has no decimal number that the file has not."""
+    parts = re.split(r"\||\n\n", (ROOT / "docs" / name).read_text())
+    checked = 0
+    for part in parts:
+        files = re.findall(r"results/learning/(\w+)\.md", part)
+        figures = re.findall(r"\d+\.\d", re.sub(r"\(arXiv [\d., ]+\)|\d{4}\.\d{5}", "", part)) if files else []
+        tables = "".join((LEARNING / f"{file}.md").read_text() for file in files)
+        assert all(figure in tables for figure in figures), (part, [f for f in figures if f not in tables])
+        checked += bool(figures)
+    assert checked >= lines
+
+
+def test_the_table_of_results_is_that_of_the_experiments() -> None:
+    """Each line's figures are the means over three seeds of one arm at its best learning rate."""
+    table = README.split("## What it measures")[1].split("## Install")[0]
+    rows = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", table, flags=re.M)
+    assert len(rows) == 5
+    expected = []
+    points = {
+        name: {point["arm"]: point for point in json.loads((LEARNING / f"{name}.json").read_text())["figures"]["points"]
+               if point["is_best"]} for name in ("fine_tuning", "recover")
+    }  # fmt: skip
+    bare, in_sentences = points["fine_tuning"]["bare"], points["fine_tuning"]["sentence"]
+
+    def of(point: dict, sums: str | None, general: str | None) -> list[str]:
+        task = point["task"]["after"]["value"]
+        kept = {split: each["after"]["value"] for split, each in point["retention"].items()}
+        values = [task if sums is None else kept[sums], task if general is None else kept[general], kept["sentences"]]
+        return [f"{100 * value:.1f}" for value in values]
+
+    before = [bare["task"]["after"]["value"] - bare["task"]["gain"]["difference"]]
+    before += [bare["retention"][s]["after"]["value"] - bare["retention"][s]["change"]["difference"]
+               for s in ("general", "sentences")]  # fmt: skip
+    expected = [[f"{100 * value:.1f}" for value in before], of(bare, None, "general")]
+    expected += [of(points["recover"][arm], "sums", None) for arm in ("method", "seq-kd")]
+    expected += [of(in_sentences, None, "general")]
+    assert [list(row[1:]) for row in rows] == expected
+
+
 def speed_row(case: dict) -> str:
     """A case of benchmarks/losses.py as the guide to losses shows it."""
     against = ("TRL", "full logits", "products alone")
