@@ -1,9 +1,8 @@
 """Check 8: whether the run's loss can teach the student to begin its answers as the teacher does.
 
 The reverse KL and the Jensen-Shannon divergence weigh a token by the student's probability, so a token that the student
-never writes gets no gradient. Measured in benchmarks/results/learning/rule.json: a student that begins its answers with
-the teacher's first token at a probability of 0.0000 learns nothing of the teacher's form under the reverse KL, and all
-of it under the forward KL on the same rollouts.
+never writes gets next to no gradient, from its own rollouts or from the teacher's samples; the forward KL weighs it by
+the teacher's.
 """
 
 from __future__ import annotations
