@@ -13,6 +13,8 @@ from opsd.evaluation.sample_metrics import Metric
 from opsd.evaluation.statistics import PairedDifference, SeedSpread
 from opsd.evaluation.summary import LEVEL
 
+MOST = 100_000  # questions: a number that no one has is no advice
+
 
 @dataclass(frozen=True)
 class Pairwise:
@@ -99,4 +101,5 @@ def _sentence(pair: Pairwise, first: str, metric: Metric, trained: bool, change:
         return f"{lead} on these seeds; about {needed} seeds would settle it: {change}"
     questions = None if difference.deviation is None else questions_needed(difference.difference, difference.deviation)
     more = f"; about {questions:,} questions would settle a difference of this size" if questions else ""
-    return f"{first} and {other} cannot be distinguished: {change}{more if (questions or 0) > difference.n else ''}"
+    is_of_use = difference.n < (questions or 0) < MOST
+    return f"{first} and {other} cannot be distinguished: {change}{more if is_of_use else ''}"
