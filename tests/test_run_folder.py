@@ -68,7 +68,8 @@ def writing_calls() -> Iterator[tuple[str, str]]:
                 if isinstance(call, ast.Call):
                     called = call.func
                     name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-                    if name in WRITERS:
+                    reads = name == "open" and any(getattr(arg, "value", "") in ("r", "rb") for arg in call.args)
+                    if name in WRITERS and not reads:
                         yield where, ast.unparse(call)
 
 

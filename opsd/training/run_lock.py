@@ -99,15 +99,13 @@ def holder_of(output_dir: str | os.PathLike[str]) -> str | None:
     path = Path(output_dir).resolve() / LOCK
     if not path.is_file():
         return None
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return f"another process{_holder(path)}"
-    except OSError:  # a file system without locks
-        return None
-    finally:
-        os.close(descriptor)
+    with path.open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"another process{_holder(path)}"
+        except OSError:  # a file system without locks
+            return None
     return None
 
 
