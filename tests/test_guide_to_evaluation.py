@@ -99,9 +99,9 @@ def test_the_table_of_controls_is_what_the_benchmark_wrote() -> None:
     assert len(lines) == 9 and "\n".join(lines) in GUIDE
     arms = json.loads((RESULTS / "controls.json").read_text())["comparison"]["arms"]
     gains = {arm["name"]: f"{100 * arm['gain']['difference']:.1f}" for arm in arms if arm["gain"]}
-    readme = " ".join((ROOT / "README.md").read_text().split())
+    results = " ".join((ROOT / "docs" / "results.md").read_text().split())
     for name, words in {"method": "it gains {}", "off-policy": "own samples {}", "sft": "on the answers {}"}.items():
-        assert words.format(gains[name]) in readme, name
+        assert words.format(gains[name]) in results, name
 
 
 def test_the_forms_of_a_choice_in_the_guide_are_read() -> None:

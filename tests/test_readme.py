@@ -66,13 +66,15 @@ def test_the_commands_run_in_their_order(tmp_path: Path, llama_folder: str, monk
     rows = "".join(json.dumps(row) + "\n" for row in make_rows())
     Path("rows.jsonl").write_text(rows)
     Path("test.jsonl").write_text(rows)
+    Path("plan.yaml").write_text("{test: test.jsonl, grader: last_number}")
     Path("run.yaml").write_text(blocks("yaml")[0].replace(MODEL, llama_folder))
     commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines() if line.startswith("opsd")]
-    assert [c[1] for c in commands] == ["show", "doctor", "train", "train", "eval", "cp"]
+    assert [c[1] for c in commands] == ["show", "doctor", "train", "train", "eval", "sweep", "cp"]
     more = {
         "doctor": [SMALL.split()],
         "train": [[*SMALL.split(), "--max_steps", "2"], [*SMALL.split(), "--max_steps", "2"]],
         "eval": [["--max_new_tokens", "4"]],
+        "sweep": [["--evaluation", "plan.yaml", "--output_dir", "runs/sweep", "--dry-run"]],
     }
     for command in commands:
         extra = more[command[1]].pop(0) if command[1] in more else []
