@@ -21,7 +21,7 @@ import yaml
 from opsd.cli import main as opsd
 from opsd.commands.compare import markdown
 from opsd.commands.demo_sums import SumsSettings, sums_settings
-from opsd.commands.demo_tasks import TEST_SEED, arithmetic, packaged_model, question, write_rows
+from opsd.commands.demo_tasks import packaged_model, sums, write_rows
 from opsd.evaluation import Answer, EvaluationResult
 from opsd.evaluation.compare import METHOD, Comparison, RunResult, as_json, compare, read_runs
 from opsd.evaluation.run_folder import write_json, write_whole
@@ -44,12 +44,11 @@ NEUTRAL = (
 def prepare(folder: Path, arms: list[str], seeds: list[int]) -> Path:
     """Write the questions and the run file; training questions differ from seed to seed, as in the demo."""
     demo = SumsSettings()
-    held_out = arithmetic(demo.questions, TEST_SEED)
-    write_rows(folder / "test.jsonl", held_out)
     write_rows(folder / "neutral.jsonl", [{"prompt": [{"role": "user", "content": text}]} for text in NEUTRAL])
     for seed in seeds:
-        rows = arithmetic(demo.steps * demo.rollouts, seed + 1, without=map(question, held_out))
+        rows, held_out = sums(demo.steps * demo.rollouts, demo.questions, seed)
         write_rows(folder / f"train-{seed}.jsonl", rows)
+        write_rows(folder / "test.jsonl", held_out)  # of every seed the same
     run = sums_settings(demo, packaged_model(), folder)
     run |= {"dataset_name": str(folder / "train-{seed}.jsonl"), "output_dir": str(folder / "sweep")}
     run["evaluation"] |= {"test": str(folder / "test.jsonl"), "neutral": str(folder / "neutral.jsonl")}

@@ -75,7 +75,7 @@ def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:
     record["figures"] = {**as_json(tradeoff.comparison), **as_plain(tradeoff)}
     write_json(results / f"{name}.json", record)
     machine = f"{record['hardware']['cpu']}, {record['hardware']['threads']} thread(s) a run"
-    head = f"# {record['asks']}\n\n`{record['command']}`; SmolLM2-135M-Instruct; {machine}.\n\n"
+    head = f"# {record['asks']}\n\n`{record['command']}`; {MODEL}; {machine}.\n\n"
     tables = [page.markdown(tradeoff), markdown(tradeoff.comparison), *form_table(record["runs"], tradeoff)]
     write_whole(results / f"{name}.md", head + "".join(tables))
     write_whole(results / f"{name}.svg", as_svg(tradeoff.points))

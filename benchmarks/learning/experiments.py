@@ -41,14 +41,12 @@ class Experiment:
     Args:
         asks: the question that it answers.
         prepare: (folder, seeds) -> the run file, with its `sweep:`; writes rows into the folder.
-        needs: names of the experiments whose models it starts from.
         keep: "all" where other experiments need its models.
         form: whether an answer has the form that was asked for, counted on every split.
     """
 
     asks: str
     prepare: Callable[[Path, Sequence[int]], dict[str, Any]]
-    needs: tuple[str, ...] = ()
     keep: str = "none"
     form: Callable[[str], bool] | None = None
 
@@ -226,8 +224,6 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "rule": Experiment(
         "Does a rule that is folded in hold on other domains, and what does it cost?", rule, form=json_form
     ),
-    "two_tasks": Experiment(
-        "What is left of a first task after a second one?", two_tasks, ("fine_tuning",), form=json_form
-    ),
-    "recover": Experiment("Does what fine-tuning cost come back, and does the task stay?", recover, ("fine_tuning",)),
+    "two_tasks": Experiment("What is left of a first task after a second one?", two_tasks, form=json_form),
+    "recover": Experiment("Does what fine-tuning cost come back, and does the task stay?", recover),
 }

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opsd.commands.demo_run import RUN_FILE, Clock, Say, free_folder, train_printing, write_run_file
-from opsd.commands.demo_tasks import TEST_SEED, arithmetic, general, neutral, packaged_model, question, write_rows
+from opsd.commands.demo_run import RUN_FILE, Clock, Say, common_settings, free_folder, train_printing, write_run_file
+from opsd.commands.demo_tasks import general, neutral, packaged_model, sums, write_rows
 
 SUMS, KNOWLEDGE, TRAIN = "sums.jsonl", "general.jsonl", "train.jsonl"
 SUMS_GRADER, KNOWLEDGE_GRADER = "last_number", "contains"
@@ -115,28 +115,18 @@ def run_recover(settings: RecoverSettings, say: Say) -> RecoverResult:
 
 def _write_rows(settings: RecoverSettings, folder: Path, sft: Path) -> None:
     sft.mkdir(parents=True, exist_ok=True)
-    held_out = arithmetic(settings.questions, TEST_SEED)
+    train, held_out = sums(settings.sft_steps * settings.rollouts, settings.questions, settings.seed)
+    write_rows(sft / TRAIN, train)
     write_rows(folder / SUMS, held_out)
     write_rows(folder / KNOWLEDGE, general()[: settings.questions])
-    count = settings.sft_steps * settings.rollouts
-    write_rows(sft / TRAIN, arithmetic(count, settings.seed + 1, without=map(question, held_out)))
     write_rows(folder / TRAIN, neutral(settings.steps * settings.rollouts, settings.seed))
 
 
 def _common(settings: RecoverSettings, folder: Path, steps: int) -> dict[str, Any]:
+    rows = folder / TRAIN
     return {
-        "max_steps": steps,
-        "dataset_name": str(folder / TRAIN),
-        "output_dir": str(folder),
-        "per_device_train_batch_size": settings.rollouts,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 2,
-        "max_completion_length": MAX_NEW_TOKENS,
-        "seed": settings.seed,
-        "gradient_checkpointing": False,
+        **common_settings(folder, rows, steps, settings.rollouts, MAX_NEW_TOKENS, settings.seed),
         "logging_steps": max(1, steps // 8),
-        "save_strategy": "no",
-        "report_to": "none",
     }
 
 
@@ -152,24 +142,24 @@ def _evaluation(task: tuple[Path, str], kept: tuple[str, Path, str]) -> dict[str
 
 def sft_settings(settings: RecoverSettings, model: str, folder: Path, sft: Path) -> dict[str, Any]:
     """Return the settings of the run that fine-tunes."""
-    sums, knowledge = (folder / SUMS, SUMS_GRADER), ("general", folder / KNOWLEDGE, KNOWLEDGE_GRADER)
+    task, knowledge = (folder / SUMS, SUMS_GRADER), ("general", folder / KNOWLEDGE, KNOWLEDGE_GRADER)
     return {
         "model_name_or_path": model,
         "control": "sft",
         "teacher": {"strategy": "same_checkpoint"},
         "learning_rate": settings.sft_learning_rate,
         **_common(settings, sft, settings.sft_steps),
-        "evaluation": _evaluation(sums, knowledge),
+        "evaluation": _evaluation(task, knowledge),
     }
 
 
 def distil_settings(settings: RecoverSettings, model: str, folder: Path, sft: Path) -> dict[str, Any]:
     """Return the settings of the run that brings back what fine-tuning cost."""
-    knowledge, sums = (folder / KNOWLEDGE, KNOWLEDGE_GRADER), ("sums", folder / SUMS, SUMS_GRADER)
+    knowledge, kept = (folder / KNOWLEDGE, KNOWLEDGE_GRADER), ("sums", folder / SUMS, SUMS_GRADER)
     return {
         "model_name_or_path": str(sft),
         "teacher": {"strategy": "past_checkpoint", "model": model},
         "learning_rate": settings.learning_rate,
         **_common(settings, folder, settings.steps),
-        "evaluation": _evaluation(knowledge, sums),
+        "evaluation": _evaluation(knowledge, kept),
     }

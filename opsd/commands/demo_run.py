@@ -16,6 +16,32 @@ RUN_FILE = "run.yaml"
 Say = Callable[[str], None]
 
 
+def common_settings(folder: Path, rows: Path, steps: int, rollouts: int, longest: int, seed: int) -> dict[str, Any]:
+    """Return the settings that the runs of all demos share.
+
+    Args:
+        folder: output folder.
+        rows: file with the training rows.
+        steps: optimizer steps.
+        rollouts: rows per step.
+        longest: tokens of the longest completion.
+        seed: of training.
+    """
+    return {
+        "dataset_name": str(rows),
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": rollouts,
+        "lr_scheduler_type": "constant_with_warmup",
+        "warmup_steps": 2,
+        "max_completion_length": longest,
+        "seed": seed,
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+
+
 def write_run_file(folder: Path, settings: Mapping[str, Any], comments: Mapping[str, str]) -> Path:
     """Write settings into a folder as a run file, with a comment behind each setting that has one; returns its path."""
     path = folder / RUN_FILE

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd.commands.demo_run import Clock, Say, free_folder, train_printing, write_run_file
-from opsd.commands.demo_tasks import TEST_SEED, arithmetic, packaged_model, question, write_rows
+from opsd.commands.demo_run import Clock, Say, common_settings, free_folder, train_printing, write_run_file
+from opsd.commands.demo_tasks import packaged_model, sums, write_rows
 
 CONTEXT = "answer_only"
 GRADER = "last_number"  # the model answers in a sentence; reasoning-gym's scorer wants the bare number
@@ -86,31 +86,21 @@ class SumsResult:
 
 def sums_settings(settings: SumsSettings, model: str, folder: Path) -> dict[str, Any]:
     """Return the settings of the demo's run file."""
+    rows = folder / TRAIN
     return {
         "model_name_or_path": model,
-        "dataset_name": str(folder / TRAIN),
         "context": CONTEXT,
         "teacher": {"strategy": "same_checkpoint"},
-        "output_dir": str(folder),
-        "max_steps": settings.steps,
-        "per_device_train_batch_size": settings.rollouts,
         "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 2,
-        "max_completion_length": MAX_NEW_TOKENS,
-        "seed": settings.seed,
-        "evaluation": {"test": str(folder / HELD_OUT), "grader": GRADER, "batch_size": 100},
-        "gradient_checkpointing": False,
+        **common_settings(folder, rows, settings.steps, settings.rollouts, MAX_NEW_TOKENS, settings.seed),
         "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
+        "evaluation": {"test": str(folder / HELD_OUT), "grader": GRADER, "batch_size": 100},
     }
 
 
 def write_run(settings: SumsSettings, model: str, folder: Path) -> Path:
     """Write training rows, held-out rows and the run file into a folder; returns the path of the run file."""
-    held_out = arithmetic(settings.questions, TEST_SEED)
-    train = arithmetic(settings.steps * settings.rollouts, settings.seed + 1, without=map(question, held_out))
+    train, held_out = sums(settings.steps * settings.rollouts, settings.questions, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / HELD_OUT, held_out)
     write_rows(folder / TRAIN, train)

@@ -96,6 +96,12 @@ def arithmetic(count: int, seed: int, without: Iterable[str] = ()) -> list[Row]:
     return rows
 
 
+def sums(count: int, questions: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return training sums of a seed, and held-out ones that are the same for every seed and in no training."""
+    held_out = arithmetic(questions, TEST_SEED)
+    return arithmetic(count, seed + 1, without=map(question, held_out)), held_out
+
+
 def asked(text: str, **columns: Any) -> Row:
     """Return a row with one user turn."""
     return {"prompt": [{"role": "user", "content": text}], **columns}

@@ -24,18 +24,13 @@ RARE = 1e-3  # probability: hardly one of a run's rollouts begins like this
 WEAK = 0.1  # of the forward KL's pull
 
 
-def pull(divergence: Divergence, probability: float = RARE) -> float:
+def pull(divergence: Divergence) -> float:
     """Return by how much a loss raises the logit of a rare token that the teacher is nearly certain of.
 
     Computed from the loss itself, for a vocabulary of two tokens: 1 for the forward KL, 0.01 for the reverse KL.
-
-    Args:
-        divergence: of the run.
-        probability: that the student gives to the token.
     """
-    if divergence.support == "sampled":  # its expectation is the reverse KL's gradient
-        divergence = replace(divergence, support="full", beta=1.0, divergence=None)
-    log_s = torch.tensor([[math.log(probability), math.log1p(-probability)]])
+    # Of the sampled token the expected gradient is the reverse KL's, which support "sampled" has for its divergence.
+    log_s = torch.tensor([[math.log(RARE), math.log1p(-RARE)]])
     compared = replace(divergence, support="full", tail="bucket").compare(log_s, log_s.exp(), log_s.flip(-1), None)
     grad = compared.grad_log_s_RV
     return -float((grad - log_s.exp() * grad.sum(-1, keepdim=True))[0, 0])
@@ -54,7 +49,8 @@ def check_reach(patient: Patient) -> Iterator[Finding]:
     first = median(math.exp(row[0]) for row in logprobs)
     nll = -sum(map(sum, logprobs)) / sum(map(len, logprobs))
     begins = patient.tokenizer.decode(answers[0][:1])
-    strength = pull(patient.args.objective.divergence)
+    divergence = patient.args.objective.divergence
+    strength = pull(divergence)
     figures = {"first_token": first, "nll": nll, "pull": strength}
     saw = f"the student begins its answers as the teacher does, such as with {begins!r}, with probability {first:.2g}"
     if first >= RARE or strength >= WEAK:
@@ -64,7 +60,7 @@ def check_reach(patient: Patient) -> Iterator[Finding]:
     yield find(
         "warn",
         f"{saw} (median): its rollouts will not begin like that, and this run's loss raises no token that the student "
-        f"does not write ({patient.args.objective.divergence.kind.describe(patient.args.beta)}).",
+        f"does not write ({divergence.kind.describe(divergence.beta)}).",
         "Set beta to 0: the forward KL weighs tokens by the teacher, on the same rollouts. Or fine-tune on some of the "
         "teacher's answers first (--control seq-kd).",
         figures=figures,

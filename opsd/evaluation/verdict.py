@@ -100,6 +100,7 @@ def _sentence(pair: Pairwise, first: str, metric: Metric, trained: bool, change:
         needed = max(seeds_needed(spread.mean, spread.deviation), spread.seeds + 1)
         return f"{lead} on these seeds; about {needed} seeds would settle it: {change}"
     questions = None if difference.deviation is None else questions_needed(difference.difference, difference.deviation)
-    more = f"; about {questions:,} questions would settle a difference of this size" if questions else ""
-    is_of_use = difference.n < (questions or 0) < MOST
-    return f"{first} and {other} cannot be distinguished: {change}{more if is_of_use else ''}"
+    more = ""
+    if questions and difference.n < questions < MOST:
+        more = f"; about {questions:,} questions would settle a difference of this size"
+    return f"{first} and {other} cannot be distinguished: {change}{more}"

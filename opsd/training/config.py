@@ -229,18 +229,17 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         self.check_any_token(int(self.completion_length.least))
 
     def _check_schedules(self) -> None:
-        for name in ("lmbda", "lmbda_schedule"):
-            if name == "lmbda_schedule" and self.lmbda_schedule is not None and self.lmbda != 1.0:
-                raise ConfigError(
-                    f"lmbda is {self.lmbda:g} and lmbda_schedule {self.lmbda_schedule}: two settings of one share. "
-                    "Leave one of them out."
-                )
-            share = StepSchedule({0: self.lmbda}) if name == "lmbda" else self.on_policy_share
-            if not (share.least >= 0.0 and share.most <= 1.0):
-                raise ConfigError(
-                    f"{name} must lie between 0 and 1, and is {getattr(self, name)}. It is the share of rows trained "
-                    "on the student's own rollouts. Use 1 for all of them, 0 for none."
-                )
+        share, name = self.on_policy_share, "lmbda" if self.lmbda_schedule is None else "lmbda_schedule"
+        if self.lmbda_schedule is not None and self.lmbda != 1.0:
+            raise ConfigError(
+                f"lmbda is {self.lmbda:g} and lmbda_schedule {self.lmbda_schedule}: two settings of one share. Leave "
+                "one of them out."
+            )
+        if not (share.least >= 0.0 and share.most <= 1.0):
+            raise ConfigError(
+                f"{name} must lie between 0 and 1, and is {getattr(self, name)}. It is the share of rows trained on "
+                "the student's own rollouts. Use 1 for all of them, 0 for none."
+            )
         lengths, longest = self.completion_length.values.values(), self.max_completion_length
         if any(length != int(length) or not 1 <= length <= (longest or 0) for length in lengths):
             raise ConfigError(
