@@ -12,6 +12,7 @@ from benchmarks.learning import tasks
 from benchmarks.learning.__main__ import RESULTS, write
 from benchmarks.learning.experiments import EXPERIMENTS, fine_tuning
 from benchmarks.learning.graders import json_form, json_reply, sentence
+from benchmarks.learning.records import record_of, run_of
 from opsd.commands.demo_tasks import question
 from opsd.commands.sweep_plan import read_sweep
 
@@ -88,6 +89,16 @@ def test_tables_and_figures_follow_from_the_stored_grades(name: str, tmp_path: P
         written = (RESULTS / f"{name}.{suffix}").read_text()
         assert (tmp_path / f"{name}.{suffix}").read_text() == written, suffix
     assert len({run["seed"] for run in record["runs"]}) >= 3
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_the_record_of_a_run_is_all_that_its_run_is_made_from(name: str) -> None:
+    for record in json.loads((RESULTS / f"{name}.json").read_text())["runs"]:
+        again = record_of(run_of(record))
+        for graded in (again, record):  # which answers were cut is counted, and not stored question by question
+            for times in (graded["test"], *graded["retention"].values()):
+                assert all(each.pop("truncated") >= 0 for each in times.values())
+        assert again == record
 
 
 @pytest.mark.parametrize("name", RECORDS)
