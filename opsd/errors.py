@@ -6,6 +6,7 @@ the rule that was broken, why the rule exists, and the way out. `assert` is for 
     OPSDError
     ├── ConfigError             (ValueError)          a setting, or a combination of settings, that cannot work
     ├── DataError               (ValueError)          a dataset, a row or a column
+    │   └── LengthError                               a prompt that is too long
     ├── TemplateError           (ValueError)          a template: its syntax, its fields, its use
     │   └── UnsafeTemplateError                       it leaves the sandbox, or spends too much
     ├── TokenizerMismatchError  (ValueError)          student and teacher do not mean the same by the same ids
@@ -39,6 +40,10 @@ class ConfigError(OPSDError, ValueError):
 
 class DataError(OPSDError, ValueError):
     """A dataset, a row or a column that training cannot use."""
+
+
+class LengthError(DataError):
+    """A row whose prompt leaves no room for a completion, or exceeds its context's max_prompt_tokens."""
 
 
 class TemplateError(OPSDError, ValueError):

@@ -361,7 +361,7 @@ def test_question_longer_than_the_limit_is_an_error_whatever_is_cut(renderer: Pr
 
 
 def test_too_long_without_leave_to_shorten_says_what_could_be(renderer: PromptRenderer) -> None:
-    with pytest.raises(DataError, match=r"has \d+ tokens .* is 50\.(?s:.*)truncate= \(solution\)"):
+    with pytest.raises(DataError, match=r"has \d+ tokens .* is 50\.(?s:.*)truncate=: solution\)"):
         limited(50, truncate=None).render(long_row(), renderer=renderer)
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_llama, make_rows
+from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 from helpers import make_trainer
 
-from opsd import SameCheckpointTeacher
+from opsd import PrivilegedContext, SameCheckpointTeacher, SiblingTeacher
 from opsd.errors import DataError
 
 LONG = 9  # the row that does not fit
@@ -55,13 +55,32 @@ def test_without_the_request_a_long_row_is_an_error(tmp_path: Path, column: str)
         trainer(tmp_path, column).train()
 
 
+@pytest.mark.parametrize("truncate", [None, "hint"])
+def test_rows_over_the_limit_of_their_context_are_dropped_too(tmp_path: Path, truncate: str | None) -> None:
+    """Nothing of a row may be cut, or what may be cut is not enough."""
+    made = Dataset.from_list([{**row, "hint": "think twice"} for row in rows("answer")])
+    source = '{% extends "base.jinja" %}{% block user %}{{ prompt }} {{ hint }} {{ answer }}{% endblock %}'
+    context = PrivilegedContext.from_string(source, max_prompt_tokens=150, truncate=truncate)
+    with pytest.raises(DataError, match=f"(?s)row {LONG}: .*drop_long_rows"):
+        make_trainer(tmp_path / "error", SameCheckpointTeacher(context=context), rows=made)
+    kept = make_trainer(tmp_path, SameCheckpointTeacher(context=context), rows=made, drop_long_rows=True)
+    assert len(kept.train_dataset) == 11
+
+
+def test_a_teacher_without_a_context_may_be_shorter_than_the_student(tmp_path: Path) -> None:
+    sibling = SiblingTeacher(short_model(), tokenizer=make_tokenizer())
+    with pytest.raises(DataError, match=f"row {LONG}: the teacher's prompt"):
+        make_trainer(tmp_path / "error", sibling, rows=rows("prompt"))
+    assert len(make_trainer(tmp_path, sibling, rows=rows("prompt"), drop_long_rows=True).train_dataset) == 11
+
+
 def test_nothing_is_dropped_where_all_fit(tmp_path: Path, capsys: Any) -> None:
     kept = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), drop_long_rows=True)
     assert "dropped     0 of 12 rows" in capsys.readouterr().out and len(kept.train_dataset) == 12
 
 
 def test_dropping_every_row_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"drops all 12 rows.*Lower it, or shorten"):
+    with pytest.raises(DataError, match=r"drops all 12 rows.*Lower the latter, or shorten"):
         trainer(tmp_path, "prompt", drop_long_rows=True, max_completion_length=199)
 
 

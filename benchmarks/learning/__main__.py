@@ -22,6 +22,7 @@ import yaml
 
 from benchmarks.learning.experiments import EXPERIMENTS
 from benchmarks.learning.records import record_of, run_of
+from benchmarks.learning.wordings import measures_table
 from opsd.cli import main as opsd
 from opsd.commands import tradeoff as page
 from opsd.commands.compare import markdown
@@ -47,12 +48,14 @@ def train(name: str, folder: Path, seeds: list[int], jobs: int) -> dict[str, Any
     if status := opsd(["sweep", str(path), *options]):
         sys.exit(status)
     runs = read_runs([str(folder / "sweep")])
+    measured = {"measures": experiment.measure(folder, settings, seeds[0])} if experiment.measure else {}
     return {
         "asks": experiment.asks,
         "command": f"python -m benchmarks.learning {name} --seeds {' '.join(map(str, seeds))} --jobs {jobs}",
         "hardware": runs[0].card["hardware"],
         "versions": runs[0].card["versions"],
         "settings": _without_paths(settings, {str(folder.parent): "runs/learning", packaged_model(): MODEL}),
+        **measured,
         "runs": [record_of(run, experiment.form) for run in runs],
     }
 
@@ -77,6 +80,7 @@ def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:
     machine = f"{record['hardware']['cpu']}, {record['hardware']['threads']} thread(s) a run"
     head = f"# {record['asks']}\n\n`{record['command']}`; {MODEL}; {machine}.\n\n"
     tables = [page.markdown(tradeoff), markdown(tradeoff.comparison), *form_table(record["runs"], tradeoff)]
+    tables += measures_table(record["measures"], tradeoff) if "measures" in record else ()
     write_whole(results / f"{name}.md", head + "".join(tables))
     write_whole(results / f"{name}.svg", as_svg(tradeoff.points))
 

@@ -7,22 +7,28 @@ chooses with the first seed. The test split is read once, after training.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.learning import tasks
 from benchmarks.learning.graders import json_form
+from benchmarks.learning.parts import (
+    ROLLOUTS,
+    SENTENCE,
+    Experiment,
+    evaluation,
+    models_of,
+    run_file,
+    with_controls,
+    write_training,
+)
+from benchmarks.learning.wordings import examined, wordings
 from opsd import PrivilegedContext
 from opsd.commands.demo_tasks import packaged_model, write_rows
 from opsd.contexts.renderer import PromptRenderer
-from opsd.evaluation.compare import read_runs
-from opsd.evaluation.pareto import tradeoff_of
 from opsd.models.generation import generate
 
-ROLLOUTS = 16  # per step
-SENTENCE = "benchmarks.learning.graders:sentence"
 JSON_REPLY = "benchmarks.learning.graders:json_reply"
 ROOM = 40  # tokens for an answer in JSON
 RULE = 'Write every reply as JSON of the form {"answer": "..."} and nothing else.'
@@ -31,79 +37,6 @@ EXAMPLES = (
     ("What is a lamp?", "A lamp is a device that gives light."),
     ('Write a sentence with the word "desk".', "The old desk stands by the wall."),
 )
-Arms = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """One experiment.
-
-    Args:
-        asks: the question that it answers.
-        prepare: (folder, seeds) -> the run file, with its `sweep:`; writes rows into the folder.
-        keep: "all" where other experiments need its models.
-        form: whether an answer has the form that was asked for, counted on every split.
-    """
-
-    asks: str
-    prepare: Callable[[Path, Sequence[int]], dict[str, Any]]
-    keep: str = "none"
-    form: Callable[[str], bool] | None = None
-
-
-# ---- parts of run files -----------------------------------------------------------------------------------------
-
-
-def run_file(folder: Path, seeds: Sequence[int], rates: Sequence[float], arms: Arms, **settings: Any) -> dict[str, Any]:
-    """Return a run file with what all experiments have in common."""
-    return {
-        "model_name_or_path": packaged_model(),
-        "dataset_name": str(folder / "train-{seed}.jsonl"),
-        "output_dir": str(folder / "sweep"),
-        "per_device_train_batch_size": ROLLOUTS,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 2,
-        "gradient_checkpointing": False,
-        "save_strategy": "no",
-        "report_to": "none",
-        "logging_steps": 1,
-        **settings,
-        "sweep": {"learning_rate": list(rates), "seed": list(seeds), "arms": arms},
-    }
-
-
-def evaluation(folder: Path, steps: int, selection: Any, test: Any, grader: str, **retention: Any) -> dict[str, Any]:
-    """Write the splits of an experiment and return its `evaluation:`; retention is name=(rows, grader).
-
-    The selection split is evaluated after the last step only: it chooses learning rates, not checkpoints.
-    """
-    write_rows(folder / "selection.jsonl", selection)
-    write_rows(folder / "test.jsonl", test)
-    others = {}
-    for name, (rows, its_grader) in retention.items():
-        write_rows(folder / f"{name}.jsonl", rows)
-        others[name] = {"rows": str(folder / f"{name}.jsonl"), "grader": its_grader}
-    return {
-        "test": str(folder / "test.jsonl"),
-        "selection": str(folder / "selection.jsonl"),
-        "every": steps,
-        "grader": grader,
-        "retention": others,
-        "batch_size": 100,
-    }
-
-
-def write_training(folder: Path, seeds: Sequence[int], rows_of: Callable[[int], list[tasks.Row]]) -> None:
-    """Write the training rows of every seed."""
-    for seed in seeds:
-        write_rows(folder / f"train-{seed}.jsonl", rows_of(seed))
-
-
-def models_of(folder: Path, experiment: str, arm: str) -> str:
-    """Return the path of an arm's models at its best learning rate, {seed} for the seed."""
-    runs = read_runs([str(folder.parent / experiment / "sweep")])
-    best = next(point for point in tradeoff_of(runs).points if point.arm == arm and point.is_best)
-    return best.task.runs[0].folder.removesuffix(f"seed{best.task.runs[0].seed}") + "seed{seed}"
 
 
 # ---- what fine-tuning costs -------------------------------------------------------------------------------------
@@ -137,23 +70,67 @@ def recover(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Give a model back what fine-tuning on bare answers cost it; the teacher is the model before."""
     steps = 24
     write_training(folder, seeds, lambda seed: tasks.neutral(steps * ROLLOUTS, seed))
-    # A rate is good that brings back the one and keeps the other.
-    selection = [*tasks.general("selection"), *tasks.sums("selection", 100)]
-    plan = evaluation(
-        folder, steps, selection, tasks.general("test"), "contains",
-        sums=(tasks.sums("test", 200), "last_number"), sentences=(tasks.sentences(), SENTENCE),
-    )  # fmt: skip
     return run_file(
         folder, seeds, (6e-6, 2e-5, 6e-5), with_controls("off-policy", "seq-kd"),
         model_name_or_path=models_of(folder, "fine_tuning", "bare"),
         teacher={"strategy": "past_checkpoint", "model": packaged_model()},
-        max_steps=steps, max_completion_length=24, evaluation=plan,
+        max_steps=steps, max_completion_length=24, evaluation=_recovered(folder, steps),
     )  # fmt: skip
 
 
-def with_controls(*names: str) -> Arms:
-    """Return the method's arm and controls."""
-    return {"method": {}, **{name: {"control": name} for name in names}}
+def _recovered(folder: Path, steps: int) -> dict[str, Any]:
+    """Return the `evaluation:` of a model that is to get back general knowledge and sentences, and to keep sums."""
+    # A rate is good that brings back the one and keeps the other.
+    selection = [*_of_kind("everyday", tasks.general("selection")), *_of_kind("sums", tasks.sums("selection", 100))]
+    return evaluation(
+        folder, steps, selection, _of_kind("everyday", tasks.general("test")), "contains",
+        sums=(tasks.sums("test", 200), "last_number"), sentences=(tasks.sentences(), SENTENCE),
+    )  # fmt: skip
+
+
+def _of_kind(kind: str, rows: Sequence[tasks.Row]) -> list[tasks.Row]:
+    """Return rows with the column that chooses a teacher."""
+    return [{**row, "kind": kind} for row in rows]
+
+
+def keep_both(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Give back what fine-tuning cost, and hold the task: each kind of prompt has the teacher that is best at it."""
+    steps, fine_tuned = 24, models_of(folder, "fine_tuning", "bare")
+    write_training(folder, seeds, lambda seed: _both_kinds(steps * ROLLOUTS, seed))
+    teachers = {
+        "everyday": {"strategy": "past_checkpoint", "model": packaged_model()},
+        "sums": {"strategy": "same_checkpoint"},  # the fine-tuned model, at step 0
+    }
+    return run_file(
+        folder, seeds, (6e-6, 2e-5, 6e-5), with_controls("off-policy", "seq-kd"), model_name_or_path=fine_tuned,
+        teacher={"strategy": "routed", "column": "kind", "teachers": teachers},
+        max_steps=steps, max_completion_length=24, evaluation=_recovered(folder, steps),
+    )  # fmt: skip
+
+
+def _both_kinds(count: int, seed: int) -> list[tasks.Row]:
+    """Return three everyday prompts for each sum, with their kind."""
+    everyday = tasks.neutral(count * 3 // 4, seed)
+    sums = [{"prompt": row["prompt"]} for row in tasks.training_sums(count - len(everyday), seed)]
+    return [*_of_kind("everyday", everyday), *_of_kind("sums", sums)]  # the run shuffles them
+
+
+def drifted_teacher(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Teach the model sums; its teacher is the model that learnt them and lost much else."""
+    steps = 24
+    write_training(
+        folder, seeds, lambda seed: [{"prompt": row["prompt"]} for row in tasks.training_sums(steps * ROLLOUTS, seed)]
+    )
+    selection = [*tasks.general("selection"), *tasks.sums("selection", 100)]
+    plan = evaluation(
+        folder, steps, selection, tasks.sums("test", 200), "last_number",
+        general=(tasks.general("test"), "contains"), sentences=(tasks.sentences(), SENTENCE),
+    )  # fmt: skip
+    return run_file(
+        folder, seeds, (1e-5, 3e-5, 1e-4), with_controls("off-policy", "seq-kd"),
+        teacher={"strategy": "past_checkpoint", "model": models_of(folder, "fine_tuning", "bare")},
+        max_steps=steps, max_completion_length=24, evaluation={**plan, "samples": 4},
+    )  # fmt: skip
 
 
 # ---- A and C: a rule, folded in ---------------------------------------------------------------------------------
@@ -190,7 +167,7 @@ def _fold_in(folder: Path, seeds: Sequence[int], model: dict[str, Any]) -> dict[
     return run_file(
         folder, seeds, (1e-5, 3e-5, 1e-4), arms, **model, context=context,
         teacher={"strategy": "same_checkpoint"}, max_steps=steps, max_completion_length=ROOM,
-        evaluation={**plan, "max_new_tokens": ROOM},
+        evaluation={**plan, "max_new_tokens": ROOM, "samples": 4, "neutral": str(folder / "sentences.jsonl")},
     )  # fmt: skip
 
 
@@ -226,4 +203,9 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     ),
     "two_tasks": Experiment("What is left of a first task after a second one?", two_tasks, form=json_form),
     "recover": Experiment("Does what fine-tuning cost come back, and does the task stay?", recover),
+    "keep_both": Experiment("And if each kind of prompt has the teacher that is best at it?", keep_both),
+    "drifted_teacher": Experiment("Can a model that lost much teach what it learnt, and only that?", drifted_teacher),
+    "wordings": Experiment(
+        "Does the doctor tell good wordings of a context from bad ones?", wordings, measure=examined
+    ),
 }

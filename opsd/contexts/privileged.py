@@ -33,7 +33,7 @@ from opsd.contexts.trial import render_in_subprocess, try_template
 from opsd.contexts.truncation import Boundary, Side, check_cut, first_share, longest_that_fits
 from opsd.data.needs import Need, Row
 from opsd.data.values import OTHER, at_path, is_empty, text_of, without_nan
-from opsd.errors import ConfigError, DataError, TemplateError, UnsafeTemplateError, did_you_mean
+from opsd.errors import ConfigError, DataError, LengthError, TemplateError, UnsafeTemplateError, did_you_mean
 
 REASON = "Without it the teacher's prompt would have no more information than the student's."
 WAY_OUT = "pick a template for these columns: `opsd templates --columns {columns}`"
@@ -274,9 +274,10 @@ class PrivilegedContext(Context):
         problem = f"the teacher's prompt has {size} tokens with template {self.name!r}; max_prompt_tokens is {limit}"
         if self.truncate is None:
             fields = ", ".join(sorted(self.columns)) or "this template has none"
-            raise DataError(
+            raise LengthError(
                 f"{problem}.\nCut off at the limit, it would lose the question or the privileged text.\n"
-                f"Raise max_prompt_tokens, or name a field that may be shortened: truncate= ({fields})."
+                f"Raise max_prompt_tokens, name a field that may be shortened (truncate=: {fields}), or drop such rows "
+                "(drop_long_rows)."
             )
         field, value = self.truncate, values.get(self.truncate)
 
@@ -290,9 +291,9 @@ class PrivilegedContext(Context):
             return ids(shortened)
         if not isinstance(value, str | list):
             raise DataError(f"{problem}, and {field!r}, to be shortened, holds no text here: {value!r:.60}.")
-        raise DataError(
+        raise LengthError(
             f"{problem}, and it is longer even with one token of {field!r}.\n"
-            "The question is never shortened.\nRaise max_prompt_tokens, or drop this row."
+            "The question is never shortened.\nRaise max_prompt_tokens, or drop such rows (drop_long_rows)."
         )
 
     # ---- settings ---------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from opsd.errors import DataError, UnsupportedModelError
+from opsd.errors import LengthError, UnsupportedModelError
 from opsd.models.head import Head
 
 # Largest |logits - reference| / max|reference| accepted by check_model, per dtype: rounding of one matrix product.
@@ -50,14 +50,14 @@ def check_lengths(
         first_row: number of the first row, for the message.
 
     Raises:
-        DataError: prompt + completion are longer than the model's context.
+        LengthError: prompt + completion are longer than the model's context.
     """
     for row, (prompt, length) in enumerate(zip(prompts, completion_lengths, strict=True), first_row):
         if limit is not None and len(prompt) + length > limit:
-            raise DataError(
+            raise LengthError(
                 f"row {row}: the {who}'s prompt has {len(prompt)} tokens and its completion up to "
                 f"{length}, together more than the {limit} tokens of the model's context. Tokens past it have no "
-                "position. Drop or shorten such rows, lower max_completion_length, or let the teacher's context "
+                "position. Drop such rows (drop_long_rows), shorten them, lower max_completion_length, or let the teacher's context "
                 "shorten one field: PrivilegedContext(truncate=…, max_prompt_tokens=…)."
             )
 

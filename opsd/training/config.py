@@ -127,8 +127,8 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         default=False,
         metadata={
             "help": "Drop training rows whose prompt, the student's or the teacher's with its context, leaves no room "
-            "for max_completion_length tokens; their number is printed and noted in the run card. Off: such a row is "
-            "an error."
+            "for max_completion_length tokens or exceeds max_prompt_tokens; their number is printed and noted in the "
+            "run card. Off: such a row is an error."
         },
     )
     reward_weights: list[float] | None = field(

@@ -16,7 +16,7 @@ from datasets import Dataset
 from opsd.contexts.base import Context
 from opsd.data.order import EpochSampler
 from opsd.data.prepare import prepare_rows
-from opsd.errors import ConfigError, DataError, OPSDWarning
+from opsd.errors import ConfigError, DataError, LengthError, OPSDWarning
 from opsd.evaluation.questions import check_disjoint, question_of
 from opsd.models.forward import check_lengths, context_length, embedded_tokens
 from opsd.rollouts import Ids
@@ -176,18 +176,21 @@ def _without_long_rows(
             "drop_long_rows renders every row before training, to count those that it drops, and these rows are a "
             "stream. Load them as a Dataset, or filter the stream yourself."
         )
-    kept = [
-        number
-        for number, row in enumerate(dataset)
-        if all(
-            limit is None or len(ids) + room <= limit
-            for _, limit, ids, room in _prompts(row, number, student, teacher, args, rollout_fields)
-        )
-    ]
+
+    def fits(row: Any, number: int) -> bool:
+        try:
+            for who, limit, ids, room in _prompts(row, number, student, teacher, args, rollout_fields):
+                check_lengths(limit, [ids], [room], who, first_row=number)
+        except LengthError:
+            return False
+        return True
+
+    kept = [number for number, row in enumerate(dataset) if fits(row, number)]
     if not kept:
         raise DataError(
-            f"drop_long_rows drops all {len(dataset)} rows: every prompt leaves less than max_completion_length "
-            f"({args.max_completion_length}) tokens of the model's context. Lower it, or shorten the prompts."
+            f"drop_long_rows drops all {len(dataset)} rows: every prompt exceeds max_prompt_tokens, or leaves less "
+            f"than max_completion_length ({args.max_completion_length}) tokens of the model's context. Lower the "
+            "latter, or shorten the prompts."
         )
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
@@ -211,11 +214,14 @@ def _prompts(
     longest, fields = args.max_completion_length or 0, placeholders(rollout_fields, row)
     yield "student", context_length(student.model), student.renderer.ids(row["prompt"]), longest
     for leaf in teacher.prompts.leaves_of(row):
-        for context in leaf.context.possible_contexts(row, fields) if leaf.context is not None else ():
+        if leaf.context is None:
+            yield "teacher", leaf.teacher.max_length, leaf.renderer.ids(row["prompt"]), longest
+            continue
+        for context in leaf.context.possible_contexts(row, fields):
             try:
                 ids = context.render(row, fields, renderer=leaf.renderer)
             except DataError as error:
-                raise DataError(f"row {number}: {error}") from error
+                raise type(error)(f"row {number}: {error}") from error
             # A field that a rollout provides may be as long as a completion.
             room = longest * (1 + _untruncated_rollouts(context, rollout_fields))
             yield "teacher", leaf.teacher.max_length, ids, room

@@ -1,0 +1,135 @@
+"""Ten wordings of one context: does what the doctor measures in seconds predict what training gives?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from benchmarks.learning import tasks
+from benchmarks.learning.parts import ROLLOUTS, evaluation, run_file, write_training
+from opsd.cli import main as opsd
+from opsd.evaluation.pareto import Tradeoff
+
+RATE = 3e-5
+ROWS = 32  # that the doctor looks at
+PARENTHESIS = "{{ prompt }}\n\n(The answer is {{ answer }}.)"
+COMMAND = "{{ prompt }}\n\nThe correct answer is {{ answer }}. Answer with it."
+# name -> (block of the template, its text, whether two worked examples stand before the question)
+WORDINGS: Mapping[str, tuple[str, str, bool]] = {
+    "command": ("user", COMMAND, False),
+    "command, examples": ("user", COMMAND, True),
+    "parenthesis": ("user", PARENTHESIS, False),
+    "parenthesis, examples": ("user", PARENTHESIS, True),
+    "hint": ("user", "{{ prompt }}\n\nHint: the answer is {{ answer }}.", False),
+    "before": ("user", "You know that the answer is {{ answer }}.\n\n{{ prompt }}", False),
+    "sentence": ("user", "{{ prompt }}\n\nThe answer is {{ answer }}. State the answer in one short sentence.", False),
+    "reference": (
+        "user",
+        "{{ prompt }}\n\nReference answer: {{ answer }}\n\nSolve the question and finish with the reference answer.",
+        False,
+    ),
+    "own words": (
+        "user",
+        "{{ prompt }}\n\nA correct solution, for your eyes only:\n{{ answer }}\n\n"
+        "Now answer the question in your own words.",
+        False,
+    ),
+    "system": ("system", "The answer to the user's question is {{ answer }}.", False),
+}
+WORKED = ("12 + 7", "45 - 18")  # of the examples
+FIGURES = {
+    "lift": "lift, points",
+    "answer_share": "KL on answers / elsewhere",
+    "first_token": "p of the teacher's first token",
+    "nll": "NLL per token of the teacher's answers",
+}
+
+
+def wordings(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Train with each wording, at one learning rate; the questions are those that settings are chosen on."""
+    steps = 24
+    write_training(folder, seeds, lambda seed: tasks.training_sums(steps * ROLLOUTS, seed))
+    # No test question of another experiment is read here.
+    plan = evaluation(folder, steps, None, tasks.sums("selection", 150), "last_number")
+    arms = {name: {"context": context_of(folder, name)} for name in WORDINGS}
+    return run_file(
+        folder, seeds, (RATE,), arms, teacher={"strategy": "same_checkpoint"}, max_steps=steps,
+        max_completion_length=20, evaluation=plan,
+    )  # fmt: skip
+
+
+def context_of(folder: Path, name: str) -> dict[str, Any]:
+    """Write the template of a wording and return its `context:`."""
+    block, text, has_examples = WORDINGS[name]
+    path = folder / f"{name.replace(', ', '_').replace(' ', '_')}.jinja"
+    path.write_text(f'{{% extends "base.jinja" %}}\n{{% block {block} %}}\n{text}\n{{% endblock %}}\n')
+    return {"template": str(path), **({"examples": examples(text)} if has_examples else {})}
+
+
+def examples(text: str) -> list[dict[str, str]]:
+    """Return worked examples as turns, whose questions have their answers in a wording's form."""
+    question = "State the final answer to the following arithmetic problem: {} ="
+    turns = []
+    for sum_ in WORKED:
+        first, sign, second = sum_.split()
+        answer = str(int(first) + (1 if sign == "+" else -1) * int(second))
+        shown = text.replace("{{ prompt }}", question.format(sum_)).replace("{{ answer }}", answer)
+        turns += [{"role": "user", "content": shown}, {"role": "assistant", "content": f"The answer is {answer}."}]
+    return turns
+
+
+# ---- what the doctor measures -----------------------------------------------------------------------------------
+
+
+def examined(folder: Path, settings: Mapping[str, Any], seed: int) -> dict[str, dict[str, Any]]:
+    """Return what the doctor measures of each arm of a sweep, on training rows of a seed."""
+    measured = {}
+    for name, changes in settings["sweep"]["arms"].items():
+        run = {key: value for key, value in settings.items() if key not in {"sweep", "evaluation"}} | changes
+        run |= {"dataset_name": settings["dataset_name"].format(seed=seed), "output_dir": str(folder / "doctor")}
+        path, report = folder / "doctor.yaml", folder / "doctor.json"
+        path.write_text(yaml.safe_dump(run))
+        opsd(["doctor", str(path), "--only", "lift,reach", "--rows", str(ROWS), "--json", str(report)])
+        figures = {each["check"]: each["figures"] for each in json.loads(report.read_text())["findings"]}
+        measured[name] = _figures_of(figures["lift"], figures["reach"])
+    return measured
+
+
+def _figures_of(lift: Mapping[str, Any], reach: Mapping[str, Any]) -> dict[str, Any]:
+    right = {who: 100 * lift[who]["right"] / lift[who]["of"] for who in ("student", "teacher")}
+    share = lift["kl_answer"] / lift["kl_rest"] if lift["kl_answer"] is not None else None
+    values = {"lift": right["teacher"] - right["student"], "answer_share": share, **reach}
+    return {name: None if values[name] is None else round(values[name], 4) for name in FIGURES}
+
+
+def measures_table(measured: Mapping[str, Mapping[str, Any]], tradeoff: Tradeoff) -> Iterator[str]:
+    """Yield what the doctor measured beside what training gave, best first, and how well the one ranks the other."""
+    gained = {point.arm: 100 * point.task.after.value for point in tradeoff.points if point.is_best}
+    order = sorted(gained, key=gained.__getitem__, reverse=True)
+    yield f"\nWhat `opsd doctor` measures on {ROWS} rows before training, and what training gives, % right:\n\n"
+    yield f"|  | {' | '.join(FIGURES.values())} | after training |\n|{'---|' * (len(FIGURES) + 2)}\n"
+    for arm in order:
+        cells = ["?" if measured[arm][name] is None else f"{measured[arm][name]:.3g}" for name in FIGURES]
+        yield f"| {arm} | {' | '.join(cells)} | {gained[arm]:.1f} |\n"
+    ranks = [
+        _rank_correlation([measured[arm][name] for arm in order], [gained[arm] for arm in order]) for name in FIGURES
+    ]
+    yield f"| rank correlation | {' | '.join('?' if rank is None else f'{rank:+.2f}' for rank in ranks)} |  |\n\n"
+    yield "Spearman's rank correlation with the accuracy after training; of ten, 0.65 is beyond chance (95 %).\n"
+
+
+def _rank_correlation(values: Sequence[Any], others: Sequence[float]) -> float | None:
+    """Return Spearman's rank correlation, with mean ranks for ties; None where a value is missing or all are equal."""
+    if None in values or len(set(values)) == 1:
+        return None
+    ranks = [_ranks(np.asarray(each, float)) for each in (values, others)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    return ((values[:, None] > values).sum(1) + (values[:, None] >= values).sum(1)) / 2
