@@ -167,7 +167,7 @@ def _fold_in(folder: Path, seeds: Sequence[int], model: dict[str, Any]) -> dict[
     return run_file(
         folder, seeds, (1e-5, 3e-5, 1e-4), arms, **model, context=context,
         teacher={"strategy": "same_checkpoint"}, max_steps=steps, max_completion_length=ROOM,
-        evaluation={**plan, "max_new_tokens": ROOM, "samples": 4, "neutral": str(folder / "sentences.jsonl")},
+        evaluation={**plan, "max_new_tokens": ROOM, "neutral": str(folder / "sentences.jsonl")},
     )  # fmt: skip
 
 
