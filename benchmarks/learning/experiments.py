@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.learning import tasks
 from benchmarks.learning.graders import json_form
 from benchmarks.learning.parts import (
@@ -18,14 +20,16 @@ from benchmarks.learning.parts import (
     SENTENCE,
     Experiment,
     evaluation,
+    in_sentences,
     models_of,
     run_file,
     with_controls,
     write_training,
 )
-from benchmarks.learning.wordings import examined, wordings
+from benchmarks.learning.wordings import examined, sums, wordings
 from opsd import PrivilegedContext
-from opsd.commands.demo_tasks import packaged_model, write_rows
+from opsd.cli import main as opsd
+from opsd.commands.demo_tasks import packaged_model, question, write_rows
 from opsd.contexts.renderer import PromptRenderer
 from opsd.models.generation import generate
 
@@ -47,8 +51,7 @@ def fine_tuning(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     steps, rows_of = 48, {seed: tasks.training_sums(48 * ROLLOUTS, seed) for seed in seeds}
     for seed, rows in rows_of.items():
         write_rows(folder / f"bare-{seed}.jsonl", rows)
-        in_sentences = [{**row, "completion": f"The answer is {row['answer']}."} for row in rows]
-        write_rows(folder / f"sentence-{seed}.jsonl", in_sentences)
+        write_rows(folder / f"sentence-{seed}.jsonl", in_sentences(rows))
     arms = {name: {"control": "sft", "dataset_name": str(folder / f"{name}-{{seed}}.jsonl")} for name in FINE_TUNED}
     plan = evaluation(
         folder, steps, tasks.sums("selection", 100), tasks.sums("test", 200), "last_number",
@@ -196,6 +199,54 @@ def teacher_texts(model: str, context: dict[str, Any], rows: list[tasks.Row]) ->
     return [{**row, "completion": text} for row, text in zip(rows, texts, strict=True)]
 
 
+# ---- D: the length of answers -----------------------------------------------------------------------------------
+
+
+def answer_length(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Teach scratch pads of growing length; the teacher is the same model, fine-tuned on many of them."""
+    steps, room = 24, 72
+    held_out = {terms: tasks.pads(60, tasks.SELECTION_SEED, terms) for terms in tasks.LENGTHS}
+    selection = tasks.pads(60, tasks.SELECTION_SEED, without=_questions(*held_out.values()))
+    unseen = _questions(selection, *held_out.values())
+    write_training(folder, seeds, lambda seed: _prompts_of(tasks.pads(steps * ROLLOUTS, seed, without=unseen)))
+    shared = {"max_completion_length": room, "teacher": {"strategy": "same_checkpoint"}}
+    pads = tasks.pads(PAD_STEPS * ROLLOUTS, seed=-1, without=unseen)
+    teacher = _writer_of_pads(folder, run_file(folder, (), (), {}, **shared, max_steps=PAD_STEPS), pads)
+    short, middle, long = tasks.LENGTHS
+    plan = evaluation(
+        folder, steps, selection, held_out[long], "last_number", general=(tasks.general("test"), "contains"),
+        **{f"sums_of_{terms}": (held_out[terms], "last_number") for terms in (short, middle)},
+    )  # fmt: skip
+    on_policy_late = {"lmbda_schedule": {0: 0.0, steps // 3: 1.0}, "seq_kd": True}
+    arms = {"method": {}, "off-policy first": on_policy_late, **with_controls("off-policy", "seq-kd")}
+    shared["teacher"] = {"strategy": "past_checkpoint", "model": teacher}
+    return run_file(folder, seeds, (1e-5, 3e-5, 1e-4), arms, **shared, beta=0.0, max_steps=steps, evaluation=plan)
+
+
+PAD_STEPS = 96
+
+
+def _questions(*splits: Sequence[tasks.Row]) -> list[str]:
+    return [question(row) for rows in splits for row in rows]
+
+
+def _prompts_of(rows: Sequence[tasks.Row]) -> list[tasks.Row]:
+    return [{"prompt": row["prompt"]} for row in rows]
+
+
+def _writer_of_pads(folder: Path, settings: dict[str, Any], rows: Sequence[tasks.Row]) -> str:
+    """Fine-tune a model on scratch pads, once; returns its folder."""
+    model = folder / "teacher"
+    if not (model / "model.safetensors").exists():
+        write_rows(folder / "pads.jsonl", rows)
+        changes = {"dataset_name": str(folder / "pads.jsonl"), "output_dir": str(model), "learning_rate": 5e-5}
+        del settings["sweep"]
+        (folder / "teacher.yaml").write_text(yaml.safe_dump({**settings, **changes, "control": "sft"}))
+        if status := opsd(["train", str(folder / "teacher.yaml")]):
+            raise SystemExit(status)
+    return str(model)
+
+
 EXPERIMENTS: Mapping[str, Experiment] = {
     "fine_tuning": Experiment("What does fine-tuning on answers cost elsewhere?", fine_tuning, keep="all"),
     "rule": Experiment(
@@ -205,6 +256,8 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "recover": Experiment("Does what fine-tuning cost come back, and does the task stay?", recover),
     "keep_both": Experiment("And if each kind of prompt has the teacher that is best at it?", keep_both),
     "drifted_teacher": Experiment("Can a model that lost much teach what it learnt, and only that?", drifted_teacher),
+    "answer_length": Experiment("Does it matter whose rollouts they are when answers are long?", answer_length),
+    "sums": Experiment("What does best where each row's own short answer is the context?", sums),
     "wordings": Experiment(
         "Does the doctor tell good wordings of a context from bad ones?", wordings, measure=examined
     ),

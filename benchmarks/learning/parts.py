@@ -93,3 +93,8 @@ def models_of(folder: Path, experiment: str, arm: str) -> str:
 def with_controls(*names: str) -> Arms:
     """Return the method's arm and controls."""
     return {"method": {}, **{name: {"control": name} for name in names}}
+
+
+def in_sentences(rows: Sequence[tasks.Row]) -> list[tasks.Row]:
+    """Return sums with their answers as `completion`, in the model's own kind of sentence."""
+    return [{**row, "completion": f"The answer is {row['answer']}."} for row in rows]
