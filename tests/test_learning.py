@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.learning import tasks
 from benchmarks.learning.__main__ import RESULTS, write
-from benchmarks.learning.experiments import EXPERIMENTS, fine_tuning
+from benchmarks.learning.experiments import EXPERIMENTS, FINE_TUNED, fine_tuning
 from benchmarks.learning.graders import json_form, json_reply, sentence
 from benchmarks.learning.records import record_of, run_of
 from opsd.commands.demo_tasks import question
@@ -64,16 +65,43 @@ def test_no_question_is_in_two_tasks_or_splits() -> None:
     }  # fmt: skip
 
 
-def test_an_experiment_is_a_sweep_with_the_first_seed_at_every_rate(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_scratch_pad_adds_one_number_after_the_other_to_the_answer() -> None:
+    held_out = tasks.pads(60, seed=1, terms=3)
+    rows = tasks.pads(100, seed=0, without=map(question, held_out))
+    assert not {question(row) for row in rows} & {question(row) for row in held_out}
+    assert {question(row).count("+") + 1 for row in rows} == set(tasks.LENGTHS)
+    for row in rows:
+        asked = question(row).removeprefix("Add step by step: ").removesuffix(" =")
+        *steps, last = row["completion"].removesuffix(".").split(". ")
+        assert eval(asked) == int(row["answer"]) and last == f"The answer is {row['answer']}"
+        assert len(steps) == asked.count("+") and all(eval(step.replace("=", "==")) for step in steps)
+
+
+# Without those that ask a model for rows.
+@pytest.mark.parametrize("name", ["fine_tuning", "recover", "keep_both", "drifted_teacher", "sums", "wordings"])
+def test_an_experiment_is_a_sweep_with_the_first_seed_at_every_rate(
+    name: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("benchmarks.learning.parts.packaged_model", lambda: "some/model")
     monkeypatch.setattr("benchmarks.learning.experiments.packaged_model", lambda: "some/model")
-    settings = fine_tuning(tmp_path, [0, 1, 2])
+    monkeypatch.setattr("benchmarks.learning.experiments.models_of", lambda *_: "some/model-{seed}")
     path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(settings))
-    plan = read_sweep([str(path), "--seeds-at", "best"])
-    assert plan.arms == ["bare", "sentence"] and plan.seeds == [0, 1, 2]
-    assert len(plan.first_runs) == 6 and plan.later_count == 4
+    path.write_text(yaml.safe_dump(EXPERIMENTS[name].prepare(tmp_path, [0, 1, 2])))
+    has_rates = name != "wordings"  # one rate, at every seed
+    plan = read_sweep([str(path), "--seeds-at", "best" if has_rates else "all"])
+    later = 2 * len(plan.arms) if has_rates else 0
+    assert plan.seeds == [0, 1, 2] and (len(plan.first_runs), plan.later_count) == (3 * len(plan.arms), later)
+    for run in plan.first_runs:
+        assert Path(run.settings["dataset_name"]).is_file() and Path(run.settings["evaluation"]["test"]).is_file()
+
+
+def test_fine_tuning_compares_the_same_sums_with_bare_answers_and_in_sentences(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("benchmarks.learning.parts.packaged_model", lambda: "some/model")
+    fine_tuning(tmp_path, [0])
     bare, in_sentences = (
-        [json.loads(line) for line in (tmp_path / f"{arm}-0.jsonl").read_text().splitlines()] for arm in plan.arms
+        [json.loads(line) for line in (tmp_path / f"{arm}-0.jsonl").read_text().splitlines()] for arm in FINE_TUNED
     )
     assert [row["prompt"] for row in bare] == [row["prompt"] for row in in_sentences]
     assert all(row["completion"] == f"The answer is {row['answer']}." for row in in_sentences)
@@ -101,7 +129,7 @@ def test_the_record_of_a_run_is_all_that_its_run_is_made_from(name: str) -> None
         assert again == record
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", [name for name in RECORDS if name != "wordings"])
 def test_every_arm_was_trained_at_a_decade_of_learning_rates(name: str) -> None:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     for arm in {run["arm"] for run in record["runs"]}:

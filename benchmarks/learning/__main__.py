@@ -44,7 +44,8 @@ def train(name: str, folder: Path, seeds: list[int], jobs: int) -> dict[str, Any
     settings = experiment.prepare(folder, seeds)
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    options = ["--jobs", str(jobs), "--keep", experiment.keep, "--seeds-at", "best", "--skip-doctor"]
+    seeds_at = "best" if "selection" in settings["evaluation"] else "all"  # there is nothing to choose
+    options = ["--jobs", str(jobs), "--keep", experiment.keep, "--seeds-at", seeds_at, "--skip-doctor"]
     if status := opsd(["sweep", str(path), *options]):
         sys.exit(status)
     runs = read_runs([str(folder / "sweep")])

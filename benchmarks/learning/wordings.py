@@ -65,23 +65,22 @@ def wordings(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 def sums(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """The demo of sums as it was, and what does better: two worked examples, the answers' own tokens, fine-tuning."""
-    steps = {"sampled": 24, "given": 48}  # about the same time: nothing is sampled where completions are given
-    write_training(folder, seeds, lambda seed: in_sentences(tasks.training_sums(steps["given"] * ROLLOUTS, seed)))
+    steps = 24
+    write_training(folder, seeds, lambda seed: in_sentences(tasks.training_sums(steps * ROLLOUTS, seed)))
     plan = evaluation(
-        folder, steps["sampled"], tasks.sums("selection", 150), tasks.sums("test", 200), "last_number",
+        folder, steps, tasks.sums("selection", 150), tasks.sums("test", 200), "last_number",
         general=(tasks.general("test"), "contains"), sentences=(tasks.sentences(), SENTENCE),
-    ) | {"neutral": str(folder / "sentences.jsonl")}  # fmt: skip
-    given = {"max_steps": steps["given"], "evaluation": {**plan, "every": steps["given"]}}
+    )  # fmt: skip
     shown = {"context": context_of(folder, "parenthesis, examples")}
     arms: Arms = {
         "as before": {"context": context_of(folder, "command")},
         "examples": shown,
-        "lmbda 0": {**shown, **given, "lmbda": 0.0, "beta": 0.0},
-        "sft": {**given, "control": "sft"},
+        "lmbda 0": {**shown, "lmbda": 0.0, "beta": 0.0},
+        "sft": {"control": "sft"},
     }
     return run_file(
-        folder, seeds, (1e-5, 3e-5, 1e-4), arms, teacher={"strategy": "same_checkpoint"}, max_steps=steps["sampled"],
-        max_completion_length=20, evaluation=plan,
+        folder, seeds, (1e-5, 3e-5, 1e-4), arms, teacher={"strategy": "same_checkpoint"}, max_steps=steps,
+        max_completion_length=20, evaluation={**plan, "neutral": str(folder / "sentences.jsonl")},
     )  # fmt: skip
 
 
