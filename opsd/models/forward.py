@@ -57,8 +57,8 @@ def check_lengths(
             raise LengthError(
                 f"row {row}: the {who}'s prompt has {len(prompt)} tokens and its completion up to "
                 f"{length}, together more than the {limit} tokens of the model's context. Tokens past it have no "
-                "position. Drop such rows (drop_long_rows), shorten them, lower max_completion_length, or let the teacher's context "
-                "shorten one field: PrivilegedContext(truncate=…, max_prompt_tokens=…)."
+                "position. Drop such rows (drop_long_rows), shorten them, lower max_completion_length, or let the "
+                "teacher's context shorten one field: PrivilegedContext(truncate=…, max_prompt_tokens=…)."
             )
 
 
