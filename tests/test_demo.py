@@ -92,7 +92,7 @@ def test_the_demo_shows_both_tasks_before_fine_tuning_after_it_and_after_distill
     sizes = ["--sft_steps", "3", "--steps", "3", "--rollouts", "2", "--questions", "6", "--sft_learning_rate", "0.01"]
     assert main(["demo", "--model", llama_folder, *sizes, "--json", "demo.json"]) == 0
     out = capsys.readouterr().out
-    lines = ("1  fine-tune on 6 sums", "step  3 of 3", "2  train the fine-tuned model", "doctor   ", "before SFT  ",
+    lines = ("1  fine-tune on 6 sums", "step  3 of 3", "2  train the result", "doctor   ", "before SFT  ",
              "after SFT  ", "after SFT and opsd", "SFT changed", "opsd changed", "peak memory")  # fmt: skip
     positions = [out.index(line) for line in lines]
     assert positions == sorted(positions)
@@ -106,9 +106,13 @@ def test_the_demo_shows_both_tasks_before_fine_tuning_after_it_and_after_distill
     ]
     shown = f"{100 * opsd['retention']['sums']['after']['accuracy']['value']:.1f}"
     assert shown in next(line for line in out.splitlines() if line.startswith("after SFT and opsd"))
-    prompts = [question(json.loads(line)) for line in Path("runs/demo/train.jsonl").read_text().splitlines()]
-    held_out = [question(row) for row in (*general(), *general("selection"))]
-    assert len(prompts) == 6 and not set(prompts) & set(held_out)
+    train, sums = (
+        [json.loads(line) for line in Path(f"runs/demo/{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "sums")
+    )
+    assert sorted(row["kind"] for row in train) == ["everyday"] * 5 + ["sums"]
+    held_out = {question(row) for row in (*general(), *general("selection"), *sums)}
+    assert not {question(row) for row in train} & held_out
 
 
 @pytest.mark.slow

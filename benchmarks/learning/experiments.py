@@ -29,7 +29,7 @@ from benchmarks.learning.parts import (
 from benchmarks.learning.wordings import examined, sums, wordings
 from opsd import PrivilegedContext
 from opsd.cli import main as opsd
-from opsd.commands.demo_tasks import packaged_model, question, write_rows
+from opsd.commands.demo_tasks import of_kind, packaged_model, question, write_rows
 from opsd.contexts.renderer import PromptRenderer
 from opsd.models.generation import generate
 
@@ -84,16 +84,11 @@ def recover(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 def _recovered(folder: Path, steps: int) -> dict[str, Any]:
     """Return the `evaluation:` of a model that is to get back general knowledge and sentences, and to keep sums."""
     # A rate is good that brings back the one and keeps the other.
-    selection = [*_of_kind("everyday", tasks.general("selection")), *_of_kind("sums", tasks.sums("selection", 100))]
+    selection = [*of_kind("everyday", tasks.general("selection")), *of_kind("sums", tasks.sums("selection", 100))]
     return evaluation(
-        folder, steps, selection, _of_kind("everyday", tasks.general("test")), "contains",
+        folder, steps, selection, of_kind("everyday", tasks.general("test")), "contains",
         sums=(tasks.sums("test", 200), "last_number"), sentences=(tasks.sentences(), SENTENCE),
     )  # fmt: skip
-
-
-def _of_kind(kind: str, rows: Sequence[tasks.Row]) -> list[tasks.Row]:
-    """Return rows with the column that chooses a teacher."""
-    return [{**row, "kind": kind} for row in rows]
 
 
 def keep_both(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -115,7 +110,7 @@ def _both_kinds(count: int, seed: int) -> list[tasks.Row]:
     """Return three everyday prompts for each sum, with their kind."""
     everyday = tasks.neutral(count * 3 // 4, seed)
     sums = [{"prompt": row["prompt"]} for row in tasks.training_sums(count - len(everyday), seed)]
-    return [*_of_kind("everyday", everyday), *_of_kind("sums", sums)]  # the run shuffles them
+    return [*of_kind("everyday", everyday), *of_kind("sums", sums)]  # the run shuffles them
 
 
 def drifted_teacher(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from opsd.commands.demo_sums import (
 
 MATH = "math"
 ABOUT = (
-    "Fine-tune a small real model on sums, which costs it general knowledge, and bring that back: the fine-tuned model "
-    "answers everyday prompts, the model before fine-tuning is its teacher, and the per-token reverse KL between the "
-    "two trains it. Held-out questions of both tasks are graded before, between and after."
+    "Fine-tune a small real model on sums, which costs it general knowledge, and bring that back while the sums stay: "
+    "the fine-tuned model answers prompts of both kinds; its teacher for everyday prompts is the model before "
+    "fine-tuning, for sums the fine-tuned model itself; the per-token reverse KL to them trains it. Held-out questions "
+    "of both tasks are graded before, between and after."
 )
 ABOUT_MATH = (
     "Train a small real model to add and subtract. It samples answers to the plain question; its teacher is the same "
@@ -50,7 +51,7 @@ HELP = {
 }
 TITLE = (
     "[bold]opsd demo[/]: fine-tuning teaches a small model sums, and costs it general knowledge. The model before "
-    "fine-tuning still has that, and becomes the teacher.\n"
+    "fine-tuning still has that, and becomes the teacher of everyday prompts. The fine-tuned model teaches the sums.\n"
 )
 TITLE_MATH = (
     "[bold]opsd demo math[/]: a small model learns arithmetic from its own answers. Its teacher is the same model with "

@@ -1,8 +1,9 @@
-"""The demo: fine-tuning teaches sums and costs general knowledge; the model before it, as teacher, brings that back.
+"""The demo: fine-tuning teaches sums and costs general knowledge; distillation brings that back and keeps the sums.
 
 Two runs of `opsd train`, each with a run file: `sft/run.yaml` fine-tunes on bare answers, `run.yaml` trains the result
-on its own answers to everyday prompts. Their `evaluation:` measures both tasks before and after. Thinking Machines
-(On-Policy Distillation, 2025) recovered instruction following in this way.
+on its own answers. The model before fine-tuning grades answers to everyday prompts, the fine-tuned model those to sums.
+Their `evaluation:` measures both tasks before and after. Thinking Machines (On-Policy Distillation, 2025) recovered
+instruction following from an earlier checkpoint in this way.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from opsd.commands.demo_run import RUN_FILE, Clock, Say, common_settings, free_folder, train_printing, write_run_file
-from opsd.commands.demo_tasks import general, neutral, packaged_model, sums, write_rows
+from opsd.commands.demo_tasks import general, neutral, of_kind, packaged_model, sums, write_rows
 
 SUMS, KNOWLEDGE, TRAIN = "sums.jsonl", "general.jsonl", "train.jsonl"
 SUMS_GRADER, KNOWLEDGE_GRADER = "last_number", "contains"
+EVERYDAY, SUM = "everyday", "sums"  # values of the column `kind`, which chooses the teacher
+SUMS_OF = 4  # one prompt in four is a sum
 MAX_NEW_TOKENS = 24
 COMMENTS_SFT = {
     "dataset_name": "sums and differences of two numbers, each with its answer: a bare number",
@@ -25,8 +28,8 @@ COMMENTS_SFT = {
 }
 COMMENTS = {
     "model_name_or_path": "the fine-tuned model",
-    "dataset_name": "prompts about everyday things, without answers; no sums",
-    "teacher": "the model before fine-tuning",
+    "dataset_name": "prompts without answers: three about everyday things for each sum",
+    "teacher": "for everyday prompts the model before fine-tuning, for sums the fine-tuned model at step 0",
     "max_completion_length": "tokens of a rollout",
     "evaluation": "general knowledge is to come back; sums are what must stay",
 }
@@ -34,7 +37,7 @@ COMMENTS = {
 
 @dataclass(frozen=True)
 class RecoverSettings:
-    """Settings of the demo; `benchmarks/results/learning/recover.json` has three seeds with its controls.
+    """Settings of the demo; `benchmarks/results/learning/keep_both.json` has three seeds with their controls.
 
     Args:
         model: a folder or a hub id; None takes the packaged SmolLM2-135M-Instruct.
@@ -103,7 +106,7 @@ def run_recover(settings: RecoverSettings, say: Say) -> RecoverResult:
     path = write_run_file(sft, sft_settings(settings, model, folder, sft), COMMENTS_SFT)
     train_printing(path, [], clock, say)
     seconds = {"fine-tuning": sum(clock.seconds.values())}
-    say(f"\n2  train the fine-tuned model on its own answers; its teacher is the model before: {folder / RUN_FILE}\n")
+    say(f"\n2  train the result on its own answers; each kind of prompt has its teacher: {folder / RUN_FILE}\n")
     path = write_run_file(folder, distil_settings(settings, model, folder, sft), COMMENTS)
     clock = Clock()
     doctor = train_printing(path, [], clock, say, examined=True)
@@ -117,9 +120,13 @@ def _write_rows(settings: RecoverSettings, folder: Path, sft: Path) -> None:
     sft.mkdir(parents=True, exist_ok=True)
     train, held_out = sums(settings.sft_steps * settings.rollouts, settings.questions, settings.seed)
     write_rows(sft / TRAIN, train)
-    write_rows(folder / SUMS, held_out)
-    write_rows(folder / KNOWLEDGE, general()[: settings.questions])
-    write_rows(folder / TRAIN, neutral(settings.steps * settings.rollouts, settings.seed))
+    write_rows(folder / SUMS, of_kind(SUM, held_out))
+    write_rows(folder / KNOWLEDGE, of_kind(EVERYDAY, general()[: settings.questions]))
+    count = settings.steps * settings.rollouts
+    everyday = neutral(count - count // SUMS_OF, settings.seed)
+    again, _ = sums(count // SUMS_OF, settings.questions, settings.seed)
+    asked = [{"prompt": row["prompt"]} for row in again]  # their answers are not needed
+    write_rows(folder / TRAIN, [*of_kind(EVERYDAY, everyday), *of_kind(SUM, asked)])  # the run shuffles them
 
 
 def _common(settings: RecoverSettings, folder: Path, steps: int) -> dict[str, Any]:
@@ -158,7 +165,14 @@ def distil_settings(settings: RecoverSettings, model: str, folder: Path, sft: Pa
     knowledge, kept = (folder / KNOWLEDGE, KNOWLEDGE_GRADER), ("sums", folder / SUMS, SUMS_GRADER)
     return {
         "model_name_or_path": str(sft),
-        "teacher": {"strategy": "past_checkpoint", "model": model},
+        "teacher": {
+            "strategy": "routed",
+            "column": "kind",
+            "teachers": {
+                EVERYDAY: {"strategy": "past_checkpoint", "model": model},
+                SUM: {"strategy": "same_checkpoint"},
+            },
+        },
         "learning_rate": settings.learning_rate,
         **_common(settings, folder, settings.steps),
         "evaluation": _evaluation(knowledge, kept),

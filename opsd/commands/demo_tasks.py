@@ -107,6 +107,11 @@ def asked(text: str, **columns: Any) -> Row:
     return {"prompt": [{"role": "user", "content": text}], **columns}
 
 
+def of_kind(kind: str, rows: Iterable[Row]) -> list[Row]:
+    """Return rows with the column `kind`, by which a routed teacher chooses."""
+    return [{**row, "kind": kind} for row in rows]
+
+
 def general(split: str = "test") -> list[Row]:
     """Return easy questions of general knowledge with their answers, of the "selection" or the "test" split."""
     pairs = [line.split("|") for line in QUESTIONS.read_text("utf-8").splitlines()]
