@@ -13,6 +13,7 @@ import yaml
 from benchmarks.learning import tasks
 from benchmarks.learning.parts import ROLLOUTS, SENTENCE, Arms, evaluation, in_sentences, run_file, write_training
 from opsd.cli import main as opsd
+from opsd.commands.demo_tasks import write_rows
 from opsd.evaluation.pareto import Tradeoff
 
 RATE = 3e-5
@@ -64,19 +65,23 @@ def wordings(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def sums(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """The demo of sums as it was, and what does better: two worked examples, the answers' own tokens, fine-tuning."""
+    """Teach sums from their bare answers: with two worked examples, as the demo did, off-policy, and by fine-tuning."""
     steps = 24
-    write_training(folder, seeds, lambda seed: in_sentences(tasks.training_sums(steps * ROLLOUTS, seed)))
+    for seed in seeds:
+        rows = tasks.training_sums(steps * ROLLOUTS, seed)
+        write_rows(folder / f"bare-{seed}.jsonl", rows)
+        write_rows(folder / f"train-{seed}.jsonl", in_sentences(rows))
     plan = evaluation(
         folder, steps, tasks.sums("selection", 150), tasks.sums("test", 200), "last_number",
         general=(tasks.general("test"), "contains"), sentences=(tasks.sentences(), SENTENCE),
     )  # fmt: skip
     shown = {"context": context_of(folder, "parenthesis, examples")}
     arms: Arms = {
-        "as before": {"context": context_of(folder, "command")},
         "examples": shown,
+        "as before": {"context": context_of(folder, "command")},
         "lmbda 0": {**shown, "lmbda": 0.0, "beta": 0.0},
         "sft": {"control": "sft"},
+        "sft, bare": {"control": "sft", "dataset_name": str(folder / "bare-{seed}.jsonl")},
     }
     return run_file(
         folder, seeds, (1e-5, 3e-5, 1e-4), arms, teacher={"strategy": "same_checkpoint"}, max_steps=steps,
