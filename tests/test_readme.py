@@ -204,7 +204,7 @@ def test_the_table_of_results_is_that_of_the_experiments() -> None:
     expected = []
     points = {
         name: {point["arm"]: point for point in json.loads((LEARNING / f"{name}.json").read_text())["figures"]["points"]
-               if point["is_best"]} for name in ("fine_tuning", "recover")
+               if point["is_best"]} for name in ("fine_tuning", "keep_both")
     }  # fmt: skip
     bare, in_sentences = points["fine_tuning"]["bare"], points["fine_tuning"]["sentence"]
 
@@ -218,7 +218,7 @@ def test_the_table_of_results_is_that_of_the_experiments() -> None:
     before += [bare["retention"][s]["after"]["value"] - bare["retention"][s]["change"]["difference"]
                for s in ("general", "sentences")]  # fmt: skip
     expected = [[f"{100 * value:.1f}" for value in before], of(bare, None, "general")]
-    expected += [of(points["recover"][arm], "sums", None) for arm in ("method", "seq-kd")]
+    expected += [of(points["keep_both"][arm], "sums", None) for arm in ("method", "seq-kd")]
     expected += [of(in_sentences, None, "general")]
     assert [list(row[1:]) for row in rows] == expected
 
