@@ -92,7 +92,9 @@ def test_an_experiment_is_a_sweep_with_the_first_seed_at_every_rate(
     later = 2 * len(plan.arms) if has_rates else 0
     assert plan.seeds == [0, 1, 2] and (len(plan.first_runs), plan.later_count) == (3 * len(plan.arms), later)
     for run in plan.first_runs:
-        assert Path(run.settings["dataset_name"]).is_file() and Path(run.settings["evaluation"]["test"]).is_file()
+        assert Path(run.settings["dataset_name"]).is_file()
+    evaluation = EvaluationPlan.parse(plan.first_runs[0].settings["evaluation"])
+    assert evaluation is not None and len(evaluation.loaded().test)  # its graders can grade every split
 
 
 def test_fine_tuning_compares_the_same_sums_with_bare_answers_and_in_sentences(

@@ -119,9 +119,8 @@ def drifted_teacher(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     write_training(
         folder, seeds, lambda seed: [{"prompt": row["prompt"]} for row in tasks.training_sums(steps * ROLLOUTS, seed)]
     )
-    selection = [*tasks.general("selection"), *tasks.sums("selection", 100)]
     plan = evaluation(
-        folder, steps, selection, tasks.sums("test", 200), "last_number",
+        folder, steps, tasks.sums("selection", 150), tasks.sums("test", 200), "last_number",
         general=(tasks.general("test"), "contains"), sentences=(tasks.sentences(), SENTENCE),
     )  # fmt: skip
     return run_file(

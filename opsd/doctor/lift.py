@@ -184,8 +184,9 @@ def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator
         yield f"{cut} of the student's answers were cut at {patient.max_new_tokens} tokens (--max_new_tokens)"
     if (tokens := _answer_tokens(patient)) is not None and tokens <= SHORT:
         yield (
-            f"the context holds the row's own answer, {tokens:.0f} tokens long: fine-tuning on it, or lmbda 0, is "
-            "likely to teach the task as well. What the method does better is to keep the rest (docs/when.md)"
+            f"the context holds the row's own answer, {tokens:.0f} tokens long: lmbda 0, or fine-tuning, on answers "
+            "written as the model would write them is likely to do as well. Fine-tuning on bare answers teaches the "
+            "task too, but costs other tasks (docs/when.md)"
         )
     yield f"grader: {patient.grader_name}"
 
