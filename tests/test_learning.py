@@ -16,6 +16,7 @@ from benchmarks.learning.graders import json_form, json_reply, sentence
 from benchmarks.learning.records import record_of, run_of
 from opsd.commands.demo_tasks import question
 from opsd.commands.sweep_plan import read_sweep
+from opsd.evaluation.plan import EvaluationPlan
 
 RECORDS = sorted(path.stem for path in RESULTS.glob("*.json"))
 REPLIES = {
