@@ -19,6 +19,7 @@ from opsd.commands.sweep_plan import read_sweep
 from opsd.evaluation.plan import EvaluationPlan
 
 RECORDS = sorted(path.stem for path in RESULTS.glob("*.json"))
+ASK_A_MODEL = {"rule", "two_tasks", "answer_length"}  # for their rows
 REPLIES = {
     '{"answer": "The capital of France is Paris."}': (True, True),
     '{"answer": "Lyon"}': (True, False),
@@ -78,8 +79,7 @@ def test_a_scratch_pad_adds_one_number_after_the_other_to_the_answer() -> None:
         assert len(steps) == asked.count("+") and all(eval(step.replace("=", "==")) for step in steps)
 
 
-# Without those that ask a model for rows.
-@pytest.mark.parametrize("name", ["fine_tuning", "recover", "keep_both", "drifted_teacher", "sums", "wordings"])
+@pytest.mark.parametrize("name", sorted(EXPERIMENTS.keys() - ASK_A_MODEL))
 def test_an_experiment_is_a_sweep_with_the_first_seed_at_every_rate(
     name: str, tmp_path: Path, monkeypatch: Any
 ) -> None:

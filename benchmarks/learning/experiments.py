@@ -26,7 +26,7 @@ from benchmarks.learning.parts import (
     with_controls,
     write_training,
 )
-from benchmarks.learning.wordings import examined, sums, wordings
+from benchmarks.learning.wordings import examined, levers, sums, wordings
 from opsd import PrivilegedContext
 from opsd.cli import main as opsd
 from opsd.commands.demo_tasks import of_kind, packaged_model, question, write_rows
@@ -252,6 +252,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "drifted_teacher": Experiment("Can a model that lost much teach what it learnt, and only that?", drifted_teacher),
     "answer_length": Experiment("Does it matter whose rollouts they are when answers are long?", answer_length),
     "sums": Experiment("What does best where each row's own short answer is the context?", sums),
+    "levers": Experiment("And which settings of the method do better there?", levers),
     "wordings": Experiment(
         "Does the doctor tell good wordings of a context from bad ones?", wordings, measure=examined
     ),

@@ -1,4 +1,7 @@
-"""Ten wordings of one context: does what the doctor measures in seconds predict what training gives?"""
+"""The sums of `opsd demo math`: ten wordings of the context, the settings of the method, and its controls.
+
+Does what the doctor measures in seconds predict what training with a wording gives?
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,34 @@ def wordings(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 def sums(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Teach sums from their bare answers: with two worked examples, as the demo did, off-policy, and by fine-tuning."""
+    shown = {"context": context_of(folder, "parenthesis, examples")}
+    arms: Arms = {
+        "examples": shown,
+        "as before": {"context": context_of(folder, "command")},
+        "lmbda 0": {**shown, "lmbda": 0.0, "beta": 0.0},
+        "sft": {"control": "sft"},
+        "sft, bare": {"control": "sft", "dataset_name": str(folder / "bare-{seed}.jsonl")},
+    }
+    return _on_sums(folder, seeds, arms)
+
+
+def levers(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Teach sums as `sums` does with worked examples, and change one setting at a time."""
+    arms: Arms = {
+        "examples": {},
+        "off-policy first": {"lmbda_schedule": {0: 0.0, 8: 1.0}},
+        "forward KL": {"beta": 0.0},
+        "JSD": {"beta": 0.5},
+        "token clip": {"token_clip": 1.0},
+        "temperature 0.7": {"temperature": 0.7},
+        "short first": {"completion_length_schedule": {0: 8, 12: 20}},
+        "wrong only": {"distill_on": "wrong", "reward_funcs": ["last_number"]},
+        "decay": {"lr_scheduler_type": "linear"},
+    }
+    return _on_sums(folder, seeds, arms, context=context_of(folder, "parenthesis, examples"))
+
+
+def _on_sums(folder: Path, seeds: Sequence[int], arms: Arms, **settings: Any) -> dict[str, Any]:
     steps = 24
     for seed in seeds:
         rows = tasks.training_sums(steps * ROLLOUTS, seed)
@@ -75,16 +106,8 @@ def sums(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         folder, steps, tasks.sums("selection", 150), tasks.sums("test", 200), "last_number",
         general=(tasks.general("test"), "contains"), sentences=(tasks.sentences(), SENTENCE),
     )  # fmt: skip
-    shown = {"context": context_of(folder, "parenthesis, examples")}
-    arms: Arms = {
-        "examples": shown,
-        "as before": {"context": context_of(folder, "command")},
-        "lmbda 0": {**shown, "lmbda": 0.0, "beta": 0.0},
-        "sft": {"control": "sft"},
-        "sft, bare": {"control": "sft", "dataset_name": str(folder / "bare-{seed}.jsonl")},
-    }
     return run_file(
-        folder, seeds, (1e-5, 3e-5, 1e-4), arms, teacher={"strategy": "same_checkpoint"}, max_steps=steps,
+        folder, seeds, (1e-5, 3e-5, 1e-4), arms, **settings, teacher={"strategy": "same_checkpoint"}, max_steps=steps,
         max_completion_length=20, evaluation={**plan, "neutral": str(folder / "sentences.jsonl")},
     )  # fmt: skip
 
