@@ -55,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     options = make_parser().parse_args(arguments[:1] or ["--help"])
     module = importlib.import_module(f"opsd.commands.{COMMANDS[options.command][0]}")
+    joined_before = _in_process_group()
     try:
         status = int(module.main(arguments[1:]) or 0)
-        _end_process_group()
+        if _in_process_group() and not joined_before:
+            _end_process_group()
         return status
     except OPSDError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]{type(error).__name__}:[/] ", end="")
@@ -68,14 +70,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _in_process_group() -> bool:
+    distributed = sys.modules.get("torch.distributed")  # commands that load no model do not import it
+    return distributed is not None and distributed.is_available() and distributed.is_initialized()
+
+
 def _end_process_group() -> None:
     """End the group of a command that torchrun started: its threads can abort an interpreter that is torn down.
 
     Not after an error: one process may have failed alone, and ending the group may wait for work of the others.
     """
-    distributed = sys.modules.get("torch.distributed")  # commands that load no model do not import it
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    sys.modules["torch.distributed"].destroy_process_group()
 
 
 if __name__ == "__main__":

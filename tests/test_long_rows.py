@@ -80,7 +80,7 @@ def test_nothing_is_dropped_where_all_fit(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_dropping_every_row_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"drops all 12 rows.*Lower the latter, or shorten"):
+    with pytest.raises(DataError, match=r"drops all 12 rows.*lower max_completion_length, or shorten"):
         trainer(tmp_path, "prompt", drop_long_rows=True, max_completion_length=199)
 
 

@@ -1,10 +1,10 @@
-"""Where on-policy self-distillation wins, and where not: experiments on a small model, minutes each.
+"""Where on-policy self-distillation wins, and where not: experiments on a small model.
 
 Run:     python -m benchmarks.learning recover [--seeds 0 1 2] [--jobs 2] [--folder runs/learning]
          python -m benchmarks.learning --list
          python -m benchmarks.learning recover --recompute    the tables again, from the stored grades
 Writes:  benchmarks/results/learning/NAME.json, NAME.md and NAME.svg; the same command goes on after a stop
-Takes:   15 to 45 minutes an experiment on two cores
+Takes:   half an hour to an hour and a half an experiment on two cores
 
 Each experiment writes rows and a run file, and lets `opsd sweep` train and compare its arms.
 """

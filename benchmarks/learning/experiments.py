@@ -1,7 +1,7 @@
 """The experiments: each writes its rows and returns the run file that `opsd sweep` trains and compares.
 
 Every arm gets the same learning rates, a decade of them, and is compared at its own best one, which the selection split
-chooses with the first seed. The test split is read once, after training.
+chooses with the first seed. No run is chosen on test questions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from benchmarks.learning.parts import (
     ROLLOUTS,
     SENTENCE,
     Experiment,
+    common_settings,
     evaluation,
     in_sentences,
     models_of,
@@ -29,7 +30,7 @@ from benchmarks.learning.parts import (
 from benchmarks.learning.wordings import examined, levers, sums, wordings
 from opsd import PrivilegedContext
 from opsd.cli import main as opsd
-from opsd.commands.demo_tasks import of_kind, packaged_model, question, write_rows
+from opsd.commands.demo_tasks import EVERYDAY, SUM, both_kinds, of_kind, packaged_model, question, write_rows
 from opsd.contexts.renderer import PromptRenderer
 from opsd.models.generation import generate
 
@@ -84,9 +85,9 @@ def recover(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 def _recovered(folder: Path, steps: int) -> dict[str, Any]:
     """Return the `evaluation:` of a model that is to get back general knowledge and sentences, and to keep sums."""
     # A rate is good that brings back the one and keeps the other.
-    selection = [*of_kind("everyday", tasks.general("selection")), *of_kind("sums", tasks.sums("selection", 100))]
+    selection = [*of_kind(EVERYDAY, tasks.general("selection")), *of_kind(SUM, tasks.sums("selection", 100))]
     return evaluation(
-        folder, steps, selection, of_kind("everyday", tasks.general("test")), "contains",
+        folder, steps, selection, of_kind(EVERYDAY, tasks.general("test")), "contains",
         sums=(tasks.sums("test", 200), "last_number"), sentences=(tasks.sentences(), SENTENCE),
     )  # fmt: skip
 
@@ -94,23 +95,18 @@ def _recovered(folder: Path, steps: int) -> dict[str, Any]:
 def keep_both(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Give back what fine-tuning cost, and hold the task: each kind of prompt has the teacher that is best at it."""
     steps, fine_tuned = 24, models_of(folder, "fine_tuning", "bare")
-    write_training(folder, seeds, lambda seed: _both_kinds(steps * ROLLOUTS, seed))
+    write_training(
+        folder, seeds, lambda seed: both_kinds(steps * ROLLOUTS, seed, lambda n: tasks.training_sums(n, seed))
+    )
     teachers = {
-        "everyday": {"strategy": "past_checkpoint", "model": packaged_model()},
-        "sums": {"strategy": "same_checkpoint"},  # the fine-tuned model, at step 0
+        EVERYDAY: {"strategy": "past_checkpoint", "model": packaged_model()},
+        SUM: {"strategy": "same_checkpoint"},  # the fine-tuned model, at step 0
     }
     return run_file(
         folder, seeds, (6e-6, 2e-5, 6e-5), with_controls("off-policy", "seq-kd"), model_name_or_path=fine_tuned,
         teacher={"strategy": "routed", "column": "kind", "teachers": teachers},
         max_steps=steps, max_completion_length=24, evaluation=_recovered(folder, steps),
     )  # fmt: skip
-
-
-def _both_kinds(count: int, seed: int) -> list[tasks.Row]:
-    """Return three everyday prompts for each sum, with their kind."""
-    everyday = tasks.neutral(count * 3 // 4, seed)
-    sums = [{"prompt": row["prompt"]} for row in tasks.training_sums(count - len(everyday), seed)]
-    return [*of_kind("everyday", everyday), *of_kind("sums", sums)]  # the run shuffles them
 
 
 def drifted_teacher(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -202,10 +198,10 @@ def answer_length(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     held_out = {terms: tasks.pads(60, tasks.SELECTION_SEED, terms) for terms in tasks.LENGTHS}
     selection = tasks.pads(60, tasks.SELECTION_SEED, without=_questions(*held_out.values()))
     unseen = _questions(selection, *held_out.values())
+    pads = tasks.pads(PAD_STEPS * ROLLOUTS, TEACHER_SEED, without=unseen)
+    unseen += _questions(pads)  # what the teacher learnt is not asked again
     write_training(folder, seeds, lambda seed: _prompts_of(tasks.pads(steps * ROLLOUTS, seed, without=unseen)))
-    shared = {"max_completion_length": room, "teacher": {"strategy": "same_checkpoint"}}
-    pads = tasks.pads(PAD_STEPS * ROLLOUTS, seed=-1, without=unseen)
-    teacher = _writer_of_pads(folder, run_file(folder, (), (), {}, **shared, max_steps=PAD_STEPS), pads)
+    teacher = _writer_of_pads(folder, room, pads)
     short, middle, long = tasks.LENGTHS
     plan = evaluation(
         folder, steps, selection, held_out[long], "last_number", general=(tasks.general("test"), "contains"),
@@ -213,11 +209,13 @@ def answer_length(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     )  # fmt: skip
     on_policy_late = {"lmbda_schedule": {0: 0.0, steps // 3: 1.0}, "seq_kd": True}
     arms = {"method": {}, "off-policy first": on_policy_late, **with_controls("off-policy", "seq-kd")}
-    shared["teacher"] = {"strategy": "past_checkpoint", "model": teacher}
-    return run_file(folder, seeds, (1e-5, 3e-5, 1e-4), arms, **shared, beta=0.0, max_steps=steps, evaluation=plan)
+    return run_file(
+        folder, seeds, (1e-5, 3e-5, 1e-4), arms, teacher={"strategy": "past_checkpoint", "model": teacher}, beta=0.0,
+        max_steps=steps, max_completion_length=room, evaluation=plan,
+    )  # fmt: skip
 
 
-PAD_STEPS = 96
+PAD_STEPS, TEACHER_SEED = 96, 555  # of fine-tuning the teacher
 
 
 def _questions(*splits: Sequence[tasks.Row]) -> list[str]:
@@ -228,15 +226,17 @@ def _prompts_of(rows: Sequence[tasks.Row]) -> list[tasks.Row]:
     return [{"prompt": row["prompt"]} for row in rows]
 
 
-def _writer_of_pads(folder: Path, settings: dict[str, Any], rows: Sequence[tasks.Row]) -> str:
+def _writer_of_pads(folder: Path, room: int, rows: Sequence[tasks.Row]) -> str:
     """Fine-tune a model on scratch pads, once; returns its folder."""
-    model = folder / "teacher"
+    model, path = folder / "teacher", folder / "teacher.yaml"
     if not (model / "model.safetensors").exists():
         write_rows(folder / "pads.jsonl", rows)
-        changes = {"dataset_name": str(folder / "pads.jsonl"), "output_dir": str(model), "learning_rate": 5e-5}
-        del settings["sweep"]
-        (folder / "teacher.yaml").write_text(yaml.safe_dump({**settings, **changes, "control": "sft"}))
-        if status := opsd(["train", str(folder / "teacher.yaml")]):
+        settings = common_settings(
+            folder, dataset_name=str(folder / "pads.jsonl"), output_dir=str(model), control="sft", learning_rate=5e-5,
+            teacher={"strategy": "same_checkpoint"}, max_steps=PAD_STEPS, max_completion_length=room,
+        )  # fmt: skip
+        path.write_text(yaml.safe_dump(settings))
+        if status := opsd(["train", str(path)]):
             raise SystemExit(status)
     return str(model)
 

@@ -37,6 +37,12 @@ class Experiment:
 
 
 def run_file(folder: Path, seeds: Sequence[int], rates: Sequence[float], arms: Arms, **settings: Any) -> dict[str, Any]:
+    """Return the run file of a sweep over learning rates, seeds and arms."""
+    sweep = {"learning_rate": list(rates), "seed": list(seeds), "arms": arms}
+    return {**common_settings(folder, **settings), "sweep": sweep}
+
+
+def common_settings(folder: Path, **settings: Any) -> dict[str, Any]:
     """Return a run file with what all experiments have in common."""
     return {
         "model_name_or_path": packaged_model(),
@@ -50,7 +56,6 @@ def run_file(folder: Path, seeds: Sequence[int], rates: Sequence[float], arms: A
         "report_to": "none",
         "logging_steps": 1,
         **settings,
-        "sweep": {"learning_rate": list(rates), "seed": list(seeds), "arms": arms},
     }
 
 

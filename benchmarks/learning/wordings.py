@@ -73,7 +73,8 @@ def sums(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     arms: Arms = {
         "examples": shown,
         "as before": {"context": context_of(folder, "command")},
-        "lmbda 0": {**shown, "lmbda": 0.0, "beta": 0.0},
+        "off-policy": {**shown, "control": "off-policy"},
+        "lmbda 0": {**shown, "lmbda": 0.0, "beta": 0.0},  # on the rows' completions
         "sft": {"control": "sft"},
         "sft, bare": {"control": "sft", "dataset_name": str(folder / "bare-{seed}.jsonl")},
     }

@@ -35,7 +35,7 @@ ABOUT = (
 ABOUT_MATH = (
     "Train a small real model to add and subtract. It samples answers to the plain question; its teacher is the same "
     "model, frozen, with the right answer in its prompt; the per-token reverse KL between the two trains it. Held-out "
-    "questions are graded before and after. Plain fine-tuning does better on this task: docs/when.md says why."
+    "questions are graded before and after. Plain fine-tuning does better on this task: docs/when.md has the figures."
 )
 RUN_FILES = " Run files are written into the output folder: change them and run `opsd train` on them."
 HELP = {

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from opsd.commands.demo_run import RUN_FILE, Clock, Say, common_settings, free_folder, train_printing, write_run_file
-from opsd.commands.demo_tasks import general, neutral, of_kind, packaged_model, sums, write_rows
+from opsd.commands.demo_tasks import EVERYDAY, SUM, both_kinds, general, of_kind, packaged_model, sums, write_rows
 
 SUMS, KNOWLEDGE, TRAIN = "sums.jsonl", "general.jsonl", "train.jsonl"
 SUMS_GRADER, KNOWLEDGE_GRADER = "last_number", "contains"
-EVERYDAY, SUM = "everyday", "sums"  # values of the column `kind`, which chooses the teacher
-SUMS_OF = 4  # one prompt in four is a sum
 MAX_NEW_TOKENS = 24
 COMMENTS_SFT = {
     "dataset_name": "sums and differences of two numbers, each with its answer: a bare number",
@@ -28,7 +26,7 @@ COMMENTS_SFT = {
 }
 COMMENTS = {
     "model_name_or_path": "the fine-tuned model",
-    "dataset_name": "prompts without answers: three about everyday things for each sum",
+    "dataset_name": "prompts without answers, about everyday things and some sums",
     "teacher": "for everyday prompts the model before fine-tuning, for sums the fine-tuned model at step 0",
     "max_completion_length": "tokens of a rollout",
     "evaluation": "general knowledge is to come back; sums are what must stay",
@@ -37,7 +35,7 @@ COMMENTS = {
 
 @dataclass(frozen=True)
 class RecoverSettings:
-    """Settings of the demo; `benchmarks/results/learning/keep_both.json` has three seeds with their controls.
+    """Settings of the demo; `benchmarks/results/learning/keep_both.json` has three seeds of this set-up, with controls.
 
     Args:
         model: a folder or a hub id; None takes the packaged SmolLM2-135M-Instruct.
@@ -122,11 +120,10 @@ def _write_rows(settings: RecoverSettings, folder: Path, sft: Path) -> None:
     write_rows(sft / TRAIN, train)
     write_rows(folder / SUMS, of_kind(SUM, held_out))
     write_rows(folder / KNOWLEDGE, of_kind(EVERYDAY, general()[: settings.questions]))
-    count = settings.steps * settings.rollouts
-    everyday = neutral(count - count // SUMS_OF, settings.seed)
-    again, _ = sums(count // SUMS_OF, settings.questions, settings.seed)
-    asked = [{"prompt": row["prompt"]} for row in again]  # their answers are not needed
-    write_rows(folder / TRAIN, [*of_kind(EVERYDAY, everyday), *of_kind(SUM, asked)])  # the run shuffles them
+    rows = both_kinds(
+        settings.steps * settings.rollouts, settings.seed, lambda n: sums(n, settings.questions, settings.seed)[0]
+    )
+    write_rows(folder / TRAIN, rows)
 
 
 def _common(settings: RecoverSettings, folder: Path, steps: int) -> dict[str, Any]:

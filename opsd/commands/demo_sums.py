@@ -1,6 +1,6 @@
 """The demo of sums: the teacher is the same model with the right answer in its prompt, the demo's task until 0.1.
 
-Here fine-tuning on the answers does better: docs/when.md says why. `opsd.commands.demo` prints what this module runs.
+Here fine-tuning on the answers does better: docs/when.md has the figures. `opsd.commands.demo` prints what is run here.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ QUESTIONS, NOUNS = (Path(__file__).with_name(f"demo_{name}.txt") for name in ("q
 SPLIT_SEED = 7  # of the questions of general knowledge
 SELECTION = 100  # of them for choices; the other 175 are the test
 FORMS = ("What is a {}?", "Tell me about the {}.", "Describe a {} in a few words.", "Why is a {} interesting?")
+EVERYDAY, SUM = "everyday", "sums"  # kinds of prompts, in the column `kind`
+ONE_SUM_IN = 4  # prompts of both kinds
 Row = dict[str, Any]
 
 
@@ -110,6 +112,19 @@ def asked(text: str, **columns: Any) -> Row:
 def of_kind(kind: str, rows: Iterable[Row]) -> list[Row]:
     """Return rows with the column `kind`, by which a routed teacher chooses."""
     return [{**row, "kind": kind} for row in rows]
+
+
+def both_kinds(count: int, seed: int, sums: Callable[[int], list[Row]]) -> list[Row]:
+    """Return prompts without answers, about everyday things and one sum in ONE_SUM_IN; the run shuffles them.
+
+    Args:
+        count: of the prompts.
+        seed: of the everyday ones.
+        sums: returns as many sums as it is asked for.
+    """
+    share = count // ONE_SUM_IN
+    asked = [{"prompt": row["prompt"]} for row in sums(share)]
+    return [*of_kind(EVERYDAY, neutral(count - share, seed)), *of_kind(SUM, asked)]
 
 
 def general(split: str = "test") -> list[Row]:

@@ -109,8 +109,21 @@ def _seconds(point: Point) -> tuple[str, str]:
 def _remarks(tradeoff: Tradeoff) -> list[str]:
     chosen = [point.name for point in tradeoff.points if point.is_best and _is_swept(tradeoff, point)]
     lines = [f"compared at the best values on the selection split: {'; '.join(chosen)}"] if chosen else []
+    if edges := list(_edges(tradeoff)):
+        lines.append(f"at the edge of what was tried, so that a value beyond may do better: {'; '.join(edges)}")
     pairs = [f"retention, {name}: {pair.verdict}" for name, each in tradeoff.retention.items() for pair in each]
     return [*lines, *tradeoff.remarks, *pairs]
+
+
+def _edges(tradeoff: Tradeoff) -> Iterator[str]:
+    """Yield the arms whose best value is the lowest or the highest of its setting."""
+    for point in (point for point in tradeoff.points if point.is_best):
+        for name, value in point.values.items():
+            tried = {other.values[name] for other in tradeoff.points if other.arm == point.arm}
+            if len(tried) > 1 and all(isinstance(each, int | float) for each in tried):
+                for edge, word in ((min(tried), "lowest"), (max(tried), "highest")):
+                    if value == edge:
+                        yield f"{point.name} ({word})"
 
 
 def footer(tradeoff: Tradeoff) -> str:

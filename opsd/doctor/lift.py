@@ -184,9 +184,9 @@ def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator
         yield f"{cut} of the student's answers were cut at {patient.max_new_tokens} tokens (--max_new_tokens)"
     if (tokens := _answer_tokens(patient)) is not None and tokens <= SHORT:
         yield (
-            f"the context holds the row's own answer, {tokens:.0f} tokens long: lmbda 0, or fine-tuning, on answers "
-            "written as the model would write them is likely to do as well. Fine-tuning on bare answers teaches the "
-            "task too, but costs other tasks (docs/when.md)"
+            f"the context shows the row's own answer ({tokens:.0f} tokens). Fine-tuning on it, written as the model "
+            "would write it, is likely to do better; so is lmbda 0 with beta 0. Fine-tuning on bare answers teaches "
+            "the task too, and costs other tasks (docs/when.md)"
         )
     yield f"grader: {patient.grader_name}"
 

@@ -151,7 +151,8 @@ def fitting_rows(
         teacher: the teacher, prepared.
         args: training arguments.
         rollout_fields: names of fields that rollouts provide to contexts; a few words stand for each here.
-        say: called with how many rows were dropped.
+        say: called with how many rows were dropped: their prompts exceed max_prompt_tokens, or leave no room for a
+            completion.
 
     Raises:
         DataError: a prompt leaves no room for its completion, or a completion cannot be used; names the row. Or every
@@ -161,7 +162,7 @@ def fitting_rows(
     if args.drop_long_rows:
         before, dataset = dataset, _without_long_rows(dataset, student, teacher, args, rollout_fields)
         dropped = len(before) - len(dataset)
-        say(f"dropped     {dropped:,} of {len(before):,} rows: their prompts leave no room for a completion")
+        say(f"dropped     {dropped:,} of {len(before):,} rows: their prompts are too long")
     if isinstance(dataset, Dataset):
         _check_first_rows(dataset, student, teacher, args, rollout_fields)
     teacher.prompts.forget_counts()
@@ -189,8 +190,8 @@ def _without_long_rows(
     if not kept:
         raise DataError(
             f"drop_long_rows drops all {len(dataset)} rows: every prompt exceeds max_prompt_tokens, or leaves less "
-            f"than max_completion_length ({args.max_completion_length}) tokens of the model's context. Lower the "
-            "latter, or shorten the prompts."
+            f"than max_completion_length ({args.max_completion_length}) tokens of the model's context. Raise "
+            "max_prompt_tokens, lower max_completion_length, or shorten the prompts."
         )
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
 
