@@ -193,29 +193,29 @@ def teacher_texts(model: str, context: dict[str, Any], rows: list[tasks.Row]) ->
 
 
 def answer_length(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Teach scratch pads of growing length; the teacher is the same model, fine-tuned on many of them."""
-    steps, room = 24, 72
-    held_out = {terms: tasks.pads(60, tasks.SELECTION_SEED, terms) for terms in tasks.LENGTHS}
+    """Teach scratch pads of growing length; the student has begun to write them, as in GKD, and the teacher saw many."""
+    steps, room = 16, 72
+    held_out = {terms: tasks.pads(100, tasks.SELECTION_SEED, terms) for terms in tasks.LENGTHS}
     selection = tasks.pads(60, tasks.SELECTION_SEED, without=_questions(*held_out.values()))
     unseen = _questions(selection, *held_out.values())
-    pads = tasks.pads(PAD_STEPS * ROLLOUTS, TEACHER_SEED, without=unseen)
+    pads = tasks.pads(TEACHER_STEPS * ROLLOUTS, TEACHER_SEED, without=unseen)
     unseen += _questions(pads)  # what the teacher learnt is not asked again
     write_training(folder, seeds, lambda seed: _prompts_of(tasks.pads(steps * ROLLOUTS, seed, without=unseen)))
-    teacher = _writer_of_pads(folder, room, pads)
+    teacher = _writer_of_pads(folder / "teacher", TEACHER_STEPS, room, pads)
     short, middle, long = tasks.LENGTHS
     plan = evaluation(
         folder, steps, selection, held_out[long], "last_number", general=(tasks.general("test"), "contains"),
         **{f"sums_of_{terms}": (held_out[terms], "last_number") for terms in (short, middle)},
     )  # fmt: skip
-    on_policy_late = {"lmbda_schedule": {0: 0.0, steps // 3: 1.0}, "seq_kd": True}
-    arms = {"method": {}, "off-policy first": on_policy_late, **with_controls("off-policy", "seq-kd")}
     return run_file(
-        folder, seeds, (1e-5, 3e-5, 1e-4), arms, teacher={"strategy": "past_checkpoint", "model": teacher}, beta=0.0,
+        folder, seeds, (1e-5, 3e-5, 1e-4), with_controls("off-policy", "seq-kd"),
+        model_name_or_path=_writer_of_pads(folder / "student", STUDENT_STEPS, room, pads),
+        teacher={"strategy": "past_checkpoint", "model": teacher},
         max_steps=steps, max_completion_length=room, evaluation=plan,
     )  # fmt: skip
 
 
-PAD_STEPS, TEACHER_SEED = 96, 555  # of fine-tuning the teacher
+TEACHER_SEED, TEACHER_STEPS, STUDENT_STEPS = 555, 96, 12  # of fine-tuning on pads
 
 
 def _questions(*splits: Sequence[tasks.Row]) -> list[str]:
@@ -226,14 +226,14 @@ def _prompts_of(rows: Sequence[tasks.Row]) -> list[tasks.Row]:
     return [{"prompt": row["prompt"]} for row in rows]
 
 
-def _writer_of_pads(folder: Path, room: int, rows: Sequence[tasks.Row]) -> str:
+def _writer_of_pads(model: Path, steps: int, room: int, rows: Sequence[tasks.Row]) -> str:
     """Fine-tune a model on scratch pads, once; returns its folder."""
-    model, path = folder / "teacher", folder / "teacher.yaml"
+    path, pads = (model.with_suffix(suffix) for suffix in (".yaml", ".jsonl"))
     if not (model / "model.safetensors").exists():
-        write_rows(folder / "pads.jsonl", rows)
+        write_rows(pads, rows[: steps * ROLLOUTS])
         settings = common_settings(
-            folder, dataset_name=str(folder / "pads.jsonl"), output_dir=str(model), control="sft", learning_rate=5e-5,
-            teacher={"strategy": "same_checkpoint"}, max_steps=PAD_STEPS, max_completion_length=room,
+            model, dataset_name=str(pads), output_dir=str(model), control="sft", learning_rate=5e-5,
+            teacher={"strategy": "same_checkpoint"}, max_steps=steps, max_completion_length=room,
         )  # fmt: skip
         path.write_text(yaml.safe_dump(settings))
         if status := opsd(["train", str(path)]):
