@@ -193,7 +193,7 @@ def teacher_texts(model: str, context: dict[str, Any], rows: list[tasks.Row]) ->
 
 
 def answer_length(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Teach scratch pads of growing length; the student has begun to write them, as in GKD, and the teacher saw many."""
+    """Teach scratch pads of growing length; the student was begun on them, as in GKD, and the teacher saw many."""
     steps, room = 16, 72
     held_out = {terms: tasks.pads(100, tasks.SELECTION_SEED, terms) for terms in tasks.LENGTHS}
     selection = tasks.pads(60, tasks.SELECTION_SEED, without=_questions(*held_out.values()))
