@@ -144,7 +144,7 @@ def test_a_real_teacher_lifts_and_the_doctor_takes_under_a_minute(demo_model: st
     assert "the context lifts this model" in found.saw and "expect learning" in found.saw
     assert found.figures["teacher"]["right"] >= 15 and found.figures["student"]["right"] <= 8
     assert found.figures["grader"] == GRADER
-    assert any("fine-tuning on it, or lmbda 0, is likely" in line for line in found.detail)
+    assert any("written as the model would write it, is likely to do better" in line for line in found.detail)
     assert found.figures["kl_answer"] > found.figures["kl_rest"]
     # what the context changes at wrong rollouts: they become less likely
     assert found.figures["nll_wrong_with_context"] > found.figures["nll_wrong_without_context"]

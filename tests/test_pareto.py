@@ -13,6 +13,7 @@ import pytest
 from test_compare import N, answers, result, run
 
 from opsd.cli import main
+from opsd.commands.tradeoff import markdown
 from opsd.evaluation.compare import RunResult
 from opsd.evaluation.pareto import ALL_SPLITS, Tradeoff, front, tradeoff_of
 from opsd.evaluation.plot import as_svg
@@ -51,6 +52,13 @@ def at(
 
 def names(tradeoff: Tradeoff, mark: str) -> list[str]:
     return [point.name for point in tradeoff.points if getattr(point, mark)]
+
+
+@pytest.mark.parametrize(("best", "remark"), [(1e-6, "lr 1e-6 (lowest)"), (3e-6, None), (1e-5, "lr 1e-5 (highest)")])
+def test_a_best_value_at_the_edge_of_those_tried_is_named(best: float, remark: str | None) -> None:
+    runs = [at(None, rate, 0, 0.4, 0.6, selection=0.6 if rate == best else 0.5) for rate in (1e-6, 3e-6, 1e-5)]
+    shown = markdown(tradeoff_of(runs))
+    assert ("at the edge" in shown) == (remark is not None) and (remark or "") in shown
 
 
 def test_the_front_is_worked_by_hand() -> None:
