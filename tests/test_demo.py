@@ -67,7 +67,7 @@ def test_the_demo_prints_its_results_and_writes_them(small_demo: list[str], caps
     assert main([*small_demo, "--json", "demo.json"]) == 0
     out = capsys.readouterr().out
     lines = ("runs/demo-math/run.yaml: change it and run", "doctor      ", "step  2 of 2", "student before",
-             "teacher with context (ceiling)", "student after", "share of the gap closed", "peak memory")  # fmt: skip
+             "teacher (ceiling)", "student after", "share of the gap closed", "peak memory")  # fmt: skip
     positions = [out.index(line) for line in lines]
     assert positions == sorted(positions)
     stored = json.loads(Path("demo.json").read_text())

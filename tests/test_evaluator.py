@@ -128,7 +128,7 @@ def test_what_the_run_comes_to_stands_in_its_folder_and_on_the_screen(tmp_path: 
     assert summary["gain"]["difference"] == pytest.approx(after.accuracy - before.accuracy)
     assert summary["metrics"]["after"]["accuracy"]["value"] == pytest.approx(after.accuracy)
     assert summary["retention"]["kept"]["difference"]["n"] == len(KEPT)
-    for said in ("student before", "teacher with context", "gap closed", "retention", "drift", "checkpoint"):
+    for said in ("student before", "teacher (ceiling)", "gap closed", "retention", "drift", "checkpoint"):
         assert said in out
     assert f"grader {GRADER}" in out
 
@@ -139,6 +139,11 @@ def test_a_teacher_that_is_another_model_is_measured_without_its_context_too(tmp
     found = results(tmp_path)
     assert list(found) == ["before", "teacher_without_context", "teacher", "after"]
     assert found["teacher"].texts != found["teacher_without_context"].texts != found["before"].texts
+
+
+def test_a_teacher_without_context_is_measured_once(tmp_path: Path) -> None:
+    make(tmp_path, SiblingTeacher(make_llama(5), tokenizer=make_tokenizer())).train()
+    assert list(results(tmp_path)) == ["before", "teacher", "after"]
 
 
 def test_a_teacher_that_cannot_answer_is_said_to_be_no_ceiling(tmp_path: Path, capsys) -> None:

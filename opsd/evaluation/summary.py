@@ -23,7 +23,7 @@ TEACHER, PLAIN_TEACHER = "teacher", "teacher_without_context"
 NAMES = {
     BEFORE: "student before",
     PLAIN_TEACHER: "teacher without context",
-    TEACHER: "teacher with context (ceiling)",
+    TEACHER: "teacher (ceiling)",
     LAST: "student at the last step",
     AFTER: "student after",
 }

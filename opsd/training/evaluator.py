@@ -236,7 +236,7 @@ class Evaluator(TrainerCallback):
         return None
 
     def _evaluate_teacher(self) -> None:
-        """Measure the ceiling: the teacher with its context, and without it where that is not the student."""
+        """Measure the ceiling: the teacher as it grades, and without its context where that is another model."""
         teacher = self._teacher
         silent = None if teacher.can_sample else f"teacher {teacher.strategy!r} is no single model that could answer"
         if reason := silent or self._missing:
@@ -245,7 +245,7 @@ class Evaluator(TrainerCallback):
             self._accelerator.print(f"evaluation  not measured: {what}: {reason}")
             return
         self._evaluate_view(TEACHER, TeacherView(teacher), "with its context", teacher.prompts.describe())
-        if not teacher.starts_as_student:
+        if teacher.prompts.contexts and not teacher.starts_as_student:
             plain = TeacherView(teacher, teacher.prompts.with_context(None))
             self._evaluate_view(PLAIN_TEACHER, plain, "without context", "none")
         teacher.prompts.forget_counts()
