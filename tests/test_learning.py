@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.learning import tasks
 from benchmarks.learning.__main__ import RESULTS, write
 from benchmarks.learning.experiments import EXPERIMENTS, FINE_TUNED, fine_tuning
 from benchmarks.learning.graders import json_form, json_reply, sentence
-from benchmarks.learning.records import record_of, run_of
+from benchmarks.learning.records import added, record_of, run_of
 from opsd.commands.demo_tasks import question
 from opsd.commands.sweep_plan import read_sweep
 from opsd.evaluation.plan import EvaluationPlan
@@ -139,3 +140,40 @@ def test_every_arm_was_trained_at_a_decade_of_learning_rates(name: str) -> None:
     for arm in {run["arm"] for run in record["runs"]}:
         rates = sorted({run["values"]["learning_rate"] for run in record["runs"] if run["arm"] == arm})
         assert rates[-1] >= 9.9 * rates[0]
+
+
+def test_arms_that_are_trained_later_stand_beside_the_stored_ones_and_in_the_place_of_the_same_runs(
+    tmp_path: Path,
+) -> None:
+    whole = json.loads((RESULTS / "sums.json").read_text())
+    first, later = _arms_of(whole, lambda arm: arm != "sft"), _arms_of(whole, lambda arm: arm in {"sft", "lmbda 0"})
+    later["runs"] = [run | {"drift": 9.0} for run in later["runs"]]
+    both = added(first, later)
+    assert _identities(both) == _identities(whole) and both["settings"] == whole["settings"] | {
+        "sweep": both["settings"]["sweep"]
+    }
+    assert both["settings"]["sweep"]["arms"].keys() == whole["settings"]["sweep"]["arms"].keys()
+    assert {run["arm"] for run in both["runs"] if run["drift"] == 9.0} == {"sft", "lmbda 0"}
+    write("sums", both, tmp_path)
+    assert "seconds do not compare: lmbda 0 (seed 0), " in (tmp_path / "sums.md").read_text()
+
+
+@pytest.mark.parametrize("change", [{"max_steps": 12}, {"hardware": {"cpu": "another"}}])
+def test_arms_that_were_trained_with_other_settings_or_on_another_machine_are_not_added(change: dict[str, Any]) -> None:
+    stored = json.loads((RESULTS / "sums.json").read_text())
+    new = stored | change if "hardware" in change else stored | {"settings": stored["settings"] | change}
+    with pytest.raises(SystemExit, match=f"not added: {next(iter(change))} is"):
+        added(stored, new)
+
+
+def _arms_of(record: dict[str, Any], takes: Callable[[str], bool]) -> dict[str, Any]:
+    settings = record["settings"]
+    arms = {arm: changes for arm, changes in settings["sweep"]["arms"].items() if takes(arm)}
+    return record | {
+        "runs": [run for run in record["runs"] if takes(run["arm"])],
+        "settings": settings | {"sweep": settings["sweep"] | {"arms": arms}},
+    }
+
+
+def _identities(record: dict[str, Any]) -> set[str]:
+    return {json.dumps([run["arm"], run["seed"], run["values"]]) for run in record["runs"]}

@@ -2,6 +2,7 @@
 
 Run:     python -m benchmarks.learning recover [--seeds 0 1 2] [--jobs 2] [--folder runs/learning]
          python -m benchmarks.learning --list
+         python -m benchmarks.learning levers --arms JSD decay --add    in parts: these arms beside the stored runs
          python -m benchmarks.learning recover --recompute    the tables again, from the stored grades
 Writes:  benchmarks/results/learning/NAME.json, NAME.md and NAME.svg; the same command goes on after a stop
 Takes:   half an hour to an hour and a half an experiment on two cores
@@ -21,7 +22,7 @@ from typing import Any
 import yaml
 
 from benchmarks.learning.experiments import EXPERIMENTS
-from benchmarks.learning.records import record_of, run_of
+from benchmarks.learning.records import added, record_of, run_of
 from benchmarks.learning.wordings import measures_table
 from opsd.cli import main as opsd
 from opsd.commands import tradeoff as page
@@ -37,11 +38,15 @@ MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).parent.parent / "results" / "learning"
 
 
-def train(name: str, folder: Path, seeds: list[int], jobs: int) -> dict[str, Any]:
-    """Train what is missing of an experiment; returns its record, before the figures."""
+def train(name: str, folder: Path, seeds: list[int], jobs: int, arms: Sequence[str] = ()) -> dict[str, Any]:
+    """Train what is missing of an experiment, or of some of its arms; returns its record, before the figures."""
     experiment = EXPERIMENTS[name]
     folder.mkdir(parents=True, exist_ok=True)
     settings = experiment.prepare(folder, seeds)
+    sweep = settings["sweep"]
+    if unknown := set(arms) - sweep["arms"].keys():
+        sys.exit(f"{name} has no arm {', '.join(unknown)}; it has {', '.join(sweep['arms'])}")
+    sweep["arms"] = {arm: changes for arm, changes in sweep["arms"].items() if not arms or arm in arms}
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     seeds_at = "best" if "selection" in settings["evaluation"] else "all"  # there is nothing to choose
@@ -80,6 +85,8 @@ def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:
     write_json(results / f"{name}.json", record)
     machine = f"{record['hardware']['cpu']}, {record['hardware']['threads']} thread(s) a run"
     head = f"# {record['asks']}\n\n`{record['command']}`; {MODEL}; {machine}.\n\n"
+    if names := ", ".join(record.get("added", ())):
+        head += f"Trained on another day than the rest, so that seconds do not compare: {names}.\n\n"
     tables = [page.markdown(tradeoff), markdown(tradeoff.comparison), *form_table(record["runs"], tradeoff)]
     tables += measures_table(record["measures"], tradeoff) if "measures" in record else ()
     write_whole(results / f"{name}.md", head + "".join(tables))
@@ -111,6 +118,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(EXPERIMENTS))
     parser.add_argument("--list", action="store_true", help="print the experiments")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[], help="only these arms")
+    parser.add_argument("--add", action="store_true", help="keep the stored runs of other arms and seeds")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
     parser.add_argument("--recompute", action="store_true", help="write tables and plots again from the stored grades")
@@ -118,10 +127,12 @@ def main() -> None:
     if unknown := set(options.names) - EXPERIMENTS.keys():
         parser.error(f"there is no experiment {', '.join(unknown)}; known are {', '.join(EXPERIMENTS)}")
     for name in [] if options.list else options.names:
+        stored = RESULTS / f"{name}.json"
         if options.recompute:
-            record = json.loads((RESULTS / f"{name}.json").read_text())
+            record = json.loads(stored.read_text())
         else:
-            record = train(name, options.folder / name, options.seeds, options.jobs)
+            record = train(name, options.folder / name, options.seeds, options.jobs, options.arms)
+            record = added(json.loads(stored.read_text()), record) if options.add and stored.exists() else record
         write(name, record)
         print((RESULTS / f"{name}.md").read_text())
     if options.list or not options.names:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from opsd.evaluation import Answer, EvaluationResult
@@ -63,6 +64,39 @@ def run_of(record: Mapping[str, Any]) -> RunResult:
         selection=record["selection"],
         retention={name: {w: _result(r) for w, r in times.items()} for name, times in record["retention"].items()},
     )
+
+
+def added(stored: Mapping[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored record of an experiment with the runs of a new one, which take the place of the same runs.
+
+    Raises:
+        SystemExit: the two were measured on other hardware, or with other settings.
+    """
+    for name, old, now in _settings(stored, new):
+        if old != now:
+            raise SystemExit(f"not added: {name} is {now} now, and {old} in the stored runs")
+    runs = {_identity(run): run for run in [*stored["runs"], *new["runs"]]}
+    sweep, others = (each["settings"]["sweep"] for each in (stored, new))
+    arms = sweep["arms"] | others["arms"]
+    seeds = sorted({*sweep["seed"], *others["seed"]})
+    record = {**stored, "runs": sorted(runs.values(), key=lambda run: (run["seed"], list(arms).index(run["arm"])))}
+    record["settings"] = {**stored["settings"], "sweep": {**sweep, "arms": arms, "seed": seeds}}
+    record["command"] = re.sub(r"--seeds [\d ]+", f"--seeds {' '.join(map(str, seeds))} ", stored["command"])
+    if "measures" in stored:
+        record["measures"] = stored["measures"] | new["measures"]
+    later = [f"{arm} (seed {seed})" for arm, seed in dict.fromkeys((run["arm"], run["seed"]) for run in new["runs"])]
+    return {**record, "added": sorted({*stored.get("added", ()), *later})}
+
+
+def _settings(stored: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield name and value of what must be the same in runs that are compared."""
+    yield "hardware", stored["hardware"], new["hardware"]
+    for name in {*stored["settings"], *new["settings"]} - {"sweep"}:
+        yield name, stored["settings"].get(name), new["settings"].get(name)
+
+
+def _identity(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    return run["arm"], run["seed"], tuple(sorted(run["values"].items()))
 
 
 def _graded(result: EvaluationResult, form: Form | None) -> dict[str, Any]:
