@@ -6,6 +6,7 @@ Each subcommand is a module of `opsd.commands` with a `main(arguments)`, importe
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 import warnings
@@ -31,6 +32,9 @@ COMMANDS = {
     "cp": ("cp", "copy a shipped template or recipe, to edit it"),
     "demo": ("demo", "show on a small real model what fine-tuning costs, and how that comes back"),
 }
+
+# A full disk, a used-up quota, a read-only or a foreign folder: no fault of opsd's, and no traceback.
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -64,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OPSDError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]{type(error).__name__}:[/] ", end="")
         print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
+        path = error.filename2 or error.filename or "a file"
+        way_out = "Make room, or choose another place; what is printed above holds."
+        print(f"{path} could not be written: {error.strerror}. {way_out}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

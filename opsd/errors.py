@@ -21,13 +21,7 @@ the rule that was broken, why the rule exists, and the way out. `assert` is for 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Collection, Iterable, Mapping
-from numbers import Integral, Real
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
-
-ELEMENTS = {str: "texts", float: "numbers (in YAML 1.0e-1, with the dot)", int: "whole numbers"}  # as errors call them
+from collections.abc import Iterable
 
 
 class OPSDError(Exception):
@@ -80,80 +74,6 @@ class CheckpointError(OPSDError, RuntimeError):
 
 class OPSDWarning(UserWarning):
     """A setting that is allowed and is probably not what was meant."""
-
-
-def as_number(name: str, value: Any) -> float:
-    """Return a setting that must be a number; YAML reads 1e-1 as text, for it wants 1.0e-1.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{name} must be a number, and is {value!r}. In YAML write 1.0e-1, with the dot.")
-    return float(value)
-
-
-def as_count(name: str, value: Any) -> int:
-    """Return a setting that must be a whole number of at least 1.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be a whole number of at least 1, and is {value!r}.")
-    return value
-
-
-def as_list(name: str, value: Any, element: Any = str) -> Any:
-    """Return a setting that is a list: one element alone becomes a list of it, and None stays None.
-
-    A text where a list is meant would be read letter by letter.
-
-    Args:
-        name: of the setting.
-        value: what the user gave.
-        element: the type of an element.
-
-    Raises:
-        ConfigError: neither a list nor an element, or a list that holds something else.
-
-    Example:
-        >>> as_list("mask_tokens", "<|im_end|>")
-        ['<|im_end|>']
-    """
-    if value is None:
-        return None
-    is_list = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
-    accepted = {float: Real, int: Integral, tuple: list | tuple}.get(element, element)
-    for each in value if is_list else (value,):
-        if not isinstance(each, accepted) or (isinstance(each, bool) and element is not bool):
-            raise ConfigError(
-                f"{name} is a list of {ELEMENTS.get(element, element.__name__)}, and {each!r} is none: a text in place "
-                f"of a list would be read letter by letter. Write {name}: [first, second]."
-            )
-    return value if is_list else [value]
-
-
-def list_settings(settings: type) -> dict[str, type]:
-    """Return the fields of a dataclass that take a list and nothing else, each with the type of its elements."""
-    lists: dict[str, type] = {}
-    for name, hint in get_type_hints(settings).items():
-        options = {*get_args(hint)} - {NoneType} if get_origin(hint) in (Union, UnionType) else {hint}
-        option = options.pop()
-        if not options and get_origin(option) is list:
-            (element,) = get_args(option)
-            lists[name] = get_origin(element) or element
-    return lists
-
-
-def read_lists(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values of a dataclass's fields, with a list for each field that takes one.
-
-    Raises:
-        ConfigError: as `as_list`.
-    """
-    lists = list_settings(settings)
-    return {name: as_list(name, value, lists[name]) if name in lists else value for name, value in values.items()}
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

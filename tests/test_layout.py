@@ -27,12 +27,12 @@ ORDER = (
     ("signals", "rollouts"),
     ("contexts", "models"),
     ("data",),
-    ("findings", "sources"),
+    ("findings", "sources", "settings"),
     ("errors",),
     ("__init__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
-LOOSE_FILES = 10
+LOOSE_FILES = 11
 
 
 def module_name(path: Path, package: Path = PACKAGE) -> str:

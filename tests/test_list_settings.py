@@ -13,7 +13,8 @@ from peft import LoraConfig
 from opsd import EMATeacher, MixtureTeacher, OPSDConfig
 from opsd.commands.run_file import SETTINGS, read_run
 from opsd.contexts.lint import lint
-from opsd.errors import ConfigError, as_list, list_settings
+from opsd.errors import ConfigError
+from opsd.settings import as_list, list_settings
 from opsd.training.checks import check_settings
 from opsd.training.groups import Groups
 from opsd.training.token_selection import TokenSelection

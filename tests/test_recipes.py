@@ -277,7 +277,7 @@ def test_file_without_a_mapping_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_recipe_file_names_the_shipped_one() -> None:
-    with pytest.raises(ConfigError, match=r"nowhere/ema\.yaml does not exist\. Did you mean 'ema'\?"):
+    with pytest.raises(ConfigError, match=r"no recipe file 'nowhere/ema\.yaml'\. Did you mean 'ema'\?"):
         load_teacher("nowhere/ema.yaml")
 
 

@@ -149,7 +149,7 @@ def test_neutral_values_are_no_reshaping(cause: str, tmp_path: Path) -> None:
         ({"top_p": 0.0}, "top_p must"),
         ({"top_p": float("nan")}, "top_p must"),
         ({"top_k": -1}, "top_k must be a whole number of at least 0"),
-        ({"top_k": 2.5}, "top_k must"),
+        ({"top_k": 2.5}, "top_k takes a whole number"),
         ({"min_p": -0.1}, "min_p must"),
         ({"min_p": 2.0}, "min_p must"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from opsd import sources
 from opsd.errors import ConfigError, did_you_mean
+from opsd.evaluation.run_folder import write_whole
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,6 +32,6 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"there is no folder {options.folder}. Make it first.")
         if target.exists():
             raise ConfigError(f"{target} exists, and copying would lose your edits. Move it, or name another folder.")
-        shutil.copyfile(path, target)
+        write_whole(target, path.read_text("utf-8"))
         print(target)
     return 0

@@ -72,10 +72,10 @@ def main(arguments: Sequence[str]) -> int:
     examination = with_warnings(examination, caught)
     if to_pipe:
         print(json.dumps(examination.as_dict(), indent=1, ensure_ascii=False, default=str))
-    elif options.json:
-        write_json(Path(options.json), examination.as_dict(), default=str)
-    if not to_pipe:
+    else:
         show(examination, Console())
+    if options.json and not to_pipe:  # after the findings are printed: a full disk loses none
+        write_json(Path(options.json), examination.as_dict(), default=str)
     return int(examination.failed)
 
 

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from opsd.errors import ConfigError, as_count
+from opsd.errors import ConfigError
+from opsd.settings import as_count
 
 if TYPE_CHECKING:
     from opsd.contexts.base import Context

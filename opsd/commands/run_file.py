@@ -14,10 +14,11 @@ from typing import Any, NoReturn
 
 from trl import ModelConfig, TrlParser
 
-from opsd.errors import ConfigError, did_you_mean, read_lists
+from opsd.errors import ConfigError, did_you_mean
+from opsd.settings import read_values, read_yaml
 from opsd.teachers import Recipe, recipe_of
-from opsd.teachers.recipes import read_yaml
 from opsd.training.config import OPSDConfig, check_renamed
+from opsd.training.ranges import check_ranges
 
 
 @dataclass
@@ -33,21 +34,21 @@ class RunArguments:
         default=None, metadata={"help": "Split of the same dataset to evaluate the divergence on, if any."}
     )
     dataset_streaming: bool = field(default=False, metadata={"help": "Stream the dataset (needs max_steps)."})
-    columns: str | None = field(
+    columns: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Column names of another system: trl, ms-swift, verl or prime-rl; or in YAML a mapping from opsd's "
             "names to yours, such as {answer: reward_model.ground_truth}."
         },
     )
-    teacher: str | None = field(
+    teacher: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "A recipe's name or path, a model folder or hub id, or in YAML a mapping such as "
             "{strategy: ema, decay: 0.99}. Unset: the same checkpoint, frozen. See `opsd teachers`."
         },
     )
-    context: str | None = field(
+    context: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "The teacher's context: a template's name or path, or in YAML a mapping such as "
@@ -61,7 +62,7 @@ class RunArguments:
             "with TRL's signature; several are summed by reward_weights."
         },
     )
-    evaluation: str | None = field(
+    evaluation: dict[str, Any] | str | None = field(
         default=None,
         metadata={
             "help": "Evaluation before, during and after training: in YAML a mapping such as {test: test.jsonl, "
@@ -118,7 +119,12 @@ class RunParser(TrlParser):
         names = list(names)
         check_renamed(names, where)
         for name in names:
-            if name not in self.keys and name != "env":
+            if name == "env":
+                raise ConfigError(
+                    f"{where}: opsd does not read env. Variables set there would come after the libraries that read "
+                    "them. Set them where opsd is called: NAME=value opsd train …"
+                )
+            if name not in self.keys:
                 raise ConfigError(
                     f"{where}: there is no setting {name!r}.{did_you_mean(name, self.keys)} It would be ignored, and "
                     "the setting you meant would keep its default. All settings: `opsd train --help-all`."
@@ -160,11 +166,11 @@ def resolve_run(config: Mapping[str, Any], where: str, overrides: Sequence[str] 
     recipe = recipe_of(_last_value(overrides, "teacher") or config.get("teacher"))
     if recipe is not None:
         parser.check(recipe.args, "the recipe's args")
-        parser.set_defaults_with_config(**_with_lists(recipe.args))
+        parser.set_defaults_with_config(**_in_their_types(recipe.args))
     # Mappings pass through unchanged: the trainer reads a recipe or a context from one.
-    config.pop("env", None)
-    parser.set_defaults_with_config(**_with_lists(config))
+    parser.set_defaults_with_config(**_in_their_types(config))
     run, args, model = parser.parse_args_into_dataclasses(args=list(overrides))
+    check_ranges(model)
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", run.dataset_name)):
         if not value:
             raise ConfigError(f"a run needs {name}. Set it in {where} or by --{name}.")
@@ -173,11 +179,11 @@ def resolve_run(config: Mapping[str, Any], where: str, overrides: Sequence[str] 
     return Run(run, args, model, recipe, has_sweep)
 
 
-def _with_lists(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a file with a list for each setting that takes one; argparse would keep a text as it is."""
+def _in_their_types(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a file in the types of their settings; argparse converts texts and keeps the rest as it is."""
     values = dict(config)
     for settings in SETTINGS:
-        values = read_lists(settings, values)
+        values = read_values(settings, values)
     return values
 
 

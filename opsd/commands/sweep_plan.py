@@ -13,14 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opsd.commands.run_file import Run, RunParser, make_parser, resolve_run
-from opsd.errors import ConfigError, OPSDWarning, as_count, did_you_mean, not_one_of
+from opsd.errors import ConfigError, OPSDWarning, did_you_mean, not_one_of
 from opsd.evaluation.compare import METHOD
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.evaluation.sweep_folder import SHORT, as_label
-from opsd.teachers.recipes import read_yaml
+from opsd.settings import as_count, parse_yaml, read_yaml
 from opsd.training.controls import control_of
 
 SEED, RATE = "seed", "learning_rate"
@@ -269,7 +267,7 @@ def as_typed(value: Any, *, from_shell: bool = False) -> Any:
     if _NUMBER.fullmatch(value):
         return float(value) if re.search(r"[.eE]", value) else int(value)
     is_yaml = value[:1] in ("{", "[") or value.lower() in ("true", "false", "null")
-    return yaml.safe_load(value) if from_shell and is_yaml else value
+    return parse_yaml(value) if from_shell and is_yaml else value
 
 
 def _only(name: str, values: Sequence[Any]) -> Any:

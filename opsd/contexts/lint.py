@@ -20,8 +20,9 @@ from opsd.contexts.privileged import PrivilegedContext
 from opsd.contexts.renderer import PromptRenderer
 from opsd.contexts.template import PROMPT_NAMES
 from opsd.data.values import OTHER, WRONG, text_of
-from opsd.errors import OPSDError, TemplateError, UnsafeTemplateError, as_list, did_you_mean
+from opsd.errors import OPSDError, TemplateError, UnsafeTemplateError, did_you_mean
 from opsd.findings import Finding, listed
+from opsd.settings import as_list
 
 ADDED = (*ROLLOUT_FIELDS, WRONG)  # columns that training or a control adds
 # A template writes no marker of any format, nor a special token or a heading that may be one.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
+
+import yaml
 
 from opsd.contexts.base import Context, check_keys
 from opsd.contexts.privileged import as_plain_context
 from opsd.contexts.schedule import ContextSchedule
 from opsd.errors import ConfigError
+from opsd.settings import parse_yaml
 
 
 def as_context(value: Any) -> Context | None:
@@ -53,6 +55,6 @@ def parse_context(text: str | None) -> Context | None:
     if not text.lstrip().startswith("{"):
         return as_context(text)
     try:
-        return as_context(json.loads(text))
-    except json.JSONDecodeError as error:
+        return as_context(parse_yaml(text))
+    except yaml.YAMLError as error:
         raise ConfigError(f"a context that begins with '{{' is read as JSON, and this is none: {error}.") from error

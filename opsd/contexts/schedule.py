@@ -18,7 +18,8 @@ from opsd.contexts.base import Context, ContextCounts
 from opsd.contexts.privileged import REASON, PrivilegedContext, as_plain_context
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.needs import Need, Row
-from opsd.errors import ConfigError, DataError, TemplateError, as_number, did_you_mean
+from opsd.errors import ConfigError, DataError, TemplateError, did_you_mean
+from opsd.settings import as_number
 
 NONE = "none"  # the level that is the student's own prompt
 WAY_OUT = f"end `levels` with {NONE}, the student's own prompt"

@@ -20,6 +20,7 @@ from jinja2.sandbox import SecurityError
 from opsd import sources
 from opsd.contexts.sandbox import MAX_CHARS, sandboxed_environment
 from opsd.errors import TemplateError, UnsafeTemplateError, did_you_mean
+from opsd.settings import looked_in
 
 BLOCKS = ("system", "user", "assistant")
 PROMPT_NAMES = frozenset({"prompt", "messages", "system"})  # the student's prompt in three forms: no privileged fields
@@ -57,7 +58,7 @@ def find_template(template: str | os.PathLike[str]) -> Path:
             raise TemplateError(f"a template file ends in .jinja, and this one is {path.name!r}. Rename it.")
         if path.is_file():
             return path
-        problem = f"there is no template file {text!r}."
+        problem = f"there is no template file {text!r}.{looked_in(text)}"
     else:
         shipped = sources.find("templates", text)
         if shipped:

@@ -23,6 +23,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from opsd.data.json_columns import as_stored
 from opsd.errors import DataError, did_you_mean
+from opsd.settings import looked_in
 from opsd.sources import is_hub_id
 
 __all__ = ["load_rows"]
@@ -54,11 +55,11 @@ def load_rows(
     if source and path.exists():
         return _load_local(path, split, name, streaming)
     if source.startswith((".", "/", "~")) or "\\" in source or path.suffix.lower() in _SUFFIXES:
-        raise DataError(f"there is no dataset file {source!r}.{_near_files(path)}")
+        raise DataError(f"there is no dataset file {source!r}.{_near_files(path)}{looked_in(path)}")
     if not is_hub_id(source):
         raise DataError(
             f"{source!r} is neither a file or folder here nor a hub id, which has the form 'org/name'. "
-            f"Nothing was downloaded.{_near_files(path)}"
+            f"Nothing was downloaded.{_near_files(path)}{looked_in(path)}"
         )
     return _load(source, source, name=name, split=split, streaming=streaming)
 
@@ -200,13 +201,32 @@ def _feature(kinds: set[type]) -> Value | Json:
 def _parse_json(data: bytes, where: str) -> Any:
     try:
         # Python writes NaN for a missing value, which is not JSON; beside text it would make the column a mixture.
-        return json.loads(data.decode("utf-8-sig"), parse_constant=lambda name: None if name == "NaN" else float(name))
+        return json.loads(
+            data.decode("utf-8-sig"),
+            parse_constant=lambda name: None if name == "NaN" else float(name),
+            object_pairs_hook=_need_keys_once,
+        )
+    except _KeyTwiceError as error:
+        raise DataError(
+            f"{where}: the key {error.args[0]!r} stands twice in one object, and one of its values would be lost."
+        ) from error
     except json.JSONDecodeError as error:
         line = f" line {error.lineno}" if error.lineno > 1 else ""
         hint = " One object per line is JSON Lines: name the file .jsonl." if error.msg == "Extra data" else ""
         raise DataError(f"{where}{line}: not JSON: {error.msg} at column {error.colno}.{hint}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8: {error.reason} at byte {error.start}. Save it as UTF-8.") from error
+
+
+class _KeyTwiceError(Exception):
+    """The key is its argument."""
+
+
+def _need_keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise _KeyTwiceError(next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number])))
+    return content
 
 
 def _need_object(value: Any, where: str) -> Row:
@@ -239,6 +259,11 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         reader = csv.DictReader(file, strict=True)
         try:
             header = reader.fieldnames or ()
+            if len(header) == 1 and (other := next((each for each in ";\t|" if each in header[0]), None)):
+                raise DataError(
+                    f"{path.name} line 1: one column, {header[0]!r}. Its cells seem to be separated by {other!r}, and "
+                    "opsd reads commas. Save it with commas, or as .jsonl or .parquet."
+                )
             if len(set(header)) < len(header):
                 raise DataError(f"{path.name} line 1: two columns have one name, and one of them would be lost.")
             for row in reader:

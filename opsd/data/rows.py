@@ -105,9 +105,16 @@ def _prompt_column(columns: list[str], name: str) -> str:
     near = [column for column in _PROMPT_NAMES if column in columns] or difflib.get_close_matches("prompt", columns, 1)
     hint = f"Is it {near[0]!r}? Then " if near else "Rename the column that holds it: "
     old = near[0] if near else "..."
+    if "conversations" in columns:
+        raise DataError(
+            f"the {name} dataset has 'conversations' (ShareGPT), whose turns are {{from, value}}, and opsd reads "
+            "'messages' with turns {role, content}. Convert it first: `from` human is the role user, gpt is assistant; "
+            "`value` is the content."
+        )
     raise DataError(
         f"the {name} dataset has no column 'prompt' (or 'messages'), which is all that the student sees; "
-        f"it has: {', '.join(columns)}. {hint}dataset.rename_column({old!r}, 'prompt')."
+        f"it has: {', '.join(columns)}. {hint}dataset.rename_column({old!r}, 'prompt'), "
+        f"or in a run file columns: {{prompt: {old}}}."
     )
 
 
@@ -269,6 +276,8 @@ def _check_turns(turns: list[Any], column: str) -> str | None:
 
 def _check_message(message: Any) -> str | None:
     """Return what is wrong with a message, as the end of a sentence about it, or None."""
+    if isinstance(message, int):
+        return f"is {message}: opsd renders prompts for student and teacher, and reads texts or messages, not token ids"
     if not isinstance(message, dict):
         return f"is a {type(message).__name__}, not a dict with 'role' and 'content'"
     role, content = message.get("role"), message.get("content")

@@ -24,8 +24,9 @@ from opsd.doctor.prompts import check_prompts
 from opsd.doctor.reach import check_reach
 from opsd.doctor.sampling import check_sampling
 from opsd.doctor.tokenizers import check_tokenizers
-from opsd.errors import ConfigError, OPSDError, as_list, not_one_of
+from opsd.errors import ConfigError, OPSDError, not_one_of
 from opsd.findings import Examination, Finding
+from opsd.settings import as_list
 from opsd.training.trainer import OPSDTrainer
 
 __all__ = ["CHECKS", "Examination", "Finding", "Patient", "examine", "refused"]

@@ -17,9 +17,10 @@ from datasets import Dataset
 
 from opsd.data.files import load_rows
 from opsd.data.prepare import prepare_rows
-from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, as_count, as_number, did_you_mean, not_one_of
+from opsd.errors import ConfigError, DataError, OPSDError, OPSDWarning, did_you_mean, not_one_of
 from opsd.evaluation.graders import Grader, load_grader
 from opsd.evaluation.questions import check_disjoint, question_of
+from opsd.settings import as_count, as_number
 
 METRIC = "eval_accuracy"  # the logged name of the accuracy on the selection split
 RULES = {

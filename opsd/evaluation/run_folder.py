@@ -5,6 +5,7 @@ Also the one way to write a JSON file: whole or not at all. Knows files; nothing
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -45,11 +46,19 @@ def write_whole(path: Path, text: str) -> None:
     Args:
         path: the file; missing folders are made.
         text: its content.
+
+    Raises:
+        OSError: it cannot be written; names it, and leaves no part of it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, "utf-8")
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-from opsd.errors import ConfigError, as_count, did_you_mean
+from opsd.errors import ConfigError, did_you_mean
+from opsd.settings import as_count
 
 
 class Sample(Protocol):

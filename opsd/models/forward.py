@@ -141,7 +141,9 @@ def check_model(model: nn.Module, vocab_size: int) -> None:
     with evaluating(model):
         hidden_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
         logits_NV = Head.from_model(model).logits(hidden_ND)
-        expected_NV = model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.float().flatten(0, 1)
+        expected_NV = (
+            model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.flatten(0, 1).to(logits_NV.dtype)
+        )
     gap = ((logits_NV - expected_NV).abs().max() / expected_NV.abs().max().clamp(min=1e-6)).item()
     if not gap <= PROBE_TOLERANCE.get(hidden_ND.dtype, PROBE_TOLERANCE[torch.bfloat16]):
         raise UnsupportedModelError(

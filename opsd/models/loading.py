@@ -11,12 +11,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast, extract_model_from_parallel
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import AutoPeftModelForCausalLM
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import CONFIG_NAME, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers.utils import cached_file
 
 from opsd.errors import ConfigError
-from opsd.models.vocabulary import check_adapter_vocabulary, check_has_tokenizer, check_is_tokenizer, is_adapter
+from opsd.models.vocabulary import (
+    ADAPTER_CONFIG,
+    check_adapter_vocabulary,
+    check_has_tokenizer,
+    check_is_tokenizer,
+    is_adapter,
+)
+from opsd.settings import looked_in
 from opsd.sources import is_hub_id
 
 
@@ -29,9 +38,33 @@ def check_model_name(model: str) -> str:
     if not Path(model).is_dir() and not is_hub_id(model):
         raise ConfigError(
             f"{model!r} is neither a folder that exists nor a hub id (organisation/name), so its weights cannot be "
-            "found. Give the folder that `save_pretrained` wrote, or a hub id."
+            f"found.{looked_in(model)} Give the folder that `save_pretrained` wrote, or a hub id."
         )
     return model
+
+
+def check_reachable(model: str, revision: str | None = None) -> None:
+    """Refuse a hub id that is neither in the cache of this machine nor to be had from the hub.
+
+    Raises:
+        ConfigError: the hub's answer, and what to do.
+    """
+    if Path(model).is_dir():
+        return
+    problems = []
+    for name in (CONFIG_NAME, ADAPTER_CONFIG):
+        try:
+            cached_file(model, name, revision=revision)
+            return
+        except OSError as error:
+            problems.append(str(error).splitlines()[0])
+            if isinstance(error.__cause__, LocalEntryNotFoundError):
+                break  # no connection: another file is not there either
+    raise ConfigError(
+        f"the model {model!r} is not on this machine, and could not be had from the hub: {problems[0]}\nCheck its "
+        "name, the connection, and for a gated model that you are logged in (`hf auth login`); or download it where "
+        "there is a connection, and give its folder."
+    )
 
 
 def without_autocast(model: nn.Module) -> nn.Module:
@@ -73,6 +106,7 @@ def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         ConfigError: no such model, or a folder without a tokenizer; an adapter's base is not asked.
     """
     check_has_tokenizer(check_model_name(model))
+    check_reachable(model, kwargs.get("revision"))
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **kwargs)
     check_is_tokenizer(tokenizer)
     return tokenizer
@@ -102,6 +136,7 @@ def load_model(
         ConfigError: no such model, no tokenizer, or an adapter whose tokenizer does not fit its base.
     """
     check_model_name(model)
+    check_reachable(model, kwargs.get("revision"))
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
     if tokenizer is None:
         tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -153,7 +188,8 @@ def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str 
         return without_autocast(model), tokenizer
     # safetensors only, unless the user sets another value: a pickle can run code when it is opened.
     args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
-    if not is_adapter(check_model_name(model)):
+    check_reachable(check_model_name(model), args.model_init_kwargs.get("revision"))
+    if not is_adapter(model):
         return model, tokenizer
     kwargs = {key: value for key, value in args.model_init_kwargs.items() if value is not None}
     args.model_init_kwargs = None

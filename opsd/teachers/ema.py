@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from opsd.errors import ConfigError, as_count
+from opsd.errors import ConfigError
+from opsd.settings import as_count
 from opsd.teachers.prompting import ContextLike
 from opsd.teachers.self_teacher import UpdatedSelfTeacher
 from opsd.teachers.student import StudentHandle

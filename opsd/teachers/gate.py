@@ -11,7 +11,8 @@ from math import isnan
 from statistics import fmean
 from typing import Any
 
-from opsd.errors import ConfigError, as_number, not_one_of
+from opsd.errors import ConfigError, not_one_of
+from opsd.settings import as_number
 
 BETTER = ("higher", "lower")
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opsd.errors import ConfigError, as_list, as_number
+from opsd.errors import ConfigError
 from opsd.rollouts import Rollouts
+from opsd.settings import as_list, as_number
 from opsd.signals import HiddenSignal, MixtureSignal, TeacherSignal, check_mixture
 from opsd.teachers.base import Teacher, TeacherView
 from opsd.teachers.composite import CompositeTeacher, as_teacher

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from opsd.errors import as_count
+from opsd.settings import as_count
 from opsd.teachers.checks import check_state_keys
 from opsd.teachers.sibling import SiblingTeacher
 from opsd.teachers.student import StudentHandle

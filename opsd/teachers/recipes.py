@@ -11,10 +11,9 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from opsd import sources
 from opsd.errors import ConfigError, did_you_mean
+from opsd.settings import looked_in, read_yaml
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,8 @@ def find_recipe(name: str | PathLike[str]) -> Path | None:
     if text.endswith((".yaml", ".yml")):
         path = Path(text).expanduser()
         if not path.is_file():
-            raise ConfigError(f"recipe file {text} does not exist.{did_you_mean(path.stem, sources.names('teachers'))}")
+            near = did_you_mean(path.stem, sources.names("teachers"))
+            raise ConfigError(f"there is no recipe file {text!r}.{near}{looked_in(text)}")
         return path
     return None if "/" in text else sources.find("teachers", text)
 
@@ -80,20 +80,3 @@ def read_recipe(path: Path) -> Recipe:
                 "`teacher: {strategy: ema, decay: 0.99}`."
             )
     return Recipe(**content)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
-
-    Raises:
-        ConfigError: the file is missing, is invalid YAML (with line and column), or holds no mapping.
-    """
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} could not be read: {error.strerror}. Check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping (`key: value` lines), and holds {type(content).__name__}.")
-    return content

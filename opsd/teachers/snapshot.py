@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from opsd.errors import ConfigError, as_count, did_you_mean
+from opsd.errors import ConfigError, did_you_mean
 from opsd.models.sharding import from_first_process
+from opsd.settings import as_count
 from opsd.teachers.base import History
 from opsd.teachers.gate import Gate
 from opsd.teachers.prompting import ContextLike

@@ -16,9 +16,10 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from opsd.errors import ConfigError, did_you_mean, read_lists
+from opsd.errors import ConfigError, did_you_mean
 from opsd.evaluation.plan import METRIC, EvaluationPlan
 from opsd.models.vocabulary import check_is_tokenizer
+from opsd.settings import read_lists
 from opsd.teachers import Teacher
 from opsd.training.groups import Groups
 from opsd.training.metrics import gate_metrics
@@ -113,6 +114,9 @@ def check_adapter(config: PeftConfig) -> None:
             "lora_alpha is 0, and what an adapter adds is scaled by lora_alpha / r: it would add nothing, and have no "
             "gradient. Set lora_alpha to r or 2·r."
         )
+    ranks = [getattr(config, "r", None), *(getattr(config, "rank_pattern", None) or {}).values()]
+    if any(isinstance(rank, int) and rank < 1 for rank in ranks):
+        raise ConfigError(f"the rank of an adapter, r, must be 1 or more, and is {ranks}. Usual are 8 to 64.")
     if getattr(config, "is_prompt_learning", False):
         raise ConfigError(
             f"{type(config).__name__} trains virtual tokens before the prompt. Sampling would use them, and the loss, "

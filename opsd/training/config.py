@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from trl import DistillationConfig
 
-from opsd.errors import ConfigError, OPSDWarning, read_lists
+from opsd.errors import ConfigError, OPSDWarning
 from opsd.losses.divergence import DivergenceSettings
 from opsd.losses.objective import Objective, ObjectiveSettings
+from opsd.settings import read_values
 from opsd.training.controls import CONTROLS, control_of
 from opsd.training.groups import GroupSettings
 from opsd.training.machine import choose_bf16
+from opsd.training.ranges import check_ranges
 from opsd.training.resume import check_allowed
 from opsd.training.sampling import check_sampling, warn_sampling
 from opsd.training.schedules import StepSchedule
@@ -171,7 +173,8 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
     bf16_is_default = False  # no setting: whether `bf16` was chosen here, so that a resumed run may take its own
 
     def __post_init__(self) -> None:
-        self.__dict__.update(read_lists(type(self), self.__dict__))
+        self.__dict__.update(read_values(type(self), self.__dict__))
+        check_ranges(self)
         control = control_of(self.control)
         for name, value in control.settings.items() if control else ():
             setattr(self, name, value)
@@ -224,6 +227,11 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             raise ConfigError(
                 f"max_completion_length must be at least 1, and is {self.max_completion_length}. Without a token "
                 "there is nothing to score. Set it to the tokens a full answer needs."
+            )
+        if self.neftune_noise_alpha:
+            raise ConfigError(
+                "neftune_noise_alpha adds noise to the embeddings while training, so the student that is trained would "
+                "not be the one that sampled, and its divergence from the teacher would be the noise's. Leave it out."
             )
         self._check_schedules()
         self.check_any_token(int(self.completion_length.least))

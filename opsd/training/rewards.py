@@ -27,6 +27,7 @@ FEEDBACK = "feedback"  # what a reward function calls the column that it gives t
 UNKNOWN = float("nan")
 MAJORITY = "majority:"
 LEAST_MAJORITY = 0.5  # share of a group; below it the most frequent answer is one of many
+PASSED = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")  # beside columns
 NOT_COLUMNS = ("prompt", "completion", "completion_ids")  # passed by their plural names
 
 
@@ -190,8 +191,18 @@ class Rewards:
 
     @property
     def needs(self) -> list[Need]:
-        """The columns that graders read; a row that leaves one empty has no reward."""
-        return [answer_need(each.__name__, each.column) for each in self.functions if isinstance(each, _GraderReward)]
+        """The columns that functions read; a row that leaves a grader's empty has no reward."""
+        needs = [answer_need(each.__name__, each.column) for each in self.functions if isinstance(each, _GraderReward)]
+        for function, name in zip(self.functions, self.names, strict=True):
+            wanted = [each.name for each in _parameters(function) if each.default is each.empty]
+            needs += [
+                Need(
+                    (column,), f"reward function {name!r}", "It is called with the rows' columns by name.",
+                    f"give its parameter {column} a default", may_be_empty=True,
+                )
+                for column in wanted if column not in PASSED
+            ]  # fmt: skip
+        return needs
 
     def __call__(
         self, rows: Sequence[Row], completions: Sequence[Any], completion_ids: Sequence[Ids], state: Any
@@ -220,7 +231,7 @@ class Rewards:
         totals, known = [0.0] * len(rows), [False] * len(rows)
         for function, name, weight in zip(self.functions, self.names, self.weights, strict=True):
             asked = {**columns, "prompts": prompts, "completions": completions, "completion_ids": completion_ids}
-            values = _as_rewards(function(**asked), name, len(rows))
+            values = _as_rewards(function(**_accepted(function, asked)), name, len(rows))
             for number, value in enumerate(values):
                 if not math.isnan(value):
                     totals[number] += weight * value
@@ -234,6 +245,23 @@ class Rewards:
                 "order (None where there is none)."
             )
         return Verdicts(rewards, feedback, logged)
+
+
+def _parameters(function: RewardFunc) -> list[inspect.Parameter]:
+    """Return the parameters that a function names; of one that cannot be looked into, none."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some built-in ones
+        return []
+    return [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+
+
+def _accepted(function: RewardFunc, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a function takes: everything if it has **kwargs, as TRL's have, and else what it names."""
+    names = [each.name for each in _parameters(function)]
+    kinds = [each.kind for each in inspect.signature(function).parameters.values()] if names else []
+    takes_all = not names or inspect.Parameter.VAR_KEYWORD in kinds
+    return values if takes_all else {name: values[name] for name in names if name in values}
 
 
 def _as_rewards(returned: Any, name: str, count: int) -> list[float]:

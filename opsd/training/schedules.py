@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from opsd.errors import ConfigError
 from opsd.training.averages import Tally
 from opsd.training.metrics import COMPLETIONS
@@ -32,8 +30,8 @@ class StepSchedule:
     values: Mapping[int, float]
 
     @classmethod
-    def parse(cls, name: str, value: Mapping[Any, Any] | str) -> StepSchedule:
-        """Return a schedule from a mapping, or from the text of one as a command line has it.
+    def parse(cls, name: str, value: Any) -> StepSchedule:
+        """Return a schedule from a mapping.
 
         Args:
             name: of the setting, for errors.
@@ -43,9 +41,8 @@ class StepSchedule:
             ConfigError: not a mapping of steps to numbers, or one that does not begin at step 0.
         """
         try:
-            given = yaml.safe_load(value) if isinstance(value, str) else value
-            values = dict(sorted((int(step), float(number)) for step, number in given.items()))
-        except (yaml.YAMLError, AttributeError, TypeError, ValueError):
+            values = dict(sorted((int(step), float(number)) for step, number in value.items()))
+        except (AttributeError, TypeError, ValueError):
             raise ConfigError(
                 f"{name} must be a mapping of steps to values, and is {value!r:.80}. Each value holds from its step "
                 f"on. Write {name}: {{0: …, 8: …}}."
