@@ -150,7 +150,7 @@ def test_what_n_would_settle_it_is_said_of_a_difference_too_small_to_see() -> No
 
 def test_the_verdict_names_the_controls_that_were_not_beaten() -> None:
     comparison = compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]), ("off-policy", [0.5, 0.51])))
-    assert comparison.verdict.startswith("method beat 1 of 2; it did not beat off-policy")
+    assert comparison.verdict == "method beat 1 of 2; 400 questions and 2 seeds cannot tell it from off-policy"
     assert compare(arms((None, [0.5, 0.51]), ("sft", [0.2, 0.2]))).verdict == "method beat its control (sft)"
     assert "nothing to compare with" in compare(arms((None, [0.5]))).verdict
 

@@ -266,12 +266,25 @@ def run_yaml(tmp_path: Path, llama_folder: str) -> Path:
 def test_the_doctor_prints_every_check_and_leaves_no_output_folder(
     run_yaml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["doctor", str(run_yaml)]) == 0
+    assert main(["doctor", str(run_yaml), "--verbose"]) == 0
     out = capsys.readouterr().out
     assert all(title in out for name, title in TITLES.items() if name != "settings")
     assert "▏▏" in out and "12 rows" in out
     assert not (tmp_path / "out").exists()
     assert set(TITLES) == {"settings", *CHECKS}
+
+
+def test_a_check_that_is_content_takes_one_line(
+    run_yaml: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    checks = [name for name in CHECKS if name != "lift"]
+    assert main(["doctor", str(run_yaml), "--only", ",".join(checks)]) == 0
+    *lines, more, verdict = capsys.readouterr().out.split("Σ_v s(v)·[log s(v) − log t(v)]\n")[-1].splitlines()
+    assert [line[:1] for line in lines] == ["✓"] * len(checks) and all(len(line) <= 80 for line in lines)
+    assert "--verbose" in more and "pass" in verdict
+    assert main(["doctor", str(run_yaml), "--only", "lift"]) == 0
+    assert "→ Give its context more" in capsys.readouterr().out, "what is to be done is printed whole"
 
 
 def test_json_is_for_machines_and_the_exit_status_is_1_on_a_failure(

@@ -8,6 +8,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     grades = "tells right answers from wrong ones (default: the run's reward functions, else what fits `answer`)"
     parser.add_argument("--grader", help=grades)
     parser.add_argument("--max_new_tokens", type=int, help="of rollouts made here (default: max_completion_length)")
+    parser.add_argument("--verbose", action="store_true", help="print every finding, also of checks that are content")
     parser.add_argument("--json", metavar="FILE", help="write the findings; - for standard output")
     return parser
 
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     if to_pipe:
         print(json.dumps(examination.as_dict(), indent=1, ensure_ascii=False, default=str))
     else:
-        show(examination, Console())
+        show(examination, Console(), options.verbose)
     if options.json and not to_pipe:  # after the findings are printed: a full disk loses none
         write_json(Path(options.json), examination.as_dict(), default=str)
     return int(examination.failed)
@@ -108,14 +110,23 @@ def with_warnings(examination: Examination, caught: Sequence[warnings.WarningMes
     return Examination([*first, *examination.findings], examination.rows, examination.seconds)
 
 
-def show(examination: Examination, console: Console) -> None:
-    """Print the findings, check by check."""
-    check = None
-    for finding in examination.findings:
-        if finding.check != check:
-            check = finding.check
-            console.print(Text(TITLES[check], "bold"))
-        print_finding(finding, console)
+def show(examination: Examination, console: Console, verbose: bool = False) -> None:
+    """Print the findings, check by check: a line for a check that is content, all of them with `verbose`."""
+    for check, group in groupby(examination.findings, key=lambda finding: finding.check):
+        findings = list(group)
+        noted = [finding for finding in findings if verbose or finding.status in ("warn", "fail")]
+        if not noted:
+            mark, style = MARKS[findings[0].status]
+            title = TITLES[check] + ("" if TITLES[check].endswith("?") else ":")
+            line = Text.assemble((f"{mark} ", style), (f"{title} ", "bold"), findings[0].saw)
+            line.truncate(console.width, overflow="ellipsis")
+            console.print(line)
+            continue
+        console.print(Text(TITLES[check], "bold"))
+        for finding in noted:
+            print_finding(finding, console)
+    if not verbose:
+        console.print(Text("All findings: opsd doctor run.yaml --verbose", "dim"))
     style = "bold red" if examination.failed else "bold yellow" if examination.with_status("warn") else "bold green"
     console.print(Text(examination.verdict, style))
 

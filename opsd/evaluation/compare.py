@@ -31,7 +31,7 @@ from opsd.evaluation.statistics import (
 )
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, TEACHER, read_summary, results_of
 from opsd.evaluation.sweep_folder import expanded, read_record
-from opsd.evaluation.verdict import Pairwise, beats, with_verdict
+from opsd.evaluation.verdict import Pairwise, over_all, with_verdict
 
 METHOD = "method"
 # What may differ between runs of one arm: the seed and what follows from it, paths, and the machine.
@@ -150,14 +150,7 @@ class Comparison:
             return "these are single models: the spread between training runs is not part of the comparison"
         if not self.kind.more_is_better:
             return f"more {self.metric} is neither better nor worse by itself"
-        beaten = [pair.other for pair in self.pairwise if beats(pair)]
-        rest = [pair.other for pair in self.pairwise if not beats(pair)]
-        first = self.arms[0].name
-        if not rest:
-            all_of = "its control" if len(beaten) == 1 else f"all of its {len(beaten)} controls"
-            return f"{first} beat {all_of} ({', '.join(beaten)})"
-        score = f"{first} beat {len(beaten)} of {len(self.pairwise)}"
-        return f"{score}; it did not beat {', '.join(rest)}: the gain does not depend on what these leave out"
+        return over_all(self.arms[0].name, self.pairwise)
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

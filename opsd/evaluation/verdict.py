@@ -61,6 +61,25 @@ def loses(pair: Pairwise) -> bool:
     return pair.p_value < LEVEL and pair.difference.high < 0 and high is not None and high < 0
 
 
+def over_all(first: str, pairwise: Sequence[Pairwise]) -> str:
+    """Return whether the first arm beat the others, in a sentence."""
+    beaten = [pair.other for pair in pairwise if beats(pair)]
+    lost = [pair.other for pair in pairwise if loses(pair)]
+    open_ = [pair for pair in pairwise if not beats(pair) and not loses(pair)]
+    if len(beaten) == len(pairwise):
+        all_of = "its control" if len(beaten) == 1 else f"all of its {len(beaten)} controls"
+        return f"{first} beat {all_of} ({', '.join(beaten)})"
+    score = f"{first} beat {len(beaten)} of {len(pairwise)}"
+    if lost:
+        score += f"; it lost to {', '.join(lost)}"
+    if open_:
+        questions = max(pair.difference.n for pair in open_)
+        seeds = max(max(pair.spread.seeds, 1) for pair in open_)
+        cannot = f"{questions} question{'s' * (questions > 1)} and {seeds} seed{'s' * (seeds > 1)} cannot tell it from"
+        score += f"; {cannot} {', '.join(pair.other for pair in open_)}"
+    return score
+
+
 def with_verdict(pair: Pairwise, first: str, metric: Metric, *, trained: bool) -> Pairwise:
     """Return a comparison with its verdict.
 
