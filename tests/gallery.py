@@ -39,10 +39,12 @@ from gallery_parts import (
     with_begin,
     with_template,
 )
+from gallery_rows import ROW_CASES
 
 from opsd import EMATeacher, LiveTeacher, SameCheckpointTeacher
 
 GALLERY: dict[str, Case] = {
+    **ROW_CASES,
     "thinking on one side only": Case(
         "siyan-zhao/OPSD #3, #10; tinker-cookbook #796",
         Setup(context(chat_template_kwargs={"enable_thinking": True})),
@@ -328,8 +330,8 @@ GALLERY: dict[str, Case] = {
     ),
     "a prompt longer than the model": Case(
         "siyan-zhao/OPSD #22, #30; a completion behind a prompt that fills the context",
-        Setup(rows=rows(solution=lambda r: "word " * 600), teacher=context("{{ prompt }} {{ solution }}")),
-        Setup(rows=rows(solution=lambda r: "word " * 60), teacher=context("{{ prompt }} {{ solution }}")),
+        Setup(context("{{ prompt }} {{ solution }}"), rows=rows(solution=lambda r: f"{r['answer']} and " * 300)),
+        Setup(context("{{ prompt }} {{ solution }}"), rows=rows(solution=lambda r: f"{r['answer']} and " * 30)),
         "settings",
         "together more than the 512 tokens",
         "fail",
@@ -364,53 +366,4 @@ GALLERY: dict[str, Case] = {
         "UnsupportedModelError",
         "fail",
     ),
-}
-
-
-# Chat templates and rows as they are in the wild, which the doctor must not complain of.
-MISTRAL = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
-)
-PHI = CHATML.replace("{% endif %}{% endif %}", "{% endif %}{% else %}{{ eos_token }}{% endif %}")
-JSON_TOOLS = CHATML.replace(
-    "message['content'] +", "(message['content'] | tojson if message['role'] == 'tool' else message['content']) +"
-)
-FORGETTING = CHATML.replace("message['content'] +", "message['content'].split('</think>')[-1] +")
-TEXT_TURNS = (
-    "{% for message in messages %}{{ message['role'].title() + ': ' + message['content'] + '\\n\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-PLAIN = rows(prompt=question)
-TOOLS = rows(
-    prompt=lambda r: [
-        *asked("Use the clock."),
-        {"role": "assistant", "content": "<think>Which?</think>I ask it."},
-        {"role": "tool", "content": '{"time": "noon"}\nend'},
-        *r["prompt"],
-    ]
-)
-PROCESSES = ("photosynthesis", "thermodynamics", "crystallisation", "electromagnetism")
-CHOICES = rows(
-    prompt=lambda r: asked(f"{question(r)} Choose: {', '.join(PROCESSES)}."),
-    answer=lambda r: PROCESSES[int(r["answer"]) % 4],
-)
-LATEX = r" Write \frac{{x}}{2} and \text{{abc}}."
-PLACES = ("Westphalia in Osnabrueck", "Vienna on the Danube", "Utrecht at the Rhine")
-EXTRACT = rows(answer=lambda r: PLACES[int(r["answer"]) % 3])
-HEALTHY: dict[str, Setup] = {
-    "turns between [INST] marks": Setup(tokenizer=with_template(MISTRAL)),
-    "an end of text where nothing is generated": Setup(tokenizer=with_template(PHI)),
-    "tools as JSON": Setup(tokenizer=with_template(JSON_TOOLS), rows=TOOLS),
-    "history without thoughts": Setup(tokenizer=with_template(FORGETTING), rows=TOOLS),
-    "turns in plain words": Setup(RULED.teacher, with_template(TEXT_TURNS), rows=RULE),
-    "plain text": Setup(context(), rows=PLAIN),
-    "plain text, no chat template": Setup(context(), with_template(None), rows=PLAIN),  # type: ignore[arg-type]
-    "choices to pick from": Setup(rows=CHOICES),
-    "an answer to be found in one question": Setup(
-        rows=[{**r, "prompt": asked(f"{question(r)} {r['answer']}")} if i == 3 else r for i, r in enumerate(EXTRACT)]
-    ),
-    "fractions in LaTeX": Setup(rows=rows(prompt=lambda r: asked(question(r) + LATEX))),
-    "thinking bridged on request": Setup(context(bridge_thinking=True)),
-    "checkpointed gradients": Setup(settings={"gradient_checkpointing": True}),
 }

@@ -305,5 +305,5 @@ SHORTENING = CHATML.replace("message['content'] +", "message['content'][-40:] +"
 RULE = rows(rule=lambda row: "Answer with a number and nothing else.")
 RULED = Setup(teacher=lambda: SameCheckpointTeacher(context="system_rule"), rows=RULE)
 OTHER_END = CHATML.replace("<|im_end|>", "<|pad|>")
-LONG = rows(solution=lambda row: "First one thing, then another. " * 9)
+LONG = rows(solution=lambda row: f"First {question(row)} then another. " * 6)
 USUAL = Setup()

@@ -90,7 +90,8 @@ def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:
     tables = [page.markdown(tradeoff), markdown(tradeoff.comparison), *form_table(record["runs"], tradeoff)]
     tables += measures_table(record["measures"], tradeoff) if "measures" in record else ()
     write_whole(results / f"{name}.md", head + "".join(tables))
-    write_whole(results / f"{name}.svg", as_svg(tradeoff.points))
+    if page.has_plot(tradeoff):
+        write_whole(results / f"{name}.svg", as_svg(tradeoff.points))
 
 
 def form_table(runs: Sequence[Mapping[str, Any]], tradeoff: Tradeoff) -> Iterator[str]:

@@ -25,6 +25,7 @@ TITLES = {
     "alignment": "Alignment",
     "sampling": "Sampling",
     "divergence": "Where the two differ",
+    "rows": "Rows",
     "prompts": "Prompts",
     "leaks": "Leaks",
     "lift": "Does the teacher help?",

@@ -22,6 +22,7 @@ from opsd.doctor.lift import check_lift
 from opsd.doctor.patient import Patient
 from opsd.doctor.prompts import check_prompts
 from opsd.doctor.reach import check_reach
+from opsd.doctor.rows import check_rows
 from opsd.doctor.sampling import check_sampling
 from opsd.doctor.tokenizers import check_tokenizers
 from opsd.errors import ConfigError, OPSDError, not_one_of
@@ -36,6 +37,7 @@ CHECKS: dict[str, Callable[[Patient], Iterator[Finding]]] = {
     "alignment": check_alignment,
     "sampling": check_sampling,
     "divergence": check_divergence,
+    "rows": check_rows,
     "prompts": check_prompts,
     "leaks": check_leaks,
     "lift": check_lift,

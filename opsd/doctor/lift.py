@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from opsd.data.values import is_empty
@@ -43,6 +44,7 @@ class Lift:
         without: the same for the teacher on the plain prompt; None where that is the student.
         separation: by how many nats per token the context widens the gap between wrong and right rollouts; None where
             there are too few of either.
+        shows_answers: whether the context has the column that the grader compares answers with.
         answer_share: KL per token on the answers of wrong rollouts over KL per token on the rest of them; None where
             the answer's tokens are not known.
     """
@@ -52,6 +54,7 @@ class Lift:
     without: Sequence[bool] | None = None
     separation: float | None = None
     answer_share: float | None = None
+    shows_answers: bool = False
 
     @property
     def copies(self) -> bool:
@@ -77,7 +80,9 @@ def verdict(lift: Lift) -> tuple[str, str, str]:
         )
     if gain.low > 0:
         cause = "the context" if lift.without is None else "the teacher"
-        return "pass", f"{cause} lifts this model {change}: expect learning", ""
+        unseen = "; whether the answers in its context are right cannot be seen here, as the student gives none of them"
+        is_unseen = lift.shows_answers and not any(lift.student)
+        return "pass", f"{cause} lifts this model {change}: expect learning" + unseen * is_unseen, ""
     if gain.high < 0:
         return (
             "warn",
@@ -110,6 +115,14 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
         return
     lift, figures = _measure(patient)
     status, saw, do = verdict(lift)
+    if neighbour := _fits_a_neighbour(patient, lift.student):
+        yield find(
+            "fail",
+            f"the student's answers fit the `answer` of the row {neighbour} theirs better than their own: the column "
+            "is shifted, and the teacher is shown wrong answers.",
+            "Look where the columns were put side by side; a header or a filter may have moved one of them.",
+        )
+        return
     yield find(status, saw + ".", do, tuple(_table(patient, lift, figures)), figures)  # type: ignore[arg-type]
 
 
@@ -133,7 +146,8 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
         figures["kl_answer"] / figures["kl_rest"] if figures["kl_answer"] is not None and figures["kl_rest"] else None
     )
     bare = patient.grade(patient.answers_of(plain)) if not patient.teacher.starts_as_student else None
-    lift = Lift(patient.grade(patient.greedy), patient.grade(patient.teacher_answers), bare, separation, share)
+    student, answers = patient.grade(patient.greedy), patient.grade(patient.teacher_answers)
+    lift = Lift(student, answers, bare, separation, share, _shows_answers(patient))
     for name, graded in (("student", lift.student), ("teacher", lift.teacher), ("teacher_without_context", bare)):
         if graded is not None:
             figures[name] = {"right": sum(graded), "of": len(graded), "interval": proportion_interval(graded)}
@@ -191,10 +205,25 @@ def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator
     yield f"grader: {patient.grader_name}"
 
 
+def _fits_a_neighbour(patient: Patient, right: Sequence[bool]) -> str:
+    """Return "before" or "after" where the student's answers fit that neighbour's `answer` better than their own."""
+    dataset = patient.trainer.train_dataset
+    if isinstance(dataset, Dataset) and _shows_answers(patient):
+        for step, name in ((-1, "before"), (1, "after")):
+            neighbours = [dataset[(number + step) % len(dataset)] for number in patient.numbers]
+            fits = patient.grade(patient.greedy, neighbours)
+            if sum(fits) >= FEW and paired_difference(right, fits).low > 0:
+                return name
+    return ""
+
+
+def _shows_answers(patient: Patient) -> bool:
+    return "answer" in {name for context in patient.teacher.prompts.contexts for name in context.columns}
+
+
 def _answer_tokens(patient: Patient) -> float | None:
     """Return the median length of the rows' answers, if the teacher's context shows them."""
-    shown = {name for context in patient.teacher.prompts.contexts for name in context.columns}
     answers = [str(row["answer"]) for row in patient.rows if not is_empty(row.get("answer"))]
-    if "answer" not in shown or not answers:
+    if not _shows_answers(patient) or not answers:
         return None
     return median(len(patient.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in answers)

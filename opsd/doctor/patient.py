@@ -30,7 +30,7 @@ from opsd.models.forward import context_length, keeping_modes, last_hidden
 from opsd.models.generation import generate
 from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
-from opsd.signals import TeacherSignal
+from opsd.signals import TeacherSignal, TopKSignal
 from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherPrompts, TeacherView
 from opsd.training.groups import placeholders
 from opsd.training.sampling import Agreement, rollout_settings, sampling_gap
@@ -210,8 +210,9 @@ class Patient:
         """Return the reverse KL from a teacher and what comes with it, at the run's temperature, batch by batch."""
         records: list[LossOutput] = []
         run = self.args.objective  # the run's memory budget and compilation, and a plain reverse KL
-        plain = Objective(Divergence(beta=1.0), loss_budget_mb=run.loss_budget_mb, compile_loss=run.compile_loss)
         for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
+            reverse_kl = _reverse_kl_from(signal)
+            plain = Objective(reverse_kl, loss_budget_mb=run.loss_budget_mb, compile_loss=run.compile_loss)
             padded = batch.pad(next(self.student.model.parameters()).device)
             with torch.no_grad(), self._training(), self.trainer.accelerator.autocast():
                 hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.predicts_scored_BL)
@@ -298,17 +299,24 @@ class Patient:
             return "last_number"
         return "contains" if all(len(answer.split()) <= WORDS for answer in answers) else None
 
-    def grade(self, completions: Sequence[Ids]) -> list[bool]:
-        """Tell which completions are right."""
+    def grade(self, completions: Sequence[Ids], rows: Sequence[Row] | None = None) -> list[bool]:
+        """Tell which completions are right answers to the rows examined, or to others."""
+        rows = self.rows if rows is None else rows
         texts, groups = self.texts(completions), self.trainer.groups
         if self._grader is None and groups.rewards.functions:
-            verdicts = groups.verdicts(self.rows, texts, list(completions), self.trainer.state)
+            verdicts = groups.verdicts(rows, texts, list(completions), self.trainer.state)
             return [reward >= groups.success_reward for reward in verdicts.rewards]
         if self.grader_name is None:
             raise ConfigError(
                 "no grader for these rows: there is no reward function and no column 'answer'. Name one: --grader."
             )
-        return grade_rows(load_grader(self.grader_name), texts, self.rows)[0]
+        return grade_rows(load_grader(self.grader_name), texts, rows)[0]
+
+
+def _reverse_kl_from(signal: TeacherSignal) -> Divergence:
+    """Return the reverse KL from a signal: over what a top-k teacher lists, and one bucket for the rest."""
+    sizes = [part.ids_NK.shape[1] for _, part in signal.groups() if isinstance(part, TopKSignal)]
+    return Divergence(beta=1.0, support="teacher_top_k", support_k=min(sizes)) if sizes else Divergence(beta=1.0)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ MOST_SHORTENED = 0.25  # share of rows from which shortening is the rule and not
 _PRINTED = re.compile(r"\[\{['\"](?:role|content)['\"]:")
 # Not \frac{{x}}{2}: a name has three letters, and no command stands before it.
 _PLACEHOLDER = re.compile(r"(?<![\w}])\{\{\s*[a-z_]\w{2,}\s*\}\}|\{% .*? %\}")
+_CUE = re.compile(r"(?:^|\n)[^\n]{0,30}[\w)][:=]\s*\Z|=\s*\Z")  # the end of a text prompt that asks to be continued
 find = functools.partial(Finding, "prompts")
 
 
@@ -29,6 +30,8 @@ def check_prompts(patient: Patient) -> Iterator[Finding]:
         *_printed(patient),
         *_questions(patient),
         *_bare(patient),
+        *_ends(patient),
+        *_cues(patient),
     ]
     yield from problems
     yield from _shortened(patient)
@@ -181,6 +184,42 @@ def _bare(patient: Patient) -> Iterator[Finding]:
             f"the teacher's prompt equals the student's in {len(same)} of {len(with_context)} prompts, first row "
             f"{patient.numbers[same[0].row]}.",
             "Fill the columns in these rows, drop the rows, or name a fallback in a schedule.",
+        )
+
+
+def _ends(patient: Patient) -> Iterator[Finding]:
+    """Find text prompts to which the tokenizer adds its end of text."""
+    end = patient.tokenizer.eos_token
+    ended = [
+        prompt for prompt in patient.prompts
+        if isinstance(prompt.messages, str) and prompt.ids[-1:] == [patient.tokenizer.eos_token_id]
+        and not prompt.messages.rstrip().endswith(end)
+    ]  # fmt: skip
+    if ended:
+        yield find(
+            "fail",
+            f"the tokenizer adds {end!r} to {len(ended)} text prompts, first row {patient.numbers[ended[0].row]} of "
+            f"the {ended[0].name}: the model reads that its text has ended, and answers as after an end.",
+            "Switch it off: tokenizer.add_eos_token = False, or remove it from the tokenizer's post-processor.",
+        )
+
+
+def _cues(patient: Patient) -> Iterator[Finding]:
+    """Find text prompts whose cue, such as `Answer:`, no longer ends the teacher's prompt."""
+    lost = []
+    for prompt in patient.teacher_prompts:
+        question = patient.rows[prompt.row]["prompt"]
+        end = _CUE.search(question) if isinstance(question, str) else None
+        if end and not prompt.text.rstrip().endswith(end[0].strip()):
+            lost.append((end[0].strip(), prompt))
+    if lost:
+        cue, prompt = lost[0]
+        yield find(
+            "warn",
+            f"the student's prompt ends with {cue!r}, and the {prompt.name} ends with {prompt.text[-40:]!r}, in "
+            f"{len(lost)} rows: the student's answer follows a cue that the teacher does not end with.",
+            "Write the context before the question in your template ({{ answer }} first, {{ prompt }} last), or give "
+            "the prompts as messages.",
         )
 
 
