@@ -50,6 +50,7 @@ def prepare(folder: Path, arms: list[str], seeds: list[int]) -> Path:
         write_rows(folder / f"train-{seed}.jsonl", rows)
         write_rows(folder / "test.jsonl", held_out)  # of every seed the same
     run = sums_settings(demo, packaged_model(), folder)
+    run |= {"context": "answer_only", "learning_rate": 1.5e-5}  # of the demo before it had worked examples
     run |= {"dataset_name": str(folder / "train-{seed}.jsonl"), "output_dir": str(folder / "sweep")}
     run["evaluation"] |= {"test": str(folder / "test.jsonl"), "neutral": str(folder / "neutral.jsonl")}
     run["sweep"] = {"arms": {arm: {} if arm == METHOD else {"control": arm} for arm in arms}, "seed": seeds}

@@ -133,7 +133,9 @@ def test_the_run_file_says_what_its_settings_mean(tmp_path: Path) -> None:
     path = write_run(SumsSettings(steps=1, rollouts=3, questions=5, learning_rate=1e-5), "some/model", tmp_path / "run")
     run = read_run(path)
     assert (run.args.max_steps, run.args.per_device_train_batch_size, run.args.learning_rate) == (1, 3, 1e-5)
-    assert run.run.evaluation["grader"] == "last_number" and run.run.context == "answer_only"
+    assert run.run.evaluation["grader"] == "last_number" and run.run.context["template"] == "answer_only"
+    shown = [turn["content"].split(": ")[-1] for turn in run.run.context["examples"]]
+    assert shown[:2] == ["12 + 7 =\n\nThe correct answer is 19. Answer with it.", "The answer is 19."]
     for name, count in (("train.jsonl", 3), ("held_out.jsonl", 5)):
         assert len((tmp_path / "run" / name).read_text().splitlines()) == count
     text = path.read_text()

@@ -16,7 +16,7 @@ import yaml
 from benchmarks.learning import tasks
 from benchmarks.learning.parts import ROLLOUTS, SENTENCE, Arms, evaluation, in_sentences, run_file, write_training
 from opsd.cli import main as opsd
-from opsd.commands.demo_tasks import write_rows
+from opsd.commands.demo_tasks import question, worked_examples, write_rows
 from opsd.evaluation.pareto import Tradeoff
 
 RATE = 3e-5
@@ -45,7 +45,6 @@ WORDINGS: Mapping[str, tuple[str, str, bool]] = {
     ),
     "system": ("system", "The answer to the user's question is {{ answer }}.", False),
 }
-WORKED = ("12 + 7", "45 - 18")  # of the examples
 FIGURES = {
     "lift": "lift, points",
     "answer_share": "KL on answers / elsewhere",
@@ -123,14 +122,9 @@ def context_of(folder: Path, name: str) -> dict[str, Any]:
 
 def examples(text: str) -> list[dict[str, str]]:
     """Return worked examples as turns, whose questions have their answers in a wording's form."""
-    question = "State the final answer to the following arithmetic problem: {} ="
-    turns = []
-    for sum_ in WORKED:
-        first, sign, second = sum_.split()
-        answer = str(int(first) + (1 if sign == "+" else -1) * int(second))
-        shown = text.replace("{{ prompt }}", question.format(sum_)).replace("{{ answer }}", answer)
-        turns += [{"role": "user", "content": shown}, {"role": "assistant", "content": f"The answer is {answer}."}]
-    return turns
+    return worked_examples(
+        lambda row: text.replace("{{ prompt }}", question(row)).replace("{{ answer }}", row["answer"])
+    )
 
 
 # ---- what the doctor measures -----------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ ABOUT = (
 )
 ABOUT_MATH = (
     "Train a small real model to add and subtract. It samples answers to the plain question; its teacher is the same "
-    "model, frozen, with the right answer in its prompt; the per-token reverse KL between the two trains it. Held-out "
-    "questions are graded before and after. Plain fine-tuning does better on this task: docs/when.md has the figures."
+    "model, frozen, with two worked examples and the right answer in its prompt; the per-token reverse KL between the "
+    "two trains it. Held-out questions are graded before and after. Fine-tuning on the answers, written as sentences, "
+    "does better on this task: docs/when.md has the figures."
 )
 RUN_FILES = " Run files are written into the output folder: change them and run `opsd train` on them."
 HELP = {
@@ -55,7 +56,7 @@ TITLE = (
 )
 TITLE_MATH = (
     "[bold]opsd demo math[/]: a small model learns arithmetic from its own answers. Its teacher is the same model with "
-    "the right answer in the prompt.\n"
+    "two worked examples and the right answer in the prompt.\n"
 )
 
 

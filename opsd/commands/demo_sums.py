@@ -1,6 +1,7 @@
 """The demo of sums: the teacher is the same model with the right answer in its prompt, the demo's task until 0.1.
 
-Here fine-tuning on the answers does better: docs/when.md has the figures. `opsd.commands.demo` prints what is run here.
+Here fine-tuning on the answers in sentences does better: docs/when.md has the figures. `opsd.commands.demo` prints what
+is run here.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from opsd.commands.demo_run import Clock, Say, common_settings, free_folder, train_printing, write_run_file
-from opsd.commands.demo_tasks import packaged_model, sums, write_rows
+from opsd.commands.demo_tasks import Row, packaged_model, sums, worked_examples, write_rows
+from opsd.contexts.messages import turns_of
+from opsd.contexts.privileged import PrivilegedContext
+from opsd.data.values import text_of
 
-CONTEXT = "answer_only"
+CONTEXT = "answer_only"  # with two worked examples, which were the largest lever: results/learning/wordings.md
 GRADER = "last_number"  # the model answers in a sentence; reasoning-gym's scorer wants the bare number
 CONTROL = "wrong-context"
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
@@ -21,7 +25,7 @@ MAX_NEW_TOKENS = 20  # "The final answer to this arithmetic problem is 123." and
 # What the run file says beside its settings.
 COMMENTS = {
     "dataset_name": "sums and differences of two numbers, each with its answer",
-    "context": "the teacher's prompt contains the right answer; the student's does not",
+    "context": "two worked examples and the right answer, in the teacher's prompt only",
     "teacher": "the model at step 0, frozen",
     "per_device_train_batch_size": "rollouts per step",
     "max_completion_length": "tokens",
@@ -51,7 +55,7 @@ class SumsSettings:
     model: str | None = None
     steps: int = 24
     rollouts: int = 16
-    learning_rate: float = 1.5e-5
+    learning_rate: float = 3e-5
     questions: int = 200
     seed: int = 0
     output: str | None = None
@@ -81,6 +85,11 @@ class SumsResult:
     control: str | None = None
 
 
+def _shown(row: Row) -> str:
+    messages, _ = PrivilegedContext(CONTEXT).messages(row)
+    return text_of(turns_of(messages)[-1])
+
+
 # ---- the run file -----------------------------------------------------------------------------------------------
 
 
@@ -89,7 +98,7 @@ def sums_settings(settings: SumsSettings, model: str, folder: Path) -> dict[str,
     rows = folder / TRAIN
     return {
         "model_name_or_path": model,
-        "context": CONTEXT,
+        "context": {"template": CONTEXT, "examples": worked_examples(_shown)},
         "teacher": {"strategy": "same_checkpoint"},
         "learning_rate": settings.learning_rate,
         **common_settings(folder, rows, settings.steps, settings.rollouts, MAX_NEW_TOKENS, settings.seed),

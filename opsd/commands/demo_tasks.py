@@ -26,6 +26,7 @@ QUESTIONS, NOUNS = (Path(__file__).with_name(f"demo_{name}.txt") for name in ("q
 SPLIT_SEED = 7  # of the questions of general knowledge
 SELECTION = 100  # of them for choices; the other 175 are the test
 FORMS = ("What is a {}?", "Tell me about the {}.", "Describe a {} in a few words.", "Why is a {} interesting?")
+EXAMPLES = {"12 + 7": "19", "45 - 18": "27"}  # worked ones, in a teacher's prompt
 EVERYDAY, SUM = "everyday", "sums"  # kinds of prompts, in the column `kind`
 ONE_SUM_IN = 4  # prompts of both kinds
 Row = dict[str, Any]
@@ -107,6 +108,22 @@ def sums(count: int, questions: int, seed: int) -> tuple[list[Row], list[Row]]:
 def asked(text: str, **columns: Any) -> Row:
     """Return a row with one user turn."""
     return {"prompt": [{"role": "user", "content": text}], **columns}
+
+
+def worked_examples(shown: Callable[[Row], str]) -> list[dict[str, str]]:
+    """Return two sums as turns of a context: the question as the teacher sees it, and its answer in a sentence.
+
+    Args:
+        shown: row with `prompt` and `answer` -> the text of the teacher's user turn.
+    """
+    turns = []
+    for sum_, answer in EXAMPLES.items():
+        row = asked(f"State the final answer to the following arithmetic problem: {sum_} =", answer=answer)
+        turns += [
+            {"role": "user", "content": shown(row)},
+            {"role": "assistant", "content": f"The answer is {answer}."},
+        ]
+    return turns
 
 
 def of_kind(kind: str, rows: Iterable[Row]) -> list[Row]:
