@@ -70,7 +70,7 @@ def test_a_metric_that_cannot_be_had_is_refused(metric: str, said: str) -> None:
 
 
 def test_a_metric_of_samples_is_refused_where_none_were_drawn() -> None:
-    with pytest.raises(ConfigError, match=r"there are 0\. Draw more: `--samples 4"):
+    with pytest.raises(ConfigError, match=r"there are 0\. Draw more: samples=4"):
         result_of("+-").values("avg@4")
 
 

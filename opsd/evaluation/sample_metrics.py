@@ -225,5 +225,6 @@ def metric_of(name: str, samples: Sequence[Sample], has_form: bool) -> float:
 def _check_k(kind: str, k: int, samples: int) -> None:
     if as_count(f"k of {kind}@k", k) > samples:
         raise ConfigError(
-            f"{kind}@{k} needs at least {k} samples per question, and there are {samples}. Draw more: `--samples {k}`."
+            f"{kind}@{k} needs at least {k} samples per question, and there are {samples}. Draw more: samples={k}, "
+            f"or --samples {k} of `opsd eval`."
         )

@@ -115,7 +115,7 @@ def _sentence(pair: Pairwise, first: str, metric: Metric, trained: bool, change:
         if not trained:
             return f"{lead}: {change}"
         if spread.deviation is None:
-            return f"{lead} with one pair of seeds; another seed may differ, train two more (--seed): {change}"
+            return f"{lead} with one pair of seeds; another seed may differ, train two more with other seeds: {change}"
         needed = max(seeds_needed(spread.mean, spread.deviation), spread.seeds + 1)
         return f"{lead} on these seeds; about {needed} seeds would settle it: {change}"
     questions = None if difference.deviation is None else questions_needed(difference.difference, difference.deviation)

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from opsd.contexts.base import Context
 from opsd.teachers import Teacher
+from opsd.training.checkpoints import RESUME
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -133,7 +134,6 @@ class GracefulStop(TrainerCallback):
             step = state.global_step
             self._accelerator.print(
                 f"stopped by {signal.Signals(self.stopped_by).name} after step {step}; saved checkpoint-{step} in "
-                f"{args.output_dir}. Resume: trainer.train(resume_from_checkpoint=True), or "
-                "`opsd train CONFIG --resume_from_checkpoint true`.",
+                f"{args.output_dir}. Resume: {RESUME}.",
                 flush=True,
             )

@@ -27,6 +27,7 @@ TRAINER_STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin",
            "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # fmt: skip
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_0")  # the last is FSDP's folder of shards
+RESUME = "trainer.train(resume_from_checkpoint=True), or `opsd train CONFIG --resume_from_checkpoint true`"
 UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' mark of an interrupted save
 
 
@@ -160,8 +161,8 @@ def resolve(output_dir: str | os.PathLike[str], resume: str | bool | None) -> tu
     if not resume:
         if checkpoints:
             raise CheckpointError(
-                f"{output_dir} already holds a run ({checkpoints[0].name}). A new run would mix with it. Resume it "
-                "(`--resume_from_checkpoint true`), or choose another output_dir."
+                f"{output_dir} already holds a run ({checkpoints[0].name}). A new run would mix with it. Resume it: "
+                f"{RESUME}; or choose another output_dir."
             )
         if any((Path(output_dir) / name).is_file() for name in WEIGHTS):
             raise CheckpointError(
@@ -203,7 +204,7 @@ def model_folder(model: str) -> str:
     if whole is None:
         raise CheckpointError(
             f"{model} is a run without a model: it was stopped before its end, and has no complete checkpoint (here: "
-            f"{_names(saved(folder))}). Resume it: --resume_from_checkpoint true; or name a model."
+            f"{_names(saved(folder))}). Resume it: {RESUME}; or name a model."
         )
     return str(whole)
 
