@@ -159,7 +159,7 @@ def test_a_recipes_numbers_lie_beneath_the_file_and_the_command_line(run_yaml: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_resume(run_yaml: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "opsd", "train", str(run_yaml), "--max_steps", "500", "--save_strategy", "no"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:

@@ -132,20 +132,21 @@ def test_a_configuration_for_accelerate_is_one() -> None:
     files = sorted((Path(__file__).parent.parent / "examples" / "accelerate").glob("*.yaml"))
     kinds = {path.stem: load_config_from_file(str(path)) for path in files}
     assert {name: str(config.distributed_type).split(".")[-1] for name, config in kinds.items()} == {
-        "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED",
+        "ddp": "MULTI_GPU", "fsdp2": "FSDP",
     }  # fmt: skip
     assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
-    assert kinds["zero2"].deepspeed_config["zero_stage"] == 2
     assert json.dumps(kinds["fsdp2"].fsdp_config)
 
 
 UNSHARDED = {"fsdp": "", "fsdp_config": {}, "deepspeed": None, "seq_kd": False}
-ZERO_2 = {"zero_optimization": {"stage": 2}}
 REFUSED = [
     ({"fsdp": "full_shard", "fsdp_config": {"version": 1}}, {}, "FSDP 1 flattens"),
     ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP 1 flattens"),
     ({"fsdp": "full_shard", "fsdp_config": {"version": 2}, "seq_kd": True}, {}, "with seq_kd the teacher samples"),
-    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {}, "ZeRO-3 empties parameters"),
+    ({"fsdp": True, "fsdp_config": {"cpu_offload": True}}, {}, "keep parameters in CPU memory"),
+    ({}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "in CPU memory"),
+    ({"deepspeed": {"zero_optimization": {"stage": 2}}}, {}, "DeepSpeed restores a checkpoint on a path of its own"),
+    ({}, {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed restores a checkpoint"),
 ]
 
 
@@ -159,6 +160,6 @@ def test_sharding_that_teachers_cannot_follow_is_refused(
         check_sharding(SimpleNamespace(**{**UNSHARDED, **settings}))
 
 
-def test_fsdp_2_and_zero_2_are_accepted() -> None:
-    for settings in ({"fsdp": "full_shard", "fsdp_config": {"version": 2}}, {"deepspeed": ZERO_2}):
+def test_fsdp_2_is_accepted_and_is_what_fsdp_alone_means() -> None:
+    for settings in ({"fsdp": "full_shard", "fsdp_config": {"version": 2}}, {"fsdp": True}):
         check_sharding(SimpleNamespace(**{**UNSHARDED, **settings}))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 PAUSE = 0.1  # seconds between two looks at the processes
 THREADS = "OMP_NUM_THREADS"
 _PR_SET_PDEATHSIG = 1  # prctl(2): the signal a process gets when its parent dies

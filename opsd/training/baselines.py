@@ -162,7 +162,7 @@ def _why_not(parts: RunParts) -> str | None:
     unknown = [type(each).__name__ for each in whose if type(each).__module__.split(".")[0] not in KNOWN]
     if unknown:
         return f"the code of {', '.join(unknown)}"
-    if parts.accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+    if parts.accelerator.distributed_type.value == "FSDP":
         return "sharded weights"
     return "tools" if parts.student.renderer.tools else None
 

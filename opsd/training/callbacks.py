@@ -20,7 +20,8 @@ from opsd.contexts.base import Context
 from opsd.teachers import Teacher
 from opsd.training.checkpoints import RESUME
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SLURM announces the end of a job with the signal that it is asked for, usually SIGUSR1.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class TeacherCallback(TrainerCallback):
@@ -70,7 +71,7 @@ class TeacherCallback(TrainerCallback):
 
 
 class GracefulStop(TrainerCallback):
-    """Turns Ctrl-C or SIGTERM into a checkpoint and a clean end after the step; a second Ctrl-C stops at once.
+    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a checkpoint and a clean end after the step; a second Ctrl-C stops at once.
 
     transformers' own just-in-time checkpoint may save between a rollout and its optimizer step, when the random state
     has already moved on, and each process decides alone. Here all processes agree, and a resumed run is the same run.

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opsd.errors import CheckpointError, ConfigError
+from opsd.errors import CheckpointError
 from opsd.evaluation.run_folder import CARD, write_json
 
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
@@ -223,7 +223,6 @@ def ready_folder(args: Any) -> None:
 
     Raises:
         CheckpointError: the folder cannot be written to.
-        ConfigError: DeepSpeed has read another number format already.
     """
     check_writable(args.output_dir)
     restore_number_format(args)
@@ -237,9 +236,6 @@ def restore_number_format(args: Any) -> None:
 
     Args:
         args: an OPSDConfig; changed where the run in its `output_dir` stored another choice than the one made here.
-
-    Raises:
-        ConfigError: DeepSpeed has read the other choice already.
     """
     stored = Path(args.output_dir) / NUMBER_FORMAT
     # Without a checkpoint there is nothing to resume: the folder may have come from another machine.
@@ -248,12 +244,6 @@ def restore_number_format(args: Any) -> None:
     bf16 = bool(json.loads(stored.read_text("utf-8"))["bf16"])
     if bf16 == args.bf16:
         return
-    if args.deepspeed_plugin is not None:
-        raise ConfigError(
-            f"the run in {args.output_dir} computes in {'bfloat16' if bf16 else 'float32'}, which is not what is "
-            "faster on this machine, and DeepSpeed is configured before the run is known. A resumed run must compute "
-            f"alike: set bf16: {str(bf16).lower()}."
-        )
     args.bf16 = bf16
     args.mixed_precision = "bf16" if bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 

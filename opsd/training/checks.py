@@ -6,10 +6,8 @@ settings becomes a list. Rows are checked in `dataset.py`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -64,14 +62,21 @@ def check_sharding(args: Any, evaluates: bool = False) -> None:
         evaluates: whether the run has an evaluation plan.
 
     Raises:
-        ConfigError: FSDP 1, DeepSpeed's ZeRO-3, or a teacher that would have to sample in shards.
+        ConfigError: FSDP 1, parameters that are offloaded, DeepSpeed, or a teacher that would have to sample in shards.
     """
+    config = args.fsdp_config or {}
     fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    version = str((args.fsdp_config or {}).get("version") or os.environ.get("FSDP_VERSION") or 1)
-    if fsdp and version != "2":
+    version = config.get("version", 2) if args.fsdp else os.environ.get("FSDP_VERSION", 1)  # their own defaults
+    if fsdp and str(version) != "2":
         raise ConfigError(
             "FSDP 1 flattens parameters, and a self-teacher could not swap its copies for them. Use "
             "FSDP 2: fsdp_version: 2 (examples/accelerate/fsdp2.yaml), or fsdp_config: {version: 2}."
+        )
+    launched = {name for name in ("FSDP_OFFLOAD_PARAMS", "ACCELERATE_USE_DEEPSPEED") if os.environ.get(name) == "true"}
+    if fsdp and (config.get("cpu_offload") or "offload" in str(args.fsdp) or "FSDP_OFFLOAD_PARAMS" in launched):
+        raise ConfigError(
+            "FSDP would keep parameters in CPU memory between passes, and a self-teacher swaps its copies for them on "
+            "the device: this has never been run. Leave the offload out; more processes hold less each."
         )
     if fsdp and args.seq_kd:
         raise ConfigError(
@@ -85,21 +90,11 @@ def check_sharding(args: Any, evaluates: bool = False) -> None:
             "once per token of its longest answer: processes with shorter answers would hang. Evaluate saved "
             "checkpoints instead: `opsd eval RUN/checkpoint-N`."
         )
-    if _zero_stage(args) == 3:
+    if args.deepspeed or "ACCELERATE_USE_DEEPSPEED" in launched:
         raise ConfigError(
-            "DeepSpeed's ZeRO-3 empties parameters between passes, and a self-teacher would copy empty tensors. Use "
-            "FSDP 2, which shards as much (examples/accelerate/fsdp2.yaml), or ZeRO-2 (examples/accelerate/zero2.yaml)."
+            "DeepSpeed restores a checkpoint on a path of its own, on which a teacher is not restored: a resumed run "
+            "would go on with the teacher of step 0. Use FSDP 2, which shards as much (examples/accelerate/fsdp2.yaml)."
         )
-
-
-def _zero_stage(args: Any) -> int:
-    plugin = getattr(args, "deepspeed_plugin", None)
-    if plugin is not None:
-        return int(plugin.zero_stage)
-    config = args.deepspeed
-    if isinstance(config, str) and Path(config).is_file():
-        config = json.loads(Path(config).read_text())
-    return int(config.get("zero_optimization", {}).get("stage", 0)) if isinstance(config, dict) else 0
 
 
 def check_adapter(config: PeftConfig) -> None:

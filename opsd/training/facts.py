@@ -70,7 +70,7 @@ def run_facts(parts: RunParts, data: str) -> dict[str, Any]:
         "settings": settings,
         "optimizer": None if optimizer is None else {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
         "scheduler": None if scheduler is None else type(scheduler).__name__,
-        "sharding": kind if kind in ("FSDP", "DEEPSPEED") else "none",
+        "sharding": kind if kind == "FSDP" else "none",
         "processes": parts.accelerator.num_processes,
         "contrast": scorer.contrast and scorer.contrast.prompts.description,
         "rewards": dict(zip(parts.groups.rewards.names, map(_code, parts.groups.rewards.functions), strict=True)),

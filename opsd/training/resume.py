@@ -140,7 +140,7 @@ def check_allowed(names: Iterable[str], settings: Collection[str]) -> None:
     """
     known = [*settings, *COMPARED]
     for name in names:
-        if reason := _why_fixed(name, FIXED):
+        if reason := _why_fixed(name):
             raise ConfigError(
                 f"allow_changes names {name!r}, and a resumed run cannot change it: {reason}. Start a new run from the "
                 "checkpoint's weights instead: model_name_or_path."
@@ -174,21 +174,18 @@ def changes(folder: Path, stored: Mapping[str, Any], now: Mapping[str, Any], all
     before, after = _flat(stored), _flat(json.loads(json.dumps(now)))
     names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
     differing = [Change(name, before.get(name), after.get(name)) for name in names]
-    fixed = dict(FIXED)
-    if now.get("sharding") == "DEEPSPEED":
-        fixed |= dict.fromkeys(SCHEDULE, "DeepSpeed restores the learning rate and its schedule from the checkpoint")
-    refused = [c for c in differing if not c.is_recorded and (_why_fixed(c.name, fixed) or not _is_in(c.name, allowed))]
+    refused = [c for c in differing if not c.is_recorded and (_why_fixed(c.name) or not _is_in(c.name, allowed))]
     if refused:
-        raise CheckpointError(_refusal(folder, refused, fixed))
+        raise CheckpointError(_refusal(folder, refused))
     return differing
 
 
-def _refusal(folder: Path, refused: Sequence[Change], fixed: Mapping[str, str]) -> str:
+def _refusal(folder: Path, refused: Sequence[Change]) -> str:
     lines = []
     for change in refused:
-        what, reason = COMPARED.get(change.name.partition(".")[0]), _why_fixed(change.name, fixed)
+        what, reason = COMPARED.get(change.name.partition(".")[0]), _why_fixed(change.name)
         lines.append(f"  {change}" + f" ({what})" * bool(what) + f"; fixed: {reason}" * bool(reason))
-    free = [change.name for change in refused if not _why_fixed(change.name, fixed)]
+    free = [change.name for change in refused if not _why_fixed(change.name)]
     if len(free) == len(refused):
         way_out = f"--allow-changes {' '.join(free)} (in Python: OPSDConfig(allow_changes={free}))"
         way_out = f"Restore them, or name those that you mean to change: {way_out}."
@@ -284,9 +281,9 @@ def _set_rates(differing: Sequence[Change], optimizer: Any, scheduler: Any) -> N
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def _why_fixed(name: str, fixed: Mapping[str, str]) -> str | None:
+def _why_fixed(name: str) -> str | None:
     """Return why something can never change, or None."""
-    return next((reason for each, reason in fixed.items() if _is_in(name, (each,))), None)
+    return next((reason for each, reason in FIXED.items() if _is_in(name, (each,))), None)
 
 
 def _is_in(name: str, names: Collection[str]) -> bool:

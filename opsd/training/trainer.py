@@ -368,7 +368,7 @@ class OPSDTrainer(DistillationTrainer):
         self._averages["train"].load(pending["tallies"])
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Train. Ctrl-C or SIGTERM saves a checkpoint at the end of the step, and prints how to resume.
+        """Train. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint at the end of the step, and prints how to resume.
 
         Args:
             resume_from_checkpoint: True for the newest usable checkpoint in `output_dir`, or a checkpoint's path.
