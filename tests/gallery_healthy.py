@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from conftest import CHATML
-from gallery_parts import RULE, RULED, Setup, asked, context, question, rows, with_template
+from conftest import CHATML, make_gpt2
+from gallery_parts import RULE, RULED, Setup, asked, context, question, rows, sibling, with_template
 
-from opsd import SameCheckpointTeacher, TopKSignal
+from opsd import EMATeacher, SameCheckpointTeacher, TopKSignal
 
 # Chat templates and rows as they are in the wild, which the doctor must not complain of.
 MISTRAL = (
@@ -91,5 +91,20 @@ HEALTHY: dict[str, Setup] = {
     "one turn of several": Setup(
         rows=rows(prompt=lambda row: [*asked("Hello."), {"role": "assistant", "content": "Hi."}, *row["prompt"]])
     ),
+    "GPT-2 and plain text": Setup(context(), with_template(None), make_gpt2, PLAIN),  # type: ignore[arg-type]
+    "thinking on both sides": Setup(
+        context(chat_template_kwargs={"enable_thinking": True}),
+        settings={"chat_template_kwargs": {"enable_thinking": True}},
+    ),
+    "a wrong hint to contrast with": Setup(
+        rows=rows(hint=lambda row: f"Not {row['answer']}."), settings={"contrast_context": "hint"}
+    ),
+    "a moving average": Setup(lambda: EMATeacher(0.99, context="answer_only")),
+    "a sibling": Setup(sibling()),
+    "half of the rows off-policy": Setup(
+        rows=rows(completion=lambda row: f"It is {row['answer']}."),
+        settings={"lmbda": 0.5, "max_completion_length": 24},
+    ),
+    "groups of two": Setup(settings={"num_generations": 2}),
     "a question asked twice": Setup(rows=[*rows()[:-1], rows()[0]]),
 }

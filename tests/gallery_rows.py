@@ -6,8 +6,10 @@ import json
 from typing import Any
 
 from conftest import make_tokenizer
-from gallery_parts import Case, Setup, asked, context, question, rows
+from gallery_parts import USUAL, Case, Setup, asked, context, question, rows, with_template
 from tokenizers.processors import TemplateProcessing
+
+from opsd import SameCheckpointTeacher
 
 
 def ending(adds: bool) -> Any:
@@ -22,6 +24,10 @@ def ending(adds: bool) -> Any:
         return tokenizer
 
     return make
+
+
+def said(row: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": told(row)}
 
 
 def told(row: dict[str, Any]) -> str:
@@ -97,6 +103,125 @@ ROW_CASES: dict[str, Case] = {
         Setup(rows=[{**row, "answer": "0"} if n % 4 == 0 else row for n, row in enumerate(NUMBERED)]),
         "settings",
         "needs the column 'answer', which is empty in 4 rows of the train dataset: 0, 4, 8, 12",
+        "fail",
+    ),
+    "one solution for all": Case(
+        "the same, in the column that a worked solution is read from",
+        Setup(lambda: SameCheckpointTeacher(context="worked_solution"), rows=rows(solution=lambda row: "Count on.")),
+        Setup(lambda: SameCheckpointTeacher(context="worked_solution")),
+        "rows",
+        "solution is 'Count on.' in all 16 rows",
+    ),
+    "an empty question": Case(
+        "forms that were never filled in",
+        Setup(rows=[{**row, "prompt": asked(" ")} if n % 4 == 0 else row for n, row in enumerate(NUMBERED)]),
+        Setup(rows=[{**row, "prompt": asked(f"{n}?")} if n % 4 == 0 else row for n, row in enumerate(NUMBERED)]),
+        "settings",
+        "4 rows without a usable prompt .the first is row 0.*ends with an empty user turn",
+        "fail",
+    ),
+    "a prompt and a chat": Case(
+        "a column `prompt` made from `messages`, which was kept",
+        Setup(rows=rows(messages=lambda row: row["prompt"])),
+        Setup(rows=rows(chat=lambda row: row["prompt"])),
+        "settings",
+        "has both 'messages' and 'prompt'",
+        "fail",
+    ),
+    "images": Case(
+        "rows of a vision dataset",
+        Setup(rows=rows(images=lambda row: "a.png")),
+        Setup(rows=rows(captions=lambda row: "a.png")),
+        "settings",
+        "has the column 'images'",
+        "fail",
+    ),
+    "off-policy rows without completions": Case(
+        "GKD's lmbda on a dataset of prompts",
+        Setup(settings=OFF_POLICY),
+        Setup(settings={**OFF_POLICY, "max_completion_length": 24}, rows=rows(completion=told)),
+        "settings",
+        "lmbda: 0.5 needs the column 'completion'",
+        "fail",
+    ),
+    "a chat as completion": Case(
+        "completions that repeat their prompt's turns",
+        Setup(settings=OFF_POLICY, rows=rows(completion=lambda row: [*row["prompt"], said(row)])),
+        Setup(settings={**OFF_POLICY, "max_completion_length": 24}, rows=rows(completion=lambda row: [said(row)])),
+        "settings",
+        "is one assistant turn, and this one has 2",
+        "fail",
+    ),
+    "messages for a base model": Case(
+        "GPT-2, Llama base: no chat template, and a traceback of transformers",
+        Setup(tokenizer=with_template(None)),  # type: ignore[arg-type]
+        Setup(context(), with_template(None), rows=rows(prompt=question)),  # type: ignore[arg-type]
+        "settings",
+        "prompts are messages, and the tokenizer has no chat template",
+        "fail",
+    ),
+    "ids as prompts": Case(
+        "datasets that were tokenized for another trainer",
+        Setup(rows=rows(prompt=lambda row: [5, 6, 7])),
+        Setup(rows=rows()),
+        "settings",
+        "reads texts or messages, not token ids",
+        "fail",
+    ),
+    "ShareGPT's turns": Case(
+        "conversations of {from, value}",
+        Setup(rows=[{"conversations": [{"from": "human", "value": "Hi"}], "answer": "2"}] * 16),
+        Setup(rows=rows()),
+        "settings",
+        "has 'conversations' .ShareGPT.",
+        "fail",
+    ),
+    "a role of another name": Case(
+        "human and gpt in place of user and assistant",
+        Setup(rows=rows(prompt=lambda row: [{"role": "human", "content": question(row)}])),
+        Setup(rows=rows()),
+        "settings",
+        "needs a user turn; this row has: human",
+        "fail",
+    ),
+    "numbers as prompts": Case(
+        "a CSV's index column read as the question",
+        Setup(rows=rows(prompt=lambda row: 5)),
+        Setup(context(), rows=rows(prompt=lambda row: f"5 {question(row)}")),
+        "settings",
+        "`prompt` is a int, neither text nor a list of messages",
+        "fail",
+    ),
+    "no token left to train on": Case(
+        "skip_first_tokens of long answers kept for short ones",
+        Setup(settings={"skip_first_tokens": 9}),
+        Setup(settings={"skip_first_tokens": 1}),
+        "settings",
+        "no token would be left to train on",
+        "fail",
+    ),
+    "groups that span two steps": Case(
+        "num_generations of another batch size",
+        Setup(settings={"num_generations": 3}),
+        Setup(settings={"num_generations": 2}),
+        "settings",
+        "A group would span two steps",
+        "fail",
+    ),
+    "a learning rate that is no number": Case(
+        "a schedule computed as 0 / 0",
+        Setup(settings={"learning_rate": float("nan")}),
+        USUAL,
+        "settings",
+        "learning_rate must be 0 or more, and is nan",
+        "fail",
+    ),
+    "an optimizer that never forgets": Case(
+        "a decay of a running mean that never moves",
+        Setup(settings={"adam_beta2": 1.0}),
+        USUAL,
+        "settings",
+        "adam_beta2 must be 0 or more, and below 1, and is 1",
         "fail",
     ),
     "tools in a column": Case(

@@ -31,7 +31,7 @@ def examined(setup: Setup, folder: Path) -> Examination:
 
 
 def test_the_gallery_has_the_size_that_was_promised_and_names_its_sources() -> None:
-    assert len(GALLERY) >= 55 and len(HEALTHY) >= 24
+    assert len(GALLERY) >= 70 and len(HEALTHY) >= 30
     assert all(case.source for case in GALLERY.values())
 
 

@@ -51,9 +51,17 @@ class PromptRenderer:
             prompt: text or messages.
             prefill: text behind the assistant's header.
             add_generation_prompt: whether messages are followed by the assistant's header.
+
+        Raises:
+            ConfigError: messages, and no chat template that could write them.
         """
         if isinstance(prompt, str):
             return self.tokenizer(text=prompt + prefill)["input_ids"]
+        if self.chat_template is None and self.tokenizer.chat_template is None:
+            raise ConfigError(
+                "prompts are messages, and the tokenizer has no chat template to write them, as those of base models. "
+                "Give prompts as text, as the model has seen questions; or set tokenizer.chat_template."
+            )
         form = {"add_generation_prompt": add_generation_prompt}
         if not prefill:
             return self._apply(prompt, tokenize=True, return_dict=True, **form)["input_ids"]
