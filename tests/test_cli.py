@@ -203,6 +203,17 @@ def test_show_prints_both_prompts_the_boundary_and_the_scored_tokens(run_yaml: P
     assert out.count("▏") >= 4 and "tokens are scored on both sides" in out
 
 
+@pytest.mark.parametrize(("columns", "width"), [(80, 80), (160, 79)])
+def test_prompts_stand_side_by_side_where_there_is_room(
+    columns: int, width: int, run_yaml: Path, capsys, monkeypatch
+) -> None:
+    """At 80 columns they were stacked, and each half as wide."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(["show", str(run_yaml)]) == 0
+    top = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("╭"))
+    assert top.index("╮") + 1 == width and top.count("╮") == (2 if columns == 160 else 1)
+
+
 def test_show_renders_with_each_sides_keywords(run_yaml: Path, capsys, monkeypatch) -> None:
     """The prompt on the screen must be the prompt that trains: here the teacher thinks and the student does not."""
     monkeypatch.setenv("COLUMNS", "160")

@@ -29,6 +29,7 @@ from opsd.teachers import Teacher, load_teacher
 from opsd.training.controls import control_of
 from opsd.training.groups import placeholders
 
+NARROW = 50  # columns; prompts in narrower panels are stacked
 BOUNDARY = " ▏"
 SHADES = ("on grey15", "on grey27")  # of neighbouring tokens, so that their edges are visible
 
@@ -98,12 +99,13 @@ def main(arguments: Sequence[str]) -> int:
 def _show_row(
     console: Console, tokenizer: PreTrainedTokenizerBase, sides: Sequence[tuple[str, list[int]]], completion: list[int]
 ) -> None:
-    width = max(40, console.width // min(len(sides), 3) - 1)
+    beside = console.width // min(len(sides), 3) - 1
+    width = beside if beside >= NARROW else console.width
     for as_tokens in (False, True):
         panels = [
             Panel(_render(tokenizer, ids, completion, as_tokens), title=title, width=width) for title, ids in sides
         ]
-        console.print(Columns(panels) if console.width >= 2 * width else Group(*panels))
+        console.print(Columns(panels) if width == beside else Group(*panels))
 
 
 def _teacher_sides(
