@@ -17,7 +17,8 @@ from transformers import AutoConfig, LlamaConfig
 
 from opsd import EMATeacher, MixtureTeacher, RoutedTeacher, SameCheckpointTeacher, SiblingTeacher
 from opsd.contexts.renderer import PromptRenderer
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, OPSDWarning
+from opsd.models.loading import own_device
 from opsd.teachers import StudentHandle, Teacher
 from opsd.teachers.placement import Placement
 from opsd.training.checks import check_sharding
@@ -123,6 +124,17 @@ def test_passes_are_counted_on_a_probe_and_leave_no_trace(tmp_path: Path, make: 
     assert cost.passes == passes and cost.megabytes == teacher.cost.megabytes
     assert f"forward passes per step: {4 * passes:g}, per rollout: {passes:g}" in str(cost)
     assert all(view.context is None or view.context.counts.rendered == 0 for view in teacher.prompts.leaves)
+
+
+def test_a_model_stays_on_the_device_of_its_process(tmp_path: Path) -> None:
+    """TRL spreads the layers of one process over all GPUs, and transformers splits its batches over them."""
+    gpu, cpu = torch.device("cuda:0"), torch.device("cpu")
+    assert own_device(gpu, 1) == {"": "cuda:0"} and own_device(gpu, 2) is None and own_device(cpu, 1) is None
+    args = make_args(tmp_path)
+    args._n_gpu = 4
+    with pytest.warns(OPSDWarning, match="there are 4 GPUs.*torchrun --nproc_per_node 4"):
+        args._use_one_gpu()
+    assert args.n_gpu == 1
 
 
 def test_a_configuration_for_accelerate_is_one() -> None:

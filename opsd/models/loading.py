@@ -67,6 +67,18 @@ def check_reachable(model: str, revision: str | None = None) -> None:
     )
 
 
+def own_device(device: torch.device, processes: int) -> dict[str, str] | None:
+    """Return the `device_map` of a model that its process holds alone.
+
+    TRL's default spreads the layers over all GPUs of the machine, and the loss reads last states and head on one.
+
+    Args:
+        device: of this process.
+        processes: of the run; with several, the accelerator places the model.
+    """
+    return {"": str(device)} if processes == 1 and device.type not in ("cpu", "mps") else None
+
+
 def without_autocast(model: nn.Module) -> nn.Module:
     """Return a model without the mixed-precision wrapper that an earlier trainer left on its `forward`.
 
@@ -187,7 +199,11 @@ def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str 
     if not isinstance(model, str):
         return without_autocast(model), tokenizer
     # safetensors only, unless the user sets another value: a pickle can run code when it is opened.
-    args.model_init_kwargs = {"use_safetensors": True, **(args.model_init_kwargs or {})}
+    args.model_init_kwargs = {
+        "use_safetensors": True,
+        "device_map": own_device(args.device, args.world_size),
+        **(args.model_init_kwargs or {}),
+    }
     check_reachable(check_model_name(model), args.model_init_kwargs.get("revision"))
     if not is_adapter(model):
         return model, tokenizer

@@ -184,6 +184,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             if self.bf16 and not torch.accelerator.is_available():
                 self.use_cpu = True  # transformers accepts bf16 on a CPU only where use_cpu is set
         super().__post_init__()  # which also reads generation_kwargs from text
+        self._use_one_gpu()
         check_sampling(self, self.objective)
         self._warn()
 
@@ -279,6 +280,17 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
                 "a policy gradient is biased. Set lmbda to 1, or compare distributions: support 'full' and "
                 "reward_to_go 'none'."
             )
+
+    def _use_one_gpu(self) -> None:
+        """Let one process use one GPU; transformers would split its batches over all with DataParallel."""
+        if self.n_gpu > 1:
+            warnings.warn(
+                f"there are {self.n_gpu} GPUs, and one process uses one of them. Start a process for each: "
+                f"torchrun --nproc_per_node {self.n_gpu} -m opsd train …; or choose one: CUDA_VISIBLE_DEVICES=0.",
+                OPSDWarning,
+                stacklevel=5,
+            )
+            self._n_gpu = 1
 
     def _warn(self) -> None:
         self._warn_no_effect()

@@ -115,6 +115,8 @@ def changes_on_resume(
 def settings_facts(args: Any) -> dict[str, Any]:
     """Return the settings that can change a number, of secrets a hash; of a file of settings, its content."""
     settings = _without(args.to_dict(), chain(*resume.NOT_COMPARED.values()))
+    if settings.get("model_init_kwargs"):
+        settings["model_init_kwargs"] = _without(settings["model_init_kwargs"], ("device_map",))  # of this machine
     for name, value in settings.items():
         if isinstance(value, str) and value.endswith(".json") and Path(value).is_file():
             settings[name] = json.loads(Path(value).read_text("utf-8"))
