@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -41,7 +42,10 @@ def check_rows(patient: Patient) -> Iterator[Finding]:
     ]
     yield from findings
     if not findings:
-        yield find("pass", f"{len(rows):,} rows have answers that differ, and texts without markup of a chat.")
+        yield find(
+            "pass",
+            f"in {len(rows):,} rows no answer stands for all, none contradict, and no text has the mark of a turn.",
+        )
 
 
 def _answers(rows: Numbered) -> Iterator[Finding]:
@@ -83,11 +87,11 @@ def _contradictions(rows: Numbered) -> Iterator[Finding]:
             "warn",
             f"{len(pairs):,} rows ask what another row asks and have another answer, first rows {a} and {b}.",
             "Keep one of them: the teacher would pull the same prompt to both.",
-            (f"row {a}: answer {first_answer(rows, a)!r}", f"row {b}: answer {first_answer(rows, b)!r}"),
+            (f"row {a}: answer {_answer_of(rows, a)!r}", f"row {b}: answer {_answer_of(rows, b)!r}"),
         )
 
 
-def first_answer(rows: Numbered, number: int) -> str:
+def _answer_of(rows: Numbered, number: int) -> str:
     """Return the answer of a row as text."""
     return _as_text(rows[number][1].get("answer"))[:60]
 
@@ -101,7 +105,7 @@ def _markup(patient: Patient, rows: Numbered) -> Iterator[Finding]:
         texts = {"prompt": "" if isinstance(row["prompt"], str) else "\n".join(map(text_of, turns_of(row["prompt"])))}
         texts |= {name: value for name in [*columns, "completion"] if isinstance(value := at_path(row, name), str)}
         for name, text in texts.items():
-            if token := next((token for token in tokens if token in text), None):
+            if token := _first_of(tokens, text):
                 places.setdefault(name, []).append((number, token))
     for name, found in places.items():
         number, token = found[0]
@@ -112,6 +116,13 @@ def _markup(patient: Patient, rows: Numbered) -> Iterator[Finding]:
             f"Remove it from the column: the chat template writes the marks of turns. ({token!r} in a text that is "
             "about it cannot be told from a mark.)",
         )
+
+
+def _first_of(tokens: Sequence[str], text: str) -> str | None:
+    """Return the first of many tokens in a text; most texts have none of the few characters that they begin with."""
+    begins = "".join({token[0] for token in tokens})
+    places = (match.start() for match in re.finditer(f"[{re.escape(begins)}]", text)) if begins else ()
+    return next((token for place in places for token in tokens if text.startswith(token, place)), None)
 
 
 def _tools(patient: Patient, rows: Numbered) -> Iterator[Finding]:
