@@ -226,8 +226,8 @@ def _is_of(value: Any, kind: Any) -> bool:
     kind = get_origin(kind) or kind
     if kind is Literal or not isinstance(kind, type):
         return True  # checked where it is used
-    if isinstance(value, bool):
-        return kind is bool
+    if isinstance(value, bool):  # transformers says text where it also takes true: fsdp, resume_from_checkpoint
+        return kind in (bool, str)
     accepted: dict[type, Any] = {float: Real, str: str | os.PathLike, list: list | tuple, dict: Mapping}
     return isinstance(value, accepted.get(kind, kind))
 

@@ -390,8 +390,8 @@ def test_a_context_on_the_command_line_is_a_name_a_path_json_or_none(tmp_path: P
     assert parse_context("hint").name == "hint"
     assert parse_context(' {"template": "partial_solution", "reveal": 0.3}').columns == {"solution"}
     assert parse_context('{"levels": ["hint", "none"]}').name == "schedule of hint, none"
-    with pytest.raises(ConfigError, match="is read as JSON, and this is none"):
-        parse_context("{template: hint}")
+    with pytest.raises(ConfigError, match="is read as a mapping, and is none"):
+        parse_context("{template: hint")
 
 
 def test_path_is_never_looked_up_among_the_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def _trainer(folder: Path, model: Any = None, **arguments: Any) -> OPSDTrainer:
 @pytest.mark.parametrize(
     ("command", "file", "printed"),
     [
-        ("doctor {run} --only prompts --json {file}", "report.json", "longest prompt and completion"),
+        ("doctor {run} --only prompts --json {file}", "report.json", "contain all of their messages"),
         ("eval {model} --dataset_name {rows} --grader exact --max_new_tokens 2 --output {file}", "a.json", "accuracy"),
         ("cp answer_only {folder}", "answer_only.jinja", ""),
     ],

@@ -53,6 +53,7 @@ ACCEPTED = {
     "logging_strategy: no": ("logging_strategy", "no"),
     "learning_rate: 3e-5": ("learning_rate", 3e-5),  # a text for YAML
     "max_steps: 1.0e+3": ("max_steps", 1000),
+    "resume_from_checkpoint: true": ("resume_from_checkpoint", True),
     "model_init_kwargs: \"{'a': 1}\"": ("model_init_kwargs", {"a": 1}),
     "chat_template_kwargs: '{\"a\": 1}'": ("chat_template_kwargs", {"a": 1}),
 }

@@ -34,10 +34,16 @@ def check_divergence(patient: Patient) -> Iterator[Finding]:
     figures = {"first_tokens": first, "median_of_the_rest": usual}
     detail = tuple(_first_tokens(patient, values))
     if spike > max(LEAST, SPIKE * usual):
+        saw = (
+            f"KL at the {where} token is {spike:.2f} nats, and {usual:.2f} after the first {FIRST} (medians): student "
+            "and teacher open answers differently"
+        )
+        if any(prompt.context is not None and prompt.context.examples for prompt in patient.teacher_prompts):
+            yield find("pass", f"{saw}, as the worked examples in the context ask for.", figures=figures)
+            return
         yield find(
             "warn",
-            f"KL at the {where} token is {spike:.2f} nats, and {usual:.2f} after the first {FIRST} (medians): student "
-            "and teacher open answers differently.",
+            f"{saw}.",
             "Compare how student and teacher open the answer (check tokenizers), or leave these tokens out: "
             f"skip_first_tokens: {FIRST}.",
             detail,

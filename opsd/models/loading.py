@@ -51,17 +51,16 @@ def check_reachable(model: str, revision: str | None = None) -> None:
     """
     if Path(model).is_dir():
         return
-    problems = []
+    problem, is_unreachable = "", False
     for name in (CONFIG_NAME, ADAPTER_CONFIG):
         try:
-            cached_file(model, name, revision=revision)
+            cached_file(model, name, revision=revision, local_files_only=is_unreachable)
             return
         except OSError as error:
-            problems.append(str(error).splitlines()[0])
-            if isinstance(error.__cause__, LocalEntryNotFoundError):
-                break  # no connection: another file is not there either
+            problem = problem or str(error).splitlines()[0]
+            is_unreachable = isinstance(error.__cause__, LocalEntryNotFoundError)  # a second try would wait as long
     raise ConfigError(
-        f"the model {model!r} is not on this machine, and could not be had from the hub: {problems[0]}\nCheck its "
+        f"the model {model!r} is not on this machine, and could not be had from the hub: {problem}\nCheck its "
         "name, the connection, and for a gated model that you are logged in (`hf auth login`); or download it where "
         "there is a connection, and give its folder."
     )
