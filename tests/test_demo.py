@@ -148,7 +148,7 @@ def test_the_control_of_the_demo_is_compared_with_it(small_demo: list[str], caps
     out = " ".join(capsys.readouterr().out.split())
     assert (
         "method minus it" in out
-        and "method beat 0 of 1; 8 questions and 1 seed cannot tell it from wrong-context" in out
+        and "method beat 0 of 1; 6 questions and 1 seed cannot tell it from wrong-context" in out
     )
     assert read_card("runs/demo-math-control")["settings"]["control"] == "wrong-context"
 

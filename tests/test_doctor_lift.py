@@ -13,7 +13,7 @@ from datasets import Dataset
 from helpers import MAKE_TEACHER, make_args, make_trainer, returns
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
-from opsd.commands.demo_sums import GRADER, MAX_NEW_TOKENS
+from opsd.commands.demo_sums import GRADER, MAX_NEW_TOKENS, SumsSettings, sums_settings
 from opsd.commands.demo_tasks import arithmetic, general, packaged_model
 from opsd.doctor import examine
 from opsd.doctor.lift import Lift, verdict
@@ -157,11 +157,8 @@ def test_answers_that_are_shifted_by_a_row_are_found_where_the_student_knows_som
 @pytest.mark.slow
 def test_an_opening_that_worked_examples_ask_for_is_no_warning(demo_model: str, tmp_path: Path) -> None:
     """They teach the form of an answer: on the sums they took the student from 26.7 to 45.0 %."""
-    examples = [{"role": "user", "content": "12 + 7 ="}, {"role": "assistant", "content": "Sure: 19."}]
-    for context, words in (
-        ({"template": "answer_only", "examples": examples}, "as the worked examples in the context ask for"),
-        ("answer_only", "and 0.0"),
-    ):
+    shown = sums_settings(SumsSettings(), demo_model, tmp_path)["context"]
+    for context, words in ((shown, "as the worked examples in the context ask for"), ("answer_only", "and 0.0")):
         trainer = demo_trainer(demo_model, tmp_path, context)
         (found,) = of(examine(trainer, only=["divergence"]), "divergence")
         assert found.status == "pass" and words in found.saw
