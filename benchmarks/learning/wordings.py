@@ -47,6 +47,7 @@ WORDINGS: Mapping[str, tuple[str, str, bool]] = {
 }
 FIGURES = {
     "lift": "lift, points",
+    "first_kl": "KL at the first token, nats",
     "answer_share": "KL on answers / elsewhere",
     "first_token": "p of the teacher's first token",
     "nll": "NLL per token of the teacher's answers",
@@ -138,16 +139,17 @@ def examined(folder: Path, settings: Mapping[str, Any], seed: int) -> dict[str, 
         run |= {"dataset_name": settings["dataset_name"].format(seed=seed), "output_dir": str(folder / "doctor")}
         path, report = folder / "doctor.yaml", folder / "doctor.json"
         path.write_text(yaml.safe_dump(run))
-        opsd(["doctor", str(path), "--only", "lift,reach", "--rows", str(ROWS), "--json", str(report)])
+        opsd(["doctor", str(path), "--only", "lift,reach,divergence", "--rows", str(ROWS), "--json", str(report)])
         figures = {each["check"]: each["figures"] for each in json.loads(report.read_text())["findings"]}
-        measured[name] = _figures_of(figures["lift"], figures["reach"])
+        measured[name] = _figures_of(figures["lift"], figures["reach"], figures["divergence"])
     return measured
 
 
-def _figures_of(lift: Mapping[str, Any], reach: Mapping[str, Any]) -> dict[str, Any]:
+def _figures_of(lift: Mapping[str, Any], reach: Mapping[str, Any], divergence: Mapping[str, Any]) -> dict[str, Any]:
     right = {who: 100 * lift[who]["right"] / lift[who]["of"] for who in ("student", "teacher")}
     share = lift["kl_answer"] / lift["kl_rest"] if lift["kl_answer"] is not None else None
     values = {"lift": right["teacher"] - right["student"], "answer_share": share, **reach}
+    values["first_kl"] = divergence["first_tokens"][0]
     return {name: None if values[name] is None else round(values[name], 4) for name in FIGURES}
 
 
