@@ -57,6 +57,4 @@ def parse_context(text: str | None) -> Context | None:
     try:
         return as_context(parse_yaml(text))
     except yaml.YAMLError as error:
-        raise ConfigError(
-            f"a context that begins with '{{' is read as a mapping, and this is none: {error}."
-        ) from error
+        raise ConfigError(f"a context that begins with '{{' is read as a mapping, and is none: {error}") from error
