@@ -36,8 +36,8 @@ from gallery_parts import (
     shifted,
     sibling,
     taught,
-    with_begin,
     with_template,
+    writing,
 )
 from gallery_rows import ROW_CASES
 
@@ -100,8 +100,8 @@ GALLERY: dict[str, Case] = {
     ),
     "two first tokens": Case(
         "prime-rl's opsd: a second BOS for tokenizers that add one",
-        Setup(context(), with_begin(True), rows=rows(prompt=lambda row: "<|im_start|>" + question(row))),
-        Setup(context(), with_begin(True), rows=rows(prompt=question)),
+        Setup(context(), writing("<|im_start|> $A"), rows=rows(prompt=lambda row: "<|im_start|>" + question(row))),
+        Setup(context(), writing("<|im_start|> $A"), rows=rows(prompt=question)),
         "tokenizers",
         "begin with '<|im_start|>' twice",
         "fail",

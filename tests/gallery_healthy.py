@@ -10,7 +10,7 @@ from gallery_parts import RULE, RULED, Setup, asked, context, question, rows, si
 
 from opsd import EMATeacher, SameCheckpointTeacher, TopKSignal
 
-# Chat templates and rows as they are in the wild, which the doctor must not complain of.
+# Chat templates and rows as they are in the wild.
 MISTRAL = (
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"

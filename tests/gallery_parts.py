@@ -109,17 +109,15 @@ def with_template(chat_template: str, **tokens: str) -> Callable[[], Any]:
     return make
 
 
-def with_begin(adds: bool) -> Callable[[], Any]:
-    """A tokenizer that begins every text with its first token, as Llama's does, or one that does not."""
+def writing(form: str) -> Callable[[], Any]:
+    """A tokenizer that writes tokens around every text, "$A": "<|im_start|> $A" as Llama's, "$A <|im_end|>" as T5's."""
 
     def make() -> PreTrainedTokenizerFast:
         from tokenizers.processors import TemplateProcessing
 
         tokenizer = make_tokenizer()
-        if adds:
-            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-                single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
-            )
+        ends = [("<|im_start|>", tokenizer.bos_token_id), ("<|im_end|>", tokenizer.eos_token_id)]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=form, special_tokens=ends)
         return tokenizer
 
     return make

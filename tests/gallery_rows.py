@@ -1,29 +1,13 @@
-"""Set-ups of the gallery whose fault is in the rows, in the ends of prompts, or in what the teacher lists."""
+"""Set-ups of the gallery whose fault is in the rows, in single settings, or at the ends of prompts."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from conftest import make_tokenizer
-from gallery_parts import USUAL, Case, Setup, asked, context, question, rows, with_template
-from tokenizers.processors import TemplateProcessing
+from gallery_parts import USUAL, Case, Setup, asked, context, question, rows, with_template, writing
 
 from opsd import SameCheckpointTeacher
-
-
-def ending(adds: bool) -> Any:
-    """A tokenizer that ends every text with its end of text, as T5's does, or one that does not."""
-
-    def make() -> Any:
-        tokenizer = make_tokenizer()
-        if adds:
-            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-                single="$A <|im_end|>", special_tokens=[("<|im_end|>", tokenizer.eos_token_id)]
-            )
-        return tokenizer
-
-    return make
 
 
 def said(row: dict[str, Any]) -> dict[str, Any]:
@@ -247,8 +231,8 @@ ROW_CASES: dict[str, Case] = {
     ),
     "an end of text after every text": Case(
         "tokenizers with add_eos_token, for embeddings or T5",
-        Setup(context(), ending(True), rows=rows(prompt=question)),
-        Setup(context(), ending(False), rows=rows(prompt=question)),
+        Setup(context(), writing("$A <|im_end|>"), rows=rows(prompt=question)),
+        Setup(context(), rows=rows(prompt=question)),
         "prompts",
         "the tokenizer adds '<|im_end|>' to 32 text prompts, first row 0 of the student",
         "fail",

@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from opsd import OPSDTrainer
 from opsd.cli import main
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, DataError
 
 ROWS = {
     "cells by semicolon": (
@@ -107,7 +107,7 @@ def test_a_reward_function_that_reads_a_column_which_is_not_there_is_refused_bef
         return [1.0 for _ in completions]
 
     with pytest.raises(
-        Exception, match=r"reward function 'graded' needs the column 'level'(?s:.)*give its parameter level"
+        DataError, match=r"reward function 'graded' needs the column 'level'(?s:.)*give its parameter level"
     ):
         _trainer(tmp_path, reward_funcs=graded)
 

@@ -44,9 +44,9 @@ class Lift:
         without: the same for the teacher on the plain prompt; None where that is the student.
         separation: by how many nats per token the context widens the gap between wrong and right rollouts; None where
             there are too few of either.
-        shows_answers: whether the context has the column that the grader compares answers with.
         answer_share: KL per token on the answers of wrong rollouts over KL per token on the rest of them; None where
             the answer's tokens are not known.
+        shows_answers: whether the context has the column that the grader compares answers with.
     """
 
     student: Sequence[bool]
@@ -114,8 +114,7 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
         yield find("skip", why)
         return
     lift, figures = _measure(patient)
-    status, saw, do = verdict(lift)
-    if neighbour := _fits_a_neighbour(patient, lift.student):
+    if neighbour := _fits_a_neighbour(patient, lift):
         yield find(
             "fail",
             f"the student's answers fit the `answer` of the row {neighbour} theirs better than their own: the column "
@@ -123,6 +122,7 @@ def check_lift(patient: Patient) -> Iterator[Finding]:
             "Look where the columns were put side by side; a header or a filter may have moved one of them.",
         )
         return
+    status, saw, do = verdict(lift)
     yield find(status, saw + ".", do, tuple(_table(patient, lift, figures)), figures)  # type: ignore[arg-type]
 
 
@@ -205,14 +205,14 @@ def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator
     yield f"grader: {patient.grader_name}"
 
 
-def _fits_a_neighbour(patient: Patient, right: Sequence[bool]) -> str:
+def _fits_a_neighbour(patient: Patient, lift: Lift) -> str:
     """Return "before" or "after" where the student's answers fit that neighbour's `answer` better than their own."""
     dataset = patient.trainer.train_dataset
-    if isinstance(dataset, Dataset) and _shows_answers(patient):
+    if isinstance(dataset, Dataset) and lift.shows_answers:
         for step, name in ((-1, "before"), (1, "after")):
             neighbours = [dataset[(number + step) % len(dataset)] for number in patient.numbers]
             fits = patient.grade(patient.greedy, neighbours)
-            if sum(fits) >= FEW and paired_difference(right, fits).low > 0:
+            if sum(fits) >= FEW and paired_difference(lift.student, fits).low > 0:
                 return name
     return ""
 

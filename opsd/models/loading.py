@@ -147,10 +147,11 @@ def load_model(
         ConfigError: no such model, no tokenizer, or an adapter whose tokenizer does not fit its base.
     """
     check_model_name(model)
-    check_reachable(model, kwargs.get("revision"))
     kwargs = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code, **kwargs}
     if tokenizer is None:
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)  # which asks the hub
+    else:
+        check_reachable(model, kwargs.get("revision"))
     if is_adapter(model):
         check_adapter_vocabulary(model, tokenizer, trust_remote_code=trust_remote_code)
         loaded = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=trainable, **kwargs)
