@@ -18,7 +18,7 @@ from torch import Tensor
 from opsd.errors import TeacherError
 
 Ids = list[int]
-PAD = 0  # any id will do: padded positions are masked, to the right of all tokens, and never kept
+PAD = 0  # any id will do: padded positions are to the right of all tokens, and never kept
 
 # What every row has where a field was left empty.
 DEFAULTS: dict[str, Any] = {
@@ -36,21 +36,23 @@ class PaddedBatch:
 
     Args:
         ids_BL: int64 token ids.
-        mask_BL: int64, 1 for tokens, 0 for padding.
-        predicts_scored_BL: bool, True where the *next* token is scored.
-        scored_ids_N: int64, the scored tokens, packed like `predicts_scored_BL`.
         row_N: int64, the row of each scored token.
+        position_N: int64, the position whose state predicts it: the one before its own.
+        scored_ids_N: int64, the scored tokens.
 
     Example:
         >>> batch = rollouts.pad("cpu")
-        >>> last_hidden(model, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)  # (N, D)
+        >>> last_hidden(model, batch.ids_BL, batch.row_N, batch.position_N)  # (N, D)
     """
 
     ids_BL: Tensor
-    mask_BL: Tensor
-    predicts_scored_BL: Tensor
-    scored_ids_N: Tensor
     row_N: Tensor
+    position_N: Tensor
+    scored_ids_N: Tensor
+
+    def to(self, device: torch.device | str) -> PaddedBatch:
+        """Return the same tensors on a device."""
+        return PaddedBatch(*(getattr(self, each.name).to(device) for each in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -220,16 +222,13 @@ class Rollouts:
         completions = self.trimmed_completions
         length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
         ids_BL = torch.full((len(self), length), PAD)
-        mask_BL = torch.zeros((len(self), length), dtype=torch.long)
-        predicts_scored_BL = torch.zeros((len(self), length), dtype=torch.bool)
+        is_scored_BL = torch.zeros((len(self), length), dtype=torch.bool)
         for b, (prompt, completion, scored) in enumerate(zip(prompts, completions, self.loss_mask, strict=True)):
             start, end = len(prompt), len(prompt) + len(completion)
             ids_BL[b, :end] = torch.tensor(prompt + completion)
-            mask_BL[b, :end] = 1
-            predicts_scored_BL[b, start - 1 : end - 1] = torch.tensor(scored[: len(completion)], dtype=torch.bool)
-        scored_ids_N = ids_BL.roll(-1, dims=1)[predicts_scored_BL]
-        row_N = predicts_scored_BL.nonzero()[:, 0]
-        return PaddedBatch(*(t.to(device) for t in (ids_BL, mask_BL, predicts_scored_BL, scored_ids_N, row_N)))
+            is_scored_BL[b, start:end] = torch.tensor(scored[: len(completion)], dtype=torch.bool)
+        row_N, position_N = is_scored_BL.nonzero().unbind(-1)
+        return PaddedBatch(ids_BL, row_N, position_N - 1, ids_BL[row_N, position_N]).to(device)
 
     def row_of_token(self, n: int) -> int:
         """Return the row of the packed scored token `n`."""

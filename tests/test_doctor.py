@@ -76,7 +76,7 @@ def test_positions_that_slipped_by_one_are_found(tmp_path: Path, monkeypatch: py
 
     def slipped(self: Rollouts, device: torch.device, prompts: Any = None) -> PaddedBatch:
         batch = pad(self, device, prompts)
-        return replace(batch, predicts_scored_BL=batch.predicts_scored_BL.roll(-1, dims=1)) if prompts else batch
+        return replace(batch, position_N=batch.position_N - 1) if prompts else batch
 
     monkeypatch.setattr(Rollouts, "pad", slipped)
     found = of(examine(trainer, only=["alignment"]), "alignment")

@@ -38,13 +38,12 @@ def test_padding_keeps_exactly_the_scored_tokens_in_order(made: Rollouts, seen_b
         t for c, m in zip(made.completion_ids, made.loss_mask, strict=True) for t, s in zip(c, m, strict=True) if s
     ]
     assert batch.scored_ids_N.tolist() == expected == made.scored_ids
-    assert int(batch.predicts_scored_BL.sum()) == made.num_scorable
+    assert batch.ids_BL[batch.row_N, batch.position_N + 1].tolist() == expected
     rows = [b for b, mask in enumerate(made.loss_mask) for scored in mask if scored]
     assert batch.row_N.tolist() == rows
     for b, (prompt, completion) in enumerate(zip(prompts, made.trimmed_completions, strict=True)):
         n = len(prompt) + len(completion)
         assert batch.ids_BL[b, :n].tolist() == prompt + completion
-        assert batch.mask_BL[b].tolist() == [1] * n + [0] * (batch.mask_BL.shape[1] - n)
     assert batch.ids_BL.shape[1] == max(len(p) + len(c) for p, c in zip(prompts, made.trimmed_completions, strict=True))
 
 
@@ -102,5 +101,5 @@ def test_a_prompt_longer_than_the_models_context_is_refused_by_row() -> None:
 
 def test_an_empty_completion_scores_nothing() -> None:
     batch = Rollouts([{}], [[1, 2]], [[]]).pad("cpu")
-    assert batch.scored_ids_N.numel() == 0 and not batch.predicts_scored_BL.any()
+    assert batch.scored_ids_N.numel() == 0 == batch.position_N.numel()
     assert batch.ids_BL.equal(torch.tensor([[1, 2]]))

@@ -170,7 +170,7 @@ class Losses:
         """Return the record of these rows and its gradient, asked of the route or of one of its teachers."""
         self.student.zero_grad()
         batch = part.pad("cpu")
-        hidden_ND = last_hidden(self.student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+        hidden_ND = last_hidden(self.student, batch.ids_BL, batch.row_N, batch.position_N)
         weight_B = torch.tensor([0.5 + self.rollouts.rows.index(row) for row in part.rows])
         tokens = Tokens(weight_B[batch.row_N].float(), batch.scored_ids_N, batch.row_N)
         teacher, contrast = self.route if own is None else self.route.parts[own], self.contrast
@@ -231,7 +231,7 @@ def test_contrasted_teachers_with_padded_heads_are_compared_over_the_ids_both_ha
         wrong = TeacherView(teacher, teacher.prompts.with_context("worked_solution"))
         rollouts = wrong.prompts.render(teacher.prompts.render(make_rollouts()))
         batch = rollouts.pad("cpu")
-        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+        hidden_ND = last_hidden(student, batch.ids_BL, batch.row_N, batch.position_N)
         tokens = Tokens(torch.ones(len(hidden_ND)), batch.scored_ids_N, batch.row_N)
         answers = teacher.score(rollouts), wrong.score(rollouts)
         records.append(

@@ -96,7 +96,7 @@ def student_loss(student: torch.nn.Module, teacher: Teacher, beta: float = 1.0):
     rollouts = teacher.prompts.render(make_rollouts())
     signal = teacher.score(rollouts)
     batch = rollouts.pad("cpu")
-    hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+    hidden_ND = last_hidden(student, batch.ids_BL, batch.row_N, batch.position_N)
     return Objective(Divergence(beta))(hidden_ND, Head.from_model(student), signal, Tokens(torch.ones(len(hidden_ND))))
 
 
@@ -284,9 +284,7 @@ def test_heads_padded_to_other_sizes_are_compared_over_the_ids_both_have() -> No
         assert model.config.vocab_size in (400, 416)
     with torch.no_grad():
         s, t = (
-            torch.log_softmax(
-                m(batch.ids_BL, attention_mask=batch.mask_BL).logits[batch.predicts_scored_BL][:, :400].double(), -1
-            )
+            torch.log_softmax(m(batch.ids_BL).logits[batch.row_N, batch.position_N][:, :400].double(), -1)
             for m in (student, other.eval())
         )
     expected = (s.exp() * (s - t)).sum(-1)

@@ -53,10 +53,9 @@ def _same_ids(patient: Patient) -> Finding:
 
 
 def _predicted(batch: PaddedBatch) -> list[list[int]]:
-    """Return, per row, the ids after the positions whose next token is scored."""
-    return [
-        ids_L[1:][keep_L[:-1]].tolist() for ids_L, keep_L in zip(batch.ids_BL, batch.predicts_scored_BL, strict=True)
-    ]
+    """Return, per row, the ids that follow the positions whose states are scored."""
+    behind_BL = batch.ids_BL.roll(-1, dims=1)
+    return [behind_BL[row, batch.position_N[batch.row_N == row]].tolist() for row in range(len(behind_BL))]
 
 
 def _identity(patient: Patient) -> Finding:

@@ -215,7 +215,7 @@ class Patient:
             plain = Objective(reverse_kl, loss_budget_mb=run.loss_budget_mb, compile_loss=run.compile_loss)
             padded = batch.pad(next(self.student.model.parameters()).device)
             with torch.no_grad(), self._training(), self.trainer.accelerator.autocast():
-                hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.mask_BL, padded.predicts_scored_BL)
+                hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.row_N, padded.position_N)
                 ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
                 tokens = Tokens(weight_N=ones_N, ids_N=padded.scored_ids_N, row_N=padded.row_N)
                 head = Head.from_model(self.student.model)

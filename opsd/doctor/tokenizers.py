@@ -15,7 +15,7 @@ from opsd.contexts.markup import chat_markup
 from opsd.contexts.renderer import THINK, PromptRenderer
 from opsd.doctor.patient import Patient, RenderedPrompt
 from opsd.findings import Finding, listed
-from opsd.models.forward import evaluating, language_model, last_hidden
+from opsd.models.forward import all_hidden, evaluating, language_model
 from opsd.models.head import Head
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.tokenizers import first_difference
@@ -89,9 +89,8 @@ def _padding(patient: Patient, name: str, model: Any, padding: int) -> Finding:
     """Tell whether a padded head gives its padding any probability."""
     vocabulary, ids = len(patient.tokenizer), patient.student_prompts[0].ids
     ids_BL = torch.tensor([ids], device=next(model.parameters()).device)
-    mask_BL = torch.ones_like(ids_BL)
     with evaluating(model):
-        logits_NV = Head.from_model(model).logits(last_hidden(model, ids_BL, mask_BL, mask_BL.bool()))
+        logits_NV = Head.from_model(model).logits(all_hidden(model, ids_BL))
     mass = logits_NV.float().softmax(-1)[:, vocabulary:].sum(-1).max().item()
     figures = {"padding": padding, "mass": mass}
     saw = f"the {name}'s head is padded by {padding:,} rows beyond the tokenizer, which get a probability of {mass:.1e}"

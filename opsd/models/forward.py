@@ -7,7 +7,6 @@ Shapes: B rows · L tokens of a padded sequence · N scored positions (packed) �
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +24,14 @@ _COUNTERS: list[list[int]] = []
 def language_model(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a PEFT model, or the model itself; adapters stay active."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """Return the part of a language model that computes last hidden states: all but its head."""
+    whole = language_model(model)
+    candidates = (whole.base_model, whole.get_decoder(), getattr(whole, "model", whole))  # type: ignore[operator]
+    # Llama 4 answers both questions with the whole model, head included.
+    return next((part for part in candidates if part is not whole), whole)  # type: ignore[return-value, misc]
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -62,27 +69,23 @@ def check_lengths(
             )
 
 
-def last_hidden(model: nn.Module, ids_BL: Tensor, mask_BL: Tensor, predicts_scored_BL: Tensor) -> Tensor:
-    """Return the last hidden states (after the final norm, before the head) at the scored positions, row by row.
+def last_hidden(model: nn.Module, ids_BL: Tensor, row_N: Tensor, position_N: Tensor) -> Tensor:
+    """Return the last hidden states (after the final norm, before the head) at some positions.
 
-    Passes position ids, so that a row's states do not depend on the side or the amount of its padding: models with
-    learned positions count padding otherwise.
+    Passes ids alone. Rows start at position 0 and are padded on the right, where causal attention sees no padding; a
+    mask would keep scaled-dot-product attention from its fast kernels.
 
     Args:
-        ids_BL: int64 token ids.
-        mask_BL: int64, 1 for tokens, 0 for padding.
-        predicts_scored_BL: bool, the positions whose next token is scored.
+        ids_BL: int64 token ids, padded on the right.
+        row_N: int64, rows of the positions.
+        position_N: int64, the positions.
 
     Returns:
-        Tensor of shape (N, D), N = predicts_scored_BL.sum(), in the model's dtype.
+        Tensor of shape (N, D), in the model's dtype.
     """
     for sequences in _COUNTERS:
         sequences.append(len(ids_BL))
-    backbone: nn.Module = language_model(model).base_model  # type: ignore[assignment]
-    inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, "use_cache": False}
-    if "position_ids" in inspect.signature(backbone.forward).parameters:
-        inputs["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0)
-    return backbone(**inputs).last_hidden_state[predicts_scored_BL]
+    return backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state[row_N, position_N]
 
 
 @contextmanager
@@ -118,10 +121,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def probe(model: nn.Module, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Return ids and mask (int64, (2, 7)) of a small batch on the model's device; all ids are below `vocab_size`."""
-    ids_BL = torch.arange(3, 3 + 14, device=next(model.parameters()).device).reshape(2, 7) % vocab_size
-    return ids_BL, torch.ones_like(ids_BL)
+def probe(model: nn.Module, vocab_size: int) -> Tensor:
+    """Return ids (int64, (2, 7)) of a small batch on the model's device; all are below `vocab_size`."""
+    return torch.arange(3, 3 + 14, device=next(model.parameters()).device).reshape(2, 7) % vocab_size
+
+
+def all_hidden(model: nn.Module, ids_BL: Tensor) -> Tensor:
+    """Return the last hidden states at every position, row by row: (B·L, D)."""
+    row_N, position_N = torch.ones_like(ids_BL).nonzero().unbind(-1)
+    return last_hidden(model, ids_BL, row_N, position_N)
 
 
 def check_model(model: nn.Module, vocab_size: int) -> None:
@@ -137,13 +145,11 @@ def check_model(model: nn.Module, vocab_size: int) -> None:
     Raises:
         UnsupportedModelError: the two differ; names the model's class and the difference.
     """
-    ids_BL, mask_BL = probe(model, vocab_size)
+    ids_BL = probe(model, vocab_size)
     with evaluating(model):
-        hidden_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
+        hidden_ND = all_hidden(model, ids_BL)
         logits_NV = Head.from_model(model).logits(hidden_ND)
-        expected_NV = (
-            model(input_ids=ids_BL, attention_mask=mask_BL, use_cache=False).logits.flatten(0, 1).to(logits_NV.dtype)
-        )
+        expected_NV = model(input_ids=ids_BL, use_cache=False).logits.flatten(0, 1).to(logits_NV.dtype)
     gap = ((logits_NV - expected_NV).abs().max() / expected_NV.abs().max().clamp(min=1e-6)).item()
     if not gap <= PROBE_TOLERANCE.get(hidden_ND.dtype, PROBE_TOLERANCE[torch.bfloat16]):
         raise UnsupportedModelError(

@@ -6,18 +6,20 @@ unless the user allows it.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast, extract_model_from_parallel
 from huggingface_hub.errors import LocalEntryNotFoundError
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
 from torch import nn
-from transformers import CONFIG_NAME, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, Trainer
+from transformers import CONFIG_NAME, AutoTokenizer, PreTrainedTokenizerBase, Trainer
 from transformers.utils import cached_file
 
-from opsd.errors import ConfigError
+from opsd.errors import ConfigError, OPSDWarning
+from opsd.models.causal import load_causal_model, reads_images
 from opsd.models.vocabulary import (
     ADAPTER_CONFIG,
     check_adapter_vocabulary,
@@ -131,7 +133,7 @@ def load_model(
     trainable: bool = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """Return a model and its tokenizer.
+    """Return a model and its tokenizer; of a checkpoint that reads images, its language model alone.
 
     Args:
         model: a folder, a hub id, or a folder with an adapter.
@@ -154,10 +156,18 @@ def load_model(
         check_reachable(model, kwargs.get("revision"))
     if is_adapter(model):
         check_adapter_vocabulary(model, tokenizer, trust_remote_code=trust_remote_code)
-        loaded = AutoPeftModelForCausalLM.from_pretrained(model, is_trainable=trainable, **kwargs)
+        loaded = _load_adapter(model, trainable, **kwargs)
     else:
-        loaded = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-    return loaded.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        loaded = load_causal_model(model, **kwargs)
+    is_placed = getattr(loaded, "is_quantized", False) or not torch.cuda.is_available()
+    return loaded if is_placed else loaded.to("cuda"), tokenizer
+
+
+def _load_adapter(folder: str, trainable: bool, **kwargs: Any) -> nn.Module:
+    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if base and reads_images(base, trust_remote_code=kwargs["trust_remote_code"]):
+        return PeftModel.from_pretrained(load_causal_model(base, **kwargs), folder, is_trainable=trainable)
+    return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=trainable, **kwargs)
 
 
 def student_of(given: Any, tokenizer: Any) -> tuple[str | nn.Module, Any]:
@@ -188,15 +198,27 @@ def student_of(given: Any, tokenizer: Any) -> tuple[str | nn.Module, Any]:
     return given, tokenizer
 
 
-def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str | nn.Module, Any]:
+def ready_model(
+    model: str | nn.Module, tokenizer: Any, args: Any, quantization: Any = None
+) -> tuple[str | nn.Module, Any]:
     """Return a student as TRL's trainer takes it, and its tokenizer if it had to be loaded here.
 
     Args:
-        model: a model id, a folder, or a loaded model; a folder with an adapter is loaded as a trainable PEFT model.
+        model: a model id, a folder, or a loaded model; a folder with an adapter is loaded as a trainable PEFT model, a
+            checkpoint that reads images as its language model.
         tokenizer: the user's, or None.
         args: training arguments; `model_init_kwargs` is set, so that TRL loads safetensors only.
+        quantization: a BitsAndBytesConfig for a model that is loaded here, or None.
+
+    Raises:
+        ConfigError: no such model, or one to quantise that is loaded already.
     """
     if not isinstance(model, str):
+        if quantization is not None:
+            raise ConfigError(
+                "quantization_config quantises a model while it loads, and this one is loaded already. Give the "
+                "model's name, or load it with quantization_config in from_pretrained."
+            )
         return without_autocast(model), tokenizer
     # safetensors only, unless the user sets another value: a pickle can run code when it is opened.
     args.model_init_kwargs = {
@@ -205,8 +227,17 @@ def ready_model(model: str | nn.Module, tokenizer: Any, args: Any) -> tuple[str 
         **(args.model_init_kwargs or {}),
     }
     check_reachable(check_model_name(model), args.model_init_kwargs.get("revision"))
-    if not is_adapter(model):
-        return model, tokenizer
     kwargs = {key: value for key, value in args.model_init_kwargs.items() if value is not None}
+    adds_images = reads_images(model, revision=kwargs.get("revision"), trust_remote_code=args.trust_remote_code)
+    if not adds_images and not is_adapter(model):
+        return model, tokenizer
+    if adds_images:
+        warnings.warn(
+            f"{model} reads images as well: its language model is trained and saved alone, as a text model.",
+            OPSDWarning,
+            stacklevel=3,
+        )
+    if quantization is not None:
+        kwargs["quantization_config"] = quantization
     args.model_init_kwargs = None
     return load_model(model, tokenizer=tokenizer, trainable=True, trust_remote_code=args.trust_remote_code, **kwargs)

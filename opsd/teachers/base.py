@@ -94,7 +94,7 @@ class Teacher(ABC):
         ...     def score(self, rollouts):
         ...         batch = rollouts.pad(self.student.device, self.prompts)
         ...         with evaluating(self.model):
-        ...             states = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+        ...             states = last_hidden(self.model, batch.ids_BL, batch.row_N, batch.position_N)
         ...         return HiddenSignal(states, Head.from_model(self.model).detach())
     """
 

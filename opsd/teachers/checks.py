@@ -47,8 +47,8 @@ def check_signal(signal: Any, rollouts: Rollouts, student: StudentHandle, name: 
     if len(signal) != count:
         raise AlignmentError(
             f"{start}a signal of {len(signal)} tokens for {count} scored tokens. Each scored token is compared with "
-            "the distribution at its own place, so all places would shift. Score the positions that "
-            "`rollouts.pad(device, self.prompts).predicts_scored_BL` marks, in order."
+            "the distribution at its own place, so all places would shift. Score the tokens "
+            "that `rollouts.pad(device, self.prompts)` names by row_N and position_N, in order."
         )
     for index, part in signal.groups():
         if isinstance(part, DenseSignal):

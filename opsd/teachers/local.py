@@ -70,7 +70,7 @@ class LocalTeacher(Teacher):
         Raises:
             AlignmentError: the tokens it scored are not the tokens that the student sampled.
         """
-        batch = rollouts.pad(next(self.model.parameters()).device, self.prompts)
+        batch = rollouts.pad("cpu", self.prompts)  # compared there: a GPU would have to be waited for
         if batch.scored_ids_N.tolist() != rollouts.scored_ids:
             raise AlignmentError(
                 f"teacher {self.strategy!r} scored other tokens than the student sampled. Every loss computed from "
@@ -78,13 +78,13 @@ class LocalTeacher(Teacher):
                 "both sides unchanged."
             )
         with self.active_weights(), evaluating(self.model):
-            signal = run_in_forward(self.model, lambda: self._signal(batch))
+            signal = run_in_forward(self.model, lambda: self._signal(batch.to(next(self.model.parameters()).device)))
             reshard(self.model)
         return signal
 
     def _signal(self, batch: PaddedBatch) -> HiddenSignal:
         """Run the pass on the teacher's device, and move its result to the student's."""
-        hidden_ND = last_hidden(self.model, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+        hidden_ND = last_hidden(self.model, batch.ids_BL, batch.row_N, batch.position_N)
         head = Head.from_model(self.model).detach()
         if is_sharded(self.model):
             # What a pass gathered is dropped after it; the loss reads the head later.

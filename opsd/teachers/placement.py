@@ -12,9 +12,10 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 from opsd.errors import ConfigError, not_one_of
+from opsd.models.causal import empty_causal_model, load_causal_model
 
 QUANTISED = {"8bit": 1.0, "4bit": 0.5}  # bytes per weight of the quantised layers
 GIGABYTE = 2**30
@@ -100,7 +101,7 @@ class Placement:
         if self.attn_implementation:
             kwargs["attn_implementation"] = self.attn_implementation
         # safetensors only: a pickle can run code when it is opened.
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=self.dtype, use_safetensors=True, **kwargs)
+        model = load_causal_model(source, dtype=self.dtype, use_safetensors=True, **kwargs)
         return self.put(model, student)
 
     def put(self, model: nn.Module, student: nn.Module) -> nn.Module:
@@ -135,8 +136,7 @@ class Placement:
 
     def bytes_of(self, config: Any, *, trust_remote_code: bool = False) -> float:
         """Return the size of a model's weights in bytes, from its config alone."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = empty_causal_model(config, trust_remote_code=trust_remote_code)
         head = model.get_output_embeddings()
         unquantised = {id(p) for module in (head, model.get_input_embeddings()) if module for p in module.parameters()}
         dtype = self.dtype if isinstance(self.dtype, torch.dtype) else getattr(torch, self.dtype, None)

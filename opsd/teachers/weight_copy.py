@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from opsd.models.forward import evaluating, last_hidden, probe
+from opsd.models.forward import all_hidden, evaluating, probe
 from opsd.models.sharding import (
     is_sharded,
     local_shard,
@@ -188,9 +188,9 @@ def adapter_adds_nothing(model: nn.Module, vocab_size: int) -> bool:
         model: a PEFT model.
         vocab_size: ids below it may appear in the probe.
     """
-    ids_BL, mask_BL = probe(model, vocab_size)
+    ids_BL = probe(model, vocab_size)
     with evaluating(model):
-        on_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
+        on_ND = all_hidden(model, ids_BL)
         with adapter_off(model):
-            off_ND = last_hidden(model, ids_BL, mask_BL, mask_BL.bool())
+            off_ND = all_hidden(model, ids_BL)
     return torch.equal(on_ND, off_ND)

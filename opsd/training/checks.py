@@ -48,8 +48,9 @@ def check_reads_text(reads_images: bool, tokenizer: PreTrainedTokenizerBase) -> 
     """
     if reads_images:
         raise ConfigError(
-            "this model reads images, and version 1 of opsd trains text models only. Its prompts would reach the "
-            "teacher without their images. Use a text model."
+            "this processor reads images, and version 1 of opsd trains on text only: prompts would reach the teacher "
+            "without their images. Give the model by its name, and its language model is trained alone; or pass "
+            "processing_class=AutoTokenizer.from_pretrained(…), with a text model."
         )
     check_is_tokenizer(tokenizer)
 

@@ -151,7 +151,7 @@ class Scorer:
                 all of them, so the loss is multiplied by it.
         """
         batch = scored.rollouts.pad(device)
-        hidden_ND = last_hidden(student, batch.ids_BL, batch.mask_BL, batch.predicts_scored_BL)
+        hidden_ND = last_hidden(student, batch.ids_BL, batch.row_N, batch.position_N)
         tokens = self._tokens(scored.rollouts, batch, processes)
         head = Head.from_model(student)
         return self.objective(

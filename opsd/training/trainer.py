@@ -131,7 +131,7 @@ class OPSDTrainer(DistillationTrainer):
         if plan is not None and eval_dataset is None:
             eval_dataset = plan.selection  # without a dataset transformers never calls `evaluate`
         given = model if isinstance(model, str) else ""
-        model, processing_class = ready_model(model, processing_class, args)
+        model, processing_class = ready_model(model, processing_class, args, quantization_config)
         checks.check_adapters(model)
         super().__init__(
             model=model,
@@ -142,7 +142,7 @@ class OPSDTrainer(DistillationTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
-            quantization_config=quantization_config,
+            quantization_config=quantization_config if isinstance(model, str) else None,
             peft_config=peft_config,
             tools=tools,
         )
