@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import make_llama, make_rows
 from datasets import Dataset
 from helpers import logged, make_args, make_trainer
@@ -14,7 +15,8 @@ from transformers import GenerationConfig
 
 from opsd import SameCheckpointTeacher
 from opsd.errors import OPSDWarning
-from opsd.training.sampling import Agreement
+from opsd.training.metrics import LossRecords
+from opsd.training.sampling_check import Agreement
 
 
 def lines_of(folder: Path, capsys: pytest.CaptureFixture[str], **settings: Any) -> tuple[Any, str]:
@@ -151,7 +153,7 @@ def test_a_run_says_so_where_generate_and_the_forward_pass_differ(
 def test_tokens_of_others_and_tools_do_not_count(tmp_path: Path) -> None:
     from opsd.losses import LossOutput
     from opsd.rollouts import Rollouts
-    from opsd.training.sampling import SamplingCheck
+    from opsd.training.sampling_check import SamplingCheck
 
     rollouts = Rollouts(
         make_rows(2), [[1], [1]], [[5, 6, 7], [8, 9]], loss_mask=[[1, 0, 1], [1, 1]], on_policy=[True, False]
@@ -160,7 +162,11 @@ def test_tokens_of_others_and_tools_do_not_count(tmp_path: Path) -> None:
     check = SamplingCheck(make_args(tmp_path), unchecked="", notify=print)
     metrics = check(record, rollouts).metrics
     assert metrics["sampling_gap"].tolist() == metrics["own_tokens"].tolist() == [1.0, 1.0, 0.0, 0.0]
-    assert check.agreement.tokens == 2
+    records = LossRecords()
+    records.add(check(record, rollouts), rollouts)
+    tallies = check.compare(records.tallies(Accelerator(cpu=True), step=1))
+    assert check.agreement.tokens == 2 and tallies["sampling_gap"] == (2.0, 2.0, "mean")
+    assert not tallies.keys() & {"own_tokens", "own_entropy", "own_variance"}
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 5.0, 12.0])
@@ -173,6 +179,5 @@ def test_samples_of_the_distribution_itself_agree_with_its_entropy(spread: float
     for _ in range(50):
         rows = torch.randint(64, (tokens,), generator=generator)
         ids = torch.multinomial(log_s[rows].exp(), 1, generator=generator)
-        agreement = Agreement()
-        agreement.add(-log_s[rows].gather(-1, ids)[:, 0] - entropy[rows], entropy[rows])
+        agreement = Agreement.of(-log_s[rows].gather(-1, ids)[:, 0] - entropy[rows], entropy[rows])
         assert not agreement.differs, agreement.describe()

@@ -61,9 +61,11 @@ def test_the_base_trainer_sets_the_attributes_that_are_read(attribute: str) -> N
     assert f"self.{attribute} = " in inspect.getsource(DistillationTrainer.__init__)
 
 
-def test_compute_loss_unpacks_the_three_values_that_are_returned() -> None:
-    assert "loss, entropy_sum, num_valid_tokens = self._forward_redirection(" in inspect.getsource(
-        inspect.unwrap(DistillationTrainer.compute_loss)
+def test_the_loss_is_computed_inside_the_wrapper_as_trl_computes_it() -> None:
+    source = inspect.getsource(inspect.unwrap(DistillationTrainer.compute_loss))
+    assert (
+        "self._forward_redirection(\n            model, unwrapped_student, self._compute_loss, unwrapped_student"
+        in source
     )
 
 

@@ -33,7 +33,8 @@ from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal, TopKSignal
 from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherPrompts, TeacherView
 from opsd.training.groups import placeholders
-from opsd.training.sampling import Agreement, rollout_settings, sampling_gap
+from opsd.training.sampling import rollout_settings
+from opsd.training.sampling_check import Agreement, sampling_gap
 from opsd.training.trainer import OPSDTrainer
 
 Row = Mapping[str, Any]
@@ -239,7 +240,7 @@ class Patient:
         """The log-probabilities of the rollouts' tokens against the student's entropy."""
         agreement = Agreement()
         for record in self._own_records:
-            agreement.add(sampling_gap(record), record.entropy_N)
+            agreement = agreement.plus(Agreement.of(sampling_gap(record), record.entropy_N))
         return agreement
 
     def _training(self) -> AbstractContextManager[None]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from opsd.doctor.patient import Patient
 from opsd.findings import Finding
-from opsd.training.sampling import explain, reshaped_by
+from opsd.training.sampling import reshaped_by
+from opsd.training.sampling_check import explain
 
 find = functools.partial(Finding, "sampling")
 

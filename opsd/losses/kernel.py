@@ -198,7 +198,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head, kernel: Kernel
     ) -> Tensor:
-        ctx.kernel, ctx.head = kernel, head
+        ctx.kernel, ctx.head = (kernel, head) if kernel.recompute else (None, None)  # a kernel holds teachers' states
         ctx.product_dtype = product_dtype(hidden_ND)  # the backward pass runs outside autocast
         needed = (False,) * 3 if kernel.recompute else ctx.needs_input_grad[:3]
         loss, ctx.gradients = kernel.run(hidden_ND, head, needed, ctx.product_dtype)
@@ -213,7 +213,7 @@ class _Fused(torch.autograd.Function):
                 "backward was called twice on this loss. Its gradients are computed in the forward pass and handed to "
                 "autograd without a copy, so they exist once. Compute the loss again, or set recompute_loss."
             )
-        if ctx.kernel.recompute:
+        if ctx.kernel is not None:
             hidden_ND, weight_VD, bias_V = ctx.saved_tensors
             head = replace(ctx.head, weight_VD=weight_VD, bias_V=bias_V)
             _, gradients = ctx.kernel.run(hidden_ND, head, ctx.needs_input_grad[:3], ctx.product_dtype)

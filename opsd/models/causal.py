@@ -64,7 +64,8 @@ def empty_causal_model(config: PreTrainedConfig, **kwargs: Any) -> nn.Module:
 
 def _language_part(whole: Any, source: str) -> nn.Module:
     """Return the decoder and the head of a model that reads images, as a causal language model of its own."""
-    decoder, config = backbone(whole.get_decoder()), whole.config.get_text_config()
+    decoder: Any = backbone(whole.get_decoder())
+    config = whole.config.get_text_config()
     head, embedding = whole.get_output_embeddings(), decoder.get_input_embeddings()
     config.tie_word_embeddings = head.weight is embedding.weight  # the outer config may say otherwise
     text: Any = empty_causal_model(config)

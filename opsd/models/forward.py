@@ -31,7 +31,7 @@ def backbone(model: nn.Module) -> nn.Module:
     whole = language_model(model)
     candidates = (whole.base_model, whole.get_decoder(), getattr(whole, "model", whole))  # type: ignore[operator]
     # Llama 4 answers both questions with the whole model, head included.
-    return next((part for part in candidates if part is not whole), whole)  # type: ignore[return-value, misc]
+    return next((part for part in candidates if part is not whole), whole)  # type: ignore[return-value]
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -136,7 +136,7 @@ class Placement:
 
     def bytes_of(self, config: Any, *, trust_remote_code: bool = False) -> float:
         """Return the size of a model's weights in bytes, from its config alone."""
-        model = empty_causal_model(config, trust_remote_code=trust_remote_code)
+        model: Any = empty_causal_model(config, trust_remote_code=trust_remote_code)
         head = model.get_output_embeddings()
         unquantised = {id(p) for module in (head, model.get_input_embeddings()) if module for p in module.parameters()}
         dtype = self.dtype if isinstance(self.dtype, torch.dtype) else getattr(torch, self.dtype, None)

@@ -1,4 +1,4 @@
-"""THE table of logged metrics, and how a micro-batch's loss record becomes some of them over all processes.
+"""THE table of logged metrics, and how the loss records of a step become some of them over all processes.
 
 A metric that is logged stands in `METRICS`: name, unit, meaning, where it is made. The gate's check and docs/metrics.md
 read the table. Knows records and rollouts; nothing of teachers. A function that takes an accelerator is a collective:
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from opsd.rollouts import Rollouts
 from opsd.training.averages import KINDS, Tally
 
 NOT_LOGGED = frozenset({"logprob", "teacher_logprob"})  # the estimators are made of them
-GAP, OWN = "sampling_gap", "own_tokens"  # of a record: the gap, 0 off-policy, and 1 at the student's own tokens
+GAP = "sampling_gap"
 REWARDS = "reward functions"  # when a metric is logged: in runs that have these
 BY_FUNCTION = "rewards/{function}"
 COMPLETIONS = "completions/"
@@ -79,7 +79,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("divergence/max", "nats", "the divergence of the worst token since the last entry", _HERE, gate=True),
     Metric("entropy", "nats per token", "the student's entropy, mean over scored tokens", _HERE, gate=True),
     Metric(GAP, "nats per token", "−log p of the student's own tokens minus its entropy, mean over these: 0 but for "
-           "chance where rollouts come from its whole distribution", "training/sampling.py",
+           "chance where rollouts come from its whole distribution", "training/sampling_check.py",
            "rollouts of which nothing is left out by what was sampled"),
     Metric("scored_tokens", "tokens per step", "tokens that were trained on, over all processes", "training/trainer.py",
            gate=True),
@@ -198,41 +198,52 @@ def as_markdown() -> str:
     return "\n".join(["| metric | unit | meaning | logged with | for gates | made in |", "|---" * 6 + "|", *rows])
 
 
-def divergence_metrics(
-    record: LossOutput, rollouts: Rollouts, accelerator: Accelerator, step: int, *, with_loss: bool = False
-) -> dict[str, Tally]:
-    """Return divergence, entropy and all other records of the scored tokens of all processes.
+class LossRecords:
+    """The loss records of a step's micro-batches; together they become metrics, in one exchange between processes.
 
-    Args:
-        record: the loss of this process's micro-batch.
-        rollouts: the rollouts it was computed from.
-        accelerator: of the run.
-        step: the step under way, for the message.
-        with_loss: whether the loss is among them, as the mean over tokens: in evaluations.
-
-    Raises:
-        NonFiniteLossError: NaN or infinity in any process; raised in all of them.
+    >>> records.add(record, rollouts)  # no host waits for its device
+    >>> tallies = records.tallies(accelerator, step)  # after the last micro-batch; a collective
     """
-    values_N = record.divergence_N
-    bad = not bool(torch.isfinite(values_N).all() & torch.isfinite(record.loss))
-    worst = values_N.max() if len(values_N) else values_N.new_tensor(-math.inf)
-    sums = {"divergence": values_N.sum(), "entropy": record.entropy_N.sum()}
-    sums |= {name: record.metrics[name].sum() for name in sorted(set(record.metrics) - NOT_LOGGED)}
-    if with_loss:
-        sums["loss"] = record.loss.detach().to(values_N) * len(values_N)
-    local = [values_N.new_tensor(len(values_N)), worst, values_N.new_tensor(float(bad)), *sums.values()]
-    count, worst, bad_somewhere, *totals = accelerator.gather(torch.stack(local)[None]).T
-    if bool(bad_somewhere.any()):
-        _stop_at_rows(record, rollouts, step)
-    tokens = float(count.sum())
-    tallies = {name: Tally(float(total.sum()), tokens) for name, total in zip(sums, totals, strict=True)}
-    if OWN in tallies:  # the gap is a mean over the student's own tokens, and no number where there are none
-        tallies[GAP] = Tally(tallies[GAP].value, tallies.pop(OWN).value)
-        tallies = {name: tally for name, tally in tallies.items() if name != GAP or tally.size}
-    tallies["divergence/max"] = Tally(float(worst.max()) if tokens else 0.0, tokens, "max")
-    if record.statistics_seconds:
-        tallies["statistics_seconds"] = Tally(record.statistics_seconds, 1)
-    return tallies
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[LossOutput, Rollouts]] = []
+
+    def add(self, record: LossOutput, rollouts: Rollouts) -> None:
+        """Keep the loss of a micro-batch of this process, and the rollouts it was computed from."""
+        self._kept.append((replace(record, loss=record.loss.detach()), rollouts))
+
+    def tallies(self, accelerator: Accelerator, step: int, *, with_loss: bool = False) -> dict[str, Tally]:
+        """Return divergence, entropy and all other records of the scored tokens of all processes, and begin anew.
+
+        Args:
+            accelerator: of the run.
+            step: the step under way, for the message.
+            with_loss: whether the loss is among them, as the mean over tokens: in evaluations.
+
+        Raises:
+            NonFiniteLossError: NaN or infinity in any process; raised in all of them.
+        """
+        kept, self._kept = self._kept, []
+        records = [record for record, _ in kept]
+        values_N = torch.cat([record.divergence_N for record in records])
+        losses = torch.stack([record.loss for record in records]).to(values_N)
+        is_bad = ~(torch.isfinite(values_N).all() & torch.isfinite(losses).all())
+        worst = values_N.max() if len(values_N) else values_N.new_tensor(-math.inf)
+        sums = {"divergence": values_N.sum(), "entropy": torch.cat([r.entropy_N for r in records]).sum()}
+        for name in sorted(set().union(*(record.metrics for record in records)) - NOT_LOGGED):
+            sums[name] = torch.cat([record.metrics[name] for record in records if name in record.metrics]).sum()
+        if with_loss:
+            sums["loss"] = losses @ values_N.new_tensor([len(record.divergence_N) for record in records])
+        local = [values_N.new_tensor(len(values_N)), worst, is_bad.to(values_N), *sums.values()]
+        count, worst_of, bad_in, *totals = accelerator.gather(torch.stack(local)[None]).T.tolist()
+        if any(bad_in):
+            _stop_at_rows(kept, step)
+        tokens = sum(count)
+        tallies = {name: Tally(sum(total), tokens) for name, total in zip(sums, totals, strict=True)}
+        tallies["divergence/max"] = Tally(max(worst_of) if tokens else 0.0, tokens, "max")
+        if any(seconds := [record.statistics_seconds for record in records]):
+            tallies["statistics_seconds"] = Tally(sum(seconds), len(seconds))
+        return tallies
 
 
 def rollout_metrics(
@@ -283,10 +294,13 @@ def repeated_rows(accelerator: Accelerator, count: int, *, trains: bool) -> list
     return [first + number >= state.remainder for number in range(count)]
 
 
-def _stop_at_rows(record: LossOutput, rollouts: Rollouts, step: int) -> None:
-    bad = (~torch.isfinite(record.divergence_N)).nonzero().flatten().tolist()
-    rows = sorted({rollouts.row_of_token(n) for n in bad})
-    prompts = gather_object([f"  {str(rollouts.rows[row]['prompt'])[:200]}" for row in rows])
+def _stop_at_rows(kept: Sequence[tuple[LossOutput, Rollouts]], step: int) -> None:
+    prompts = []
+    for record, rollouts in kept:
+        bad = (~torch.isfinite(record.divergence_N)).nonzero().flatten().tolist()
+        rows = sorted({rollouts.row_of_token(n) for n in bad})
+        prompts += [f"  {str(rollouts.rows[row]['prompt'])[:200]}" for row in rows]
+    prompts = gather_object(prompts)
     first = "\n".join(prompts[:5])
     raise NonFiniteLossError(f"step {step}: the loss is NaN or infinite in {len(prompts)} row(s):\n{first}\n{WAY_OUT}")
 

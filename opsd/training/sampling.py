@@ -1,12 +1,8 @@
-"""How rollouts are sampled: which settings are allowed, and a check that rollouts are the student's own.
+"""How rollouts are sampled: which settings are allowed, and those in force.
 
 A loss is derived for tokens that the student draws from its whole distribution at `temperature`. Settings that reshape
 it (top_p, a repetition penalty, suppressed tokens) are refused where the gradient is an estimate from the sampled
-tokens, and named in a warning elsewhere. The check costs nothing: on average −log s(y) of a sampled token equals the
-student's entropy, and the loss computes both. Where it scores no fair sample, the run says that nothing is checked.
-Knows settings and loss records; nothing of steps or teachers.
-
-Shapes: N scored tokens of a micro-batch (packed).
+tokens, and named in a warning elsewhere. Knows settings; nothing of steps or teachers.
 """
 
 from __future__ import annotations
@@ -14,19 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.errors import ConfigError, OPSDWarning, did_you_mean
-from opsd.losses import LossOutput
 from opsd.losses.objective import Objective
 from opsd.models.generation import add_stop_ids, generation_config, stop_ids_of
-from opsd.rollouts import Rollouts
-from opsd.training.metrics import GAP, OWN
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -242,156 +233,3 @@ def prepare_sampling(
         "disable_compile": True,
     }
     return ends, generation_config(ends, tokenizer.pad_token_id, do_sample=True, **(settings | rollout_settings(args)))
-
-
-# ---- the check ------------------------------------------------------------------------------------------------------
-
-ERRORS = 4.0  # standard errors: by chance once in 16,000 checks
-LEAST, LEAST_SHARE = 0.02, 0.05  # nats per token, and share of the entropy: bfloat16 moves the mean by less
-# The spread of a token that is nearly certain comes from rare surprises, which a sample may lack: an entropy of H nats
-# then hides a variance of about H times the size of a surprise, 4 nats and more.
-SURPRISE, CERTAIN = 4.0, 0.5
-
-Notify = Callable[[str], None]
-
-
-@dataclass
-class Agreement:
-    """Sums over the student's own tokens, by which −log s(y) is compared with the entropy.
-
-    >>> agreement.add(gap_N, entropy_N)
-    >>> agreement.differs, agreement.describe()
-
-    Args:
-        tokens: number of tokens.
-        gap: sum of −log s(y) − H, nats; its mean is 0 for samples of the student's own distribution.
-        entropy: sum of H, nats.
-        variance: sum of the variances of −log s(y) − H, estimated, nats².
-    """
-
-    tokens: int = 0
-    gap: float = 0.0
-    entropy: float = 0.0
-    variance: float = 0.0
-
-    def add(self, gap_N: Tensor, entropy_N: Tensor) -> None:
-        """Add tokens: float32, nats."""
-        variance_N = gap_N.square() + SURPRISE * entropy_N.clamp(0.0, CERTAIN)
-        sums = torch.stack([gap_N.sum(), entropy_N.sum(), variance_N.sum()]).tolist()
-        self.tokens += len(gap_N)
-        self.gap, self.entropy, self.variance = (
-            old + new for old, new in zip((self.gap, self.entropy, self.variance), sums, strict=True)
-        )
-
-    @property
-    def differs(self) -> bool:
-        """Whether the two differ by more than chance and rounding."""
-        least = max(LEAST * self.tokens, LEAST_SHARE * self.entropy)
-        return abs(self.gap) > least and abs(self.gap) > ERRORS * math.sqrt(self.variance)
-
-    def describe(self) -> str:
-        """Give both means."""
-        count = max(self.tokens, 1)
-        return (
-            f"−log p of {self.tokens:,} sampled tokens is {(self.entropy + self.gap) / count:.2f} nats on average, and "
-            f"the student's entropy {self.entropy / count:.2f}"
-        )
-
-
-def explain(args: Any) -> tuple[str, str]:
-    """Return why rollouts are not the student's own samples, and what to do about it."""
-    if reshaped := reshaped_by(args):
-        return (
-            f"{' and '.join(reshaped)} reshape the distribution that rollouts are drawn from",
-            f"Leave {'it' if len(reshaped) == 1 else 'them'} out for on-policy training.",
-        )
-    if args.use_vllm:
-        return (
-            "vLLM samples with other probabilities than the trainer computes: other weights, number formats or logits",
-            "Check that weights are synchronised and not quantised, or correct for it: importance_clip: 2.",
-        )
-    return (
-        "the model's `generate` and its forward pass give different probabilities: its cache, its attention mask, or a "
-        "logits processor of its class",
-        "Try generation_kwargs: {use_cache: false}, another attn_implementation, or another transformers release.",
-    )
-
-
-@dataclass
-class SamplingCheck:
-    """Checks in a run that rollouts come from the student's own distribution, and says so once where they do not.
-
-    >>> check = SamplingCheck(args, unchecked=why_unchecked(args, rollout_columns=False), notify=print)
-    >>> record = check(record, rollouts)  # the same record, with what the metric sampling_gap is made of
-
-    Args:
-        args: an OPSDConfig.
-        unchecked: why this run cannot be checked (`why_unchecked`), which is then said once; "" where it can.
-        notify: called with the line.
-    """
-
-    args: Any
-    unchecked: str
-    notify: Notify
-    agreement: Agreement = field(default_factory=Agreement)
-    has_spoken: bool = False
-
-    def __call__(self, record: LossOutput, rollouts: Rollouts) -> LossOutput:
-        """Return the record of a micro-batch with two more metrics, and compare all tokens seen so far."""
-        if self.unchecked:
-            if not self.has_spoken:
-                self.notify(f"sampling    not checked: {self.unchecked}")
-            self.has_spoken = True
-            return record
-        scored = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()])
-        own_N = torch.tensor(rollouts.on_policy).repeat_interleave(scored).to(record.entropy_N.device)
-        gap_N = sampling_gap(record).masked_fill(~own_N, 0.0)
-        if not self.has_spoken:
-            self.agreement.add(gap_N[own_N], record.entropy_N[own_N])
-            self._compare()
-        return replace(record, metrics={**record.metrics, GAP: gap_N, OWN: own_N.to(gap_N)})
-
-    def _compare(self) -> None:
-        if self.agreement.differs:
-            self.has_spoken = True
-            cause, way_out = explain(self.args)
-            line = f"{self.agreement.describe()}. {cause}. {way_out}"
-            self.notify(f"rollouts    not the student's own distribution: {line}")
-
-
-def sampling_gap(record: LossOutput) -> Tensor:
-    """Return −log s(y) − H at every token, float32 (N,), nats; 0 where a token has no weight."""
-    return -record.metrics["logprob"] - record.entropy_N
-
-
-def why_unchecked(args: Any, rollout_columns: bool) -> str:
-    """Return why a run's rollouts cannot be compared with the student's entropy, in words; "" where they can.
-
-    The loss computes entropies of the tokens that it scores. Those that are left out by what was sampled (their id, how
-    the rollout ended, its reward) were drawn with other probabilities than the rest, whose means then differ in a
-    healthy run too.
-
-    Args:
-        args: an OPSDConfig.
-        rollout_columns: whether a context reads what rollouts provide: rows without it are left out.
-    """
-    if args.on_policy_share.most == 0:
-        return "lmbda is 0, so the student samples no rollout."
-    # Where the loss makes a pass over all tokens first, it knows those that a contrast leaves out too.
-    knows_all = args.objective.needs_statistics
-    causes = {
-        "mask_tokens": bool(args.mask_tokens),
-        "mask_special_tokens": args.mask_special_tokens,
-        "mask_truncated_completions": args.mask_truncated_completions,
-        "contrast_context": args.contrast_context is not None and not knows_all,
-        f"distill_on {args.distill_on!r}": args.distill_on != "all",
-        "a context that reads rollouts": rollout_columns,
-    }
-    named = [cause for cause, is_set in causes.items() if is_set]
-    if not named:
-        return ""
-    doctor = "" if args.use_vllm else " `opsd doctor` checks rollouts of which nothing is left out."
-    return (
-        f"{' and '.join(named)} leave{'s' * (len(named) == 1)} tokens out by what was sampled, and the rest is no fair "
-        f"sample of the student's distribution.{doctor}"
-    )

@@ -4,7 +4,7 @@ Takes sampling, tools, PEFT, distributed runs, logging and the hub from TRL's Di
 teacher, the padding of rollouts and the loss. Knows no kind of teacher and no kind of divergence.
 
 Seams of TRL 1.16 and transformers that this file relies on (tests/test_trl_seams.py guards each):
-`_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_compute_loss`,
+`_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_forward_redirection`,
 `_get_train_sampler`, `_get_grad_norm`, `autocast_smart_context_manager`, `_set_signature_columns_if_needed`,
 `_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `evaluation_loop`, `log`, `_send_telemetry`,
 `_metrics`, `_logs`, `_step`, `_buffered_inputs`, `teacher_model=None`.
@@ -56,7 +56,8 @@ from opsd.training.parts import Rows, RunParts
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
-from opsd.training.sampling import SamplingCheck, prepare_sampling, why_unchecked
+from opsd.training.sampling import prepare_sampling
+from opsd.training.sampling_check import SamplingCheck, why_unchecked
 from opsd.training.schedules import own_rows, scheduled, set_longest
 from opsd.training.student import ready_student
 from opsd.training.vllm_sync import prepare_engine
@@ -149,7 +150,7 @@ class OPSDTrainer(DistillationTrainer):
         keep_float32_sums(self.accelerator)
         self._engine = prepare_engine(self.vllm_generation, bool(args.importance_clip)) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
-        self._averages = {"train": Averages(), "eval": Averages()}
+        self._averages, self._records = {"train": Averages(), "eval": Averages()}, metrics.LossRecords()
         self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
@@ -276,26 +277,27 @@ class OPSDTrainer(DistillationTrainer):
         with self.accelerator.autocast():
             return {"scored": self.scorer.score(rollouts)}
 
-    def _compute_loss(
-        self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, summed student entropy and number of scored tokens; runs inside the wrapped forward pass."""
+    def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Return the loss; runs inside the wrapped forward pass."""
         device = self.accelerator.device
         record = self.scorer(unwrapped_student, inputs["scored"], device, self.accelerator.num_processes)
         self._record = record  # leaves by attribute: a wrapper may cast or copy what is returned
-        return record.loss, record.entropy_N.sum(), torch.tensor(len(record.entropy_N), device=device)
+        return record.loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Return the loss, once every process has seen that it is finite."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return the loss; at a step's last micro-batch, once every process has seen that it is finite.
+
+        TRL's would exchange the entropy between processes, and wait for the device, in every micro-batch.
+        """
+        student = self.accelerator.unwrap_model(model)
+        loss: Tensor = self._forward_redirection(model, student, self._compute_loss, student, inputs, None)
         record, self._record = self._record, None
         assert record is not None
-        # TRL's, whose mean over micro-batches counts one without tokens as 0 nats.
-        self._metrics[self._mode]["entropy"].pop()
-        step, rollouts, mode = self.state.global_step + 1, inputs["scored"].rollouts, self._mode
-        record = self._sampling_check(record, rollouts)
-        tallies = metrics.divergence_metrics(record, rollouts, self.accelerator, step, with_loss=mode == "eval")
-        self._averages[mode].add(tallies)
+        rollouts, mode = inputs.pop("scored").rollouts, self._mode  # popped: the teacher's states are not needed again
+        self._records.add(self._sampling_check(record, rollouts), rollouts)
+        if mode == "eval" or (self._step + 1) % self.args.gradient_accumulation_steps == 0:
+            tallies = self._records.tallies(self.accelerator, self.state.global_step + 1, with_loss=mode == "eval")
+            self._averages[mode].add(self._sampling_check.compare(tallies))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -380,7 +382,7 @@ class OPSDTrainer(DistillationTrainer):
             NonFiniteLossError: NaN or infinity in the loss.
         """
         # An earlier `train` that was interrupted may have left half a step.
-        self._step, self._buffered_inputs, self._record = 0, None, None
+        self._step, self._buffered_inputs, self._record, self._records = 0, None, None, metrics.LossRecords()
         with only_run_in(self.args.output_dir):
             checkpoint = self.files.begin(resume_from_checkpoint)
             if checkpoint and self.files.is_finished(Path(checkpoint)):
