@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 from helpers import MAKE_TEACHER, make_args, make_trainer
@@ -27,6 +28,7 @@ SCHEDULE = {
 }
 SETS = ("one", "two")
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
+EXCHANGES = 6  # a step: four in TRL's sampling, the number of scored tokens, the metrics
 
 
 def other_rows() -> list[dict[str, Any]]:
@@ -154,3 +156,21 @@ def test_a_gate_reads_rewards_only_where_there_are_reward_functions() -> None:
     assert "divergence" in plain and "loss" not in plain and "reward" not in plain
     assert set(rewarded) - set(plain) >= {"reward", "rewards/exact", "group/flat"}
     assert not any("{" in name for name in rewarded)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_a_step_exchanges_its_metrics_once(micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL gathers twice in every micro-batch, and a GPU's host waits each time."""
+    calls: list[Any] = []
+    gather = Accelerator.gather
+
+    def counted(self: Accelerator, tensor: Any) -> Any:
+        calls.append(tensor)
+        return gather(self, tensor)
+
+    monkeypatch.setattr(Accelerator, "gather", counted)
+    sizes = {"per_device_train_batch_size": 8 // micro_batches, "gradient_accumulation_steps": micro_batches}
+    trainer = make_trainer(tmp_path, "ema", max_steps=2, **sizes)
+    before = len(calls)
+    trainer.train()
+    assert len(calls) - before == 2 * EXCHANGES

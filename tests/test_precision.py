@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from opsd import EMATeacher, OPSDTrainer
 from opsd.commands.build import build_trainer
 from opsd.commands.run_file import read_run
+from opsd.doctor import examine
 from opsd.errors import ConfigError
+from opsd.training.precision import choose_dtype
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -123,3 +126,38 @@ def test_the_share_of_bfloat16_weights_that_do_not_move_is_the_one_in_the_messag
             optimizer.step()
     moved = {dtype: float((w != start.to(torch.bfloat16).to(dtype)).float().mean()) for dtype, w in weights.items()}
     assert moved[torch.float32] > 0.99 and 0.97 < 1 - moved[torch.bfloat16] < 0.99
+
+
+@pytest.mark.parametrize(
+    ("adapter", "given", "bf16", "device", "dtype"),
+    [
+        ({}, {}, True, "cuda", "bfloat16"),
+        ({}, {"dtype": "float32"}, True, "cuda", "float32"),
+        ({}, {}, False, "cuda", None),
+        ({}, {}, True, "cpu", None),
+        ({"modules_to_save": ["lm_head"]}, {}, True, "cuda", None),
+        ({"bias": "all"}, {}, True, "cuda", None),
+    ],
+    ids=str,
+)
+def test_a_frozen_base_is_loaded_in_16_bits_on_a_gpu(
+    adapter: dict[str, Any], given: dict[str, str], bf16: bool, device: str, dtype: str | None
+) -> None:
+    """Weights of the base that train beside the adapter stay float32, and a dtype that is named is taken."""
+    args = SimpleNamespace(model_init_kwargs=dict(given), bf16=bf16, device=torch.device(device))
+    choose_dtype("some/model", args, LoraConfig(**adapter))
+    assert args.model_init_kwargs.get("dtype") == dtype
+
+
+@pytest.mark.parametrize(
+    ("bf16", "line"),
+    [
+        (False, "weights in bfloat16, those that train in float32, no autocast"),
+        (True, "weights in bfloat16, those that train in float32, bfloat16 autocast"),
+    ],
+)
+def test_the_doctor_names_the_dtype_of_the_weights(tmp_path: Path, bf16: bool, line: str) -> None:
+    """It said float32 of an adapter on bfloat16 weights."""
+    model = get_peft_model(make_llama().bfloat16(), LoraConfig(**LORA))
+    report = examine(make_trainer(tmp_path, student=model, bf16=bf16), only=["environment"])
+    assert any(line in finding.saw for finding in report.findings), [finding.saw for finding in report.findings]

@@ -63,8 +63,8 @@ def _identity(patient: Patient) -> Finding:
         return find("skip", "the teacher is another model: its distributions differ from the student's anyway.")
     plain = TeacherView(patient.teacher, patient.teacher.prompts.with_context(None))
     largest = max((float(v.max()) for v in patient.divergence(plain) if len(v)), default=0.0)
-    dtype = torch.bfloat16 if patient.args.bf16 else next(patient.student.model.parameters()).dtype
-    tolerance = IDENTITY.get(dtype, IDENTITY_HALF)
+    dtypes = {torch.bfloat16} if patient.args.bf16 else {p.dtype for p in patient.student.model.parameters()}
+    tolerance = max(IDENTITY.get(dtype, IDENTITY_HALF) for dtype in dtypes)
     figures = {"largest_kl": largest, "tolerance": tolerance}
     if largest <= tolerance:
         saw = f"without a context teacher and student agree: KL is {largest:.1g} nats at most, at any token."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -63,7 +63,6 @@ def _versions() -> Finding:
 def _numerics(patient: Patient) -> Finding:
     attention = getattr(language_model(patient.student.model).config, "_attn_implementation", "unknown")
     exact = torch.are_deterministic_algorithms_enabled() or patient.args.full_determinism
-    precision = "bfloat16 autocast" if patient.args.bf16 else "float16" if patient.args.fp16 else "float32"
     device = next(patient.student.model.parameters()).device
     where = (
         torch.cuda.get_device_name(device)
@@ -71,7 +70,22 @@ def _numerics(patient: Patient) -> Finding:
         else f"{device.type}, {torch.get_num_threads()} threads"
     )
     same = "deterministic kernels" if exact or device.type == "cpu" else "kernels that may differ from run to run"
-    return find("pass", f"{where}; attention {attention}, {precision}, {same}.")
+    return find("pass", f"{where}; attention {attention}, {_precision(patient)}, {same}.")
+
+
+def _precision(patient: Patient) -> str:
+    """Name the dtypes of the weights, and the one of autocast."""
+    model = patient.student.model
+    trained, frozen = ({p.dtype for p in model.parameters() if p.requires_grad is trains} for trains in (True, False))
+    weights = f"weights in {_names(frozen or trained)}"
+    if frozen and trained != frozen:
+        weights += f", those that train in {_names(trained)}"
+    autocast = "bfloat16" if patient.args.bf16 else "float16" if patient.args.fp16 else ""
+    return f"{weights}, {autocast} autocast" if autocast else f"{weights}, no autocast"
+
+
+def _names(dtypes: Iterable[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
 
 
 def _disk(patient: Patient) -> Iterator[Finding]:

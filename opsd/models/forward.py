@@ -132,6 +132,18 @@ def all_hidden(model: nn.Module, ids_BL: Tensor) -> Tensor:
     return last_hidden(model, ids_BL, row_N, position_N)
 
 
+@contextmanager
+def _precise(model: nn.Module, device: str) -> Iterator[torch.dtype | None]:
+    """Leave the run's autocast for a block where the model can compute without it, and yield the one that stays.
+
+    FlashAttention refuses float32; everything else is compared more closely in it.
+    """
+    attention = str(getattr(language_model(model).config, "_attn_implementation", ""))
+    stays = torch.is_autocast_enabled(device) and "flash" in attention
+    with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=stays):
+        yield torch.get_autocast_dtype(device) if stays else None
+
+
 def check_model(model: nn.Module, vocab_size: int) -> None:
     """Refuse a model whose logits cannot be computed from its last hidden states and its head.
 
@@ -146,12 +158,12 @@ def check_model(model: nn.Module, vocab_size: int) -> None:
         UnsupportedModelError: the two differ; names the model's class and the difference.
     """
     ids_BL = probe(model, vocab_size)
-    with evaluating(model):
+    with evaluating(model), _precise(model, ids_BL.device.type) as dtype:
         hidden_ND = all_hidden(model, ids_BL)
         logits_NV = Head.from_model(model).logits(hidden_ND)
         expected_NV = model(input_ids=ids_BL, use_cache=False).logits.flatten(0, 1).to(logits_NV.dtype)
     gap = ((logits_NV - expected_NV).abs().max() / expected_NV.abs().max().clamp(min=1e-6)).item()
-    if not gap <= PROBE_TOLERANCE.get(hidden_ND.dtype, PROBE_TOLERANCE[torch.bfloat16]):
+    if not gap <= PROBE_TOLERANCE.get(dtype or hidden_ND.dtype, PROBE_TOLERANCE[torch.bfloat16]):
         raise UnsupportedModelError(
             f"{type(language_model(model)).__name__}: logits computed from the last hidden states and the head differ "
             f"from the model's own by {gap:.1e} of their size. The loss would train another distribution than the "

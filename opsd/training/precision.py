@@ -26,18 +26,28 @@ REASON = (
 )
 
 
-def check_dtype(model: Any, args: Any, peft_config: PeftConfig | None) -> None:
-    """Refuse to load weights in 16 bits and train them in full.
+def choose_dtype(model: Any, args: Any, peft_config: PeftConfig | None) -> None:
+    """Refuse to load weights in 16 bits and train them in full; load a frozen base in bfloat16 on a GPU.
+
+    Under an adapter autocast would cast a float32 base again at every token that is sampled.
 
     Args:
         model: the student's name; a loaded one goes to `widen_adapter`.
-        args: training arguments, whose `model_init_kwargs` may name a dtype; TRL's default is float32.
+        args: training arguments, whose `model_init_kwargs` may name a dtype, and get one for a base under bfloat16
+            autocast on a GPU; TRL's default is float32.
         peft_config: an adapter's settings, or None where the weights themselves train.
 
     Raises:
         ConfigError: names the dtype.
     """
-    if not isinstance(model, str) or peft_config is not None or is_adapter(model):
+    if not isinstance(model, str):
+        return
+    if is_adapter(model):
+        peft_config = PeftConfig.from_pretrained(model)
+    if peft_config is not None:
+        given = args.model_init_kwargs or {}
+        if "dtype" not in given and args.bf16 and _freezes_base(peft_config) and args.device.type not in ("cpu", "mps"):
+            args.model_init_kwargs = {**given, "dtype": "bfloat16"}
         return
     dtype = (args.model_init_kwargs or {}).get("dtype", "float32")
     if dtype in ("auto", None):
@@ -48,6 +58,12 @@ def check_dtype(model: Any, args: Any, peft_config: PeftConfig | None) -> None:
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype not in WIDE:
         raise ConfigError(f"weights that train must be float32, and model_init_kwargs loads them in {dtype}. {REASON}")
+
+
+def _freezes_base(peft_config: PeftConfig) -> bool:
+    """Tell whether all that trains is the adapter's own: weights of the base that train must be float32."""
+    beside = (getattr(peft_config, name, None) for name in ("modules_to_save", "trainable_token_indices"))
+    return not any(beside) and getattr(peft_config, "bias", "none") == "none"
 
 
 def widen_adapter(student: nn.Module) -> str | None:

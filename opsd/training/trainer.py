@@ -123,7 +123,7 @@ class OPSDTrainer(DistillationTrainer):
         checkpoints.ready_folder(args)
         self.groups = Groups.from_config(args, reward_funcs)
         checks.check_settings(args, self.teacher, self.groups, eval_dataset, evaluation, peft_config, bool(tools))
-        precision.check_dtype(model, args, peft_config)
+        precision.choose_dtype(model, args, peft_config)
         self.scorer = Scorer(args, self.teacher)
         train_dataset, eval_dataset, questions = prepare_datasets(
             train_dataset, eval_dataset, args, self.scorer, self.groups, has_plan=evaluation is not None
@@ -151,7 +151,8 @@ class OPSDTrainer(DistillationTrainer):
         self._engine = prepare_engine(self.vllm_generation, bool(args.importance_clip)) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
         self._averages, self._records = {"train": Averages(), "eval": Averages()}, metrics.LossRecords()
-        self._prepare_teacher()
+        with self.accelerator.autocast():  # what probes the model computes as the run does
+            self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop = GracefulStop(self.accelerator)
@@ -167,7 +168,7 @@ class OPSDTrainer(DistillationTrainer):
 
     def _prepare_teacher(self) -> None:
         checks.check_reads_text(self._is_vlm, self._tokenizer)
-        student = ready_student(self.accelerator.unwrap_model(self.model), len(self._tokenizer), self.args, self._say)
+        student = ready_student(self.accelerator, self.model, len(self._tokenizer), self.args, self._say)
         trainable = checks.check_student(student)
         renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
         self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
@@ -285,10 +286,7 @@ class OPSDTrainer(DistillationTrainer):
         return record.loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss; at a step's last micro-batch, once every process has seen that it is finite.
-
-        TRL's would exchange the entropy between processes, and wait for the device, in every micro-batch.
-        """
+        """Return the loss; at a step's last micro-batch, once every process has seen that it is finite."""
         student = self.accelerator.unwrap_model(model)
         loss: Tensor = self._forward_redirection(model, student, self._compute_loss, student, inputs, None)
         record, self._record = self._record, None
