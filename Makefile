@@ -2,6 +2,7 @@
 # make demo-math the same model on sums, with the answer in the teacher's prompt
 # make check     lint, types and the quick tests: what to run while you work (under three minutes on two slow cores)
 # make test      lint, types and every test (under twelve minutes on two slow cores)
+# make gpu       what only a GPU shows, in under ten minutes on one; without a GPU all of it is skipped
 # make evidence  the long runs behind the figures in README.md, docs/ and benchmarks/results/
 #
 # Each makes .venv and installs what it needs. TORCH chooses the build of torch: the exact version of constraints.txt
@@ -17,13 +18,16 @@ RUN := $(VENV)/bin
 PIP := $(RUN)/pip install --quiet --quiet --disable-pip-version-check
 PYTEST := $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo demo-math check test evidence lint clean
+.PHONY: demo demo-math gpu check test evidence lint clean
 
 demo: $(VENV)/demo.done
 	@$(RUN)/opsd demo
 
 demo-math: $(VENV)/demo.done
 	@$(RUN)/opsd demo math
+
+gpu: $(VENV)/dev.done
+	@$(PYTEST) --numprocesses 1 tests/gpu
 
 check: lint
 	@$(PYTEST) -m "not slow"

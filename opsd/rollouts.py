@@ -51,8 +51,8 @@ class PaddedBatch:
     scored_ids_N: Tensor
 
     def to(self, device: torch.device | str) -> PaddedBatch:
-        """Return the same tensors on a device."""
-        return PaddedBatch(*(getattr(self, each.name).to(device) for each in fields(self)))
+        """Return the same tensors on a device; a copy to a GPU does not wait for what it is doing."""
+        return PaddedBatch(*(getattr(self, each.name).to(device, non_blocking=True) for each in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def drifted_teacher(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     return run_file(
         folder, seeds, (1e-5, 3e-5, 1e-4), with_controls("off-policy", "seq-kd"),
         teacher={"strategy": "past_checkpoint", "model": models_of(folder, "fine_tuning", "bare")},
-        max_steps=steps, max_completion_length=24, evaluation={**plan, "samples": 4},
+        max_steps=steps, max_completion_length=24, evaluation=plan,
     )  # fmt: skip
 
 

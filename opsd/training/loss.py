@@ -166,14 +166,17 @@ class Scorer:
         device = batch.ids_BL.device
         logprobs = rollouts.scored_rollout_logprobs
 
+        def on_device(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+
         def of_row(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[batch.row_N]
+            return on_device(values)[batch.row_N]
 
         return Tokens(
             weight_N=share * of_row(rollouts.row_weights),
             ids_N=batch.scored_ids_N,
             row_N=batch.row_N,
-            rollout_logprobs_N=None if logprobs is None else torch.tensor(logprobs, dtype=torch.float32, device=device),
+            rollout_logprobs_N=None if logprobs is None else on_device(logprobs),
             advantage_N=of_row(rollouts.advantages) if any(rollouts.advantages) else None,
             distill_weight_N=None if all(rollouts.distill_weight) else of_row(rollouts.distill_weight),
         )
