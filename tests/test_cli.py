@@ -267,6 +267,14 @@ def test_teachers_lists_every_strategy_and_recipe(capsys, monkeypatch) -> None:
     assert all(name in out for name in [*sources.names("teachers"), "SameCheckpointTeacher", "SiblingTeacher"])
 
 
+def test_teachers_are_described_at_full_width(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["teachers"]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "    The student's weights at step 0, frozen (OPSD, arXiv 2601.18734); the" in lines
+    assert max(map(len, lines)) <= 80
+
+
 def test_cp_copies_and_never_overwrites(tmp_path: Path, capsys) -> None:
     assert main(["cp", "answer_only", str(tmp_path)]) == 0
     copied = tmp_path / "answer_only.jinja"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from opsd.evaluation.compare import Arm, Comparison, Pairwise
 
 FILES = {"json": "comparison.json", "markdown": "comparison.md", "plot": "pareto.svg"}  # of a sweep's folder
+WIDE = 110  # columns of a terminal that show the table with its intervals in one line
 HEAD = ("", "seeds", "after{unit}", "gain", "sd", "drift", "{first} minus it", "p")
 
 
@@ -68,9 +69,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print a comparison."""
-    table = Table(*head(comparison), box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
-    for cells in rows(comparison):
-        table.add_row(*cells)
+    names, lines = head(comparison), list(rows(comparison))
+    shown = [place for place in range(len(names)) if any(cells[place] for cells in lines)]
+    columns = (names[place] for place in shown)
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    between = " (" if console.width >= WIDE else "\n("  # a narrow terminal has intervals below their estimates
+    for cells in lines:
+        table.add_row(*(cells[place].replace(" (", between) for place in shown))
     console.print(table)
     console.print()
     for line in _remarks(comparison):

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.padding import Padding
 
 from opsd import sources
 from opsd.teachers import TEACHERS
@@ -22,17 +23,22 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.parse_args(arguments)
     console = Console()
-    strategies = Table("strategy", "class", "whose weights", box=None, header_style="bold", pad_edge=False)
+    console.print("Strategies: whose weights score\n", style="bold underline")
     for name, cls in TEACHERS.items():
-        strategies.add_row(name, cls.__name__, (cls.__doc__ or "").split("\n")[0])
-    console.print(strategies, "")
-    recipes = Table("recipe", "strategy", "context", "about", box=None, header_style="bold", pad_edge=False)
+        _entry(console, name, cls.__name__, (cls.__doc__ or "").split("\n")[0])
+    console.print("\nRecipes: a strategy, its context and the numbers of its paper\n", style="bold underline")
     for name in sources.names("teachers"):
         path = find_recipe(name)
         assert path is not None
         recipe = read_recipe(path)
         context = recipe.context
         template = context if isinstance(context, str) or context is None else context["template"]
-        recipes.add_row(name, str(recipe.teacher["strategy"]), template or "—", recipe.about)
-    console.print(recipes)
+        shown = f"context {template}" if template else "no context"
+        _entry(console, name, f"{recipe.teacher['strategy']}, {shown}", recipe.about)
     return 0
+
+
+def _entry(console: Console, name: str, beside: str, text: str) -> None:
+    """Print a name with what belongs to it, and below, at full width, what it is."""
+    console.print(f"[bold]{escape(name)}[/]  {escape(beside)}", highlight=False)
+    console.print(Padding(escape(text), (0, 0, 0, 4)), highlight=False)
