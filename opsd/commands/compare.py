@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from opsd.commands import tradeoff as page
 from opsd.commands.cells import as_change, as_estimate
@@ -71,7 +71,7 @@ def show(comparison: Comparison, console: Console) -> None:
     """Print a comparison."""
     names, lines = head(comparison), list(rows(comparison))
     shown = [place for place in range(len(names)) if any(cells[place] for cells in lines)]
-    columns = (names[place] for place in shown)
+    columns = (Column(names[place], no_wrap=place > 0) for place in shown)
     table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     between = " (" if console.width >= WIDE else "\n("  # a narrow terminal has intervals below their estimates
     for cells in lines:
