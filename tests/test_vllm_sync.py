@@ -22,7 +22,10 @@ from trl.generation import vllm_generation
 from trl.trainer import distillation_trainer
 
 from opsd import OPSDTrainer, SameCheckpointTeacher
+from opsd.doctor import examine
 from opsd.errors import ConfigError
+from opsd.evaluation.result import EvaluationResult
+from opsd.models.generation import generate
 from opsd.training.vllm_sync import check_mergeable, merged_parameters, prepare_engine
 
 LINEAR = ["q_proj", "v_proj", "down_proj"]
@@ -187,15 +190,18 @@ class Server:
     ) -> dict[str, Any]:
         self.was_autocast |= torch.is_autocast_enabled("cpu")
         completions, values = [], []
+        stops = settings["generation_kwargs"]["stop_token_ids"]
         for prompt in prompts:
             ids = list(prompt)
             values.append([])
             for _ in range(max_tokens):
                 with torch.no_grad():
                     logits = self.model(torch.tensor([ids])).logits[0, -1].float()
-                log_p = (logits / temperature).log_softmax(-1)
-                ids.append(int(log_p.exp().multinomial(1)))
+                log_p = (logits / (temperature or 1.0)).log_softmax(-1)
+                ids.append(int(log_p.exp().multinomial(1)) if temperature else int(log_p.argmax()))
                 values[-1].append([float(log_p[ids[-1]])])
+                if ids[-1] in stops:
+                    break
             completions.append(ids[len(prompt) :])
         return {
             "prompt_ids": prompts,
@@ -230,11 +236,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     return server
 
 
-def trainer_with_vllm(folder: Path, model: nn.Module, **changes: Any) -> OPSDTrainer:
+def trainer_with_vllm(folder: Path, model: nn.Module, evaluation: Any = None, **changes: Any) -> OPSDTrainer:
     args = make_args(folder, use_vllm=True, vllm_mode="server", gradient_accumulation_steps=1, **changes)
     rows = Dataset.from_list(make_rows())
     teacher = SameCheckpointTeacher(context="answer_only")
-    return OPSDTrainer(model, teacher, args=args, train_dataset=rows, processing_class=make_tokenizer())
+    return OPSDTrainer(
+        model, teacher, args=args, train_dataset=rows, processing_class=make_tokenizer(), evaluation=evaluation
+    )
 
 
 def test_trl_itself_lets_a_bfloat16_base_drift() -> None:
@@ -268,6 +276,49 @@ def test_a_run_with_an_engine_samples_from_the_student_of_each_step(tmp_path: Pa
     assert server.updates == 3 and not server.was_autocast
     assert all(torch.equal(p, base[name]) for name, p in model.named_parameters() if name in base)
     assert logged(trainer, "importance/ratio") == pytest.approx([1.0] * 3, abs=0.02 if bf16 else 1e-4)
+
+
+def test_evaluation_asks_the_engine_and_gets_the_answers_of_the_model(tmp_path: Path, server: Server) -> None:
+    """It asked `generate`, over 90 % of a step on a GPU. Shares of processes and weights are as for rollouts."""
+    rows = [{**row, "prompt": [{"role": "user", "content": f"Other {n}?"}]} for n, row in enumerate(make_rows(5))]
+    plan = {"test": rows, "grader": "last_number", "samples": 1, "max_new_tokens": 7}
+    model = get_peft_model(make_llama(), lora())
+    move(model, by=0.05)
+    trainer = trainer_with_vllm(tmp_path / "engine", model, max_steps=1, importance_clip=5.0, evaluation=plan)
+    student, prompts = trainer.student, [trainer.student.renderer.ids(row["prompt"]) for row in rows]
+    expected = generate(model, prompts, student.tokenizer, max_new_tokens=7, batch_size=2)
+    before = server.updates
+    assert student.complete(prompts, max_new_tokens=7) == expected and server.updates == before + 1
+    trainer.train()
+    answers = EvaluationResult.load(tmp_path / "engine" / "evaluation" / "before.json").greedy
+    assert [answer.length for answer in answers] == [len(ids) for ids in expected]
+    # Rollouts come from the student again, though its teacher answered through the engine before step 1.
+    assert logged(trainer, "importance/ratio") == pytest.approx([1.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adapter off", "a copy"])
+def test_a_self_teacher_answers_through_the_engine(kind: str, tmp_path: Path, server: Server) -> None:
+    """With its own weights: those of the base, or those that it swaps in."""
+    model = get_peft_model(make_llama(), lora())
+    if kind == "a copy":
+        move(model, by=0.05)  # an adapter that arrives trained is copied
+    trainer = trainer_with_vllm(tmp_path, model)
+    rows = trainer.train_dataset.select(range(3))
+    prompts = [trainer.teacher.prompts.ids(row) for row in rows]
+    expected = generate(model, prompts, make_tokenizer(), max_new_tokens=6, batch_size=3)
+    move(model, by=0.3)  # training goes on
+    assert generate(model, prompts, make_tokenizer(), max_new_tokens=6, batch_size=3) != expected
+    assert trainer.teacher.sample(rows, max_new_tokens=6, batch_size=3) == expected
+    assert server.updates == 1
+
+
+def test_the_doctor_looks_at_what_the_engine_draws(tmp_path: Path, server: Server) -> None:
+    trainer = trainer_with_vllm(tmp_path, make_llama(), max_completion_length=16)
+    assert [finding.status for finding in examine(trainer, only=["sampling"]).findings] == ["pass"]
+    generate_at = server.generate
+    server.generate = lambda *args, temperature, **kwargs: generate_at(*args, temperature=0.3, **kwargs)  # type: ignore[method-assign]
+    found = examine(trainer, only=["sampling"]).findings
+    assert found[0].status == "fail" and "vLLM samples with other probabilities" in found[0].saw
 
 
 @pytest.mark.parametrize("mode", ["raw_logprobs", "raw_logits", "processed_logits"])

@@ -27,7 +27,6 @@ from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
 from opsd.evaluation.likelihood import logprobs
 from opsd.losses import Divergence, LossOutput, Objective, Tokens
 from opsd.models.forward import context_length, keeping_modes, last_hidden
-from opsd.models.generation import generate
 from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal, TopKSignal
@@ -150,10 +149,7 @@ class Patient:
 
     @cached_property
     def sampled(self) -> tuple[list[Ids], float]:
-        """The student's rollouts, by transformers with the run's settings, and the seconds they took.
-
-        A run with use_vllm samples by vLLM instead, whose own settings (generation_kwargs) have no part in these.
-        """
+        """The student's rollouts, with the run's engine and settings, and the seconds they took."""
         start, run = time.perf_counter(), {"temperature": self.args.temperature, **rollout_settings(self.args)}
         completions = self._generate(do_sample=True, seed=self.args.seed, **run)
         return completions, time.perf_counter() - start
@@ -166,14 +162,7 @@ class Patient:
     def _generate(self, **sampling: Any) -> list[Ids]:
         prompts = [prompt.ids for prompt in self.student_prompts]
         with self.trainer.accelerator.autocast():
-            return generate(
-                self.student.model,
-                prompts,
-                self.tokenizer,
-                max_new_tokens=self.room(prompts),
-                batch_size=BATCH,
-                **sampling,
-            )
+            return self.student.complete(prompts, max_new_tokens=self.room(prompts), batch_size=BATCH, **sampling)
 
     def room(self, prompts: Sequence[Ids]) -> int:
         """Return the tokens that completions of these prompts may get."""

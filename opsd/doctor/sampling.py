@@ -15,13 +15,6 @@ find = functools.partial(Finding, "sampling")
 
 def check_sampling(patient: Patient) -> Iterator[Finding]:
     """Compare −log p of the sampled tokens with the student's entropy: for samples of it the two means are equal."""
-    if patient.args.use_vllm:
-        yield find(
-            "skip",
-            "vLLM samples this run's rollouts, and the doctor samples with transformers' generate, so what vLLM draws "
-            "was not compared with the student. The run compares it: sampling_gap.",
-        )
-        return
     agreement = patient.agreement
     if not agreement.tokens:
         yield find("skip", "every rollout is empty.")

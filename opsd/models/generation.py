@@ -59,8 +59,7 @@ def generate(
         DataError: a prompt is empty, or leaves no room for `max_new_tokens` in the model's context.
         ConfigError: `max_new_tokens` or `batch_size` is below 1, or `temperature` is not above 0.
     """
-    _check_settings(prompts, max_new_tokens, batch_size, temperature)
-    check_lengths(context_length(model), prompts, [max_new_tokens] * len(prompts), "model")
+    check_request(model, prompts, max_new_tokens, batch_size, temperature)
     stops = stop_ids_of(model, tokenizer) | frozenset(stop_ids)
     # Padding is masked before a prompt and cut away behind an end token: without a padding id any id works.
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -80,7 +79,15 @@ def generate(
     return completions
 
 
-def _check_settings(prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, temperature: float) -> None:
+def check_request(
+    model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, temperature: float
+) -> None:
+    """Refuse what cannot be completed; the arguments are those of `generate`.
+
+    Raises:
+        DataError: a prompt is empty, or leaves no room for `max_new_tokens` in the model's context.
+        ConfigError: `max_new_tokens` or `batch_size` is below 1, or `temperature` is not above 0.
+    """
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ConfigError(f"{name} must be at least 1, and is {value}.\nNothing would be generated. Increase it.")
@@ -95,6 +102,7 @@ def _check_settings(prompts: Sequence[list[int]], max_new_tokens: int, batch_siz
             f"{len(empty)} of {len(prompts)} prompts have no tokens, first that of row {empty[0]}.\n"
             "A model cannot continue an empty prompt. Check the prompt column and the chat template."
         )
+    check_lengths(context_length(model), prompts, [max_new_tokens] * len(prompts), "model")
 
 
 def _complete_batch(

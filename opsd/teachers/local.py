@@ -97,8 +97,11 @@ class LocalTeacher(Teacher):
         prompts = [self.prompts.ids(row) for row in rows]
         # Completions end where the student's do as well: what it would write next is not part of an answer.
         sampling["stop_ids"] = stop_ids_of(self.student.model, self.student.tokenizer)
+        sampling["max_new_tokens"] = max_new_tokens
         with self.active_weights():
-            return generate(self.model, prompts, self.renderer.tokenizer, max_new_tokens=max_new_tokens, **sampling)
+            if self.model is self.student.model:
+                return self.student.complete(prompts, **sampling)
+            return generate(self.model, prompts, self.renderer.tokenizer, **sampling)
 
     @property
     def max_length(self) -> int | None:
@@ -107,5 +110,6 @@ class LocalTeacher(Teacher):
 
     @property
     def collective(self) -> bool:
-        """Whether the model is sharded, so that its processes exchange weights while it scores."""
-        return is_sharded(self.model)
+        """Whether its processes exchange weights: the model is sharded, or it samples through the student's engine."""
+        student = self.student
+        return is_sharded(self.model) or (self.model is student.model and student.engine is not None)

@@ -161,7 +161,7 @@ class RoutedTeacher(CompositeTeacher):
         """Return the completion of each row's own teacher."""
         completions: dict[int, Ids] = {}
         for view, numbers in self._groups(rows):
-            if numbers:
+            if numbers or view.teacher.collective:
                 sampled = view.sample([rows[n] for n in numbers], max_new_tokens=max_new_tokens, **sampling)
                 completions |= dict(zip(numbers, sampled, strict=True))
         return [completions[number] for number in range(len(rows))]

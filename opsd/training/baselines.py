@@ -127,6 +127,7 @@ def _of_run(parts: RunParts) -> dict[str, Any]:
     precision = ("bf16", "fp16", "tf32", "bf16_full_eval", "fp16_full_eval")
     return {
         **model_facts(student.model, len(student.tokenizer)),
+        "engine": "vllm" if args.use_vllm else "transformers",
         "attention": str(getattr(student.model.config, "_attn_implementation", "")),
         "tokenizer": tokenizer_digest(student.tokenizer),
         "chat_template": chat_template_digest(student),

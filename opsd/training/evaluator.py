@@ -28,7 +28,7 @@ from opsd.evaluation.likelihood import drift, logprobs
 from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.run_folder import write_json
-from opsd.evaluation.sampling import Generate, evaluate, generate_with
+from opsd.evaluation.sampling import Generate, evaluate
 from opsd.evaluation.statistics import paired_difference
 from opsd.evaluation.summary import (
     AFTER,
@@ -224,7 +224,11 @@ class Evaluator(TrainerCallback):
     @property
     def _generate(self) -> Generate:
         student = self._student
-        return generate_with(student.model, student.tokenizer, lambda row: student.renderer.ids(row["prompt"]))
+
+        def complete(rows: Sequence[Any], **sampling: Any) -> list[Ids]:
+            return student.complete([student.renderer.ids(row["prompt"]) for row in rows], **sampling)
+
+        return complete
 
     @cached_property
     def _missing(self) -> str | None:

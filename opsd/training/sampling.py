@@ -198,10 +198,8 @@ def _estimates(args: Any, objective: Objective) -> list[str]:
 
 
 def rollout_settings(args: Any) -> dict[str, Any]:
-    """Return the user's sampling settings, as `opsd.models.generation.generation_config` takes them."""
+    """Return the user's sampling settings, as the engine of the run takes them; its keys are its own."""
     kwargs = {name: value for name, value in (args.generation_kwargs or {}).items() if name != ENDS}
-    if args.use_vllm:  # keys of another engine
-        kwargs = {}
     names = [name for name in SETTINGS if not name.startswith("vllm_")]
     return {**{name: getattr(args, name) for name in names}, **kwargs}
 
@@ -226,10 +224,11 @@ def prepare_sampling(
     if engine is not None:
         kwargs = {name: value for name, value in (args.generation_kwargs or {}).items() if name != ENDS}
         engine.generation_kwargs = {**kwargs, "stop_token_ids": ends}
+    own = {} if args.use_vllm else rollout_settings(args)  # the engine has them already
     settings: dict[str, Any] = {
         "max_new_tokens": args.max_completion_length,
         "temperature": args.temperature,
         "cache_implementation": args.cache_implementation,
         "disable_compile": True,
     }
-    return ends, generation_config(ends, tokenizer.pad_token_id, do_sample=True, **(settings | rollout_settings(args)))
+    return ends, generation_config(ends, tokenizer.pad_token_id, do_sample=True, **(settings | own))

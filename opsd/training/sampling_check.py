@@ -187,8 +187,7 @@ def why_unchecked(args: Any, rollout_columns: bool) -> str:
     named = [cause for cause, is_set in causes.items() if is_set]
     if not named:
         return ""
-    doctor = "" if args.use_vllm else " `opsd doctor` checks rollouts of which nothing is left out."
     return (
         f"{' and '.join(named)} leave{'s' * (len(named) == 1)} tokens out by what was sampled, and the rest is no fair "
-        f"sample of the student's distribution.{doctor}"
+        "sample of the student's distribution. `opsd doctor` checks rollouts of which nothing is left out."
     )

@@ -7,7 +7,7 @@ Seams of TRL 1.16 and transformers that this file relies on (tests/test_trl_seam
 `_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_forward_redirection`,
 `_get_train_sampler`, `_get_grad_norm`, `autocast_smart_context_manager`, `_set_signature_columns_if_needed`,
 `_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `evaluation_loop`, `log`, `_send_telemetry`,
-`_metrics`, `_logs`, `_step`, `_buffered_inputs`, `teacher_model=None`.
+`_metrics`, `_logs`, `_step`, `_last_loaded_step`, `_buffered_inputs`, `teacher_model=None`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.cost import summary
 from opsd.training.dataset import check_trained, epoch_sampler, fitting_rows, prepare_datasets
+from opsd.training.engine_samples import EngineSamples
 from opsd.training.evaluator import Evaluator, planned
 from opsd.training.finished import take_finished
 from opsd.training.fsdp import keep_float32_sums, whole_state_dict
@@ -171,8 +172,8 @@ class OPSDTrainer(DistillationTrainer):
         student = ready_student(self.accelerator, self.model, len(self._tokenizer), self.args, self._say)
         trainable = checks.check_student(student)
         renderer = PromptRenderer(self._tokenizer, self.chat_template, self.chat_template_kwargs, self.tools or None)
-        self.student = StudentHandle(student, renderer, self.args.trust_remote_code)
-        engine = self.vllm_generation if self.use_vllm else None
+        engine, samples = (self.vllm_generation, EngineSamples(self)) if self.use_vllm else (None, None)
+        self.student = StudentHandle(student, renderer, self.args.trust_remote_code, samples)
         self.eos_token_ids, self.generation_config = prepare_sampling(self.args, student, self._tokenizer, engine)
         self.scorer.prepare(self.student, self.eos_token_ids)
         shows_rollouts = bool(self.scorer.columns & set(self.groups.rollout_fields))

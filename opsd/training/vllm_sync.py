@@ -98,7 +98,10 @@ def _walk(
     """Yield (name, parameter, merged value) as of a model without PEFT's wrappers; None where nothing is merged."""
     module = _in_use(module)
     if isinstance(module, BaseTunerLayer):
-        yield from _merged(module, device, prefix)
+        if module.disable_adapters:  # a teacher is the base model
+            yield from ((name, p, None) for name, p in _plain_parameters(module, prefix))
+        else:
+            yield from _merged(module, device, prefix)
         return
     for name, parameter in module.named_parameters(recurse=False):
         yield prefix + name, parameter, None
@@ -109,7 +112,9 @@ def _walk(
 def _in_use(module: nn.Module) -> nn.Module:
     """Return the module that computes in place of a wrapper: what is trained and saved whole, or single tokens."""
     while isinstance(module, AuxiliaryTrainingWrapper):
-        if isinstance(module, TrainableTokensWrapper):
+        if module.disable_adapters:
+            module = module.original_module
+        elif isinstance(module, TrainableTokensWrapper):
             module = module.token_adapter
         elif isinstance(module, ModulesToSaveWrapper) and module.active_adapters:
             module = module.modules_to_save[module.active_adapters[0]]
