@@ -80,9 +80,11 @@ class DenseSignal(ABC):
     def logprobs(self, token_ids_N: Tensor) -> Tensor:
         """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
         chunks = []
+        parts = self.narrow(self.vocab_size).parts
+        heads = [part.head.gathered() for part in parts]  # once, and in a process without tokens too
         for start in range(0, len(self), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
-            logits = [part.head.logits(part.hidden_ND[rows]) for part in self.narrow(self.vocab_size).parts]
+            logits = [head.logits(part.hidden_ND[rows]) for part, head in zip(parts, heads, strict=True)]
             log_t = self.combine(logits, temperature=1.0)
             chunks.append(log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float())
         return torch.cat(chunks) if chunks else self.parts[0].hidden_ND.new_zeros(0, dtype=torch.float32)

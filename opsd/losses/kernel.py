@@ -115,7 +115,7 @@ class Kernel:
         chunk = self._rows_per_chunk(count, vocab_size, sums.itemsize, device.type)
         buffers = _buffers((1 + len(self.parts), chunk, vocab_size), sums, device)
         states_ND, head = hidden_ND.to(dtype), head.cast(dtype)
-        parts = [(part.hidden_ND, part.head.cast(dtype)) for part in self.parts]
+        parts = [(part.hidden_ND, head if part.head.is_students else part.head.cast(dtype)) for part in self.parts]
         gradients = Gradients(
             *(
                 torch.empty(like.shape, dtype=sums, device=device) if is_needed and like is not None else None

@@ -80,6 +80,8 @@ class Head:
         bias_V: float, or None.
         scale: factor on the logits.
         softcap: c in c·tanh(logits / c) (Gemma 2, arXiv 2408.00118), or None.
+        is_students: whether it is the head of the student that trains. Where FSDP2 shards that, a loss has it gathered
+            already, and `weight_VD` here is the shard.
 
     Example:
         >>> Head.from_model(model).logits(hidden_ND)  # (N, V) float32
@@ -91,6 +93,7 @@ class Head:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    is_students: bool = False
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Head:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -80,13 +81,22 @@ class LocalTeacher(Teacher):
         with self.active_weights(), evaluating(self.model):
             signal = run_in_forward(self.model, lambda: self._signal(batch.to(next(self.model.parameters()).device)))
             reshard(self.model)
+        if self._has_students_head:
+            signal = replace(signal, head=replace(Head.from_model(self.model).detach(), is_students=True))
         return signal
+
+    @property
+    def _has_students_head(self) -> bool:
+        """Whether the sharded student's head, which does not train, is also this teacher's."""
+        if self.model is not self.student.model or not is_sharded(self.model):
+            return False
+        return not Head.from_model(self.model).weight_VD.requires_grad
 
     def _signal(self, batch: PaddedBatch) -> HiddenSignal:
         """Run the pass on the teacher's device, and move its result to the student's."""
         hidden_ND = last_hidden(self.model, batch.ids_BL, batch.row_N, batch.position_N)
         head = Head.from_model(self.model).detach()
-        if is_sharded(self.model):
+        if is_sharded(self.model) and not self._has_students_head:
             # What a pass gathered is dropped after it; the loss reads the head later.
             head = head.gathered().copy()
         device = self.student.device
