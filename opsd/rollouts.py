@@ -8,6 +8,7 @@ Shapes: B rows · L tokens of a padded sequence · N scored tokens of a micro-ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -27,6 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "distill_weight": 1.0,
     "advantages": 0.0,
     "on_policy": True,
+    "rewards": math.nan,
 }
 
 
@@ -74,6 +76,7 @@ class Rollouts:
         rollout_logprobs: per completion, log p in nats of each token in the engine that sampled it, NaN where unknown;
             None where no engine reports them.
         on_policy: per row, whether the student sampled its completion; empty for all.
+        rewards: per row, the weighted sum of its rewards, NaN where nothing grades it; empty for all NaN.
 
     Example:
         >>> rollouts = Rollouts(rows, [[5, 6], [7]], [[8, 2], [9, 9, 2]])
@@ -93,6 +96,7 @@ class Rollouts:
     advantages: Sequence[float] = ()
     rollout_logprobs: Sequence[Sequence[float]] | None = None
     on_policy: Sequence[bool] = ()
+    rewards: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         if self.loss_mask is None:

@@ -90,10 +90,11 @@ def train_printing(
     run_file: Path, overrides: Sequence[str], clock: Clock, say: Say, examined: bool = False
 ) -> dict[str, Any]:
     """Do what `opsd train` does with a run file, printing a line per step; returns the doctor's findings."""
-    from transformers import PrinterCallback, TrainerCallback
+    from transformers import TrainerCallback
 
     from opsd.commands.build import build_trainer
     from opsd.commands.run_file import read_run
+    from opsd.training.display import Display
 
     class Steps(TrainerCallback):
         """Stands behind the evaluation in the order of callbacks: what it times is training alone."""
@@ -114,7 +115,7 @@ def train_printing(
     run = read_run(run_file, overrides)
     run.args.disable_tqdm = True
     trainer = build_trainer(run)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(Display)  # a demo says less
     trainer.add_callback(Steps())
     clock.stop("model")
     if examined:

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, IterableDataset, Json, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 

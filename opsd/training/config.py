@@ -143,6 +143,14 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "the model's and the tokenizer's own), and what reshapes the distribution, such as suppress_tokens."
         },
     )
+    trace_rollouts: int = field(
+        default=8,
+        metadata={
+            "help": "Rollouts of each step that are kept in traces/ of the output folder, with what student and "
+            "teacher gave every token: about 1 kB per 100 tokens. `opsd health` reads them. 0: none."
+        },
+    )
+    trace_mb: float = field(default=64.0, metadata={"help": "MB that traces/ may take; later steps are not kept."})
     bf16: bool | None = field(
         default=None,
         metadata={

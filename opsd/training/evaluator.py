@@ -57,6 +57,7 @@ from opsd.training.parts import RunParts
 from opsd.training.together import failing_together
 
 NEUTRAL, TRACE_LIKELIHOOD = "neutral.json", "traces.json"
+CONSOLE = Console()  # one for all that changes on a terminal while a run trains: two would write over each other
 UNCHECKED_STREAM = "whether test questions are trained on: the training rows are a stream"
 
 
@@ -264,7 +265,7 @@ class Evaluator(TrainerCallback):
         plan, rows, accelerator = self.plan, list(questions.rows), self._accelerator
         share = rows[accelerator.process_index :: accelerator.num_processes]
         total = len(share) * (1 + plan.samples)
-        console = Console(stderr=True, quiet=not accelerator.is_main_process)
+        console = CONSOLE if accelerator.is_main_process else Console(quiet=True)
         with failing_together(), console.status(label) as status, accelerator.autocast():
             result = evaluate(
                 generate,

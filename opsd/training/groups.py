@@ -214,6 +214,7 @@ class Groups(GroupSettings):
             rollout_fields=rollout_fields,
             distill_weight=[float(d) for d in is_distilled],
             advantages=advantages,
+            rewards=verdicts.rewards,
         )
         return graded, {
             **verdicts.values,

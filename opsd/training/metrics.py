@@ -206,11 +206,11 @@ class LossRecords:
     """
 
     def __init__(self) -> None:
-        self._kept: list[tuple[LossOutput, Rollouts]] = []
+        self.kept: list[tuple[LossOutput, Rollouts]] = []  # since the last exchange
 
     def add(self, record: LossOutput, rollouts: Rollouts) -> None:
         """Keep the loss of a micro-batch of this process, and the rollouts it was computed from."""
-        self._kept.append((replace(record, loss=record.loss.detach()), rollouts))
+        self.kept.append((replace(record, loss=record.loss.detach()), rollouts))
 
     def tallies(self, accelerator: Accelerator, step: int, *, with_loss: bool = False) -> dict[str, Tally]:
         """Return divergence, entropy and all other records of the scored tokens of all processes, and begin anew.
@@ -223,7 +223,7 @@ class LossRecords:
         Raises:
             NonFiniteLossError: NaN or infinity in any process; raised in all of them.
         """
-        kept, self._kept = self._kept, []
+        kept, self.kept = self.kept, []
         records = [record for record, _ in kept]
         values_N = torch.cat([record.divergence_N for record in records])
         losses = torch.stack([record.loss for record in records]).to(values_N)

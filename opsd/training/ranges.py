@@ -30,6 +30,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "save_steps": POSITIVE,
     "save_total_limit": AT_LEAST_1,
     "seed": NOT_NEGATIVE,
+    "trace_rollouts": NOT_NEGATIVE,
+    "trace_mb": POSITIVE,
     "dataloader_num_workers": NOT_NEGATIVE,
     "lora_r": AT_LEAST_1,
     "lora_dropout": DECAY,

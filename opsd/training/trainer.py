@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -45,6 +44,7 @@ from opsd.training.config import OPSDConfig
 from opsd.training.controls import control_of
 from opsd.training.cost import summary
 from opsd.training.dataset import check_trained, epoch_sampler, fitting_rows, prepare_datasets
+from opsd.training.display import watched
 from opsd.training.engine_samples import EngineSamples
 from opsd.training.evaluator import Evaluator, planned
 from opsd.training.finished import take_finished
@@ -157,13 +157,14 @@ class OPSDTrainer(DistillationTrainer):
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop = GracefulStop(self.accelerator)
-        # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
-        teacher_hooks = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
         self.learning = Learning(self.files.parts, self._averages["train"])
-        self.callback_handler.callbacks[:0] = [teacher_hooks, self._stop, self.files.resumed, self.learning]
+        # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
+        hooks = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
+        self.callback_handler.callbacks[:0] = [hooks, self._stop, self.files.resumed, self.learning]
         if plan is not None:
-            self.evaluator = Evaluator(self.files.parts, self._stop)
-            self.add_callback(self.evaluator)
+            self.add_callback(evaluator := Evaluator(self.files.parts, self._stop))
+            self.evaluator = evaluator
+        self.tracer, self.display = watched(self)
 
     # ---- before the first step --------------------------------------------------------------------------------
 
@@ -218,9 +219,6 @@ class OPSDTrainer(DistillationTrainer):
         """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
         rollouts = self._sample(inputs, own_rows(self, len(inputs)))
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
-        if self.log_completions:
-            for name, ids in (("prompt", rollouts.prompt_ids), ("completion", rollouts.completion_ids)):
-                self._logs[name].extend(gather_object(decode(ids)))
         has_fields = self.teacher.prompts.has_fields
         graded, values = self.groups.grade(rollouts, decode, has_fields, self.state, answers_of_teacher(self))
         is_repeated = metrics.repeated_rows(self.accelerator, len(inputs), trains=self.model.training)
@@ -295,6 +293,8 @@ class OPSDTrainer(DistillationTrainer):
         rollouts, mode = inputs.pop("scored").rollouts, self._mode  # popped: the teacher's states are not needed again
         self._records.add(self._sampling_check(record, rollouts), rollouts)
         if mode == "eval" or (self._step + 1) % self.args.gradient_accumulation_steps == 0:
+            if mode == "train":
+                self.tracer.take(self._records.kept, self.state.global_step + 1)
             tallies = self._records.tallies(self.accelerator, self.state.global_step + 1, with_loss=mode == "eval")
             self._averages[mode].add(self._sampling_check.compare(tallies))
         return loss
@@ -325,8 +325,8 @@ class OPSDTrainer(DistillationTrainer):
         """Return the divergence on `eval_dataset`, and the metrics of the evaluation plan's selection split."""
         if self.evaluator is None or eval_dataset is not None:
             return super().evaluate(eval_dataset, *args, **kwargs)
-        only_selection = self.eval_dataset is self.evaluator.plan.selection
-        divergence = {} if only_selection else super().evaluate(None, *args, **kwargs)
+        is_plans = self.eval_dataset is self.evaluator.plan.selection
+        divergence = {} if is_plans else super().evaluate(None, *args, **kwargs)
         selection = self.evaluator.evaluate_selection(self.state.global_step)
         if selection:
             with evaluating(self.model):  # TRL logs by the model's mode, and would empty the training's metrics
@@ -386,7 +386,7 @@ class OPSDTrainer(DistillationTrainer):
             checkpoint = self.files.begin(resume_from_checkpoint)
             if checkpoint and self.files.is_finished(Path(checkpoint)):
                 return take_finished(self, checkpoint)
-            with self._stop.listening():
+            with self._stop.listening(), closing(self.display):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:

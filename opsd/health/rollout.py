@@ -1,0 +1,65 @@
+"""What health and reports know of a rollout: its text, and what student and teacher gave each token.
+
+Shapes: T scored tokens of the rollout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TracedRollout:
+    """One rollout of a step, in plain values.
+
+    Args:
+        step: the step that trained on it, from 1.
+        prompt: the student's prompt, as text.
+        context: the teacher's prompt, as text; "" where it is the student's.
+        ids: the scored tokens' ids.
+        tokens: the same as text, token by token.
+        text: the same as one text.
+        divergence: nats, per token.
+        entropy: the student's, nats, per token.
+        logprob: log p of the sampled token under the student, nats.
+        teacher_logprob: the same under the teacher.
+        reward: NaN where nothing grades it.
+        ended: whether it ended before the longest length.
+        on_policy: whether the student sampled it.
+
+    Example:
+        >>> rollout.text, sum(rollout.divergence)
+        ('The answer is 7.', 0.42)
+    """
+
+    step: int
+    prompt: str
+    context: str
+    ids: Sequence[int]
+    tokens: Sequence[str]
+    text: str
+    divergence: Sequence[float]
+    entropy: Sequence[float]
+    logprob: Sequence[float]
+    teacher_logprob: Sequence[float]
+    reward: float = math.nan
+    ended: bool = True
+    on_policy: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a monitor looks at: a log entry, and rollouts since the last one.
+
+    Args:
+        number: the optimizer step.
+        logs: metrics by name, as logged.
+        rollouts: of the steps since the last entry; none where no trace is kept.
+    """
+
+    number: int
+    logs: Mapping[str, Any] = field(default_factory=dict)
+    rollouts: Sequence[TracedRollout] = ()

@@ -1,0 +1,108 @@
+"""Traces: a bounded sample of each step's rollouts, as Parquet in `traces/` of a run's folder.
+
+Written by training, read by health and reports. Knows records and files; nothing of models.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pyarrow as pa  # of datasets, which stands on it
+import pyarrow.parquet as pq
+
+from opsd.errors import CheckpointError
+from opsd.health.rollout import TracedRollout
+
+FOLDER = "traces"
+NAME = re.compile(r"steps-(\d+)-(\d+)\.parquet")
+MEBIBYTE = 2**20
+_FLOATS = pa.list_(pa.float32())
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()), ("prompt", pa.string()), ("context", pa.string()), ("ids", pa.list_(pa.int32())),
+        ("tokens", pa.list_(pa.string())), ("text", pa.string()), ("divergence", _FLOATS), ("entropy", _FLOATS),
+        ("logprob", _FLOATS), ("teacher_logprob", _FLOATS), ("reward", pa.float32()), ("ended", pa.bool_()),
+        ("on_policy", pa.bool_()),
+    ]
+)  # fmt: skip
+
+
+class TraceFiles:
+    """The trace files of a run: one per stretch of steps between two saves or log entries.
+
+    >>> files = TraceFiles(Path("runs/first"), megabytes=64)
+    >>> files.write(rollouts)
+    >>> files.megabytes
+    0.4
+
+    Args:
+        run: the run's folder.
+        megabytes: the most that all files may take; above it nothing more is written.
+    """
+
+    def __init__(self, run: Path, megabytes: float):
+        self.folder, self._most = run / FOLDER, megabytes
+
+    def begin(self, step: int) -> None:
+        """Remove what a new run, or one that is resumed after `step`, would write again."""
+        for first, last, path in files_in(self.folder):
+            if last <= step:
+                continue
+            kept = [rollout for rollout in _read(path) if rollout.step <= step] if first <= step else []
+            path.unlink()
+            if kept:
+                self._write(kept)
+
+    @property
+    def megabytes(self) -> float:
+        """What the files take, in MiB."""
+        return sum(path.stat().st_size for _, _, path in files_in(self.folder)) / MEBIBYTE
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more is written."""
+        return self.megabytes >= self._most
+
+    def write(self, rollouts: Sequence[TracedRollout]) -> None:
+        """Write rollouts of consecutive steps into a file of their own; nothing once all files are too large."""
+        if rollouts and not self.is_full:
+            self._write(rollouts)
+
+    def _write(self, rollouts: Sequence[TracedRollout]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"steps-{rollouts[0].step:06d}-{rollouts[-1].step:06d}.parquet"
+        temporary = path.with_name(f".{path.name}")
+        table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=SCHEMA)
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def files_in(folder: Path) -> list[tuple[int, int, Path]]:
+    """Return (first step, last step, path) of the files in a folder, in the order of steps."""
+    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("*.parquet")]
+    return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
+
+
+def read_traces(run: Path) -> Iterator[TracedRollout]:
+    """Yield the traced rollouts of a run, in the order of steps; nothing where it kept none.
+
+    Raises:
+        CheckpointError: a file is damaged.
+    """
+    for _, _, path in files_in(run / FOLDER):
+        yield from _read(path)
+
+
+def _read(path: Path) -> list[TracedRollout]:
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise CheckpointError(f"the trace {path} is damaged ({error}). Remove it; the others can be read.") from error
+    names = [each.name for each in fields(TracedRollout)]
+    return [TracedRollout(**{name: row[name] for name in names}) for row in rows]

@@ -1,0 +1,182 @@
+"""What a person sees while a run trains: a line per log entry, and on a terminal a bar with the time that is left.
+
+Everything that is logged stays in full in `trainer.state.log_history` and wherever `report_to` sends it. Knows logged
+metrics by name; nothing of models, rollouts or losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+
+from opsd.health.rollout import TracedRollout
+from opsd.training.evaluator import CONSOLE
+from opsd.training.tracer import Tracer
+
+CARRIED = 0.8  # share of a rollout's divergence that its marked tokens carry
+SHOWN = 300  # characters of a prompt
+
+
+def watched(trainer: Any) -> tuple[Tracer, Display]:
+    """Let a trainer keep traces, and show what it logs in place of the callbacks that print."""
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.log_completions = False  # TRL's, which shows no token; the display reads the setting
+    divergence = trainer.scorer.objective.divergence
+    tracer = Tracer(trainer.files.parts, trainer.eos_token_ids, trainer._say)
+    display = Display(divergence.kind.describe(divergence.beta).partition("(")[0].strip(), trainer._say, tracer)
+    for added in (display, tracer):
+        trainer.add_callback(added)
+    return tracer, display
+
+
+def line_of(logs: Mapping[str, Any], step: int, steps: int, name: str, width: int | None = None) -> str:
+    """Return a log entry in one line, without what stays the same or says the same.
+
+    Args:
+        logs: metrics by name.
+        step: the step of the entry.
+        steps: of the whole run; 0 where that is unknown.
+        name: of the divergence, such as "reverse KL".
+        width: of a terminal, where a longer line loses the learning rate; None for a file.
+
+    Example:
+        >>> line_of({"divergence": 0.107, "divergence/max": 1.4, "step_time": 3.7}, 3, 6, "reverse KL")
+        'step 3/6  reverse KL 0.107 (max 1.4)  3.7 s'
+    """
+    start = f"step {step:>{len(str(steps))}}/{steps}" if steps else f"step {step}"
+    if "train_runtime" in logs:
+        return f"done        {step:,} steps in {_duration(logs['train_runtime'])}"
+    parts = _evaluated(logs) if any(key.startswith("eval_") for key in logs) else _trained(logs, name)
+    line = "  ".join([start, *parts])
+    if width is not None and len(line) > width:
+        line = "  ".join([start, *(part for part in parts if not part.startswith("lr "))])
+    return line
+
+
+def rollout_text(rollout: TracedRollout) -> Text:
+    """Return a rollout with the prompts of both sides, and the tokens that carried most of the loss marked ‹so›."""
+    order = sorted(range(len(rollout.ids)), key=lambda place: -rollout.divergence[place])
+    total, carried, heavy = sum(rollout.divergence), 0.0, set[int]()
+    for place in order:
+        if carried >= CARRIED * total:
+            break
+        heavy.add(place)
+        carried += rollout.divergence[place]
+    text = Text(f"student's prompt  {rollout.prompt[-SHOWN:]!r}\n", style="dim")
+    if rollout.context and rollout.context != rollout.prompt:
+        text.append(f"teacher's prompt  {rollout.context[-SHOWN:]!r}\n")
+    text.append("rollout           ")
+    for place, token in enumerate(rollout.tokens):
+        shown = printable(token)
+        text.append(*((f"‹{shown}›", "bold red not dim") if place in heavy else (shown, "not dim")))
+    text.append(
+        f"\n                  {len(heavy)} of {len(rollout.ids)} tokens carry {CARRIED:.0%} of {total:.2f} nats"
+    )
+    return text if math.isnan(rollout.reward) else text.append(f"; reward {rollout.reward:g}")
+
+
+def printable(text: str) -> str:
+    """Return a model's text without what a terminal would obey; a newline is shown as ⏎."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace("\n", "⏎"))
+
+
+def _trained(logs: Mapping[str, Any], name: str) -> list[str]:
+    parts: list[str] = []
+    if "divergence" in logs:
+        most = f" (max {logs['divergence/max']:.2g})" if "divergence/max" in logs else ""
+        parts.append(f"{name} {logs['divergence']:.3f}{most}")
+    elif "loss" in logs:
+        parts.append(f"loss {logs['loss']:.3f}")
+    parts += [f"{key} {logs[key]:.2f}" for key in ("entropy", "reward") if key in logs]
+    if "completions/mean_length" in logs:
+        cut = logs.get("completions/clipped_ratio", 0.0)
+        parts.append(f"length {logs['completions/mean_length']:.1f}" + (f", {cut:.0%} cut" if cut else ""))
+    if "learning_rate" in logs:
+        parts.append(f"lr {logs['learning_rate']:.1e}")
+    if logs.get("step_time") is not None:
+        parts.append(f"{logs['step_time']:.1f} s")
+    return parts
+
+
+def _evaluated(logs: Mapping[str, Any]) -> list[str]:
+    parts: list[str] = []
+    for key, value in logs.items():
+        known = key.removeprefix("eval_")
+        if known == key or not isinstance(value, int | float) or known.endswith("_per_second"):
+            continue
+        if known == "accuracy":
+            parts.insert(0, f"accuracy {value:.1%} (selection)")
+        elif known in ("length", "runtime") or known.endswith("loss"):
+            parts.append(f"{known.removesuffix('_runtime')} {value:.3g}" + (" s" if known.endswith("runtime") else ""))
+    return ["evaluation", *parts]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class Display(TrainerCallback):
+    """Prints a line per log entry, and shows a bar on a terminal; in place of transformers' two.
+
+    >>> trainer.train()
+    step 1/6  reverse KL 0.107 (max 1.4)  entropy 2.22  length 15.5, 62% cut  lr 1.0e-05  3.7 s
+
+    Args:
+        name: of the divergence.
+        say: prints a line, in the first process only.
+        tracer: has the rollouts since the last entry, for `log_completions`.
+        console: where the bar is shown; a file gets lines only.
+    """
+
+    def __init__(self, name: str, say: Callable[[str], None], tracer: Tracer, console: Console = CONSOLE):
+        self._name, self._say, self._tracer, self._console = name, say, tracer, console
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Show the bar, on a terminal and unless `disable_tqdm` is set."""
+        if args.disable_tqdm or not state.is_world_process_zero or not self._console.is_terminal:
+            return
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns, TimeRemainingColumn(), console=self._console, transient=True)
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self._bar.start()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs: Any
+    ) -> None:
+        """Print the entry, and keep its divergence beside the bar."""
+        if not state.is_world_process_zero:
+            return
+        width = self._console.width if self._console.is_terminal else None
+        self._say(line_of(logs, state.global_step, state.max_steps, self._name, width))
+        if args.log_completions:
+            for rollout in self._tracer.recent[-(args.num_completions_to_print or 1) :]:
+                self._console.print(rollout_text(rollout))
+        if self._bar is not None and "divergence" in logs:
+            self._bar.update(self._task, description=f"{self._name} {logs['divergence']:.3f}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
