@@ -27,7 +27,7 @@ demo-math: $(VENV)/demo.done
 	@$(RUN)/opsd demo math
 
 gpu: $(VENV)/dev.done
-	@$(PYTEST) --numprocesses 1 tests/gpu
+	@$(RUN)/python -m pytest tests/gpu
 
 check: lint
 	@$(PYTEST) -m "not slow"

@@ -53,7 +53,7 @@ class PaddedBatch:
     scored_ids_N: Tensor
 
     def to(self, device: torch.device | str) -> PaddedBatch:
-        """Return the same tensors on a device; a copy to a GPU does not wait for what it is doing."""
+        """Return the same tensors on a device; torch need not wait for what a GPU is doing."""
         return PaddedBatch(*(getattr(self, each.name).to(device, non_blocking=True) for each in fields(self)))
 
 

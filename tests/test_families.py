@@ -9,14 +9,16 @@ import pytest
 import torch
 from conftest import make_rows, make_tokenizer
 from datasets import Dataset
-from helpers import make_args
+from helpers import LORA, make_args
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from opsd import OPSDTrainer, PastCheckpointTeacher, SameCheckpointTeacher
 from opsd.doctor import examine
-from opsd.errors import OPSDWarning
+from opsd.errors import ConfigError, OPSDWarning
 from opsd.models.causal import load_causal_model
 from opsd.models.forward import backbone, last_hidden
+from opsd.models.loading import load_model
 
 SMALL = {
     "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -120,7 +122,7 @@ def test_the_language_model_of_a_checkpoint_that_reads_images(family: str, tmp_p
 @pytest.mark.parametrize("family", READ_IMAGES)
 def test_a_checkpoint_that_reads_images_trains_on_text(family: str, tmp_path: Path) -> None:
     write_image_model(family, folder := tmp_path / "whole")
-    with pytest.warns(OPSDWarning, match="reads images as well: its language model is trained and saved alone"):
+    with pytest.warns(OPSDWarning, match="reads images as well: its language model is trained alone"):
         trainer = OPSDTrainer(
             str(folder),
             PastCheckpointTeacher(str(folder)),
@@ -133,3 +135,32 @@ def test_a_checkpoint_that_reads_images_trains_on_text(family: str, tmp_path: Pa
     trainer.save_model()
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert all(torch.equal(p, saved.get_parameter(name)) for name, p in trainer.model.named_parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*reads images as well")
+@pytest.mark.parametrize("family", READ_IMAGES)
+def test_an_adapter_on_a_checkpoint_that_reads_images_is_loaded_again(family: str, tmp_path: Path) -> None:
+    """Its base had no name in the adapter's settings."""
+    write_image_model(family, folder := tmp_path / "whole")
+    trainer = OPSDTrainer(
+        str(folder),
+        SameCheckpointTeacher(context="answer_only"),
+        args=make_args(tmp_path / "run", max_steps=2),
+        train_dataset=Dataset.from_list(make_rows()),
+        peft_config=LoraConfig(**LORA),
+    )
+    trainer.train()
+    trainer.save_model()
+    again, _ = load_model(str(tmp_path / "run"))
+    ids_BL = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        expected, found = (model.eval()(input_ids=ids_BL).logits for model in (trainer.model, again))
+    assert torch.allclose(expected, found, atol=1e-6)
+
+
+def test_vllm_refuses_a_checkpoint_of_which_it_would_load_all(tmp_path: Path) -> None:
+    write_image_model("mistral3", folder := tmp_path / "whole")
+    args = make_args(tmp_path / "run", use_vllm=True)
+    with pytest.raises(ConfigError, match=r"vLLM would load all of it.*load_causal_model\("):
+        OPSDTrainer(str(folder), "ema", args=args, train_dataset=Dataset.from_list(make_rows()))

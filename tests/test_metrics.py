@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
@@ -174,3 +175,35 @@ def test_a_step_exchanges_its_metrics_once(micro_batches: int, tmp_path: Path, m
     before = len(calls)
     trainer.train()
     assert len(calls) - before == 2 * EXCHANGES
+
+
+def test_an_evaluation_after_a_step_that_broke_off_counts_nothing_of_it(tmp_path: Path) -> None:
+    """The record of a micro-batch before an out-of-memory error was added to the first evaluation batch."""
+    rows = Dataset.from_list(other_rows())
+    trainer = make_trainer(tmp_path, "ema", eval_rows=rows, max_steps=2, learning_rate=0.0)
+    expected = trainer.evaluate()["eval_loss"]
+    scorer, calls = trainer.scorer, []
+
+    def breaking(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise MemoryError
+        return scorer(*args)
+
+    trainer.scorer = breaking  # type: ignore[assignment]
+    for name in ("score", "prepare_rollouts", "context_metrics", "selection", "objective"):
+        setattr(breaking, name, getattr(scorer, name))
+    with pytest.raises(MemoryError):
+        trainer.train()
+    trainer.scorer = scorer
+    torch.manual_seed(trainer.args.seed)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=0.5)
+
+
+def test_settings_that_a_trainer_derives_stay_out_of_the_users_object(tmp_path: Path) -> None:
+    """One OPSDConfig may serve several runs."""
+    args = make_args(tmp_path)
+    make_llama().save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    trainer = OPSDTrainer(str(tmp_path / "model"), "ema", args=args, train_dataset=Dataset.from_list(make_rows()))
+    assert trainer.args.model_init_kwargs and args.model_init_kwargs is None

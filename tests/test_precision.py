@@ -132,6 +132,7 @@ def test_the_share_of_bfloat16_weights_that_do_not_move_is_the_one_in_the_messag
     ("adapter", "given", "bf16", "device", "dtype"),
     [
         ({}, {}, True, "cuda", "bfloat16"),
+        ({}, {"revision": "main"}, True, "cuda", "bfloat16"),
         ({}, {"dtype": "float32"}, True, "cuda", "float32"),
         ({}, {}, False, "cuda", None),
         ({}, {}, True, "cpu", None),
@@ -140,13 +141,17 @@ def test_the_share_of_bfloat16_weights_that_do_not_move_is_the_one_in_the_messag
     ],
     ids=str,
 )
-def test_a_frozen_base_is_loaded_in_16_bits_on_a_gpu(
-    adapter: dict[str, Any], given: dict[str, str], bf16: bool, device: str, dtype: str | None
+def test_a_frozen_base_in_16_bits_is_loaded_as_it_is_on_a_gpu(
+    adapter: dict[str, Any], given: dict[str, str], bf16: bool, device: str, dtype: str | None, tmp_path: Path
 ) -> None:
     """Weights of the base that train beside the adapter stay float32, and a dtype that is named is taken."""
-    args = SimpleNamespace(model_init_kwargs=dict(given), bf16=bf16, device=torch.device(device))
-    choose_dtype("some/model", args, LoraConfig(**adapter))
-    assert args.model_init_kwargs.get("dtype") == dtype
+    settings = {"bf16": bf16, "device": torch.device(device), "trust_remote_code": False}
+    for stored in (torch.bfloat16, torch.float32):
+        make_llama().to(stored).save_pretrained(tmp_path / str(stored))
+        args = SimpleNamespace(model_init_kwargs=dict(given), **settings)
+        choose_dtype(str(tmp_path / str(stored)), args, LoraConfig(**adapter))
+        # A float32 checkpoint would be rounded.
+        assert args.model_init_kwargs.get("dtype") == (dtype if stored == torch.bfloat16 else given.get("dtype"))
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,7 @@ class Objective(ObjectiveSettings):
     def _of_one_teacher(self, batch: _Batch) -> LossOutput:
         """Compute the loss of the tokens that one teacher scored."""
         counted_N = batch.tokens.weight_N != 0
-        used = batch if bool(counted_N.all()) else batch.select(counted_N)  # the only time a host waits for a GPU here
+        used = batch if bool(counted_N.all()) else batch.select(counted_N)  # a host waits for its GPU here
         seconds, seen_N, seen = 0.0, counted_N, dict[str, Tensor]()
         if self.needs_statistics or batch.contrast_signal is not None:
             start = time.perf_counter()

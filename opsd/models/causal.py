@@ -17,7 +17,14 @@ from opsd.errors import UnsupportedModelError
 from opsd.models.forward import backbone
 
 # What quantisation and placement leave on the object that was loaded; trainers look for it.
-MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+MARKS = (
+    "hf_device_map",
+    "hf_quantizer",
+    "quantization_method",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+)
 
 
 def language_config(config: PreTrainedConfig) -> PreTrainedConfig | None:
@@ -68,6 +75,7 @@ def _language_part(whole: Any, source: str) -> nn.Module:
     config = whole.config.get_text_config()
     head, embedding = whole.get_output_embeddings(), decoder.get_input_embeddings()
     config.tie_word_embeddings = head.weight is embedding.weight  # the outer config may say otherwise
+    config._name_or_path = source  # before a model is made of it: an adapter names its base by it
     text: Any = empty_causal_model(config)
     places = [name for name, child in text.named_children() if type(child) is type(decoder)]
     for name in places:
@@ -80,7 +88,7 @@ def _language_part(whole: Any, source: str) -> nn.Module:
             f"{type(text).__name__}: {empty[0] if empty else type(decoder).__name__} has no counterpart. Save the "
             "language model alone, and give that folder."
         )
-    text.generation_config, config._name_or_path = whole.generation_config, source
+    text.generation_config = whole.generation_config
     for name in MARKS:
         if name in vars(whole):
             setattr(text, name, getattr(whole, name))

@@ -11,7 +11,7 @@ Shapes: `B` rows of a batch, `P` prompt tokens, `C` completion tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def generate(
         DataError: a prompt is empty, or leaves no room for `max_new_tokens` in the model's context.
         ConfigError: `max_new_tokens` or `batch_size` is below 1, or `temperature` is not above 0.
     """
-    check_request(model, prompts, max_new_tokens, batch_size, temperature)
+    check_request(context_length(model), prompts, max_new_tokens, batch_size, temperature)
     stops = stop_ids_of(model, tokenizer) | frozenset(stop_ids)
     # Padding is masked before a prompt and cut away behind an end token: without a padding id any id works.
     pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -80,9 +80,9 @@ def generate(
 
 
 def check_request(
-    model: nn.Module, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, temperature: float
+    limit: int | None, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int, temperature: float
 ) -> None:
-    """Refuse what cannot be completed; the arguments are those of `generate`.
+    """Refuse what cannot be completed; the arguments are those of `generate`, after the longest sequence in tokens.
 
     Raises:
         DataError: a prompt is empty, or leaves no room for `max_new_tokens` in the model's context.
@@ -102,7 +102,7 @@ def check_request(
             f"{len(empty)} of {len(prompts)} prompts have no tokens, first that of row {empty[0]}.\n"
             "A model cannot continue an empty prompt. Check the prompt column and the chat template."
         )
-    check_lengths(context_length(model), prompts, [max_new_tokens] * len(prompts), "model")
+    check_lengths(limit, prompts, [max_new_tokens] * len(prompts), "model")
 
 
 def _complete_batch(
@@ -194,11 +194,16 @@ def _settings_of(model: nn.Module) -> GenerationConfig:
     return model.generation_config
 
 
+def forked_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Return a block after which torch draws as if the block had drawn nothing, on the CPU and on a device."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
 @contextmanager
 def _fixed_seed(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked_generators(device):
         torch.manual_seed(seed)
         yield

@@ -102,10 +102,18 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def broadcast_parameters(model: nn.Module) -> None:
-    """Give every process the parameters of the first: an adapter drawn without a seed differs between them."""
+def broadcast_parameters(model: nn.Module, device: torch.device) -> None:
+    """Give every process the parameters of the first: an adapter drawn without a seed differs between them.
+
+    Args:
+        model: the student.
+        device: where processes exchange; a parameter that is elsewhere is copied there and back, one at a time.
+    """
     for p in model.parameters():
-        broadcast(p.data, from_process=0)
+        here = p.data.to(device)
+        broadcast(here, from_process=0)
+        if here is not p.data:
+            p.data.copy_(here)
 
 
 def load_tokenizer(model: str, **kwargs: Any) -> PreTrainedTokenizerBase:
@@ -164,9 +172,12 @@ def load_model(
 
 
 def _load_adapter(folder: str, trainable: bool, **kwargs: Any) -> nn.Module:
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
-    if base and reads_images(base, trust_remote_code=kwargs["trust_remote_code"]):
-        return PeftModel.from_pretrained(load_causal_model(base, **kwargs), folder, is_trainable=trainable)
+    adapter = {"revision": kwargs["revision"]} if kwargs.get("revision") else {}
+    config = PeftConfig.from_pretrained(folder, **adapter)
+    base, code = config.base_model_name_or_path, kwargs["trust_remote_code"]
+    if base and reads_images(base, revision=config.revision, trust_remote_code=code):
+        model = load_causal_model(base, **{**kwargs, "revision": config.revision})
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable, **adapter)
     return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=trainable, **kwargs)
 
 
@@ -232,8 +243,15 @@ def ready_model(
     if not adds_images and not is_adapter(model):
         return model, tokenizer
     if adds_images:
+        save = f"load_causal_model({model!r}).save_pretrained(FOLDER), from opsd.models.causal"
+        if args.use_vllm:
+            raise ConfigError(
+                f"{model} reads images as well, and vLLM would load all of it, under other names than those of its "
+                f"language model, which is trained alone. Save the language model first: {save}; and give that folder."
+            )
         warnings.warn(
-            f"{model} reads images as well: its language model is trained and saved alone, as a text model.",
+            f"{model} reads images as well: its language model is trained alone. A full model is saved as a text "
+            f"model; an adapter fits that language model only, which opsd loads by itself, and others from {save}.",
             OPSDWarning,
             stacklevel=3,
         )

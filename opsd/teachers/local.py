@@ -78,25 +78,22 @@ class LocalTeacher(Teacher):
                 "them would be noise. This is a bug in opsd or in a custom teacher: a completion's ids must reach "
                 "both sides unchanged."
             )
+        is_students = self.model is self.student.model and is_sharded(self.model)
+        head = Head.from_model(self.model)
         with self.active_weights(), evaluating(self.model):
-            signal = run_in_forward(self.model, lambda: self._signal(batch.to(next(self.model.parameters()).device)))
+            # A module that an adapter saves whole is another one while the adapter is off.
+            shares = is_students and Head.from_model(self.model).weight_VD is head.weight_VD
+            shares = shares and not head.weight_VD.requires_grad
+            device = next(self.model.parameters()).device
+            signal = run_in_forward(self.model, lambda: self._signal(batch.to(device), copies_head=not shares))
             reshard(self.model)
-        if self._has_students_head:
-            signal = replace(signal, head=replace(Head.from_model(self.model).detach(), is_students=True))
-        return signal
+        return replace(signal, head=replace(head.detach(), is_students=True)) if shares else signal
 
-    @property
-    def _has_students_head(self) -> bool:
-        """Whether the sharded student's head, which does not train, is also this teacher's."""
-        if self.model is not self.student.model or not is_sharded(self.model):
-            return False
-        return not Head.from_model(self.model).weight_VD.requires_grad
-
-    def _signal(self, batch: PaddedBatch) -> HiddenSignal:
+    def _signal(self, batch: PaddedBatch, *, copies_head: bool) -> HiddenSignal:
         """Run the pass on the teacher's device, and move its result to the student's."""
         hidden_ND = last_hidden(self.model, batch.ids_BL, batch.row_N, batch.position_N)
         head = Head.from_model(self.model).detach()
-        if is_sharded(self.model) and not self._has_students_head:
+        if is_sharded(self.model) and copies_head:
             # What a pass gathered is dropped after it; the loss reads the head later.
             head = head.gathered().copy()
         device = self.student.device
@@ -120,6 +117,10 @@ class LocalTeacher(Teacher):
 
     @property
     def collective(self) -> bool:
-        """Whether its processes exchange weights: the model is sharded, or it samples through the student's engine."""
-        student = self.student
-        return is_sharded(self.model) or (self.model is student.model and student.engine is not None)
+        """Whether the model is sharded, so that its processes exchange weights while it scores."""
+        return is_sharded(self.model)
+
+    @property
+    def samples_together(self) -> bool:
+        """Whether it samples through the student's engine, which all processes ask at once."""
+        return self.model is self.student.model and self.student.engine is not None

@@ -15,6 +15,7 @@ from opsd.rollouts import Ids, Rollouts
 from opsd.signals import RoutedSignal
 from opsd.teachers.base import Teacher, TeacherView
 from opsd.teachers.composite import CompositeTeacher
+from opsd.teachers.local import LocalTeacher
 from opsd.teachers.prompting import CompositePrompts, ContextLike, PromptReader, TeacherPrompts
 
 
@@ -161,7 +162,7 @@ class RoutedTeacher(CompositeTeacher):
         """Return the completion of each row's own teacher."""
         completions: dict[int, Ids] = {}
         for view, numbers in self._groups(rows):
-            if numbers or view.teacher.collective:
+            if numbers or (isinstance(view.teacher, LocalTeacher) and view.teacher.samples_together):
                 sampled = view.sample([rows[n] for n in numbers], max_new_tokens=max_new_tokens, **sampling)
                 completions |= dict(zip(numbers, sampled, strict=True))
         return [completions[number] for number in range(len(rows))]

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from opsd.models.generation import check_request, cut_after_stop, stop_ids_of
+from opsd.models.forward import context_length
+from opsd.models.generation import check_request, cut_after_stop, forked_generators, stop_ids_of
 from opsd.rollouts import Ids
+from opsd.training.together import failing_together
 
 # The engine's own settings, at which it samples from the whole distribution; others travel in `generation_kwargs`.
 NEUTRAL: dict[str, Any] = {
@@ -73,7 +75,10 @@ class EngineSamples:
             ConfigError: a number that is out of range.
         """
         student, engine = self._trainer.student, self._trainer.vllm_generation
-        check_request(student.model, prompts, max_new_tokens, batch_size, temperature)
+        limits = (context_length(student.model), getattr(engine, "max_model_length", None))
+        limit = min((each for each in limits if each is not None), default=None)
+        with failing_together():  # before anything is exchanged
+            check_request(limit, prompts, max_new_tokens, batch_size, temperature)
         stops = stop_ids_of(student.model, student.tokenizer) | frozenset(stop_ids)
         count = len(prompts)
         # A server slices what it returns by equal shares of the processes.
@@ -83,7 +88,9 @@ class EngineSamples:
         settings |= {"temperature": temperature if do_sample else 0.0, "max_completion_length": max_new_tokens}
         if longest == 0:
             return []
-        with _settings(engine, settings, sorted(stops)), torch.autocast(student.device.type, enabled=False):
+        device = student.device
+        own, plain = _settings(engine, settings, sorted(stops)), torch.autocast(device.type, enabled=False)
+        with own, plain, forked_generators(device):  # an engine in this process draws from torch's generators
             engine.sync_weights()
             self._trainer._last_loaded_step = -1  # the module may hold a teacher's weights now
             # The class's own: the instance's keeps log-probabilities, and those are of the last rollouts.

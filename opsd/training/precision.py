@@ -27,9 +27,9 @@ REASON = (
 
 
 def choose_dtype(model: Any, args: Any, peft_config: PeftConfig | None) -> None:
-    """Refuse to load weights in 16 bits and train them in full; load a frozen base in bfloat16 on a GPU.
+    """Refuse to load weights in 16 bits and train them in full; load a frozen bfloat16 base as it is on a GPU.
 
-    Under an adapter autocast would cast a float32 base again at every token that is sampled.
+    TRL widens it to float32, which autocast then casts again at every token that is sampled.
 
     Args:
         model: the student's name; a loaded one goes to `widen_adapter`.
@@ -45,19 +45,25 @@ def choose_dtype(model: Any, args: Any, peft_config: PeftConfig | None) -> None:
     if is_adapter(model):
         peft_config = PeftConfig.from_pretrained(model)
     if peft_config is not None:
-        given = args.model_init_kwargs or {}
-        if "dtype" not in given and args.bf16 and _freezes_base(peft_config) and args.device.type not in ("cpu", "mps"):
-            args.model_init_kwargs = {**given, "dtype": "bfloat16"}
+        given, on_gpu = args.model_init_kwargs or {}, args.device.type not in ("cpu", "mps")
+        if "dtype" not in given and args.bf16 and on_gpu and _freezes_base(peft_config):
+            base = peft_config.base_model_name_or_path if is_adapter(model) else model
+            if _dtype_of(base, args) == torch.bfloat16:  # of another checkpoint it would round the weights
+                args.model_init_kwargs = {**given, "dtype": "bfloat16"}
         return
     dtype = (args.model_init_kwargs or {}).get("dtype", "float32")
-    if dtype in ("auto", None):
-        try:
-            dtype = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code).dtype
-        except (OSError, ValueError):
-            return  # loading the model names what is wrong
+    dtype = _dtype_of(model, args) if dtype in ("auto", None) else dtype
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and dtype not in WIDE:
         raise ConfigError(f"weights that train must be float32, and model_init_kwargs loads them in {dtype}. {REASON}")
+
+
+def _dtype_of(model: Any, args: Any) -> torch.dtype | None:
+    """Return the dtype that a checkpoint's config names; None where it names none, or there is none."""
+    try:
+        return AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code).dtype
+    except (OSError, ValueError):
+        return None  # loading the model names what is wrong
 
 
 def _freezes_base(peft_config: PeftConfig) -> bool:

@@ -200,6 +200,8 @@ def _estimates(args: Any, objective: Objective) -> list[str]:
 def rollout_settings(args: Any) -> dict[str, Any]:
     """Return the user's sampling settings, as the engine of the run takes them; its keys are its own."""
     kwargs = {name: value for name, value in (args.generation_kwargs or {}).items() if name != ENDS}
+    if args.use_vllm:
+        kwargs["structured_outputs_regex"] = args.vllm_structured_outputs_regex
     names = [name for name in SETTINGS if not name.startswith("vllm_")]
     return {**{name: getattr(args, name) for name in names}, **kwargs}
 

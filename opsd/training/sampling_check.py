@@ -74,8 +74,8 @@ class Agreement:
         """Give both means."""
         count = max(self.tokens, 1)
         return (
-            f"−log p of {self.tokens:,} sampled tokens is {(self.entropy + self.gap) / count:.2f} nats on average, and "
-            f"the student's entropy {self.entropy / count:.2f}"
+            f"−log p of {self.tokens:,.0f} sampled tokens is {(self.entropy + self.gap) / count:.2f} nats on average, "
+            f"and the student's entropy {self.entropy / count:.2f}"
         )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,12 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
-from trl import DistillationTrainer
 
 from opsd.contexts.renderer import PromptRenderer
 from opsd.evaluation.plan import EvaluationPlan
 from opsd.losses import LossOutput
 from opsd.models.forward import check_lengths, context_length, evaluating
-from opsd.models.generation import cut_after_stop, neutral_settings
+from opsd.models.generation import cut_after_stop, forked_generators, neutral_settings
 from opsd.models.loading import ready_model, student_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
@@ -48,7 +48,7 @@ from opsd.training.display import watched
 from opsd.training.engine_samples import EngineSamples
 from opsd.training.evaluator import Evaluator, planned
 from opsd.training.finished import take_finished
-from opsd.training.fsdp import keep_float32_sums, whole_state_dict
+from opsd.training.fsdp import keep_float32_sums
 from opsd.training.groups import Groups
 from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
@@ -59,12 +59,13 @@ from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
 from opsd.training.sampling import prepare_sampling
 from opsd.training.sampling_check import SamplingCheck, why_unchecked
+from opsd.training.saving import SavingTrainer
 from opsd.training.schedules import own_rows, scheduled, set_longest
 from opsd.training.student import ready_student
 from opsd.training.vllm_sync import prepare_engine
 
 
-class OPSDTrainer(DistillationTrainer):
+class OPSDTrainer(SavingTrainer):
     """Trains a model on its own rollouts, graded token by token by a teacher that knows more.
 
     >>> trainer = OPSDTrainer("HuggingFaceTB/SmolLM2-135M-Instruct", "sdft", train_dataset=rows)
@@ -118,7 +119,11 @@ class OPSDTrainer(DistillationTrainer):
         evaluation: EvaluationPlan | Mapping[str, Any] | None = None,
     ):
         model, processing_class = student_of(model, processing_class)
-        args = args or OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
+        args = (
+            copy(args)
+            if args
+            else OPSDConfig(f"{Path(model).name if isinstance(model, str) else type(model).__name__}-OPSD")
+        )
         control = control_of(args.control)
         self.teacher = control.teacher(load_teacher(teacher)) if control else load_teacher(teacher)
         checkpoints.ready_folder(args)
@@ -151,7 +156,8 @@ class OPSDTrainer(DistillationTrainer):
         keep_float32_sums(self.accelerator)
         self._engine = prepare_engine(self.vllm_generation, bool(args.importance_clip)) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
-        self._averages, self._records = {"train": Averages(), "eval": Averages()}, metrics.LossRecords()
+        self._averages = {mode: Averages() for mode in ("train", "eval")}
+        self._records = {mode: metrics.LossRecords() for mode in ("train", "eval")}
         with self.accelerator.autocast():  # what probes the model computes as the run does
             self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
@@ -291,11 +297,12 @@ class OPSDTrainer(DistillationTrainer):
         record, self._record = self._record, None
         assert record is not None
         rollouts, mode = inputs.pop("scored").rollouts, self._mode  # popped: the teacher's states are not needed again
-        self._records.add(self._sampling_check(record, rollouts), rollouts)
+        records = self._records[mode]
+        records.add(self._sampling_check(record, rollouts), rollouts)
         if mode == "eval" or (self._step + 1) % self.args.gradient_accumulation_steps == 0:
             if mode == "train":
-                self.tracer.take(self._records.kept, self.state.global_step + 1)
-            tallies = self._records.tallies(self.accelerator, self.state.global_step + 1, with_loss=mode == "eval")
+                self.tracer.take(records.kept, self.state.global_step + 1)
+            tallies = records.tallies(self.accelerator, self.state.global_step + 1, with_loss=mode == "eval")
             self._averages[mode].add(self._sampling_check.compare(tallies))
         return loss
 
@@ -315,8 +322,8 @@ class OPSDTrainer(DistillationTrainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Return transformers' output, with the loss averaged over tokens; training's random state stays as it was."""
-        self._averages["eval"], device = Averages(), self.accelerator.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        self._averages["eval"], self._records["eval"] = Averages(), metrics.LossRecords()
+        with forked_generators(self.accelerator.device):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         output.metrics[f"{metric_key_prefix}_loss"] = self._averages["eval"].tallies.pop("loss").result
         return output
@@ -334,40 +341,6 @@ class OPSDTrainer(DistillationTrainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, selection)
         return divergence | selection
 
-    # ---- files -------------------------------------------------------------------------------------------------
-
-    @property
-    def run_card(self) -> dict[str, Any]:
-        """What this run is, in plain values."""
-        return self.files.card
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model, with its model card (README.md) and its run card."""
-        with whole_state_dict(self.accelerator):
-            super().save_model(output_dir, _internal_call)
-        if not _internal_call and self.is_world_process_zero():
-            self.create_model_card()
-            self.files.copy_cards(output_dir)
-
-    def create_model_card(self, model_name: str | None = None, *args: Any, **kwargs: Any) -> None:
-        """Write the model card into the output folder; TRL's card, whose tags ours takes, is written first."""
-        super().create_model_card(model_name, *args, **kwargs)
-        if self.is_world_process_zero():
-            self.files.write_model_card(model_name, self.hub_model_id)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the teacher first: a checkpoint with a trainer state is a whole one."""
-        pending = {"lists": dict(self._metrics["train"]), "tallies": self._averages["train"].state}
-        self.files.write_checkpoint(self.state.global_step, pending)
-        super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        pending = self.files.read_checkpoint(Path(resume_from_checkpoint))
-        self._metrics["train"].clear()
-        self._metrics["train"].update(pending["lists"])
-        self._averages["train"].load(pending["tallies"])
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint at the end of the step, and prints how to resume.
 
@@ -381,7 +354,8 @@ class OPSDTrainer(DistillationTrainer):
             NonFiniteLossError: NaN or infinity in the loss.
         """
         # An earlier `train` that was interrupted may have left half a step.
-        self._step, self._buffered_inputs, self._record, self._records = 0, None, None, metrics.LossRecords()
+        self._step, self._buffered_inputs, self._record = 0, None, None
+        self._records["train"] = metrics.LossRecords()
         with only_run_in(self.args.output_dir):
             checkpoint = self.files.begin(resume_from_checkpoint)
             if checkpoint and self.files.is_finished(Path(checkpoint)):

@@ -60,7 +60,7 @@ def start(folder: Path, teacher: Any = None, **changes: Any) -> OPSDTrainer:
 
 def start_by_name(folder: Path, changes: dict[str, Any], **arguments: Any) -> OPSDTrainer:
     """A run whose model is loaded by its name, as a command loads it."""
-    make_model().save_pretrained(folder / "model")
+    make_model().bfloat16().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     return OPSDTrainer(
         str(folder / "model"),

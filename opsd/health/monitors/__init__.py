@@ -1,0 +1,46 @@
+"""THE table of monitors, one file each."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import Monitor
+from opsd.health.monitors.clip import Clip
+from opsd.health.monitors.context import Context
+from opsd.health.monitors.diversity import Diversity
+from opsd.health.monitors.drift import Drift
+from opsd.health.monitors.engine import Engine
+from opsd.health.monitors.entropy import Entropy
+from opsd.health.monitors.gradient import Gradient
+from opsd.health.monitors.idle import Idle
+from opsd.health.monitors.large_kl import LargeKL
+from opsd.health.monitors.leak import Leak
+from opsd.health.monitors.length import Length
+from opsd.health.monitors.opening import Opening
+from opsd.health.monitors.repetition import Repetition
+from opsd.health.monitors.style import Style
+from opsd.health.monitors.support import Support
+from opsd.health.monitors.task import Task
+from opsd.health.monitors.thinking import Thinking
+from opsd.health.monitors.tools import Tools
+from opsd.health.monitors.truncation import Truncation
+
+MONITORS: tuple[type[Monitor], ...] = (
+    Gradient,
+    Opening,
+    Style,
+    LargeKL,
+    Leak,
+    Length,
+    Truncation,
+    Entropy,
+    Repetition,
+    Diversity,
+    Thinking,
+    Tools,
+    Drift,
+    Engine,
+    Task,
+    Idle,
+    Context,
+    Support,
+    Clip,
+)

@@ -1,0 +1,28 @@
+"""A student that becomes certain of everything."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+class Entropy(Monitor):
+    """Compares the student's entropy with that at the start."""
+
+    name, needs = "entropy", ("entropy",)
+
+    def judge(self, values: Values) -> Verdict:
+        """Return what it says."""
+        if not values.has_start("entropy") or not values.start("entropy"):
+            return FINE
+        share = values.now("entropy") / values.start("entropy")
+        level = self.below(share)
+        if level == "fine":
+            return FINE
+        start, now = values.start("entropy"), values.now("entropy")
+        return Verdict(
+            level,
+            f"the student's entropy is {now:.2f} nats per token, and was {start:.2f} at the start",
+            "Samples become one and the same. The reverse KL narrows: lower the learning rate, take the forward KL or "
+            "a JSD (beta), or an entropy_gate.",
+            {"share": share},
+        )

@@ -1,0 +1,26 @@
+"""Rollouts that speak of a solution which their prompt does not have."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+class Leak(Monitor):
+    """Names leak phrases and copied stretches of the teacher's prompt."""
+
+    name, needs = "leak", ("leak/phrases",)
+
+    def judge(self, values: Values) -> Verdict:
+        """Return what it says."""
+        share = max(values.now("leak/phrases"), values.now("leak/copied"))
+        level = self.above(share)
+        if level == "fine" or not values.is_settled("leak/phrases"):
+            return FINE
+        return Verdict(
+            level,
+            f"{values.now('leak/phrases'):.0%} of rollouts name a given solution, and {values.now('leak/copied'):.0%} "
+            "copy six words of the teacher's prompt that the student's has not",
+            "The student learns to speak of what it will not be shown: tell the teacher to answer as if it had not "
+            "seen it, and check the template with `opsd lint`.",
+            {"share": share},
+        )

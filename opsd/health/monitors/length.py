@@ -1,0 +1,31 @@
+"""Rollouts that become short: thinking, and then answers, are lost."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+class Length(Monitor):
+    """Compares the length of rollouts with that at the start."""
+
+    name, needs = "length", ("completions/mean_length",)
+
+    def judge(self, values: Values) -> Verdict:
+        """Return what it says."""
+        if not values.has_start("completions/mean_length") or not values.start("completions/mean_length"):
+            return FINE
+        share = values.now("completions/mean_length") / values.start("completions/mean_length")
+        level = self.below(share)
+        if level == "fine":
+            return FINE
+        start, now = values.start("completions/mean_length"), values.now("completions/mean_length")
+        better = "eval_accuracy" in values and values.now("eval_accuracy") > values.start("eval_accuracy")
+        if better:
+            level = "watch"  # a student that rambled less answers better
+        return Verdict(
+            level,
+            f"rollouts have {now:.1f} tokens, and had {start:.1f} at the start",
+            "Compare samples with those at the start (log_completions). A terse context teaches terse answers: word it "
+            "otherwise, lower the learning rate, or stop here.",
+            {"share": share},
+        )

@@ -1,0 +1,28 @@
+"""A first token that student and teacher disagree on: another template, or another thinking mode."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+class Opening(Monitor):
+    """Compares the first tokens with the rest."""
+
+    name, needs = "opening", ("kl/opening_ratio",)
+
+    def judge(self, values: Values) -> Verdict:
+        """Return what it says."""
+        ratio = values.now("kl/opening_ratio")
+        level = self.above(ratio)
+        if level == "fine" or not values.is_settled("kl/opening_ratio"):
+            return FINE
+        if level == "act" and values.now("kl/opening") < 0.5:
+            level = "watch"  # most of the loss is elsewhere
+        return Verdict(
+            level,
+            f"the first three tokens diverge {ratio:.0f} times as much as the median of the rest, and carry "
+            f"{values.now('kl/opening'):.0%} of the loss",
+            "The teacher begins its answers in another way: compare both prompts (`opsd show`), their thinking modes "
+            "and chat templates; or leave these tokens out (skip_first_tokens).",
+            {"ratio": ratio},
+        )

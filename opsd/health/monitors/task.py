@@ -1,0 +1,28 @@
+"""A loss that falls while held-out accuracy falls: training pays for something else."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+class Task(Monitor):
+    """Compares accuracy at looks with its best."""
+
+    name, needs = "task", ("eval_accuracy",)
+
+    def judge(self, values: Values) -> Verdict:
+        """Return what it says."""
+        looks = values.all("eval_accuracy")
+        lost = max(looks) - looks[-1]
+        level = self.above(lost + 1e-9)
+        if level == "fine" or len(looks) < 2:
+            return FINE
+        falls = ""
+        if "divergence" in values and values.now("divergence") < values.start("divergence"):
+            falls = ", while the divergence falls"
+        return Verdict(
+            level,
+            f"accuracy is {looks[-1]:.1%}, and was {max(looks):.1%}{falls}",
+            "Keep the best checkpoint (evaluation: rule: best), lower the learning rate, and look at samples.",
+            {"lost": lost},
+        )

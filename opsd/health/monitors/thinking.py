@@ -1,0 +1,28 @@
+"""Thinking aloud that is lost."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+class Thinking(Monitor):
+    """Compares markers of thinking with the start."""
+
+    name, needs = "thinking", ("thinking",)
+
+    def judge(self, values: Values) -> Verdict:
+        """Return what it says."""
+        if not values.has_start("thinking") or values.start("thinking") < 2:
+            return FINE
+        share = values.now("thinking") / values.start("thinking")
+        level = self.below(share)
+        if level == "fine":
+            return FINE
+        return Verdict(
+            level,
+            f"words of thinking aloud: {values.now('thinking'):.1f} in 1,000 tokens, and "
+            f"{values.start('thinking'):.1f} at the start",
+            "A teacher that knows the answer need not think. Show it less (a hint), ask it to think in its context, or "
+            "stop before accuracy follows.",
+            {"share": share},
+        )

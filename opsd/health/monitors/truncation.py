@@ -1,0 +1,27 @@
+"""Rollouts that do not end: length inflation, or an end of turn that is not learned."""
+
+from __future__ import annotations
+
+from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+class Truncation(Monitor):
+    """Names a share of cut rollouts that has grown."""
+
+    name, needs = "truncation", ("completions/clipped_ratio",)
+
+    def judge(self, values: Values) -> Verdict:
+        """Return what it says."""
+        if not values.has_start("completions/clipped_ratio"):
+            return FINE
+        start, now = values.start("completions/clipped_ratio"), values.now("completions/clipped_ratio")
+        level = self.above(now)
+        if level == "fine" or now < start + (1 - start) / 3:
+            return FINE
+        return Verdict(
+            level,
+            f"{now:.0%} of rollouts are cut at the longest length, and {start:.0%} were at the start",
+            "Look at the last tokens of samples. The teacher may not end its answers (template, end token), or the "
+            "student repeats itself; else raise max_completion_length.",
+            {"cut": now},
+        )

@@ -1,0 +1,128 @@
+"""What monitors read of rollouts: shares of the divergence, repetition, diversity, leaks. Each a number by name.
+
+Costs a pass over the tokens of a few rollouts, in Python. Knows traced rollouts; judges nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean, median
+
+from opsd.health.rollout import TracedRollout
+from opsd.health.tokens import CLASSES, LEAKS, THINKING, class_of
+
+OPENING = 3  # tokens
+GRAM = 4  # tokens of a stretch that repeats
+COPIED = 6  # words of a stretch that a rollout shares with the teacher's prompt alone
+LARGE = 2.0  # nats at an ordinary token
+PAIRS = 28  # compared for similarity: of 8 rollouts all
+STYLE = ("hedges", "punctuation", "space", "special")
+
+
+def statistics_of(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
+    """Return the statistics of some rollouts; none of what no token tells.
+
+    Args:
+        rollouts: of one step or a few.
+
+    Example:
+        >>> statistics_of(rollouts)["kl/style"]
+        0.31
+    """
+    known = [rollout for rollout in rollouts if len(rollout.ids)]
+    if not known:
+        return {}
+    return {**_divergence(known), **_repetition(known), **_text(known)}
+
+
+def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
+    """Return where the divergence is: by class of token and by position."""
+    by_class: Counter[str] = Counter()
+    for rollout in rollouts:
+        for token, nats in zip(rollout.tokens, rollout.divergence, strict=True):
+            by_class[class_of(token)] += abs(nats)  # type: ignore[assignment]
+    total = sum(by_class.values())
+    if not total:
+        return {"kl/mean": 0.0}
+    shares = {f"kl/{name}": by_class[name] / total for name in CLASSES}
+    first = [abs(nats) for rollout in rollouts for nats in rollout.divergence[:OPENING]]
+    rest = [abs(nats) for rollout in rollouts for nats in rollout.divergence[OPENING:]]
+    words = [
+        nats
+        for rollout in rollouts
+        for token, nats in zip(rollout.tokens, rollout.divergence, strict=True)
+        if class_of(token) == "words"
+    ]
+    values = {
+        "kl/mean": total / sum(len(rollout.ids) for rollout in rollouts),
+        **shares,
+        "kl/style": sum(shares[f"kl/{name}"] for name in STYLE),
+        "kl/opening": sum(first) / total,
+    }
+    if rest:
+        # A median near 0 would make any opening look large: a hundredth of a nat is what an ordinary token has.
+        values["kl/opening_ratio"] = fmean(first) / max(median(rest), 0.01)
+    if words:
+        values["kl/large"] = sum(nats > LARGE for nats in words) / len(words)
+    return values
+
+
+def _repetition(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
+    """Return how much rollouts repeat themselves, and each other."""
+    repeated = grams = 0
+    inside: list[float] = []
+    outside: list[float] = []
+    for rollout in rollouts:
+        seen = set[tuple[int, ...]]()
+        for start in range(len(rollout.ids) - GRAM + 1):
+            gram = tuple(rollout.ids[start : start + GRAM])
+            is_again = gram in seen
+            seen.add(gram)
+            grams, repeated = grams + 1, repeated + is_again
+            (inside if is_again else outside).append(rollout.divergence[start + GRAM - 1])
+    values = {"repetition": repeated / grams} if grams else {}
+    if inside and outside:
+        values["agreement_in_loops"] = fmean(outside) / max(fmean(inside), 1e-3)
+    bigrams = [pair for rollout in rollouts for pair in itertools.pairwise(rollout.ids)]
+    if bigrams:
+        values["distinct_2"] = len(set(bigrams)) / len(bigrams)
+    pairs = list(itertools.islice(itertools.combinations(rollouts, 2), PAIRS))
+    alike = [_overlap(a, b) for a, b in pairs if a.prompt != b.prompt]
+    if alike:
+        values["similarity"] = fmean(alike)
+    siblings = [_overlap(a, b) for a, b in pairs if a.prompt == b.prompt]
+    if siblings:
+        values["sibling_similarity"] = fmean(siblings)
+    return values
+
+
+def _overlap(a: TracedRollout, b: TracedRollout) -> float:
+    """Return the share of pairs of neighbouring tokens that two rollouts have in common (Jaccard)."""
+    first, second = (set(itertools.pairwise(rollout.ids)) for rollout in (a, b))
+    return len(first & second) / max(len(first | second), 1)
+
+
+def _text(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
+    tokens = sum(len(rollout.ids) for rollout in rollouts)
+    return {
+        "length": tokens / len(rollouts),
+        "cut": fmean(not rollout.ended for rollout in rollouts),
+        "thinking": 1000 * sum(len(THINKING.findall(rollout.text)) for rollout in rollouts) / tokens,
+        "leak/phrases": fmean(_names_solution(rollout) for rollout in rollouts),
+        "leak/copied": fmean(bool(copied(rollout)) for rollout in rollouts),
+    }
+
+
+def _names_solution(rollout: TracedRollout) -> bool:
+    """Tell whether a rollout names a solution that its own prompt does not name."""
+    return bool(LEAKS.search(rollout.text)) and not LEAKS.search(rollout.prompt)
+
+
+def copied(rollout: TracedRollout) -> list[str]:
+    """Return stretches of words that a rollout shares with the teacher's prompt, and not with the student's."""
+    words = rollout.text.lower().split()
+    theirs, own = (f" {' '.join(text.lower().split())} " for text in (rollout.context, rollout.prompt))
+    stretches = (" ".join(words[start : start + COPIED]) for start in range(len(words) - COPIED + 1))
+    return [stretch for stretch in stretches if f" {stretch} " in theirs and f" {stretch} " not in own]
