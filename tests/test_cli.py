@@ -165,7 +165,7 @@ def test_a_signal_saves_and_says_how_to_resume(run_yaml: Path, number: signal.Si
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if "divergence/max" in line:
+            if line.startswith("step "):
                 process.send_signal(number)
                 break
         out = process.stdout.read()

@@ -14,8 +14,9 @@ from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from opsd.errors import ConfigError, did_you_mean
+from opsd.errors import ConfigError, did_you_mean, not_one_of
 from opsd.evaluation.plan import METRIC, EvaluationPlan
+from opsd.health.watch import ACTIONS
 from opsd.models.vocabulary import check_is_tokenizer
 from opsd.settings import read_lists
 from opsd.teachers import Teacher
@@ -180,11 +181,27 @@ def check_settings(
         )
     if args.teacher_lead is not None:
         check_lead(teacher, groups)
+    check_health(args, EvaluationPlan.parse(evaluation))
     spread = args.accelerator_config
     if groups.num_generations > 1 and (spread.split_batches or spread.dispatch_batches):
         raise ConfigError(
             "num_generations is above 1, and accelerator_config splits or dispatches batches: rollouts of one prompt "
             "would land in different processes, and could not be compared. Leave both options off."
+        )
+
+
+def check_health(args: Any, plan: EvaluationPlan | None) -> None:
+    """Refuse an action that there is not, or that has nothing to go back to.
+
+    Raises:
+        ConfigError: names it.
+    """
+    if args.health_action not in ACTIONS:
+        raise ConfigError(not_one_of("health_action", args.health_action, ACTIONS))
+    if args.health_action == "roll_back" and (plan is None or plan.rule != "best"):
+        raise ConfigError(
+            "health_action roll_back takes the best checkpoint, and no evaluation says which that is. Add evaluation: "
+            "{test: …, selection: …, every: …, rule: best}, or use health_action stop."
         )
 
 

@@ -143,6 +143,13 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "the model's and the tokenizer's own), and what reshapes the distribution, such as suppress_tokens."
         },
     )
+    health_action: str = field(
+        default="none",
+        metadata={
+            "help": "What to do when a monitor of health says act: none, stop (with a checkpoint), or roll_back: stop, "
+            "and take the best checkpoint, which needs an evaluation with rule: best."
+        },
+    )
     trace_rollouts: int = field(
         default=8,
         metadata={

@@ -10,12 +10,14 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
 
 from opsd.health.rollout import TracedRollout
+from opsd.health.watch import Monitors
 from opsd.training.evaluator import CONSOLE
 from opsd.training.tracer import Tracer
 
@@ -23,17 +25,25 @@ CARRIED = 0.8  # share of a rollout's divergence that its marked tokens carry
 SHOWN = 300  # characters of a prompt
 
 
-def watched(trainer: Any) -> tuple[Tracer, Display]:
-    """Let a trainer keep traces, and show what it logs in place of the callbacks that print."""
+def watched(trainer: Any) -> tuple[Tracer, Monitors, Display]:
+    """Let a trainer keep traces, ask the monitors of health, and show what it logs in place of callbacks that print."""
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.log_completions = False  # TRL's, which shows no token; the display reads the setting
     divergence = trainer.scorer.objective.divergence
     tracer = Tracer(trainer.files.parts, trainer.eos_token_ids, trainer._say)
-    display = Display(divergence.kind.describe(divergence.beta).partition("(")[0].strip(), trainer._say, tracer)
+    name = divergence.kind.describe(divergence.beta).partition("(")[0].strip()
+    accelerator = trainer.accelerator
+
+    def agree(own: bool) -> bool:
+        return bool(accelerator.gather(torch.tensor(own, device=accelerator.device)).any())
+
+    health = Monitors(trainer.args.health_action, trainer._say, lambda: tracer.recent, agree)
+    display = Display(name, trainer._say, tracer, health)
+    trainer.callback_handler.callbacks.insert(0, health)  # before those that report, which get its level too
     for added in (display, tracer):
         trainer.add_callback(added)
-    return tracer, display
+    return tracer, health, display
 
 
 def line_of(logs: Mapping[str, Any], step: int, steps: int, name: str, width: int | None = None) -> str:
@@ -134,11 +144,14 @@ class Display(TrainerCallback):
         name: of the divergence.
         say: prints a line, in the first process only.
         tracer: has the rollouts since the last entry, for `log_completions`.
+        health: the monitors, whose levels stand at the end of a line.
         console: where the bar is shown; a file gets lines only.
     """
 
-    def __init__(self, name: str, say: Callable[[str], None], tracer: Tracer, console: Console = CONSOLE):
-        self._name, self._say, self._tracer, self._console = name, say, tracer, console
+    def __init__(
+        self, name: str, say: Callable[[str], None], tracer: Tracer, health: Monitors, console: Console = CONSOLE
+    ):
+        self._name, self._say, self._tracer, self._health, self._console = name, say, tracer, health, console
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -168,7 +181,11 @@ class Display(TrainerCallback):
         if not state.is_world_process_zero:
             return
         width = self._console.width if self._console.is_terminal else None
-        self._say(line_of(logs, state.global_step, state.max_steps, self._name, width))
+        line = line_of(logs, state.global_step, state.max_steps, self._name, width)
+        spoken = {name: verdict.level for name, verdict in self._health.watch.verdicts.items()}
+        levels = [f"{level}: {', '.join(names)}" for level in ("act", "watch")
+                  if (names := [name for name, of in spoken.items() if of == level])]  # fmt: skip
+        self._say("  ".join([line, *(levels if "divergence" in logs else [])]))
         if args.log_completions:
             for rollout in self._tracer.recent[-(args.num_completions_to_print or 1) :]:
                 self._console.print(rollout_text(rollout))

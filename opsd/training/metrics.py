@@ -150,6 +150,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval_accuracy", "share of questions", "right greedy answers on the selection split",
            "training/evaluator.py", "evaluation: every"),
     Metric("eval_length", "tokens", "mean length of these answers", "training/evaluator.py", "evaluation: every"),
+    # Health
+    Metric("health", "level", "the worst level of all monitors: 0 fine, 1 watch, 2 act (docs/health.md)",
+           "health/watch.py"),
     # The optimizer and the clock
     Metric("grad_norm", "norm", "the gradient's norm before clipping, last step", TRANSFORMERS),
     Metric("learning_rate", "1", "of the last step", TRANSFORMERS),

@@ -43,7 +43,7 @@ NOT_COMPARED = {
     "what it prints and reports": (
         *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "log_completions"),
         *("num_completions_to_print", "log_unique_prompts", "skip_memory_metrics", "debug"),
-        *("trace_rollouts", "trace_mb"),
+        *("trace_rollouts", "trace_mb", "health_action"),
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     ),
     "the hub": (

@@ -170,7 +170,7 @@ class OPSDTrainer(SavingTrainer):
         if plan is not None:
             self.add_callback(evaluator := Evaluator(self.files.parts, self._stop))
             self.evaluator = evaluator
-        self.tracer, self.display = watched(self)
+        self.tracer, self.health, self.display = watched(self)
 
     # ---- before the first step --------------------------------------------------------------------------------
 
@@ -364,7 +364,8 @@ class OPSDTrainer(SavingTrainer):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:
-                self.files.end(self.learning.description)
+                self.save_state()  # with the log, which `opsd health` reads
+                self.files.end({**self.learning.description, "health": self.health.plain})
         return output
 
     @property

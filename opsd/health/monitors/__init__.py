@@ -22,6 +22,7 @@ from opsd.health.monitors.task import Task
 from opsd.health.monitors.thinking import Thinking
 from opsd.health.monitors.tools import Tools
 from opsd.health.monitors.truncation import Truncation
+from opsd.health.thresholds import THRESHOLDS
 
 MONITORS: tuple[type[Monitor], ...] = (
     Gradient,
@@ -44,3 +45,13 @@ MONITORS: tuple[type[Monitor], ...] = (
     Support,
     Clip,
 )
+
+
+def as_markdown() -> str:
+    """Return the table as docs/health.md has it."""
+    rows = []
+    for monitor in MONITORS:
+        limits, needs = THRESHOLDS[monitor.name], ", ".join(f"`{need}`" for need in monitor.needs)
+        cells = (f"`{monitor.name}`", needs, f"{limits.watch:g}", f"{limits.act:g}", limits.unit, limits.source)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(["| monitor | reads | watch | act | of what | source |", "|---" * 6 + "|", *rows])

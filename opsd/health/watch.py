@@ -1,0 +1,239 @@
+"""Runs all monitors on a training run, as a callback of any transformers Trainer: ours, or TRL's.
+
+A monitor speaks when its level changes: one line on the terminal, one in `health.jsonl`, and its level among the logged
+metrics. One that raises is reported and switched off; it never ends a run. Knows logs and traced rollouts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from opsd.errors import ConfigError, not_one_of
+from opsd.health.monitor import FINE, LEVELS, Monitor, Values, Verdict
+from opsd.health.monitors import MONITORS
+from opsd.health.rollout import Step, TracedRollout
+from opsd.health.statistics import statistics_of
+from opsd.health.traces import read_traces
+
+FILE = "health.jsonl"
+ACTIONS = {
+    "none": "the run goes on",
+    "stop": "the run ends after the step, with a checkpoint",
+    "roll_back": "the run ends, and the best checkpoint by the rule of its evaluation is what it gives",
+}
+METRIC = "health"  # the worst level of all monitors: 0 fine, 1 watch, 2 act
+
+
+@dataclass(frozen=True)
+class Change:
+    """A monitor whose level changed.
+
+    >>> Change(40, "length", "fine", Verdict("watch", "rollouts have 12 tokens, …", "Compare samples …")).line
+    'health      step 40: length: watch: rollouts have 12 tokens, …. Compare samples …'
+
+    Args:
+        step: at which.
+        monitor: its name.
+        before: its level before.
+        verdict: what it says now.
+    """
+
+    step: int
+    monitor: str
+    before: str
+    verdict: Verdict
+
+    @property
+    def line(self) -> str:
+        """The change as a line for the terminal."""
+        start = f"health      step {self.step}: {self.monitor}"
+        if self.verdict.level == "fine":
+            return f"{start} is fine again"
+        return f"{start}: {self.verdict.level}: {self.verdict.saw}. {self.verdict.do}"
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The change in plain values."""
+        return {"step": self.step, "monitor": self.monitor, "before": self.before, **asdict(self.verdict)}
+
+
+class Watch:
+    """All monitors of a run, their values and their levels.
+
+    >>> watch = Watch()
+    >>> watch.look(Step(10, {"grad_norm": 0.0}))
+    [Change(step=10, monitor='gradient', before='fine', verdict=Verdict(level='watch', …))]
+
+    Args:
+        monitors: classes of monitors.
+    """
+
+    def __init__(self, monitors: Sequence[type[Monitor]] = MONITORS):
+        self._monitors = {monitor.name: monitor() for monitor in monitors}
+        self.values = Values()
+        self.verdicts: dict[str, Verdict] = {}
+        self.broken: dict[str, str] = {}  # why a monitor was switched off
+        self.history: list[Change] = []
+
+    def look(self, step: Step) -> list[Change]:
+        """Add a log entry, ask all monitors that know what they need, and return whose level changed."""
+        try:
+            statistics = statistics_of(step.rollouts)
+        except Exception as error:
+            statistics, self.broken["statistics of rollouts"] = {}, f"{type(error).__name__}: {error}"
+        entry = {**step.logs, **statistics}
+        self.values.add(step.number, entry)
+        changes = []
+        for name, monitor in list(self._monitors.items()):
+            # An entry without its values is no look: evaluations are logged apart.
+            if not any(need in entry for need in monitor.needs) or not all(
+                need in self.values for need in monitor.needs
+            ):
+                continue
+            try:
+                verdict = monitor.judge(self.values)
+            except Exception as error:
+                self.broken[name] = f"{type(error).__name__}: {error}"
+                del self._monitors[name]
+                continue
+            before, self.verdicts[name] = self.verdicts.get(name, FINE), verdict
+            if verdict.level != before.level:
+                changes.append(Change(step.number, name, before.level, verdict))
+        self.history += changes
+        return changes
+
+    @property
+    def level(self) -> int:
+        """The worst level: 0 fine, 1 watch, 2 act."""
+        return max((LEVELS.index(verdict.level) for verdict in self.verdicts.values()), default=0)
+
+    @property
+    def summary(self) -> list[str]:
+        """What the monitors say at the end, in lines; the worst first."""
+        spoken = sorted(self.verdicts.items(), key=lambda item: -LEVELS.index(item[1].level))
+        lines = [
+            f"health      {name}: {verdict.level}: {verdict.saw}. {verdict.do}"
+            for name, verdict in spoken
+            if verdict.level != "fine"
+        ]
+        lines += [f"health      {name} was not looked at: {reason}" for name, reason in self.broken.items()]
+        over = sorted({change.monitor for change in self.history} - {name for name, v in spoken if v.level != "fine"})
+        again = f"; {', '.join(over)} spoke, and {'is' if len(over) == 1 else 'are'} fine again" if over else ""
+        fine = sum(verdict.level == "fine" for _, verdict in spoken)
+        return [*lines, f"health      {fine} of {len(spoken)} monitors that could look are content{again}"]
+
+
+class Monitors(TrainerCallback):
+    """The monitors as a callback, for any Trainer; without traces, those whose metrics are logged.
+
+    >>> trainer = GRPOTrainer(model, reward, train_dataset=rows, callbacks=[Monitors()])
+
+    Args:
+        action: what to do when a monitor says act: a key of ACTIONS.
+        say: prints a line, in the first process only.
+        rollouts: returns the traced rollouts since the last entry.
+        agree: tells whether any process says yes; a collective, which is called after each step where there is an
+            action. Without it processes must log the same, as those of a Trainer do.
+    """
+
+    def __init__(
+        self,
+        action: str = "none",
+        say: Callable[[str], None] | None = None,
+        rollouts: Callable[[], Sequence[TracedRollout]] = tuple,
+        agree: Callable[[bool], bool] = bool,
+    ):
+        if action not in ACTIONS:
+            raise ConfigError(not_one_of("health_action", action, ACTIONS))
+        self._action, self._say, self._rollouts, self._agree = action, say, rollouts, agree
+        self.watch = Watch()
+        self.stopped: Change | None = None  # by which the run ended
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Begin anew; a resumed run looks at its own log and traces first, without a word."""
+        folder, self.stopped = Path(args.output_dir), None
+        is_first = state.is_world_process_zero
+        rollouts = list(read_traces(folder)) if state.global_step and is_first else []
+        self.watch = replay(state.log_history, rollouts)
+        if is_first and args.should_save and not state.global_step:
+            (folder / FILE).unlink(missing_ok=True)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Look at an entry, say what changed, and add the worst level to it."""
+        if "train_runtime" in logs:
+            return
+        changes = self.watch.look(Step(state.global_step, logs, self._rollouts()))
+        logs[METRIC] = self.watch.level
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1][METRIC] = self.watch.level  # transformers added a copy of the entry
+        if state.is_world_process_zero:
+            for change in changes:
+                self._print(change.line)
+            if changes and args.should_save:
+                append(Path(args.output_dir) / FILE, (change.plain for change in changes))
+        self.stopped = self.stopped or next((c for c in changes if c.verdict.level == "act"), None)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
+        """End the run, with a checkpoint, where a monitor said act and that was asked for."""
+        if self._action != "none" and self._agree(self.stopped is not None):
+            if state.is_world_process_zero and self.stopped is not None:
+                self._print(f"stopped     by the monitor {self.stopped.monitor} (health_action: {self._action})")
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Say what the monitors say at the end."""
+        if state.is_world_process_zero:
+            self._print("\n".join(self.watch.summary))
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """What the monitors said, in plain values, for the run card."""
+        spoken = {name: verdict for name, verdict in self.watch.verdicts.items() if verdict.level != "fine"}
+        return {
+            "looked": sorted(self.watch.verdicts),
+            "now": {name: {"level": verdict.level, "saw": verdict.saw} for name, verdict in spoken.items()},
+            "changes": len(self.watch.history),
+            "switched_off": self.watch.broken,
+            "stopped_by": None if self.stopped is None or self._action == "none" else self.stopped.monitor,
+        }
+
+    def _print(self, line: str) -> None:
+        if self._say is None:
+            print(line, flush=True)
+        else:
+            self._say(line)
+
+
+def append(path: Path, changes: Iterable[Mapping[str, Any]]) -> None:
+    """Add changes to a file, a line each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(change, ensure_ascii=False) + "\n" for change in changes)
+
+
+def replay(logs: Iterable[Mapping[str, Any]], rollouts: Sequence[TracedRollout] = ()) -> Watch:
+    """Return what the monitors would have said of a finished run.
+
+    Args:
+        logs: its log history: entries with `step`, as transformers keeps them.
+        rollouts: its traces, in the order of steps.
+    """
+    watch, seen = Watch(), 0
+    for entry in logs:
+        step = int(entry.get("step", 0))
+        is_training = "grad_norm" in entry or "divergence" in entry or "loss" in entry
+        upto = seen
+        while is_training and upto < len(rollouts) and rollouts[upto].step <= step:
+            upto += 1
+        watch.look(Step(step, entry, rollouts[seen:upto]))
+        seen = upto
+    return watch
