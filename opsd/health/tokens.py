@@ -41,7 +41,7 @@ HEDGES = frozenset(
 THINKING = re.compile(r"\b(wait|hmm|maybe|perhaps|actually|alternatively|let me|let's|check|verify)\b", re.IGNORECASE)
 # A student that never saw a solution has no reason to name one (RLSD; SDFT's "inheritance artefact").
 LEAKS = re.compile(
-    r"\b(?:the|a|this) (?:reference|given|provided|correct|known|expected) (?:solution|answer|trace|result)\b"
+    r"\b(?:the|a|this) (?:reference|given|provided|official) (?:solution|answer|trace|result)\b"
     r"|\bas (?:given|provided|stated|shown) (?:in|by|above)\b|\bbased on the (?:text|context|solution|document|hint)\b"
     r"|\baccording to the (?:solution|hint|document|reference|context)\b|\bthe hint (?:says|suggests|tells)\b",
     re.IGNORECASE,
