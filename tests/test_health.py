@@ -153,6 +153,11 @@ def test_a_leak_is_what_the_teacher_alone_was_told() -> None:
     assert statistics_of([rollout("According to the document it is 7")])["leak/phrases"] == 1.0
 
 
+def test_rollouts_of_others_say_nothing_of_the_student() -> None:
+    values = statistics_of([rollout(LOOP, on_policy=False)])
+    assert "repetition" not in values and values["kl/mean"] == pytest.approx(0.1)
+
+
 def test_looking_costs_little() -> None:
     """Eight rollouts of 200 tokens in well below a fiftieth of the shortest step of a real model, some 3 s on a CPU."""
     rollouts = [rollout(" ".join(f"w{(7 * n * m) % 97}" for n in range(200)), step=m) for m in range(1, 9)]

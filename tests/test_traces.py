@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import make_rows
+from datasets import Dataset
 from helpers import make_trainer
 
-from opsd import EMATeacher
+from opsd import EMATeacher, RoutedTeacher, SameCheckpointTeacher
 from opsd.errors import CheckpointError
 from opsd.health.rollout import TracedRollout
 from opsd.health.traces import TraceFiles, files_in, read_traces
@@ -101,3 +103,19 @@ def test_a_new_run_removes_the_traces_of_the_old_one_and_a_stretch_is_cut(tmp_pa
     files_in(files.folder)[0][2].write_bytes(b"PAR1 half a file")
     with pytest.raises(CheckpointError, match=r"steps-000009-000009.parquet is damaged"):
         list(read_traces(tmp_path / "other"))
+
+
+def test_each_row_has_the_prompt_of_its_own_teacher(tmp_path: Path) -> None:
+    rows = Dataset.from_list([{**row, "kind": "ab"[n % 2]} for n, row in enumerate(make_rows(16))])
+    answer, plain = EMATeacher(0.9, context="answer_only"), SameCheckpointTeacher()
+    trainer = make_trainer(tmp_path, RoutedTeacher("kind", {"a": answer, "b": plain}), rows=rows, max_steps=3)
+    trainer.train()
+    told = ["The correct answer is" in rollout.context for rollout in read_traces(tmp_path)]
+    assert any(told) and not all(told)
+
+
+def test_a_disk_that_is_full_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "traces").write_text("a file where the folder should be")
+    trainer = make_trainer(tmp_path, "ema", max_steps=2)
+    trainer.train()
+    assert trainer.state.global_step == 2 and "traces      not written" in capsys.readouterr().out

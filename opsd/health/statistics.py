@@ -32,9 +32,9 @@ def statistics_of(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
         0.31
     """
     known = [rollout for rollout in rollouts if len(rollout.ids)]
-    if not known:
-        return {}
-    return {**_divergence(known), **_repetition(known), **_text(known)}
+    own = [rollout for rollout in known if rollout.on_policy]  # what others wrote says nothing of the student
+    of_own = {**_repetition(own), **_text(own)} if own else {}
+    return {**_divergence(known), **of_own} if known else {}
 
 
 def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:

@@ -5,6 +5,7 @@ Written by training, read by health and reports. Knows records and files; nothin
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
@@ -51,7 +52,9 @@ class TraceFiles:
         for first, last, path in files_in(self.folder):
             if last <= step:
                 continue
-            kept = [rollout for rollout in _read(path) if rollout.step <= step] if first <= step else []
+            kept = []
+            with contextlib.suppress(CheckpointError):  # a damaged file is of a run that was killed: it comes again
+                kept = [rollout for rollout in _read(path) if rollout.step <= step] if first <= step else []
             path.unlink()
             if kept:
                 self._write(kept)

@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from opsd.errors import ConfigError, not_one_of
+from opsd.errors import CheckpointError, ConfigError, not_one_of
 from opsd.health.monitor import FINE, LEVELS, Monitor, Values, Verdict
 from opsd.health.monitors import MONITORS
 from opsd.health.rollout import Step, TracedRollout
@@ -159,8 +159,14 @@ class Monitors(TrainerCallback):
         """Begin anew; a resumed run looks at its own log and traces first, without a word."""
         folder, self.stopped = Path(args.output_dir), None
         is_first = state.is_world_process_zero
-        rollouts = list(read_traces(folder)) if state.global_step and is_first else []
+        rollouts, damage = list[TracedRollout](), ""
+        try:
+            rollouts += read_traces(folder) if state.global_step and is_first else ()
+        except CheckpointError as error:
+            damage = str(error)
         self.watch = replay(state.log_history, rollouts)
+        if damage:
+            self.watch.broken["traces"] = damage
         if is_first and args.should_save and not state.global_step:
             (folder / FILE).unlink(missing_ok=True)
 
@@ -178,7 +184,7 @@ class Monitors(TrainerCallback):
             for change in changes:
                 self._print(change.line)
             if changes and args.should_save:
-                append(Path(args.output_dir) / FILE, (change.plain for change in changes))
+                self._append(Path(args.output_dir) / FILE, changes)
         self.stopped = self.stopped or next((c for c in changes if c.verdict.level == "act"), None)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
@@ -206,18 +212,21 @@ class Monitors(TrainerCallback):
             "stopped_by": None if self.stopped is None or self._action == "none" else self.stopped.monitor,
         }
 
+    def _append(self, path: Path, changes: Sequence[Change]) -> None:
+        """Add changes to a file, a line each; a full disk ends no run."""
+        lines = [json.dumps(change.plain, ensure_ascii=False) + "\n" for change in changes]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            self.watch.broken[FILE] = f"not written: {error}"
+
     def _print(self, line: str) -> None:
         if self._say is None:
             print(line, flush=True)
         else:
             self._say(line)
-
-
-def append(path: Path, changes: Iterable[Mapping[str, Any]]) -> None:
-    """Add changes to a file, a line each."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(change, ensure_ascii=False) + "\n" for change in changes)
 
 
 def replay(logs: Iterable[Mapping[str, Any]], rollouts: Sequence[TracedRollout] = ()) -> Watch:

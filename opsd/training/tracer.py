@@ -70,13 +70,14 @@ class Tracer(TrainerCallback):
         columns = [record.divergence_N, record.entropy_N, *(record.metrics.get(name, unknown) for name in COLUMNS)]
         values = torch.stack(columns).float().cpu()
         ends = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()]).cumsum(0).tolist()
-        shown = self._teacher.prompts.leaves[0]
         for row in rows:
             mask = (rollouts.loss_mask or ())[row]
             ids = [token for token, scored in zip(rollouts.completion_ids[row], mask, strict=True) if scored]
             start = ends[row] - len(ids)
             divergence, entropy, logprob, teacher_logprob = values[:, start : ends[row]].tolist()
-            context = rollouts.teacher_prompt_ids.get(shown, [[]] * len(rollouts))[row]
+            leaves = self._teacher.prompts.leaves_of(rollouts.rows[row])
+            seen = [rollouts.teacher_prompt_ids[leaf][row] for leaf in leaves if leaf in rollouts.teacher_prompt_ids]
+            context = seen[0] if seen else []  # of a mixture the first part's
             yield (
                 TracedRollout(
                     step, self._decode(rollouts.prompt_ids[row]), self._decode(context), ids,
@@ -96,8 +97,15 @@ class Tracer(TrainerCallback):
 
     def _write(self) -> None:
         unwritten, self._unwritten = self._unwritten, []
-        self._files.write(unwritten)
-        if self._files.is_full and not self._is_full:
+        if self._is_full:
+            return
+        try:
+            self._files.write(unwritten)
+        except OSError as error:  # a full disk ends no run
+            self._is_full = True
+            self._say(f"traces      not written, nor those of later steps: {error}")
+            return
+        if self._files.is_full:
             self._is_full = True
             self._say(
                 f"traces      {FOLDER}/ has {self._files.megabytes:.0f} MB: later steps are not kept. Raise trace_mb, "
