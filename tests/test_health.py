@@ -121,6 +121,34 @@ def test_one_noisy_entry_is_no_failure() -> None:
     assert watch.history == []
 
 
+QUIET: dict[str, tuple[dict[str, Any], list[TracedRollout], list[TracedRollout]]] = {
+    # name -> the log, and rollouts at the start and later: what a healthy run may look like
+    "short limits cut every rollout": ({"completions/clipped_ratio": 1.0}, PLAIN, PLAIN),
+    "a model that names a given answer by itself": (
+        {}, [rollout("the given answer is not known to me , so I add and get 7")] * 2,
+        [rollout("the given answer is not known to me , so I add and get 7")] * 2,
+    ),
+    "answers in another script": ({}, [rollout("שבע הוא הסכום של שלוש וארבע 😀 �", 1.0)], [rollout("שבע �� הוא", 1.0)]),
+    "empty answers": ({}, [rollout("<|im_end|>", 1.0)], [rollout("<|im_end|>", 1.0)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QUIET)
+def test_what_is_no_failure_stops_no_run(name: str) -> None:
+    logs, first, later = QUIET[name]
+    watch = Watch()
+    for number in range(1, 13):
+        watch.look(Step(number, {**HEALTHY, **logs}, first if number < 5 else later))
+    assert watch.level < 2, watch.verdicts
+
+
+def test_a_look_by_chance_is_worth_a_watch_only() -> None:
+    watch = Watch()
+    for number, accuracy in enumerate((0.625, 0.75, 0.625)):
+        watch.look(Step(number, {"eval_accuracy": accuracy}))
+    assert watch.verdicts["task"].level == "watch"
+
+
 # ---- what they read --------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +166,8 @@ def test_statistics_of_rollouts_from_their_definitions() -> None:
 @pytest.mark.parametrize(
     ("token", "name"),
     [(" 12", "digits"), ("x2", "digits"), (" Wait", "hedges"), ("...", "punctuation"), ("\n", "space"), ("", "space"),
-     ("<|im_end|>", "special"), ("[INST]", "special"), (" sum", "words"), (" día", "words"), ("学", "words")],
+     ("<|im_end|>", "special"), ("[INST]", "special"), (" sum", "words"), (" día", "words"), ("学", "words"),
+     ("�", "words"), ("😀", "words"), ("。", "punctuation")],
 )  # fmt: skip
 def test_tokens_have_a_class(token: str, name: str) -> None:
     assert class_of(token) == name
@@ -298,13 +327,16 @@ def test_another_trainer_gets_the_monitors_whose_metrics_it_logs(tmp_path: Path)
         make_llama(), args=args, train_dataset=rows, processing_class=make_tokenizer(), callbacks=[monitors]
     )
     trainer.train()
-    assert {"gradient", "entropy"} <= set(monitors.watch.verdicts) and not monitors.watch.broken
-    assert "length" not in monitors.watch.verdicts
+    assert "gradient" in monitors.watch.verdicts and not monitors.watch.broken
+    # On texts that are given, entropy should fall.
+    assert not {"length", "entropy"} & set(monitors.watch.verdicts)
     assert lines == [monitors.watch.summary[0]]
 
 
 def test_a_log_of_another_trainer_is_replayed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = [{"step": n, "loss": 1.0, "entropy": 2.0 if n < 5 else 0.1, "grad_norm": 1.0} for n in range(1, 13)]
+    same = {"loss": 1.0, "grad_norm": 1.0, "completions/mean_length": 20.0}
+    log = [{"step": n, "entropy": 2.0 if n < 5 else 0.1, **same} for n in range(1, 13)]
+    (tmp_path / "checkpoint-best").mkdir()
     folder = tmp_path / "checkpoint-12"
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
@@ -313,10 +345,39 @@ def test_a_log_of_another_trainer_is_replayed(tmp_path: Path, capsys: pytest.Cap
     assert replay(log).verdicts["gradient"] == FINE
 
 
-@pytest.mark.parametrize("text", [None, "{}", "no json"])
+@pytest.mark.parametrize("text", [None, "{}", "no json", '{"log_history": [{"step": null}]}', '{"log_history": [3]}'])
 def test_a_folder_without_a_log_is_named(text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if text is not None:
         (tmp_path / "trainer_state.json").write_text(text)
     assert main(["health", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert ("holds no trainer_state.json" if text is None else "is no log of a trainer") in error
+
+
+def test_evaluations_take_no_rollouts_and_a_resume_repeats_no_line(tmp_path: Path) -> None:
+    """Each evaluation used the rollouts up, and live and replay counted other windows."""
+    others = Dataset.from_list(list(questions("other")))
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 6, "logging_steps": 3, "eval_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_rows": others}
+    trainer = failing(tmp_path, **settings)
+    trainer.train()
+    assert trainer.health.watch.values.count("kl/style") == 4
+    before = (tmp_path / FILE).read_text()
+    for path in (tmp_path / "checkpoint-12").iterdir():
+        path.unlink()
+    again = failing(tmp_path, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert (tmp_path / FILE).read_text() == before
+
+
+def test_files_that_cannot_be_written_or_read_end_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / FILE).mkdir()
+    trainer = failing(tmp_path, save_strategy="steps", save_steps=6)
+    trainer.train()
+    assert trainer.state.global_step == 12 and f"{FILE} was not looked at" in capsys.readouterr().out
+    for path in [*(tmp_path / "checkpoint-12").iterdir()]:
+        path.unlink()
+    next((tmp_path / "traces").glob("*.parquet")).write_bytes(b"PAR1")
+    again = failing(tmp_path, save_strategy="steps", save_steps=6)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 12 and "is damaged" in capsys.readouterr().out

@@ -119,3 +119,25 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path: Path, capsys: pytest.CaptureF
     trainer = make_trainer(tmp_path, "ema", max_steps=2)
     trainer.train()
     assert trainer.state.global_step == 2 and "traces      not written" in capsys.readouterr().out
+
+
+def test_tokens_that_are_not_scored_are_there_without_numbers(tmp_path: Path) -> None:
+    for traced in run(tmp_path, skip_first_tokens=2):
+        assert all(math.isnan(nats) for nats in traced.divergence[:2])
+        assert not any(math.isnan(nats) for nats in traced.divergence[2:])
+        assert len(traced.tokens) == len(traced.ids) == len(traced.divergence)
+
+
+def test_a_run_that_breaks_off_keeps_its_traces(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, EMATeacher(0.9, context="answer_only"), max_steps=5)
+    norm = trainer._get_grad_norm
+
+    def breaking(model: Any, grad_norm: Any = None) -> Any:
+        if trainer.state.global_step == 3:
+            raise MemoryError
+        return norm(model, grad_norm)
+
+    trainer._get_grad_norm = breaking  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        trainer.train()
+    assert {rollout.step for rollout in read_traces(tmp_path)} == {1, 2, 3, 4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from opsd.errors import CheckpointError
 
 STATE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,9 +36,9 @@ def main(arguments: Sequence[str]) -> int:
     from opsd.health.traces import read_traces
     from opsd.health.watch import replay
 
-    folder = Path(options.run) if Path(options.run).is_dir() else Path(options.run).parent
-    logs = _log_of(Path(options.run))
-    rollouts = list(read_traces(folder))
+    path = _find_log(Path(options.run))
+    folder = path.parent.parent if CHECKPOINT.fullmatch(path.parent.name) else path.parent
+    logs, rollouts = _log_of(path), list(read_traces(folder))
     watch = replay(logs, rollouts)
     for change in watch.history:
         print(change.line)
@@ -48,16 +50,24 @@ def main(arguments: Sequence[str]) -> int:
     return int(watch.level == LEVELS.index("act"))
 
 
-def _log_of(run: Path) -> list[dict[str, Any]]:
-    """Return the log history of a run: its own, or its newest checkpoint's."""
-    steps = sorted(run.glob(f"checkpoint-*/{STATE}"), key=lambda path: int(path.parent.name.partition("-")[2] or 0))
-    path = next((each for each in (run, run / STATE, *reversed(steps)) if each.is_file()), None)
-    if path is None:
+def _find_log(run: Path) -> Path:
+    """Return the newest log of a run: its own, or a checkpoint's."""
+    if run.is_file():
+        return run
+    checkpoints = [path for path in run.glob(f"checkpoint-*/{STATE}") if CHECKPOINT.fullmatch(path.parent.name)]
+    found = [path for path in (run / STATE, *checkpoints) if path.is_file()]
+    if not found:
         raise CheckpointError(
             f"{run} holds no {STATE}, in which transformers keeps the log of a run. Give the output folder of a run "
             "that has ended or saved a checkpoint; of another trainer, call trainer.save_state() at its end."
         )
+    return max(found, key=lambda path: (max((entry["step"] for entry in _log_of(path)), default=0), path.parent == run))
+
+
+def _log_of(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a log."""
     try:
-        return list(json.loads(path.read_text("utf-8"))["log_history"])
+        entries = json.loads(path.read_text("utf-8"))["log_history"]
+        return [{**entry, "step": int(entry["step"])} for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no log of a trainer ({type(error).__name__}: {error}).") from error

@@ -1,6 +1,6 @@
 """What health and reports know of a rollout: its text, and what student and teacher gave each token.
 
-Shapes: T scored tokens of the rollout.
+Every sampled token is there; one that was not scored has NaN for what its loss would be made of.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class TracedRollout:
         step: the step that trained on it, from 1.
         prompt: the student's prompt, as text.
         context: the teacher's prompt, as text; "" where it is the student's.
-        ids: the scored tokens' ids.
+        ids: the tokens' ids.
         tokens: the same as text, token by token.
         text: the same as one text.
         divergence: nats, per token.

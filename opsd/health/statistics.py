@@ -6,7 +6,7 @@ Costs a pass over the tokens of a few rollouts, in Python. Knows traced rollouts
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+import math
 from collections.abc import Sequence
 from statistics import fmean, median
 
@@ -18,7 +18,7 @@ GRAM = 4  # tokens of a stretch that repeats
 COPIED = 6  # words of a stretch that a rollout shares with the teacher's prompt alone
 LARGE = 2.0  # nats at an ordinary token
 PAIRS = 28  # compared for similarity: of 8 rollouts all
-STYLE = ("hedges", "punctuation", "space", "special")
+STYLE = ("hedges", "punctuation", "space")
 
 
 def statistics_of(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
@@ -39,29 +39,25 @@ def statistics_of(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
 
 def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
     """Return where the divergence is: by class of token and by position."""
-    by_class: Counter[str] = Counter()
+    by_class: dict[str, list[float]] = {name: [] for name in CLASSES}
+    first: list[float] = []
+    rest: list[float] = []
     for rollout in rollouts:
-        for token, nats in zip(rollout.tokens, rollout.divergence, strict=True):
-            by_class[class_of(token)] += abs(nats)  # type: ignore[assignment]
-    total = sum(by_class.values())
+        for place, (token, nats) in enumerate(zip(rollout.tokens, rollout.divergence, strict=True)):
+            if not math.isnan(nats):
+                by_class[class_of(token)].append(abs(nats))
+                (first if place < OPENING else rest).append(abs(nats))
+    total, words = sum(map(sum, by_class.values())), by_class["words"]
     if not total:
-        return {"kl/mean": 0.0}
-    shares = {f"kl/{name}": by_class[name] / total for name in CLASSES}
-    first = [abs(nats) for rollout in rollouts for nats in rollout.divergence[:OPENING]]
-    rest = [abs(nats) for rollout in rollouts for nats in rollout.divergence[OPENING:]]
-    words = [
-        nats
-        for rollout in rollouts
-        for token, nats in zip(rollout.tokens, rollout.divergence, strict=True)
-        if class_of(token) == "words"
-    ]
+        return {"kl/mean": 0.0} if first or rest else {}
+    shares = {f"kl/{name}": sum(by_class[name]) / total for name in CLASSES}
     values = {
-        "kl/mean": total / sum(len(rollout.ids) for rollout in rollouts),
+        "kl/mean": total / (len(first) + len(rest)),
         **shares,
         "kl/style": sum(shares[f"kl/{name}"] for name in STYLE),
         "kl/opening": sum(first) / total,
     }
-    if rest:
+    if first and rest:
         # A median near 0 would make any opening look large: a hundredth of a nat is what an ordinary token has.
         values["kl/opening_ratio"] = fmean(first) / max(median(rest), 0.01)
     if words:
@@ -81,7 +77,8 @@ def _repetition(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
             is_again = gram in seen
             seen.add(gram)
             grams, repeated = grams + 1, repeated + is_again
-            (inside if is_again else outside).append(rollout.divergence[start + GRAM - 1])
+            nats = rollout.divergence[start + GRAM - 1]
+            (inside if is_again else outside).extend([] if math.isnan(nats) else [nats])
     values = {"repetition": repeated / grams} if grams else {}
     if inside and outside:
         values["agreement_in_loops"] = fmean(outside) / max(fmean(inside), 1e-3)

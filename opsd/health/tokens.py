@@ -1,11 +1,12 @@
 """Classes of tokens, and phrases that tell where a rollout comes from.
 
-Knows text; nothing of runs. The lists are English; a token of another language counts as a word.
+Knows text; nothing of runs. The lists are English; a token of another language, or a part of one, counts as a word.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from functools import cache
 
 # Words by which a model thinks aloud; "epistemic verbalisation", whose loss goes with collapse (arXiv 2603.24472).
@@ -64,6 +65,6 @@ def class_of(token: str) -> str:
         return "special"
     if any(c.isdigit() for c in text):
         return "digits"
-    if not any(c.isalpha() for c in text):
+    if all((c.isascii() and not c.isalnum()) or unicodedata.category(c).startswith("P") for c in text):
         return "punctuation"
     return "hedges" if text.lower() in HEDGES else "words"

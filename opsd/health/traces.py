@@ -105,7 +105,7 @@ def read_traces(run: Path) -> Iterator[TracedRollout]:
 def _read(path: Path) -> list[TracedRollout]:
     try:
         rows = pq.read_table(path).to_pylist()
-    except (OSError, pa.ArrowInvalid) as error:
+        names = [each.name for each in fields(TracedRollout)]
+        return [TracedRollout(**{name: row[name] for name in names}) for row in rows]
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise CheckpointError(f"the trace {path} is damaged ({error}). Remove it; the others can be read.") from error
-    names = [each.name for each in fields(TracedRollout)]
-    return [TracedRollout(**{name: row[name] for name in names}) for row in rows]

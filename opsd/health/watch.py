@@ -138,7 +138,7 @@ class Monitors(TrainerCallback):
         action: what to do when a monitor says act: a key of ACTIONS.
         say: prints a line, in the first process only.
         rollouts: returns the traced rollouts since the last entry.
-        agree: tells whether any process says yes; a collective, which is called after each step where there is an
+        agree: tells whether any process says yes; a collective, which is called at each log entry where there is an
             action. Without it processes must log the same, as those of a Trainer do.
     """
 
@@ -167,16 +167,18 @@ class Monitors(TrainerCallback):
         self.watch = replay(state.log_history, rollouts)
         if damage:
             self.watch.broken["traces"] = damage
-        if is_first and args.should_save and not state.global_step:
-            (folder / FILE).unlink(missing_ok=True)
+        if self._action != "none" and args.logging_strategy == "no":
+            self._print(f"health      health_action {self._action} has nothing to look at: logging_strategy is no")
+        if is_first and args.should_save:
+            self._forget_after(folder / FILE, state.global_step)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
-    ) -> None:
-        """Look at an entry, say what changed, and add the worst level to it."""
+    ) -> TrainerControl:
+        """Look at an entry, say what changed, add the worst level to it, and end the run where that was asked for."""
         if "train_runtime" in logs:
-            return
-        changes = self.watch.look(Step(state.global_step, logs, self._rollouts()))
+            return control
+        changes = self.watch.look(Step(state.global_step, logs, self._rollouts() if is_training(logs) else ()))
         logs[METRIC] = self.watch.level
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1][METRIC] = self.watch.level  # transformers added a copy of the entry
@@ -185,14 +187,13 @@ class Monitors(TrainerCallback):
                 self._print(change.line)
             if changes and args.should_save:
                 self._append(Path(args.output_dir) / FILE, changes)
-        self.stopped = self.stopped or next((c for c in changes if c.verdict.level == "act"), None)
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> TrainerControl:
-        """End the run, with a checkpoint, where a monitor said act and that was asked for."""
-        if self._action != "none" and self._agree(self.stopped is not None):
-            if state.is_world_process_zero and self.stopped is not None:
-                self._print(f"stopped     by the monitor {self.stopped.monitor} (health_action: {self._action})")
-            control.should_save = control.should_training_stop = True
+        acting = next((change for change in changes if change.verdict.level == "act"), None)
+        if self._action != "none" and self.stopped is None and self._agree(acting is not None):
+            self.stopped = acting or Change(state.global_step, "of another process", "fine", FINE)
+            self._print(f"stopped     by the monitor {self.stopped.monitor} (health_action: {self._action})")
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+            control.should_evaluate = control.should_evaluate or self._action == "roll_back"  # it may be the best yet
         return control
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -209,8 +210,18 @@ class Monitors(TrainerCallback):
             "now": {name: {"level": verdict.level, "saw": verdict.saw} for name, verdict in spoken.items()},
             "changes": len(self.watch.history),
             "switched_off": self.watch.broken,
-            "stopped_by": None if self.stopped is None or self._action == "none" else self.stopped.monitor,
+            "stopped_by": None if self.stopped is None else self.stopped.monitor,
         }
+
+    def _forget_after(self, path: Path, step: int) -> None:
+        """Drop the changes of steps that come again."""
+        try:
+            lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            if kept != lines:
+                path.write_text("".join(kept), "utf-8")
+        except (OSError, ValueError, KeyError) as error:
+            self.watch.broken[FILE] = f"{type(error).__name__}: {error}"
 
     def _append(self, path: Path, changes: Sequence[Change]) -> None:
         """Add changes to a file, a line each; a full disk ends no run."""
@@ -229,6 +240,11 @@ class Monitors(TrainerCallback):
             self._say(line)
 
 
+def is_training(entry: Mapping[str, Any]) -> bool:
+    """Tell whether a log entry is of training steps; evaluations are logged apart."""
+    return any(name in entry for name in ("loss", "divergence", "grad_norm"))
+
+
 def replay(logs: Iterable[Mapping[str, Any]], rollouts: Sequence[TracedRollout] = ()) -> Watch:
     """Return what the monitors would have said of a finished run.
 
@@ -239,9 +255,8 @@ def replay(logs: Iterable[Mapping[str, Any]], rollouts: Sequence[TracedRollout] 
     watch, seen = Watch(), 0
     for entry in logs:
         step = int(entry.get("step", 0))
-        is_training = "grad_norm" in entry or "divergence" in entry or "loss" in entry
         upto = seen
-        while is_training and upto < len(rollouts) and rollouts[upto].step <= step:
+        while is_training(entry) and upto < len(rollouts) and rollouts[upto].step <= step:
             upto += 1
         watch.look(Step(step, entry, rollouts[seen:upto]))
         seen = upto

@@ -7,6 +7,7 @@ metrics by name; nothing of models, rollouts or losses.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,21 +15,23 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.health.rollout import TracedRollout
-from opsd.health.watch import Monitors
+from opsd.health.watch import Monitors, is_training
 from opsd.training.evaluator import CONSOLE
 from opsd.training.tracer import Tracer
 
 CARRIED = 0.8  # share of a rollout's divergence that its marked tokens carry
 SHOWN = 300  # characters of a prompt
+DROPPED = (r"^lr .*", r" \(max .*\)", r"^entropy .*")  # in turn, from a line that is too long for its terminal
 
 
 def watched(trainer: Any) -> tuple[Tracer, Monitors, Display]:
     """Let a trainer keep traces, ask the monitors of health, and show what it logs in place of callbacks that print."""
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback"):
+            trainer.remove_callback(callback)
     trainer.log_completions = False  # TRL's, which shows no token; the display reads the setting
     divergence = trainer.scorer.objective.divergence
     tracer = Tracer(trainer.files.parts, trainer.eos_token_ids, trainer._say)
@@ -54,7 +57,8 @@ def line_of(logs: Mapping[str, Any], step: int, steps: int, name: str, width: in
         step: the step of the entry.
         steps: of the whole run; 0 where that is unknown.
         name: of the divergence, such as "reverse KL".
-        width: of a terminal, where a longer line loses the learning rate; None for a file.
+        width: of a terminal, where a longer line loses learning rate, largest divergence and entropy in turn; None for
+            a file.
 
     Example:
         >>> line_of({"divergence": 0.107, "divergence/max": 1.4, "step_time": 3.7}, 3, 6, "reverse KL")
@@ -65,20 +69,23 @@ def line_of(logs: Mapping[str, Any], step: int, steps: int, name: str, width: in
         return f"done        {step:,} steps in {_duration(logs['train_runtime'])}"
     parts = _evaluated(logs) if any(key.startswith("eval_") for key in logs) else _trained(logs, name)
     line = "  ".join([start, *parts])
-    if width is not None and len(line) > width:
-        line = "  ".join([start, *(part for part in parts if not part.startswith("lr "))])
+    for dropped in DROPPED if width is not None else ():
+        if len(line) > (width or 0):
+            parts = [re.sub(dropped, "", part) for part in parts]
+            line = "  ".join([start, *filter(None, parts)])
     return line
 
 
 def rollout_text(rollout: TracedRollout) -> Text:
     """Return a rollout with the prompts of both sides, and the tokens that carried most of the loss marked ‹so›."""
-    order = sorted(range(len(rollout.ids)), key=lambda place: -rollout.divergence[place])
-    total, carried, heavy = sum(rollout.divergence), 0.0, set[int]()
+    scored = {place: nats for place, nats in enumerate(rollout.divergence) if not math.isnan(nats)}
+    order = sorted(scored, key=lambda place: -scored[place])
+    total, carried, heavy = sum(scored.values()), 0.0, set[int]()
     for place in order:
         if carried >= CARRIED * total:
             break
         heavy.add(place)
-        carried += rollout.divergence[place]
+        carried += scored[place]
     text = Text(f"student's prompt  {rollout.prompt[-SHOWN:]!r}\n", style="dim")
     if rollout.context and rollout.context != rollout.prompt:
         text.append(f"teacher's prompt  {rollout.context[-SHOWN:]!r}\n")
@@ -86,9 +93,8 @@ def rollout_text(rollout: TracedRollout) -> Text:
     for place, token in enumerate(rollout.tokens):
         shown = printable(token)
         text.append(*((f"‹{shown}›", "bold red not dim") if place in heavy else (shown, "not dim")))
-    text.append(
-        f"\n                  {len(heavy)} of {len(rollout.ids)} tokens carry {CARRIED:.0%} of {total:.2f} nats"
-    )
+    share = carried / (total or 1)
+    text.append(f"\n                  {len(heavy)} of {len(scored)} tokens carry {share:.0%} of {total:.2f} nats")
     return text if math.isnan(rollout.reward) else text.append(f"; reward {rollout.reward:g}")
 
 
@@ -185,10 +191,10 @@ class Display(TrainerCallback):
         spoken = {name: verdict.level for name, verdict in self._health.watch.verdicts.items()}
         levels = [f"{level}: {', '.join(names)}" for level in ("act", "watch")
                   if (names := [name for name, of in spoken.items() if of == level])]  # fmt: skip
-        self._say("  ".join([line, *(levels if "divergence" in logs else [])]))
+        self._say("  ".join([line, *(levels if is_training(logs) and "train_runtime" not in logs else [])]))
         if args.log_completions:
             for rollout in self._tracer.recent[-(args.num_completions_to_print or 1) :]:
-                self._console.print(rollout_text(rollout))
+                self._console.print(rollout_text(rollout), soft_wrap=not self._console.is_terminal)
         if self._bar is not None and "divergence" in logs:
             self._bar.update(self._task, description=f"{self._name} {logs['divergence']:.3f}")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.health.rollout import TracedRollout
 from opsd.health.traces import FOLDER, TraceFiles
+from opsd.health.watch import is_training
 from opsd.losses import LossOutput
 from opsd.rollouts import Rollouts
 from opsd.training.parts import RunParts
 
 COLUMNS = ("logprob", "teacher_logprob")  # of a record's metrics, beside divergence and entropy
-ROLLOUTS_PER_FILE = 256
+ROLLOUTS_PER_FILE = 64  # a process that is killed loses less than that
 LONGEST_PROMPT = 8000  # characters of a prompt that are kept
 
 
@@ -50,7 +51,10 @@ class Tracer(TrainerCallback):
         """Remove traces of steps that come again."""
         self.recent, self._unwritten = [], []
         if args.should_save:
-            self._files.begin(state.global_step)
+            try:
+                self._files.begin(state.global_step)
+            except OSError as error:
+                self._give_up(error)
 
     def take(self, kept: Sequence[tuple[LossOutput, Rollouts]], step: int) -> None:
         """Keep a sample of the rollouts of a step of this process, the same one in a resumed run."""
@@ -72,9 +76,10 @@ class Tracer(TrainerCallback):
         ends = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()]).cumsum(0).tolist()
         for row in rows:
             mask = (rollouts.loss_mask or ())[row]
-            ids = [token for token, scored in zip(rollouts.completion_ids[row], mask, strict=True) if scored]
-            start = ends[row] - len(ids)
-            divergence, entropy, logprob, teacher_logprob = values[:, start : ends[row]].tolist()
+            ids = rollouts.completion_ids[row]
+            columns_T = torch.full((len(columns), len(ids)), math.nan)
+            columns_T[:, torch.tensor(mask, dtype=torch.bool)] = values[:, ends[row] - sum(mask) : ends[row]]
+            divergence, entropy, logprob, teacher_logprob = columns_T.tolist()
             leaves = self._teacher.prompts.leaves_of(rollouts.rows[row])
             seen = [rollouts.teacher_prompt_ids[leaf][row] for leaf in leaves if leaf in rollouts.teacher_prompt_ids]
             context = seen[0] if seen else []  # of a mixture the first part's
@@ -102,26 +107,32 @@ class Tracer(TrainerCallback):
         try:
             self._files.write(unwritten)
         except OSError as error:  # a full disk ends no run
-            self._is_full = True
-            self._say(f"traces      not written, nor those of later steps: {error}")
+            self._give_up(error)
             return
         if self._files.is_full:
             self._is_full = True
             self._say(
-                f"traces      {FOLDER}/ has {self._files.megabytes:.0f} MB: later steps are not kept. Raise trace_mb, "
+                f"traces      {FOLDER}/ has {self._files.megabytes:.2g} MB: later steps are not kept. Raise trace_mb, "
                 "or lower trace_rollouts."
             )
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def _give_up(self, error: OSError) -> None:
+        self._is_full = True
+        self._say(f"traces      not written, nor those of later steps: {error}")
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Mapping[str, Any], **kwargs: Any
+    ) -> None:
         """Forget what has been looked at; it comes after whoever looks."""
-        self.recent = []
+        if is_training(logs):
+            self.recent = []
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write: a run that is resumed here finds the traces of its steps."""
         self._write()
 
-    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the rest."""
+    def close(self) -> None:
+        """Write the rest, also of a run that broke off."""
         self._write()
 
 

@@ -360,7 +360,7 @@ class OPSDTrainer(SavingTrainer):
             checkpoint = self.files.begin(resume_from_checkpoint)
             if checkpoint and self.files.is_finished(Path(checkpoint)):
                 return take_finished(self, checkpoint)
-            with self._stop.listening(), closing(self.display):
+            with self._stop.listening(), closing(self.display), closing(self.tracer):
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:

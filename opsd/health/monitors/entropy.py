@@ -6,9 +6,9 @@ from opsd.health.monitor import FINE, Monitor, Values, Verdict
 
 
 class Entropy(Monitor):
-    """Compares the student's entropy with that at the start."""
+    """Compares the student's entropy with that at the start, on its own rollouts: on given texts it should fall."""
 
-    name, needs = "entropy", ("entropy",)
+    name, needs = "entropy", ("entropy", "completions/mean_length")
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""

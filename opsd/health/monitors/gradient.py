@@ -20,6 +20,6 @@ class Gradient(Monitor):
         return Verdict(
             level,  # type: ignore[arg-type]
             f"the gradient's norm is {norm:.1g}{loss}: no step changes the model",
-            "Look whether the teacher knows more than the student (its context), and whether any token is scored.",
+            "Look whether any token is scored, and whether what grades them, a teacher or rewards, tells them apart.",
             {"grad_norm": norm},
         )

@@ -12,9 +12,15 @@ class Leak(Monitor):
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
-        share = max(values.now("leak/phrases"), values.now("leak/copied"))
-        level = self.above(share)
-        if level == "fine" or not values.is_settled("leak/phrases"):
+        if not values.is_settled("leak/phrases"):
+            return FINE
+        # At the start the student has learned nothing of the teacher: what it says then is its own way.
+        first = values.all("leak/phrases")[0], values.all("leak/copied")[0]
+        named, copied = values.now("leak/phrases") - first[0], values.now("leak/copied") - first[1]
+        level, share = self.above(named), max(named, copied)
+        if level == "fine" and self.above(copied) != "fine":
+            level = "watch"  # a right answer may well repeat the sentence in which it was told
+        if level == "fine":
             return FINE
         return Verdict(
             level,

@@ -17,6 +17,8 @@ class Task(Monitor):
         level = self.above(lost + 1e-9)
         if level == "fine" or len(looks) < 2:
             return FINE
+        if max(looks) - looks[-2] < self.threshold.watch:
+            level = "watch"  # one look may be chance
         falls = ""
         if "divergence" in values and values.now("divergence") < values.start("divergence"):
             falls = ", while the divergence falls"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from opsd.health.monitor import FINE, Monitor, Values, Verdict
 
+GROWTH = 0.2  # of the share since the start
+
 
 class Truncation(Monitor):
     """Names a share of cut rollouts that has grown."""
@@ -16,8 +18,8 @@ class Truncation(Monitor):
             return FINE
         start, now = values.start("completions/clipped_ratio"), values.now("completions/clipped_ratio")
         level = self.above(now)
-        if level == "fine" or now < start + (1 - start) / 3:
-            return FINE
+        if level == "fine" or now < start + GROWTH:
+            return FINE  # short limits cut most rollouts of healthy runs
         return Verdict(
             level,
             f"{now:.0%} of rollouts are cut at the longest length, and {start:.0%} were at the start",
