@@ -127,15 +127,6 @@ def test_what_cannot_be_judged_is_said_and_not_guessed(changes: dict[str, Any], 
     assert found.status == "skip" and words in found.saw
 
 
-def test_vllms_samples_are_not_judged_by_those_of_transformers(tmp_path: Path) -> None:
-    """Such a run passed the check of its sampling without vLLM having sampled anything."""
-    trainer = make_trainer(tmp_path)
-    (checked,) = of(examine(trainer, only=["sampling"]), "sampling")
-    trainer.args.use_vllm = True
-    (found,) = of(examine(trainer, only=["sampling"]), "sampling")
-    assert (checked.status, found.status) == ("pass", "skip") and "the doctor samples with transformers" in found.saw
-
-
 @pytest.mark.slow
 def test_answers_that_are_shifted_by_a_row_are_found_where_the_student_knows_some(
     demo_model: str, tmp_path: Path

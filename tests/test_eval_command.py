@@ -126,7 +126,7 @@ def stopped(llama_folder: str, rows: str, tmp_path: Path) -> Path:
     folder = tmp_path / "run"
     settings = ["--model_name_or_path", llama_folder, "--dataset_name", rows, "--context", "answer_only"]
     small = (
-        "--max_steps 2 --save_steps 1 --per_device_train_batch_size 2 --max_completion_length 4 --learning_rate 0.05"
+        "--max_steps 2 --save_steps 1 --per_device_train_batch_size 2 --max_completion_length 4 --learning_rate 0.03"
     )
     assert main(["train", *settings, *small.split(), "--output_dir", str(folder), "--use_cpu", "--skip-doctor"]) == 0
     (folder / "model.safetensors").unlink()

@@ -88,7 +88,7 @@ def test_sharpening_goes_on_with_the_adapter_of_sft(llama_folder: str, tmp_path:
     assert max(float((final[name] - t).abs().max()) for name, t in sft.items()) < 2e-4
     folder = tmp_path / "out" / "opsd"
     # PEFT gives any other adapter a folder of its own; the teacher's files stay in the checkpoints.
-    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"checkpoint-2"}
+    assert {p.name for p in folder.iterdir() if p.is_dir()} == {"checkpoint-2", "traces"}
     assert [p.name for p in folder.glob("*.safetensors")] == [ADAPTER]
     assert [p.name for p in folder.glob("*teacher*")] == []
 

@@ -260,7 +260,9 @@ def test_how_often_a_context_was_shortened_is_logged(tmp_path: Path) -> None:
 
 
 def test_completions_are_logged_when_asked(tmp_path: Path, capsys) -> None:
+    """TRL's files and its tables for `report_to` are kept; what it prints is the display's."""
     make_trainer(tmp_path, None, log_completions=True, max_steps=1).train()
+    assert capsys.readouterr().out.count("student's prompt") == 1
     assert list((tmp_path / "completions").glob("*.parquet"))
 
 

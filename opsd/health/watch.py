@@ -15,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.errors import CheckpointError, ConfigError, not_one_of
+from opsd.evaluation.run_folder import write_whole
 from opsd.health.monitor import FINE, LEVELS, Monitor, Values, Verdict
 from opsd.health.monitors import MONITORS
 from opsd.health.rollout import Step, TracedRollout
@@ -219,7 +220,7 @@ class Monitors(TrainerCallback):
             lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             if kept != lines:
-                path.write_text("".join(kept), "utf-8")
+                write_whole(path, "".join(kept))
         except (OSError, ValueError, KeyError) as error:
             self.watch.broken[FILE] = f"{type(error).__name__}: {error}"
 

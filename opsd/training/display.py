@@ -32,7 +32,7 @@ def watched(trainer: Any) -> tuple[Tracer, Monitors, Display]:
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback"):
             trainer.remove_callback(callback)
-    trainer.log_completions = False  # TRL's, which shows no token; the display reads the setting
+    trainer.num_completions_to_print = 0  # TRL's table shows no token; its files and reports stay
     divergence = trainer.scorer.objective.divergence
     tracer = Tracer(trainer.files.parts, trainer.eos_token_ids, trainer._say)
     name = divergence.kind.describe(divergence.beta).partition("(")[0].strip()

@@ -31,5 +31,6 @@ def take_finished(trainer: Any, checkpoint: str) -> TrainOutput:
         if callback is not None and not callback.is_done:
             callback.on_train_begin(*events, model=trainer.model)
             callback.on_train_end(*events, model=trainer.model)
-    trainer.files.end(trainer.learning.description)  # the card was written anew
+    trainer.health.on_train_begin(*events)  # which looks at the log and at the traces
+    trainer.files.end(trainer.outcome)  # the card was written anew
     return TrainOutput(trainer.state.global_step, 0.0, {})

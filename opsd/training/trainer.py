@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -225,6 +226,9 @@ class OPSDTrainer(SavingTrainer):
         """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
         rollouts = self._sample(inputs, own_rows(self, len(inputs)))
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
+        if self.log_completions:
+            for name, ids in (("prompt", rollouts.prompt_ids), ("completion", rollouts.completion_ids)):
+                self._logs[name].extend(gather_object(decode(ids)))
         has_fields = self.teacher.prompts.has_fields
         graded, values = self.groups.grade(rollouts, decode, has_fields, self.state, answers_of_teacher(self))
         is_repeated = metrics.repeated_rows(self.accelerator, len(inputs), trains=self.model.training)
@@ -365,8 +369,13 @@ class OPSDTrainer(SavingTrainer):
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:
                 self.save_state()  # with the log, which `opsd health` reads
-                self.files.end({**self.learning.description, "health": self.health.plain})
+                self.files.end(self.outcome)
         return output
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What the run did and what its monitors said, in plain values."""
+        return {**self.learning.description, "health": self.health.plain}
 
     @property
     def stopped_by(self) -> int | None:
