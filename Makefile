@@ -1,7 +1,7 @@
 # make demo      train a small real model on this machine: what fine-tuning cost it, and how it comes back
 # make demo-math the same model on sums, with the answer in the teacher's prompt
 # make check     lint, types and the quick tests: what to run while you work (under three minutes on two slow cores)
-# make test      lint, types and every test (under twelve minutes on two slow cores)
+# make test      lint, types and every test (about thirteen minutes on two slow cores)
 # make gpu       what only a GPU shows, in under ten minutes on one; without a GPU all of it is skipped
 # make evidence  the long runs behind the figures in README.md, docs/ and benchmarks/results/
 #

@@ -14,6 +14,7 @@ from opsd.health.rollout import TracedRollout
 from opsd.health.tokens import CLASSES, LEAKS, THINKING, class_of
 
 OPENING = 3  # tokens
+LONG = 9  # tokens of a rollout whose opening is compared with its rest
 GRAM = 4  # tokens of a stretch that repeats
 COPIED = 6  # words of a stretch that a rollout shares with the teacher's prompt alone
 LARGE = 2.0  # nats at an ordinary token
@@ -31,10 +32,9 @@ def statistics_of(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
         >>> statistics_of(rollouts)["kl/style"]
         0.31
     """
-    known = [rollout for rollout in rollouts if len(rollout.ids)]
-    own = [rollout for rollout in known if rollout.on_policy]  # what others wrote says nothing of the student
-    of_own = {**_repetition(own), **_text(own)} if own else {}
-    return {**_divergence(known), **of_own} if known else {}
+    # What others wrote says nothing of the student, and a divergence there is what SFT begins with.
+    known = [rollout for rollout in rollouts if len(rollout.ids) and rollout.on_policy]
+    return {**_divergence(known), **_repetition(known), **_text(known)} if known else {}
 
 
 def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
@@ -46,18 +46,20 @@ def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
         for place, (token, nats) in enumerate(zip(rollout.tokens, rollout.divergence, strict=True)):
             if not math.isnan(nats):
                 by_class[class_of(token)].append(abs(nats))
-                (first if place < OPENING else rest).append(abs(nats))
+                if len(rollout.ids) >= LONG:  # of a short answer the opening is most of it
+                    (first if place < OPENING else rest).append(abs(nats))
     total, words = sum(map(sum, by_class.values())), by_class["words"]
+    count = sum(map(len, by_class.values()))
     if not total:
-        return {"kl/mean": 0.0} if first or rest else {}
+        return {"kl/mean": 0.0} if count else {}
     shares = {f"kl/{name}": sum(by_class[name]) / total for name in CLASSES}
     values = {
-        "kl/mean": total / (len(first) + len(rest)),
+        "kl/mean": total / count,
         **shares,
         "kl/style": sum(shares[f"kl/{name}"] for name in STYLE),
-        "kl/opening": sum(first) / total,
     }
-    if first and rest:
+    if first and rest and sum(first) + sum(rest):
+        values["kl/opening"] = sum(first) / (sum(first) + sum(rest))
         # A median near 0 would make any opening look large: a hundredth of a nat is what an ordinary token has.
         values["kl/opening_ratio"] = fmean(first) / max(median(rest), 0.01)
     if words:

@@ -16,8 +16,9 @@ class Opening(Monitor):
         level = self.above(ratio)
         if level == "fine" or not values.is_settled("kl/opening_ratio"):
             return FINE
-        if level == "act" and values.now("kl/opening") < 0.5:
-            level = "watch"  # most of the loss is elsewhere
+        learned = not values.has_start("kl/mean") or values.now("kl/mean") < 0.7 * values.start("kl/mean")
+        if level == "act" and (learned or values.now("kl/opening") < 0.5):
+            level = "watch"  # another opening can be learned, and then the loss falls; or most of it is elsewhere
         return Verdict(
             level,
             f"the first three tokens diverge {ratio:.0f} times as much as the median of the rest, and carry "
