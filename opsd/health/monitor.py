@@ -6,6 +6,7 @@ Knows numbers by name; nothing of runs or files.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,12 +114,15 @@ class Monitor(ABC):
         """Its row of the table of thresholds."""
         return THRESHOLDS[self.name]
 
-    def above(self, value: float) -> Level:
-        """Return the level of a value that should be small."""
+    def level_of(self, value: float) -> Level:
+        """Return the level of a value, by the thresholds: where act lies below watch, a small value is the bad one."""
         limits = self.threshold
-        return "act" if value >= limits.act else "watch" if value >= limits.watch else "fine"
+        reaches = operator.ge if limits.act >= limits.watch else operator.le
+        return "act" if reaches(value, limits.act) else "watch" if reaches(value, limits.watch) else "fine"
 
-    def below(self, value: float) -> Level:
-        """Return the level of a value that should be large."""
-        limits = self.threshold
-        return "act" if value <= limits.act else "watch" if value <= limits.watch else "fine"
+    @staticmethod
+    def share_of_start(values: Values, name: str, least: float = 0.0) -> float | None:
+        """Return a value now over that at the start; None where the two overlap, or the start is 0 or below `least`."""
+        if not values.has_start(name) or not values.start(name) or values.start(name) < least:
+            return None
+        return values.now(name) / values.start(name)

@@ -13,7 +13,7 @@ class Clip(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         share = values.now("clipped/tokens")
-        level = self.above(share)
+        level = self.level_of(share)
         if level == "fine":
             return FINE
         return Verdict(

@@ -13,7 +13,7 @@ class Context(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         share = values.now("context/shortened")
-        level = self.above(share)
+        level = self.level_of(share)
         if level == "fine":
             return FINE
         cut = f", by {values.now('context/tokens_cut'):.0f} tokens on average" if "context/tokens_cut" in values else ""

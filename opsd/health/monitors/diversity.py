@@ -12,11 +12,8 @@ class Diversity(Monitor):
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
-        if not values.has_start("distinct_2") or not values.start("distinct_2"):
-            return FINE
-        share = values.now("distinct_2") / values.start("distinct_2")
-        level = self.below(share)
-        if level == "fine":
+        share = self.share_of_start(values, "distinct_2")
+        if share is None or (level := self.level_of(share)) == "fine":
             return FINE
         alike = f"; two rollouts share {values.now('similarity'):.0%} of theirs" if "similarity" in values else ""
         return Verdict(

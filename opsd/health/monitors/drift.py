@@ -13,7 +13,7 @@ class Drift(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         nats = values.now("ref_kl")
-        level = self.above(nats)
+        level = self.level_of(nats)
         if level == "fine":
             return FINE
         return Verdict(

@@ -13,7 +13,7 @@ class Engine(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         share = values.now("importance/truncated")
-        level = self.above(share)
+        level = self.level_of(share)
         if level == "fine":
             return FINE
         return Verdict(

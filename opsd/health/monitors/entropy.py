@@ -12,11 +12,8 @@ class Entropy(Monitor):
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
-        if not values.has_start("entropy") or not values.start("entropy"):
-            return FINE
-        share = values.now("entropy") / values.start("entropy")
-        level = self.below(share)
-        if level == "fine":
+        share = self.share_of_start(values, "entropy")
+        if share is None or (level := self.level_of(share)) == "fine":
             return FINE
         start, now = values.start("entropy"), values.now("entropy")
         return Verdict(

@@ -13,7 +13,7 @@ class Idle(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         share = values.now("group/unused")
-        level = self.above(share)
+        level = self.level_of(share)
         if level == "fine" or not values.is_settled("group/unused"):
             return FINE
         right = f"; {values.now('group/right'):.0%} are right" if "group/right" in values else ""

@@ -13,7 +13,7 @@ class LargeKL(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         share = values.now("kl/large")
-        level = self.above(share)
+        level = self.level_of(share)
         if level == "fine" or not values.has_start("kl/large") or share < 0.8 * values.start("kl/large"):
             return FINE  # it is being learned
         return Verdict(

@@ -17,8 +17,8 @@ class Leak(Monitor):
         # At the start the student has learned nothing of the teacher: what it says then is its own way.
         first = values.all("leak/phrases")[0], values.all("leak/copied")[0]
         named, copied = values.now("leak/phrases") - first[0], values.now("leak/copied") - first[1]
-        level, share = self.above(named), max(named, copied)
-        if level == "fine" and self.above(copied) != "fine":
+        level, share = self.level_of(named), max(named, copied)
+        if level == "fine" and self.level_of(copied) != "fine":
             level = "watch"  # a right answer may well repeat the sentence in which it was told
         if level == "fine":
             return FINE

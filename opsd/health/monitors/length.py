@@ -12,11 +12,8 @@ class Length(Monitor):
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
-        if not values.has_start("completions/mean_length") or not values.start("completions/mean_length"):
-            return FINE
-        share = values.now("completions/mean_length") / values.start("completions/mean_length")
-        level = self.below(share)
-        if level == "fine":
+        share = self.share_of_start(values, "completions/mean_length")
+        if share is None or (level := self.level_of(share)) == "fine":
             return FINE
         start, now = values.start("completions/mean_length"), values.now("completions/mean_length")
         better = "eval_accuracy" in values and values.now("eval_accuracy") > values.start("eval_accuracy")

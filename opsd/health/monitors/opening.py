@@ -13,7 +13,7 @@ class Opening(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         ratio = values.now("kl/opening_ratio")
-        level = self.above(ratio)
+        level = self.level_of(ratio)
         if level == "fine" or not values.is_settled("kl/opening_ratio"):
             return FINE
         learned = not values.has_start("kl/mean") or values.now("kl/mean") < 0.7 * values.start("kl/mean")

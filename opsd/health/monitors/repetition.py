@@ -13,7 +13,7 @@ class Repetition(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         share = values.now("repetition")
-        level = self.above(share)
+        level = self.level_of(share)
         if level == "fine" or not values.is_settled("repetition"):
             return FINE
         agrees = ""

@@ -13,7 +13,7 @@ class Style(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         share = values.now("kl/style")
-        level = self.above(share)
+        level = self.level_of(share)
         if level == "fine" or not values.is_settled("kl/style"):
             return FINE
         parts = ", ".join(

@@ -13,7 +13,7 @@ class Support(Monitor):
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
         mass = values.now("support/teacher")
-        level = self.below(mass)
+        level = self.level_of(mass)
         if level == "fine":
             return FINE
         return Verdict(

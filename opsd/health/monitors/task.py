@@ -14,7 +14,7 @@ class Task(Monitor):
         """Return what it says."""
         looks = values.all("eval_accuracy")
         lost = max(looks) - looks[-1]
-        level = self.above(lost + 1e-9)
+        level = self.level_of(lost + 1e-9)
         if level == "fine" or len(looks) < 2:
             return FINE
         if max(looks) - looks[-2] < self.threshold.watch:

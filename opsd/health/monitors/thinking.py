@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from opsd.health.monitor import FINE, Monitor, Values, Verdict
 
+MARKERS = 2.0  # in 1,000 tokens at the start: of a model that thinks aloud less there is none to lose
+
 
 class Thinking(Monitor):
     """Compares markers of thinking with the start."""
@@ -12,11 +14,8 @@ class Thinking(Monitor):
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
-        if not values.has_start("thinking") or values.start("thinking") < 2:
-            return FINE
-        share = values.now("thinking") / values.start("thinking")
-        level = self.below(share)
-        if level == "fine":
+        share = self.share_of_start(values, "thinking", least=MARKERS)
+        if share is None or (level := self.level_of(share)) == "fine":
             return FINE
         return Verdict(
             level,

@@ -12,11 +12,8 @@ class Tools(Monitor):
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
-        if not values.has_start("tools/call_frequency") or not values.start("tools/call_frequency"):
-            return FINE
-        share = values.now("tools/call_frequency") / values.start("tools/call_frequency")
-        level = self.below(share)
-        if level == "fine":
+        share = self.share_of_start(values, "tools/call_frequency")
+        if share is None or (level := self.level_of(share)) == "fine":
             return FINE
         return Verdict(
             level,

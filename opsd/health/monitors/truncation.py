@@ -17,7 +17,7 @@ class Truncation(Monitor):
         if not values.has_start("completions/clipped_ratio"):
             return FINE
         start, now = values.start("completions/clipped_ratio"), values.now("completions/clipped_ratio")
-        level = self.above(now)
+        level = self.level_of(now)
         if level == "fine" or now < start + GROWTH:
             return FINE  # short limits cut most rollouts of healthy runs
         return Verdict(
