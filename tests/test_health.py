@@ -48,7 +48,8 @@ HEALTHY: dict[str, Any] = {
     "support/teacher": 0.99, "clipped/tokens": 0.01, "eval_accuracy": 0.4,
 }  # fmt: skip
 SPOKEN = "Let me check , maybe it is 7 : wait , three and four make 7 , so the sum of both is 7 ."
-PLAIN = [rollout(SPOKEN), rollout("I add three ones to four ones , perhaps , and find 7 .", prompt="Another")]
+PLAIN = [rollout(SPOKEN), rollout("One might say that it makes seven , perhaps"), rollout("I add three ones to four ones , perhaps , and find 7 .", prompt="Another"),
+         rollout("It is 7 .", on_policy=False)]  # fmt: skip
 LOOP = "go on and on and on and on and on and on and on and on and on"
 # monitor -> what changes in the log, and the rollouts, of a run that fails
 FAILS: dict[str, tuple[dict[str, Any], list[TracedRollout]]] = {
@@ -66,6 +67,8 @@ FAILS: dict[str, tuple[dict[str, Any], list[TracedRollout]]] = {
     "task": ({"eval_accuracy": 0.2, "divergence": 0.1}, PLAIN),
     "repetition": ({}, [rollout(LOOP)]),
     "diversity": ({}, [rollout("7 7 7 7 7 7 7 7 7 7 7")]),
+    "siblings": ({"eval_accuracy": 0.4}, [rollout("the sum of both is 7"), rollout("the sum of both is 7")]),
+    "lmbda": ({}, [*PLAIN[:3], rollout("It is 7 .", 0.01, on_policy=False)]),
     "style": ({}, [rollout(". , . , wait , maybe", 1.0)]),
     "opening": ({}, [rollout("Sure that is an easy one it is 7", [9.0] * 3 + [0.01] * 6)]),
     "leak": ({}, [rollout("The reference solution says it is 7")]),

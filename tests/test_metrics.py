@@ -64,6 +64,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "clips, gate and reference": (same_checkpoint, {"token_clip": 0.5, "entropy_gate": 1.0, "ref_kl_coef": 0.1}),
     "token selection": (same_checkpoint, {"keep_fraction": 0.5, "skip_first_tokens": 1}),
     "sampled": (same_checkpoint, {"support": "sampled", "reward_to_go": "discounted"}),
+    "long rollouts that loop": (same_checkpoint, {"max_completion_length": 24, "temperature": 0.02}),
     "evaluation rows": (same_checkpoint, {"eval_rows": Dataset.from_list(other_rows()), **EVALUATED}),
     "named evaluation rows": (
         same_checkpoint,

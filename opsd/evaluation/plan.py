@@ -23,6 +23,7 @@ from opsd.evaluation.questions import check_disjoint, question_of
 from opsd.settings import as_count, as_number
 
 METRIC = "eval_accuracy"  # the logged name of the accuracy on the selection split
+QUESTIONS = "eval_questions"  # and of its number of questions
 RULES = {
     "last": "the last step's",
     "best": "the best on the selection split",

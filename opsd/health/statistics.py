@@ -34,7 +34,14 @@ def statistics_of(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
     """
     # What others wrote says nothing of the student, and a divergence there is what SFT begins with.
     known = [rollout for rollout in rollouts if len(rollout.ids) and rollout.on_policy]
-    return {**_divergence(known), **_repetition(known), **_text(known)} if known else {}
+    others = [nats for rollout in rollouts if not rollout.on_policy for nats in _scored(rollout)]
+    of_others = {"kl/off_policy": fmean(others)} if others else {}
+    return {**of_others, **_divergence(known), **_repetition(known), **_text(known)} if known else {}
+
+
+def _scored(rollout: TracedRollout) -> list[float]:
+    """Return the sizes of the divergence at the tokens that were scored."""
+    return [abs(nats) for nats in rollout.divergence if not math.isnan(nats)]
 
 
 def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
@@ -62,9 +69,18 @@ def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
         values["kl/opening"] = sum(first) / (sum(first) + sum(rest))
         # A median near 0 would make any opening look large: a hundredth of a nat is what an ordinary token has.
         values["kl/opening_ratio"] = fmean(first) / max(median(rest), 0.01)
+    for number, quarter in enumerate(zip(*map(_quarters, rollouts), strict=True), 1):
+        if nats := [each for part in quarter for each in part]:
+            values[f"kl/quarter_{number}"] = fmean(nats)
     if words:
         values["kl/large"] = sum(nats > LARGE for nats in words) / len(words)
     return values
+
+
+def _quarters(rollout: TracedRollout) -> list[list[float]]:
+    """Return the divergence of the first, second, third and last quarter of a rollout."""
+    nats = _scored(rollout)
+    return [nats[len(nats) * part // 4 : len(nats) * (part + 1) // 4] for part in range(4)]
 
 
 def _repetition(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
@@ -106,8 +122,6 @@ def _overlap(a: TracedRollout, b: TracedRollout) -> float:
 def _text(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
     tokens = sum(len(rollout.ids) for rollout in rollouts)
     return {
-        "length": tokens / len(rollouts),
-        "cut": fmean(not rollout.ended for rollout in rollouts),
         "thinking": 1000 * sum(len(THINKING.findall(rollout.text)) for rollout in rollouts) / tokens,
         "leak/phrases": fmean(_names_solution(rollout) for rollout in rollouts),
         "leak/copied": fmean(bool(copied(rollout)) for rollout in rollouts),

@@ -34,6 +34,7 @@ THRESHOLDS: dict[str, Threshold] = {
                          "runs lose half of it (DAPO, arXiv 2503.14476)"),
     "repetition": Threshold(0.2, 0.5, "share of 4-token stretches seen before", "TIDE, arXiv 2608.09836"),
     "diversity": Threshold(0.6, 0.35, "share of distinct pairs of tokens at the start", "arXiv 2606.26091"),
+    "siblings": Threshold(0.8, 0.95, "share of pairs of tokens that two siblings have in common", "arXiv 2606.26091"),
     "style": Threshold(0.7, 0.9, "share of the divergence", "OPSD, table 5: style tokens carry most of it"),
     "opening": Threshold(5.0, 20.0, "mean of the first 3 tokens over the median of the rest", "OPSD #10; tinker#796"),
     "leak": Threshold(0.02, 0.1, "share of rollouts above that at the start", "RLSD; SDFT"),
@@ -44,6 +45,8 @@ THRESHOLDS: dict[str, Threshold] = {
     "drift": Threshold(0.5, 2.0, "nats per token from step 0", "SDFT: 0.7 nats after a task, SFT 1.3"),
     "engine": Threshold(0.05, 0.2, "share of tokens, or nats per token", "importance ratios near 1 (SDPO clips at 2)"),
     "task": Threshold(0.05, 0.1, "loss of accuracy from its best, at two looks", "the interval of 400 questions"),
+    "lmbda": Threshold(2.0, 4.0, "divergence on own rollouts over that on texts of others", "GKD, arXiv 2306.13649: "
+                       "exposure bias"),
     "idle": Threshold(0.9, 0.99, "share of rollouts that nothing is learned from", "rlhf-book PR 387; SDPO"),
     "context": Threshold(0.3, 0.8, "share of teacher prompts that are shortened", "half of a trace is another trace"),
     "support": Threshold(0.95, 0.8, "the teacher's mass on the support", "verl#6909; docs/losses.md"),

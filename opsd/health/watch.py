@@ -78,6 +78,7 @@ class Watch:
     def __init__(self, monitors: Sequence[type[Monitor]] = MONITORS):
         self._monitors = {monitor.name: monitor() for monitor in monitors}
         self.values = Values()
+        self.statistics: dict[str, float] = {}  # of the last entry's rollouts
         self.verdicts: dict[str, Verdict] = {}
         self.broken: dict[str, str] = {}  # why a monitor was switched off
         self.history: list[Change] = []
@@ -85,10 +86,10 @@ class Watch:
     def look(self, step: Step) -> list[Change]:
         """Add a log entry, ask all monitors that know what they need, and return whose level changed."""
         try:
-            statistics = statistics_of(step.rollouts)
+            self.statistics = statistics_of(step.rollouts)
         except Exception as error:
-            statistics, self.broken["statistics of rollouts"] = {}, f"{type(error).__name__}: {error}"
-        entry = {**step.logs, **statistics}
+            self.statistics, self.broken["statistics of rollouts"] = {}, f"{type(error).__name__}: {error}"
+        entry = {**step.logs, **self.statistics}
         self.values.add(step.number, entry)
         changes = []
         for name, monitor in list(self._monitors.items()):
@@ -176,13 +177,14 @@ class Monitors(TrainerCallback):
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> TrainerControl:
-        """Look at an entry, say what changed, add the worst level to it, and end the run where that was asked for."""
+        """Look at an entry, say what changed, add statistics and the worst level to it, and end the run where that was asked for."""
         if "train_runtime" in logs:
             return control
         changes = self.watch.look(Step(state.global_step, logs, self._rollouts() if is_training(logs) else ()))
-        logs[METRIC] = self.watch.level
+        added = {**self.watch.statistics, METRIC: self.watch.level}
+        logs.update(added)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1][METRIC] = self.watch.level  # transformers added a copy of the entry
+            state.log_history[-1].update(added)  # transformers added a copy of the entry
         if state.is_world_process_zero:
             for change in changes:
                 self._print(change.line)

@@ -25,7 +25,7 @@ from opsd.data.prepare import prepare_rows
 from opsd.data.values import is_empty
 from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
-from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
+from opsd.evaluation.plan import METRIC, QUESTIONS, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.run_folder import write_json
 from opsd.evaluation.sampling import Generate, evaluate
@@ -197,7 +197,7 @@ class Evaluator(TrainerCallback):
         self._selection.append({"step": step, **metrics_with_intervals(result)})
         summary = self._read(SUMMARY) or {}
         self._write(SUMMARY, {**summary, "selection": self._selection, "skipped": self._skipped})
-        return {METRIC: result.accuracy, "eval_length": result.estimate("length").value}
+        return {METRIC: result.accuracy, "eval_length": result.estimate("length").value, QUESTIONS: len(questions.rows)}
 
     def _check_processes(self) -> None:
         processes = self._accelerator.num_processes

@@ -70,6 +70,7 @@ _DIVERGENCE, _TOP_K = "losses/divergence.py", "a top-k support"
 _SCHEDULE, _ENGINE = "a schedule of contexts", "importance_clip and vLLM"
 _SELECTION = "training/token_selection.py"
 _SAMPLED = "support sampled, or reward_to_go"
+_TRACED, _TRACES = "health/statistics.py", "trace_rollouts"
 
 METRICS: tuple[Metric, ...] = (
     # The loss
@@ -150,9 +151,33 @@ METRICS: tuple[Metric, ...] = (
     Metric("eval_accuracy", "share of questions", "right greedy answers on the selection split",
            "training/evaluator.py", "evaluation: every"),
     Metric("eval_length", "tokens", "mean length of these answers", "training/evaluator.py", "evaluation: every"),
+    Metric("eval_questions", "questions", "of the selection split", "training/evaluator.py", "evaluation: every"),
     # Health
     Metric("health", "level", "the worst level of all monitors: 0 fine, 1 watch, 2 act (docs/health.md)",
            "health/watch.py"),
+    Metric("kl/mean", "nats per token", "size of the divergence, mean over tokens of traced rollouts", _TRACED, _TRACES),
+    Metric("kl/off_policy", "nats per token", "the same of traced texts that the student did not write", _TRACED,
+           "lmbda below 1"),
+    Metric("kl/quarter_{number}", "nats per token", "the same by position: in each quarter of a rollout", _TRACED,
+           _TRACES),
+    Metric("kl/opening", "share of the divergence", "at the first three tokens, of rollouts of nine and more", _TRACED,
+           _TRACES),
+    Metric("kl/opening_ratio", "ratio", "mean divergence of the first three tokens over the median of the rest",
+           _TRACED, _TRACES),
+    Metric("kl/large", "share of words", "words that diverge by more than 2 nats", _TRACED, _TRACES),
+    Metric("kl/style", "share of the divergence", "at hedges, punctuation and space", _TRACED, _TRACES),
+    Metric("kl/{class}", "share of the divergence", "by class of token: digits, words, hedges, punctuation, space, "
+           "special", _TRACED, _TRACES),
+    Metric("repetition", "share", "stretches of four tokens that a rollout had before", _TRACED, _TRACES),
+    Metric("agreement_in_loops", "ratio", "mean divergence outside such stretches over that inside", _TRACED, _TRACES),
+    Metric("distinct_2", "share", "pairs of neighbouring tokens that are different ones", _TRACED, _TRACES),
+    Metric("similarity", "share", "pairs of tokens that two rollouts of different prompts have in common", _TRACED,
+           _TRACES),
+    Metric("sibling_similarity", "share", "the same of two rollouts of one prompt", _TRACED, "num_generations above 1"),
+    Metric("thinking", "per 1,000 tokens", "words of thinking aloud", _TRACED, _TRACES),
+    Metric("leak/phrases", "share of rollouts", "that name a solution which their prompt does not name", _TRACED,
+           _TRACES),
+    Metric("leak/copied", "share of rollouts", "that copy six words of the teacher's prompt alone", _TRACED, _TRACES),
     # The optimizer and the clock
     Metric("grad_norm", "norm", "the gradient's norm before clipping, last step", TRANSFORMERS),
     Metric("learning_rate", "1", "of the last step", TRANSFORMERS),

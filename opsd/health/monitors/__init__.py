@@ -15,7 +15,9 @@ from opsd.health.monitors.large_kl import LargeKL
 from opsd.health.monitors.leak import Leak
 from opsd.health.monitors.length import Length
 from opsd.health.monitors.opening import Opening
+from opsd.health.monitors.lmbda import Lmbda
 from opsd.health.monitors.repetition import Repetition
+from opsd.health.monitors.siblings import Siblings
 from opsd.health.monitors.style import Style
 from opsd.health.monitors.support import Support
 from opsd.health.monitors.task import Task
@@ -35,11 +37,13 @@ MONITORS: tuple[type[Monitor], ...] = (
     Entropy,
     Repetition,
     Diversity,
+    Siblings,
     Thinking,
     Tools,
     Drift,
     Engine,
     Task,
+    Lmbda,
     Idle,
     Context,
     Support,

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from opsd.health.monitor import FINE, Monitor, Values, Verdict
+
+
+def _chance(accuracy: float, questions: float) -> float:
+    """Return the half width of the 95 % interval of a difference of two accuracies over as many questions each."""
+    return 1.96 * math.sqrt(2 * accuracy * (1 - accuracy) / max(questions, 1))
 
 
 class Task(Monitor):
@@ -15,6 +22,8 @@ class Task(Monitor):
         looks = values.all("eval_accuracy")
         lost = max(looks) - looks[-1]
         level = self.level_of(lost + 1e-9)
+        if "eval_questions" in values and lost < _chance(max(looks), values.now("eval_questions")):
+            level = "fine"
         if level == "fine" or len(looks) < 2:
             return FINE
         if max(looks) - looks[-2] < self.threshold.watch:
