@@ -16,7 +16,7 @@ from benchmarks.learning.parts import ROLLOUTS, common_settings
 from opsd.commands.demo_sums import SumsSettings, sums_settings
 from opsd.commands.demo_tasks import Row, arithmetic, question, write_rows
 
-STEPS, EVERY, QUESTIONS = 60, 5, 400
+STEPS, EVERY, QUESTIONS = 40, 5, 400
 LOOKS_SEED = 4242  # of the questions that every run is asked every EVERY steps
 
 HEAD = '{% extends "base.jinja" %}\n{% block user %}\n{{ prompt }}\n\n'
@@ -120,7 +120,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
     settings = {
         "teacher": {"strategy": "same_checkpoint"}, "max_steps": STEPS, "max_completion_length": 24, "seed": run.seed,
-        "trace_rollouts": ROLLOUTS, **run.settings,
+        **run.settings,
     }  # fmt: skip
     shown = {} if context is None else {"context": context}
     common = {**common_settings(folder), "dataset_name": str(folder / "train.jsonl"), "output_dir": str(folder / "run")}
