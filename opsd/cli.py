@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": ("doctor", "examine a run before step 1: alignment, prompts, leaks, whether the teacher helps"),
     "eval": ("evaluate", "grade a model's answers on a dataset, with intervals"),
     "health": ("health", "ask the monitors about a finished run: what failed, from which step on, what to try"),
+    "report": ("report", "write what a run did as one HTML page: verdict, curves, every token, samples"),
     "compare": ("compare", "compare a method with its controls, with intervals"),
     "show": ("show", "show a row's student and teacher prompt side by side, as text and as tokens"),
     "lint": ("lint", "check templates: syntax, safety, fields, leaks, boundaries"),

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "advantages": 0.0,
     "on_policy": True,
     "rewards": math.nan,
+    "is_traced": False,
 }
 
 
@@ -77,6 +78,7 @@ class Rollouts:
             None where no engine reports them.
         on_policy: per row, whether the student sampled its completion; empty for all.
         rewards: per row, the weighted sum of its rewards, NaN where nothing grades it; empty for all NaN.
+        is_traced: per row, whether a trace keeps what both sides said of its tokens; empty for none.
 
     Example:
         >>> rollouts = Rollouts(rows, [[5, 6], [7]], [[8, 2], [9, 9, 2]])
@@ -97,6 +99,7 @@ class Rollouts:
     rollout_logprobs: Sequence[Sequence[float]] | None = None
     on_policy: Sequence[bool] = ()
     rewards: Sequence[float] = ()
+    is_traced: Sequence[bool] = ()
 
     def __post_init__(self) -> None:
         if self.loss_mask is None:

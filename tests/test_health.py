@@ -73,7 +73,7 @@ FAILS: dict[str, tuple[dict[str, Any], list[TracedRollout]]] = {
     "opening": ({}, [rollout("Sure that is an easy one it is 7", [9.0] * 3 + [0.01] * 6)]),
     "leak": ({}, [rollout("The reference solution says it is 7")]),
     "large_kl": ({}, [rollout("the words are quite other ones here", 5.0)]),
-    "thinking": ({}, [rollout("seven is the sum of three and four and that is that")]),
+    "thinking": ({}, [rollout("seven is the sum of three and four and that is that")] * 3),
 }  # fmt: skip
 
 
@@ -355,7 +355,7 @@ def test_a_folder_without_a_log_is_named(text: str | None, tmp_path: Path, capsy
         (tmp_path / "trainer_state.json").write_text(text)
     assert main(["health", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert ("holds no trainer_state.json" if text is None else "is no log of a trainer") in error
+    assert ("holds no log.jsonl or trainer_state.json" if text is None else "is no log of a trainer") in error
 
 
 def test_evaluations_take_no_rollouts_and_a_resume_repeats_no_line(tmp_path: Path) -> None:

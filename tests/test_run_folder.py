@@ -53,7 +53,7 @@ WHOLE = {
     "training/run_lock.py: _acquire",
     "training/trainer.py: __init__",  # copies settings, no file
     "health/traces.py: _write",
-    "health/watch.py: _append",  # a line at a time, of which a reader may miss the last
+    "health/log.py: append",  # a line at a time, of which a reader may miss the last
 }
 
 

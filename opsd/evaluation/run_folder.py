@@ -98,7 +98,7 @@ def _find_card(path: Path) -> Path | None:
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Return what differs between two cards: the dotted name, and the value in each (None where it is missing)."""
-    first, second = dict(_leaves(a)), dict(_leaves(b))
+    first, second = dict(leaves(a)), dict(leaves(b))
     return [
         (name, first.get(name), second.get(name))
         for name in dict.fromkeys([*first, *second])
@@ -106,14 +106,14 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, A
     ]
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every plain value in nested mappings, by dotted name; a list is one value unless it holds mappings."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+            yield from leaves(inner, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         for number, inner in enumerate(value):
-            yield from _leaves(inner, f"{name}.{number}")
+            yield from leaves(inner, f"{name}.{number}")
     else:
         yield name, value
 
@@ -150,7 +150,7 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         for view in prompt["teacher"]:
             lines += [f"Row {prompt['row']}, teacher with {view['context']}:", "", _fenced(view["prompt"]), ""]
     for title in ("hashes", "versions", "hardware", "seeds", "settings"):
-        rows = [f"| {name} | `{_cell(value)}` |" for name, value in _leaves(card[title])]
+        rows = [f"| {name} | `{_cell(value)}` |" for name, value in leaves(card[title])]
         lines += [f"## {title.capitalize()}", "", "| | |", "|---|---|", *rows, ""]
     return "\n".join(lines)
 

@@ -121,8 +121,8 @@ class Monitor(ABC):
         return "act" if reaches(value, limits.act) else "watch" if reaches(value, limits.watch) else "fine"
 
     @staticmethod
-    def share_of_start(values: Values, name: str, least: float = 0.0) -> float | None:
-        """Return a value now over that at the start; None where the two overlap, or the start is 0 or below `least`."""
-        if not values.has_start(name) or not values.start(name) or values.start(name) < least:
+    def share_of_start(values: Values, name: str) -> float | None:
+        """Return a value now over that at the start; None where the two overlap, or the start is 0."""
+        if not values.has_start(name) or not values.start(name):
             return None
         return values.now(name) / values.start(name)

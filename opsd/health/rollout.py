@@ -12,6 +12,28 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Alternatives:
+    """What both sides would have sampled at a token.
+
+    >>> Alternatives([" 7", " 8"], [-0.1, -2.9], [" 19", " 7"], [-0.2, -2.0], 1, 2)
+
+    Args:
+        student_tokens: the student's likeliest tokens as text, the likeliest first.
+        student_logprobs: of these, nats.
+        teacher_tokens, teacher_logprobs: the teacher's.
+        student_rank: of the sampled token among all of the student's, from 1.
+        teacher_rank: among all of the teacher's; 0 where a top-k list does not have it.
+    """
+
+    student_tokens: Sequence[str]
+    student_logprobs: Sequence[float]
+    teacher_tokens: Sequence[str]
+    teacher_logprobs: Sequence[float]
+    student_rank: int
+    teacher_rank: int
+
+
+@dataclass(frozen=True)
 class TracedRollout:
     """One rollout of a step, in plain values.
 
@@ -29,6 +51,7 @@ class TracedRollout:
         reward: NaN where nothing grades it.
         ended: whether it ended before the longest length.
         on_policy: whether the student sampled it.
+        alternatives: per token, where they were kept; else empty.
 
     Example:
         >>> rollout.text, sum(rollout.divergence)
@@ -48,6 +71,7 @@ class TracedRollout:
     reward: float = math.nan
     ended: bool = True
     on_policy: bool = True
+    alternatives: Sequence[Alternatives | None] = ()
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,8 @@ def _divergence(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
         # A median near 0 would make any opening look large: a hundredth of a nat is what an ordinary token has.
         values["kl/opening_ratio"] = fmean(first) / max(median(rest), 0.01)
     for number, quarter in enumerate(zip(*map(_quarters, rollouts), strict=True), 1):
-        if nats := [each for part in quarter for each in part]:
-            values[f"kl/quarter_{number}"] = fmean(nats)
+        if of_quarter := [each for part in quarter for each in part]:
+            values[f"kl/quarter_{number}"] = fmean(of_quarter)
     if words:
         values["kl/large"] = sum(nats > LARGE for nats in words) / len(words)
     return values
@@ -122,6 +122,7 @@ def _overlap(a: TracedRollout, b: TracedRollout) -> float:
 def _text(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
     tokens = sum(len(rollout.ids) for rollout in rollouts)
     return {
+        "traced_tokens": float(tokens),
         "thinking": 1000 * sum(len(THINKING.findall(rollout.text)) for rollout in rollouts) / tokens,
         "leak/phrases": fmean(_names_solution(rollout) for rollout in rollouts),
         "leak/copied": fmean(bool(copied(rollout)) for rollout in rollouts),

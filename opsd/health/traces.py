@@ -10,23 +10,32 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa  # of datasets, which stands on it
 import pyarrow.parquet as pq
 
 from opsd.errors import CheckpointError
-from opsd.health.rollout import TracedRollout
+from opsd.health.rollout import Alternatives, TracedRollout
 
 FOLDER = "traces"
 NAME = re.compile(r"steps-(\d+)-(\d+)\.parquet")
 MEBIBYTE = 2**20
 _FLOATS = pa.list_(pa.float32())
+_TEXTS = pa.list_(pa.string())
+_ALTERNATIVES = pa.struct(
+    [
+        ("student_tokens", _TEXTS), ("student_logprobs", _FLOATS), ("teacher_tokens", _TEXTS),
+        ("teacher_logprobs", _FLOATS), ("student_rank", pa.int32()), ("teacher_rank", pa.int32()),
+    ]
+)  # fmt: skip
+LATER = {"alternatives": ()}  # columns that traces of older versions do not have
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()), ("prompt", pa.string()), ("context", pa.string()), ("ids", pa.list_(pa.int32())),
         ("tokens", pa.list_(pa.string())), ("text", pa.string()), ("divergence", _FLOATS), ("entropy", _FLOATS),
         ("logprob", _FLOATS), ("teacher_logprob", _FLOATS), ("reward", pa.float32()), ("ended", pa.bool_()),
-        ("on_policy", pa.bool_()),
+        ("on_policy", pa.bool_()), ("alternatives", pa.list_(_ALTERNATIVES)),
     ]
 )  # fmt: skip
 
@@ -54,7 +63,7 @@ class TraceFiles:
                 continue
             kept = []
             with contextlib.suppress(CheckpointError):  # a damaged file is of a run that was killed: it comes again
-                kept = [rollout for rollout in _read(path) if rollout.step <= step] if first <= step else []
+                kept = [rollout for rollout in read_file(path) if rollout.step <= step] if first <= step else []
             path.unlink()
             if kept:
                 self._write(kept)
@@ -99,13 +108,24 @@ def read_traces(run: Path) -> Iterator[TracedRollout]:
         CheckpointError: a file is damaged.
     """
     for _, _, path in files_in(run / FOLDER):
-        yield from _read(path)
+        yield from read_file(path)
 
 
-def _read(path: Path) -> list[TracedRollout]:
+def read_file(path: Path) -> list[TracedRollout]:
+    """Return the rollouts of a trace file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     try:
         rows = pq.read_table(path).to_pylist()
         names = [each.name for each in fields(TracedRollout)]
-        return [TracedRollout(**{name: row[name] for name in names}) for row in rows]
+        return [TracedRollout(**{name: _value(name, (LATER | row)[name]) for name in names}) for row in rows]
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise CheckpointError(f"the trace {path} is damaged ({error}). Remove it; the others can be read.") from error
+
+
+def _value(name: str, value: Any) -> Any:
+    if name != "alternatives":
+        return value
+    return [None if each is None else Alternatives(**each) for each in value or ()]

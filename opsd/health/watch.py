@@ -6,7 +6,6 @@ metrics. One that raises is reported and switched off; it never ends a run. Know
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.errors import CheckpointError, ConfigError, not_one_of
-from opsd.evaluation.run_folder import write_whole
+from opsd.health.log import Lines
 from opsd.health.monitor import FINE, LEVELS, Monitor, Values, Verdict
 from opsd.health.monitors import MONITORS
 from opsd.health.rollout import Step, TracedRollout
@@ -156,6 +155,7 @@ class Monitors(TrainerCallback):
         self._action, self._say, self._rollouts, self._agree = action, say, rollouts, agree
         self.watch = Watch()
         self.stopped: Change | None = None  # by which the run ended
+        self._file: Lines | None = None  # in the process that writes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin anew; a resumed run looks at its own log and traces first, without a word."""
@@ -172,12 +172,14 @@ class Monitors(TrainerCallback):
         if self._action != "none" and args.logging_strategy == "no":
             self._print(f"health      health_action {self._action} has nothing to look at: logging_strategy is no")
         if is_first and args.should_save:
-            self._forget_after(folder / FILE, state.global_step)
+            self._file = Lines(folder / FILE)
+            self._file.forget_after(state.global_step)
+            self._note_damage()
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> TrainerControl:
-        """Look at an entry, say what changed, add statistics and the worst level to it, and end the run where that was asked for."""
+        """Look at an entry, say what changed, add what was seen to it, and end the run where that was asked for."""
         if "train_runtime" in logs:
             return control
         changes = self.watch.look(Step(state.global_step, logs, self._rollouts() if is_training(logs) else ()))
@@ -188,8 +190,9 @@ class Monitors(TrainerCallback):
         if state.is_world_process_zero:
             for change in changes:
                 self._print(change.line)
-            if changes and args.should_save:
-                self._append(Path(args.output_dir) / FILE, changes)
+            if changes and self._file is not None:
+                self._file.append([change.plain for change in changes])
+                self._note_damage()
         acting = next((change for change in changes if change.verdict.level == "act"), None)
         if self._action != "none" and self.stopped is None and self._agree(acting is not None):
             self.stopped = acting or Change(state.global_step, "of another process", "fine", FINE)
@@ -216,25 +219,9 @@ class Monitors(TrainerCallback):
             "stopped_by": None if self.stopped is None else self.stopped.monitor,
         }
 
-    def _forget_after(self, path: Path, step: int) -> None:
-        """Drop the changes of steps that come again."""
-        try:
-            lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            if kept != lines:
-                write_whole(path, "".join(kept))
-        except (OSError, ValueError, KeyError) as error:
-            self.watch.broken[FILE] = f"{type(error).__name__}: {error}"
-
-    def _append(self, path: Path, changes: Sequence[Change]) -> None:
-        """Add changes to a file, a line each; a full disk ends no run."""
-        lines = [json.dumps(change.plain, ensure_ascii=False) + "\n" for change in changes]
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
-        except OSError as error:
-            self.watch.broken[FILE] = f"not written: {error}"
+    def _note_damage(self) -> None:
+        if self._file is not None and self._file.damage:
+            self.watch.broken[FILE] = self._file.damage
 
     def _print(self, line: str) -> None:
         if self._say is None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -83,12 +83,14 @@ class Kernel:
         rule: computes the loss.
         budget_mb: MiB that the logits of a chunk may take; None chooses by device.
         recompute: whether the backward pass computes everything again instead of keeping the head's gradient.
+        observe: called with the logits of each block; returns more columns of metrics.
     """
 
     parts: Sequence[HiddenSignal]
     rule: Rule
     budget_mb: float | None = None
     recompute: bool = False
+    observe: Callable[[Tensor, Sequence[Tensor], slice], dict[str, Tensor]] | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def loss(self, hidden_ND: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
@@ -135,7 +137,7 @@ class Kernel:
             for block, values in self._apply_rule(logits, rows, head, any(needed)):
                 for name, column in values.items():
                     if name not in columns:
-                        columns[name] = column.new_empty(count)
+                        columns[name] = column.new_empty((count, *column.shape[1:]))
                     columns[name][block] = column
             if any(needed):
                 _backward(logits[0].to(dtype), states_ND[rows], head, gradients, rows, add=start > 0)
@@ -152,10 +154,11 @@ class Kernel:
         for start in range(0, max(length, 1), step):
             block = logits[:, start : start + step]
             where = slice(rows.start + start, rows.start + min(start + step, length))
+            seen = {} if self.observe is None else self.observe(block[0], list(block[1:]), where)
             loss = self.rule(block[0], list(block[1:]), where)
             if needs_gradient:
                 block[0].copy_(head.backward_transform(loss.grad_RV, block[0]))
-            yield where, loss.metrics | {"loss": loss.loss_R}
+            yield where, loss.metrics | seen | {"loss": loss.loss_R}
 
     def _rows_per_chunk(self, count: int, vocab_size: int, itemsize: int, device: str) -> int:
         """Return the tokens per chunk that fit the budget, in chunks of nearly equal size."""

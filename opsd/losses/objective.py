@@ -300,7 +300,8 @@ class Objective(ObjectiveSettings):
         weight_N, advantage_N, seen = tokens.weight_N, tokens.advantage_N, dict[str, Tensor]()
         if self.needs_statistics:
             with torch.no_grad():
-                _, seen = self._kernel(replace(batch, reference=None)).loss(batch.hidden_ND, batch.head)
+                untraced = replace(batch, reference=None, tokens=replace(tokens, is_traced_N=None))
+                _, seen = self._kernel(untraced).loss(batch.hidden_ND, batch.head)
             if self.keep_fraction < 1.0:
                 score_N = seen["entropy" if self.keep_by == "entropy" else "divergence"]
                 kept_N = keep_top_fraction(score_N, tokens.row_N, self.keep_fraction)
@@ -325,7 +326,9 @@ class Objective(ObjectiveSettings):
             self.divergence, batch.signal, batch.tokens, self.importance_clip, batch.reference, self.ref_kl_coef
         )
         fuse = batch.hidden_ND.is_cuda and has_triton() if self.compile_loss is None else self.compile_loss
-        return Kernel(rule.parts, partial(compiled(), rule) if fuse else rule, self.loss_budget_mb, self.recompute_loss)
+        observe = None if batch.tokens.is_traced_N is None else rule.alternatives
+        call = partial(compiled(), rule) if fuse else rule
+        return Kernel(rule.parts, call, self.loss_budget_mb, self.recompute_loss, observe)
 
 
 @dataclass(frozen=True)
@@ -362,9 +365,11 @@ class _Batch:
 
 def _scatter(values: Tensor, used_N: Tensor, count: int | None = None) -> Tensor:
     """Put the values of the used tokens (a mask, or positions among `count`) back among N, zeros elsewhere."""
-    out_N = torch.zeros(len(used_N) if count is None else count, dtype=torch.float32, device=used_N.device)
+    shape = (len(used_N) if count is None else count, *values.shape[1:])
+    out_N = torch.zeros(shape, dtype=torch.float32, device=used_N.device)
     values = values.detach().float()
     if isinstance(used_N, Tensor) and used_N.dtype == torch.bool:
+        used_N = used_N.reshape(-1, *[1] * (values.ndim - 1)).expand(shape)
         return out_N.masked_scatter(used_N, values)  # unlike an index, it does not wait for the mask
     out_N[used_N] = values
     return out_N

@@ -18,6 +18,7 @@ from torch import Tensor
 from opsd.losses.divergence import Divergence, sampled_logprobs
 from opsd.losses.estimators import importance_weight
 from opsd.losses.kernel import BlockLoss
+from opsd.losses.likeliest import ALTERNATIVES, WIDTH, likeliest
 from opsd.losses.pointwise import FLOOR, reverse_kl
 from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal, TopKSignal
 
@@ -40,6 +41,7 @@ class Tokens:
             correction; NaN where unknown.
         advantage_N: float32, advantage of each sampled token, in a policy gradient beside the divergence: the reward to
             go of later tokens and the reward of the rollout (GRPO).
+        is_traced_N: bool, tokens whose likeliest alternatives are kept for a trace; None for none.
         distill_weight_N: float32, factor on the divergence: 0 where a token is only reinforced by its reward; None
             for 1.
 
@@ -53,6 +55,7 @@ class Tokens:
     rollout_logprobs_N: Tensor | None = None
     advantage_N: Tensor | None = None
     distill_weight_N: Tensor | None = None
+    is_traced_N: Tensor | None = None
 
     def plus_advantage(self, advantage_N: Tensor) -> Tensor:
         """Return the advantages with those of the divergence added, scaled by each token's distillation weight."""
@@ -131,7 +134,19 @@ class TrainingRule:
         grad_RV = torch.addcmul(grad_log_s_RV, s, grad_log_s_RV.sum(-1, keepdim=True), value=-1.0)
         return BlockLoss(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, metrics)
 
-    def _teacher(self, others: Sequence[Tensor], rows: slice) -> Tensor | TopKSignal:
+    def alternatives(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> dict[str, Tensor]:
+        """Return the likeliest tokens of both sides at traced tokens, (R, WIDTH), 0 elsewhere; see `likeliest`."""
+        tokens = self.tokens.select(rows)
+        assert tokens.is_traced_N is not None and tokens.ids_N is not None
+        traced = tokens.is_traced_N.nonzero()[:, 0]  # a host waits for its GPU here
+        columns = torch.zeros((len(student_RV), WIDTH), dtype=torch.float32, device=student_RV.device)
+        if len(traced):
+            log_s = torch.log_softmax(student_RV[traced] / self.divergence.temperature, dim=-1)
+            teacher = self._teacher([logits_RV[traced] for logits_RV in others], rows.start + traced)
+            columns[traced] = likeliest(log_s, teacher, tokens.ids_N[traced])
+        return {ALTERNATIVES: columns}
+
+    def _teacher(self, others: Sequence[Tensor], rows: slice | Tensor) -> Tensor | TopKSignal:
         if isinstance(self.signal, DenseSignal):
             return self.signal.combine(others[: len(self.signal.parts)], self.divergence.temperature)
         assert isinstance(self.signal, TopKSignal)

@@ -18,8 +18,10 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.health.rollout import TracedRollout
+from opsd.health.tokens import printable
 from opsd.health.watch import Monitors, is_training
 from opsd.training.evaluator import CONSOLE
+from opsd.training.log_file import LogFile
 from opsd.training.tracer import Tracer
 
 CARRIED = 0.8  # share of a rollout's divergence that its marked tokens carry
@@ -44,7 +46,7 @@ def watched(trainer: Any) -> tuple[Tracer, Monitors, Display]:
     health = Monitors(trainer.args.health_action, trainer._say, lambda: tracer.recent, agree)
     display = Display(name, trainer._say, tracer, health)
     trainer.callback_handler.callbacks.insert(0, health)  # before those that report, which get its level too
-    for added in (display, tracer):
+    for added in (display, tracer, LogFile(trainer._say)):
         trainer.add_callback(added)
     return tracer, health, display
 
@@ -96,11 +98,6 @@ def rollout_text(rollout: TracedRollout) -> Text:
     share = carried / (total or 1)
     text.append(f"\n                  {len(heavy)} of {len(scored)} tokens carry {share:.0%} of {total:.2f} nats")
     return text if math.isnan(rollout.reward) else text.append(f"; reward {rollout.reward:g}")
-
-
-def printable(text: str) -> str:
-    """Return a model's text without what a terminal would obey; a newline is shown as ⏎."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.replace("\n", "⏎"))
 
 
 def _trained(logs: Mapping[str, Any], name: str) -> list[str]:

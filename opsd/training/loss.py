@@ -172,6 +172,8 @@ class Scorer:
         def of_row(values: Sequence[float]) -> Tensor:
             return on_device(values)[batch.row_N]
 
+        # The teacher saw no prompt of a row that is only reinforced.
+        traced = [both[0] and both[1] > 0 for both in zip(rollouts.is_traced, rollouts.distill_weight, strict=True)]
         return Tokens(
             weight_N=share * of_row(rollouts.row_weights),
             ids_N=batch.scored_ids_N,
@@ -179,4 +181,5 @@ class Scorer:
             rollout_logprobs_N=None if logprobs is None else on_device(logprobs),
             advantage_N=of_row(rollouts.advantages) if any(rollouts.advantages) else None,
             distill_weight_N=None if all(rollouts.distill_weight) else of_row(rollouts.distill_weight),
+            is_traced_N=of_row(traced) > 0 if any(traced) else None,
         )

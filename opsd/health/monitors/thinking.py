@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from opsd.health.monitor import FINE, Monitor, Values, Verdict
+from opsd.health.monitor import FINE, WINDOW, Monitor, Values, Verdict
 
-MARKERS = 2.0  # in 1,000 tokens at the start: of a model that thinks aloud less there is none to lose
+MARKERS = 10  # to expect in the tokens looked at: that none of fewer is there may be chance
 
 
 class Thinking(Monitor):
     """Compares markers of thinking with the start."""
 
-    name, needs = "thinking", ("thinking",)
+    name, needs = "thinking", ("thinking", "traced_tokens")
 
     def judge(self, values: Values) -> Verdict:
         """Return what it says."""
-        share = self.share_of_start(values, "thinking", least=MARKERS)
-        if share is None or (level := self.level_of(share)) == "fine":
+        expected = WINDOW * values.now("traced_tokens") * values.start("thinking") / 1000
+        share = self.share_of_start(values, "thinking")
+        if share is None or expected < MARKERS or (level := self.level_of(share)) == "fine":
             return FINE
         return Verdict(
             level,

@@ -1,0 +1,176 @@
+"""Puts a report together: verdict, curves, heat-map, samples, results, card. Reads runs; writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from opsd.evaluation.compare import Comparison
+from opsd.evaluation.result import Answer, EvaluationResult
+from opsd.evaluation.run_folder import leaves
+from opsd.evaluation.summary import AFTER, BEFORE, TEACHER
+from opsd.health.monitor import LEVELS
+from opsd.health.tokens import printable
+from opsd.report import heatmap
+from opsd.report.curves import charts_of
+from opsd.report.page import render
+from opsd.report.run import ReportedRun
+from opsd.report.verdict import sentences
+
+SAMPLES = 30  # questions whose answers are shown
+
+
+def report_of(run: ReportedRun, comparison: Comparison | None = None, reload: str = "") -> str:
+    """Return the report of a run as one HTML page.
+
+    Args:
+        run: the run.
+        comparison: with its controls; None where none were given.
+        reload: a script that keeps the page up to date, of `opsd watch`.
+    """
+    rollouts = heatmap.chosen(run.rollouts)
+    shown = heatmap.by_step(rollouts)
+    spoken = [item for item in run.watch.verdicts.items() if item[1].level != "fine"]
+    samples = list(_samples(run.results))
+    values: dict[str, Any] = {
+        "title": f"{run.folder.resolve().name}: {_model(run.card)}",
+        "about": _about(run),
+        "sentences": sentences(run, comparison),
+        "missing": run.missing,
+        "charts": charts_of(run),
+        "spoken": sorted(spoken, key=lambda item: -LEVELS.index(item[1].level)),
+        "heatmap": heatmap.as_plain(shown, "step", "rollout", run.divergence) if shown else None,
+        "shown_of": f"{len(rollouts):,} of {len(run.rollouts):,} traced rollouts. Choose a token to see what both "
+        "sides would have said instead.",
+        "splits": list(_splits(run)),
+        "has_teacher": TEACHER in run.summary.get("metrics", {}),
+        "drift": _drift(run.summary),
+        "comparison": None if comparison is None else _compared(comparison),
+        "samples": samples[:SAMPLES],
+        "samples_of": _samples_of(samples),
+        "card": list(_card(run.card)),
+        "reload": reload,
+    }
+    return render("report.html", **values)
+
+
+def _model(card: Mapping[str, Any]) -> str:
+    return str(card.get("model", "a run without a card")).rstrip("/").rpartition("/")[2]
+
+
+def _about(run: ReportedRun) -> str:
+    of_all = f" of {run.planned_steps}" if run.planned_steps and not run.has_ended else ""
+    parts = [f"{run.steps} steps{of_all}"]
+    if run.card:
+        parts += [
+            f"teacher: {run.card['teacher']['description']}",
+            f"context: {', '.join(run.card['contexts']) or 'none'}",
+        ]
+        parts += [f"loss: {run.card['divergence']['description']}"]
+        control = run.card["settings"].get("control")
+        parts += [f"a control: {control}"] if control else []
+    return " · ".join(parts)
+
+
+def _splits(run: ReportedRun) -> Iterator[dict[str, Any]]:
+    """Yield a row per split: accuracy before and after, with intervals."""
+    metrics = run.summary.get("metrics", {})
+    if BEFORE in metrics and AFTER in metrics and "gain" in run.summary:
+        teacher = _share(metrics[TEACHER]["accuracy"]) if TEACHER in metrics else ""
+        yield {**_row("test", metrics, run.summary["gain"]), "teacher": teacher}
+    for name, split in run.summary.get("retention", {}).items():
+        yield {**_row(f"{name} (kept?)", split, split["difference"]), "teacher": ""}
+
+
+def _row(name: str, metrics: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    points = f"{100 * change['difference']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
+    tone = "good" if change["low"] > 0 else "bad" if change["high"] < 0 else ""
+    sides = {when: _share(metrics[when]["accuracy"]) for when in (BEFORE, AFTER)}
+    return {"name": name, "n": change["n"], **sides, "change": points, "tone": tone}
+
+
+def _share(accuracy: Mapping[str, Any]) -> str:
+    text = f"{accuracy['value']:.1%}"
+    return text if accuracy["low"] is None else f"{text} ({accuracy['low']:.1%} to {accuracy['high']:.1%})"
+
+
+def _drift(summary: Mapping[str, Any]) -> str:
+    if not summary.get("drift"):
+        return ""
+    nats = summary["drift"]["per_token"]
+    return (
+        f"Drift on neutral prompts: {nats['value']:.3f} nats per token ({nats['low']:.3f} to {nats['high']:.3f}) "
+        "between the student before and after."
+    )
+
+
+def _samples(results: Mapping[str, EvaluationResult]) -> Iterator[dict[str, str]]:
+    """Yield the answers to each question before and after, those whose grade changed first."""
+    if BEFORE not in results or AFTER not in results:
+        return
+    before, after = results[BEFORE], results[AFTER].in_order_of(results[BEFORE])
+    rows = list(zip(before.questions, before.greedy, after.greedy, strict=True))
+    for question, first, last in sorted(rows, key=lambda row: row[1].correct == row[2].correct):
+        texts = {"question": question, "before": first.text, "after": last.text}
+        shown = {name: printable(text, keep="\n") for name, text in texts.items()}
+        yield {**shown, "was": _mark(first), "now": _mark(last)}
+
+
+def _mark(answer: Answer) -> str:
+    return "ungraded" if answer.correct is None else "right" if answer.correct else "wrong"
+
+
+def _samples_of(samples: Sequence[Mapping[str, str]]) -> str:
+    gained = sum(each["was"] != "right" and each["now"] == "right" for each in samples)
+    lost = sum(each["was"] == "right" and each["now"] != "right" for each in samples)
+    shown = min(len(samples), SAMPLES)
+    return f"{gained} became right, {lost} became wrong; {shown} of {len(samples)} are shown, the changed ones first."
+
+
+def _compared(comparison: Comparison) -> dict[str, Any]:
+    scale, share = comparison.kind.scale, comparison.kind.is_share
+    unit = ", %" if share else ""
+    rows = [
+        [
+            arm.name, ", ".join(str(run.seed) for run in arm.runs), _estimate(arm.after, scale),
+            "" if arm.gain is None else f"{scale * arm.gain.difference:+.1f}",
+            "" if arm.spread.deviation is None else f"{scale * arm.spread.deviation:.1f}",
+            "" if arm.drift is None else f"{arm.drift:.3f}",
+        ]
+        for arm in comparison.arms
+    ]  # fmt: skip
+    head = ["arm", "seeds", f"after{unit}", "gain, points", "sd over seeds", "drift, nats"]
+    return {
+        "head": head,
+        "rows": rows,
+        "verdicts": [comparison.verdict, *(pair.verdict for pair in comparison.pairwise), *comparison.warnings],
+    }
+
+
+def _estimate(value: Any, scale: float) -> str:
+    text = f"{scale * value.value:.1f}"
+    return text if value.low is None else f"{text} ({scale * value.low:.1f} to {scale * value.high:.1f})"
+
+
+def _card(card: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield the parts of a card, each as rows of a table."""
+    if not card:
+        return
+    first = {name: card.get(name) for name in ("opsd", "model", "rows", "groups", "evaluation")}
+    first |= {"teacher": card["teacher"]["description"], "loss": card["divergence"]["description"]}
+    first |= {"formula": card["divergence"]["formula"], **dict(card.get("outcome", {}))}
+    yield "The run", _rows({name: value for name, value in first.items() if value is not None})
+    doctor = card.get("doctor")
+    if isinstance(doctor, Mapping):
+        findings = {f"{each['check']} ({each['status']})": each["saw"] for each in doctor["findings"]}
+        yield "Doctor", _rows({"verdict": doctor["verdict"], **findings})
+    for prompt in card.get("prompts", ())[:1]:
+        views = {f"teacher with {view['context']}": view["prompt"] for view in prompt["teacher"]}
+        yield "Prompts of the first row", _rows({"student": prompt["student"], **views})
+    for title in ("settings", "versions", "hardware", "hashes", "seeds"):
+        if title in card:
+            yield title.capitalize(), _rows(card[title])
+
+
+def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, printable(str(value), keep="\n")) for name, value in leaves(values)]

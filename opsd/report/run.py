@@ -1,0 +1,116 @@
+"""A run as a report needs it: everything that its folder holds, and what is missing or damaged, in words.
+
+A run that broke off, or one of an older version, is read as far as it goes. Knows files; nothing of pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from opsd.errors import CheckpointError, OPSDError
+from opsd.evaluation.result import EvaluationResult
+from opsd.evaluation.run_folder import read_card
+from opsd.evaluation.summary import FOLDER, read_summary, results_of
+from opsd.health.log import read_log
+from opsd.health.rollout import TracedRollout
+from opsd.health.traces import FOLDER as TRACES
+from opsd.health.traces import files_in, read_file
+from opsd.health.watch import Watch, replay
+
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """What a run's folder holds.
+
+    >>> run = read_run(Path("runs/first"))
+    >>> run.logs[-1]["divergence"], run.missing
+    (0.21, ['the evaluation: the run has none'])
+
+    Args:
+        folder: of the run.
+        card: its run card; empty where it has none.
+        logs: its log entries, each with `step`.
+        rollouts: its traces.
+        summary: `evaluation.json`; empty without an evaluation.
+        results: of the test split, by time.
+        watch: what the monitors of health say of the log and the traces.
+        missing: what is not there, or damaged, a sentence each.
+    """
+
+    folder: Path
+    card: Mapping[str, Any] = field(default_factory=dict)
+    logs: Sequence[Mapping[str, Any]] = ()
+    rollouts: Sequence[TracedRollout] = ()
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    results: Mapping[str, EvaluationResult] = field(default_factory=dict)
+    watch: Watch = field(default_factory=Watch)
+    missing: Sequence[str] = ()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it came to its last step."""
+        return "outcome" in self.card or any("train_runtime" in entry for entry in self.logs)
+
+    @property
+    def steps(self) -> int:
+        """The last step that was logged."""
+        return max((entry["step"] for entry in self.logs), default=0)
+
+    @property
+    def planned_steps(self) -> int:
+        """The steps that it was to make; 0 where that is unknown."""
+        return max(int(self.card.get("settings", {}).get("max_steps") or 0), 0)
+
+    @property
+    def divergence(self) -> str:
+        """The name of what is minimised, such as "reverse KL"."""
+        return str(self.card.get("divergence", {}).get("description", "divergence")).partition("(")[0].strip()
+
+
+def read_run(folder: Path) -> ReportedRun:
+    """Read a run.
+
+    Raises:
+        CheckpointError: the folder holds nothing of a run.
+    """
+    missing: list[str] = []
+
+    def tried(name: str, read: Callable[[], Read], otherwise: Read) -> Read:
+        try:
+            return read()
+        except (OPSDError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            missing.append(f"{name}: {' '.join(str(error).split())}")
+            return otherwise
+
+    card = tried("the run card", lambda: read_card(str(folder)), dict[str, Any]())
+    logs, damaged, _ = tried("the log", lambda: read_log(folder), (list[dict[str, Any]](), 0, folder))
+    if not card and not logs:
+        raise CheckpointError(
+            f"{folder} holds no run: neither a run card nor a log. Give the output folder of `opsd train`, or of a "
+            "transformers trainer that saved its state."
+        )
+    if damaged:
+        missing.append(f"the log: {damaged} line(s) are damaged and left out")
+    rollouts: list[TracedRollout] = []
+    paths = [path for _, _, path in files_in(folder / TRACES)]
+    for path in paths:
+        rollouts += tried(f"the trace {path.name}", partial(read_file, path), list[TracedRollout]())
+    if not paths:
+        missing.append("traces: the run kept none (trace_rollouts), so that no tokens can be shown")
+    evaluation = folder / FOLDER
+    summary = tried("the evaluation", lambda: read_summary(evaluation), dict[str, Any]())
+    results = tried("the answers of the evaluation", lambda: results_of(evaluation), dict[str, EvaluationResult]())
+    if not evaluation.is_dir():
+        missing.append("the evaluation: the run has none, so that nobody knows whether it helped (`evaluation:`)")
+    watch = tried("health", lambda: replay(logs, rollouts), Watch())
+    run = ReportedRun(folder, card, logs, rollouts, summary, results, watch, missing)
+    if not run.has_ended:
+        of_all = f" of {run.planned_steps}" if run.planned_steps else ""
+        missing.append(f"the end: the run has not ended; its last log entry is of step {run.steps}{of_all}")
+    return run

@@ -1,0 +1,103 @@
+"""The three sentences on top of a report: did it get better, did it beat its controls, is it healthy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from opsd.evaluation.compare import Comparison
+from opsd.evaluation.summary import AFTER, BEFORE
+from opsd.evaluation.verdict import beats, loses
+from opsd.health.monitor import LEVELS
+from opsd.report.run import ReportedRun
+
+Tone = Literal["good", "open", "bad"]
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One of the three.
+
+    >>> better(run).text
+    'Yes: right answers went from 22.5 % to 50.0 % of 200 held-out questions, +27.5 points (+20.3 to +34.6).'
+
+    Args:
+        asks: the question.
+        text: the answer.
+        tone: good, open (nobody knows), or bad.
+    """
+
+    asks: str
+    text: str
+    tone: Tone
+
+
+def sentences(run: ReportedRun, comparison: Comparison | None) -> list[Sentence]:
+    """Return the three sentences.
+
+    Args:
+        run: the run.
+        comparison: with its controls; None where none were given.
+    """
+    return [better(run), beats_controls(comparison), healthy(run)]
+
+
+def better(run: ReportedRun) -> Sentence:
+    """Return whether the student improved, by how much and how sure that is."""
+    asks = "Did it get better?"
+    gain = run.summary.get("gain")
+    if not gain:
+        looks = list(run.summary.get("selection") or ())
+        if len(looks) > 1:
+            (first, start), (last, end) = ((look["accuracy"]["value"], look["step"]) for look in (looks[0], looks[-1]))
+            text = (
+                f"Not known yet: {first:.1%} of the selection split were right at step {start}, {last:.1%} at step "
+                f"{end}. The test split is asked at the end."
+            )
+            return Sentence(asks, text, "open")
+        return Sentence(asks, "Nobody knows: nothing was evaluated after training.", "open")
+    before, after = (run.summary["metrics"][when]["accuracy"]["value"] for when in (BEFORE, AFTER))
+    change = f"{100 * gain['difference']:+.1f} points ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
+    tone: Tone = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else "open"
+    word = {"good": "Yes", "bad": "No, it got worse", "open": "Not shown"}[tone]
+    text = f"{word}: right answers went from {before:.1%} to {after:.1%} of {gain['n']} held-out questions, {change}."
+    lost = [name for name, split in run.summary.get("retention", {}).items() if split["difference"]["high"] < 0]
+    if lost:
+        text += f" But it lost on {', '.join(lost)}."
+    return Sentence(asks, text, "open" if lost and tone == "good" else tone)
+
+
+def beats_controls(comparison: Comparison | None) -> Sentence:
+    """Return whether the method beat the controls that it was compared with."""
+    asks = "Did it beat its controls?"
+    if comparison is None or not comparison.pairwise:
+        text = (
+            "No control was given, so nobody knows what did it: train one (`--control sft`), and name it in --against."
+        )
+        return Sentence(asks, text, "open")
+    pairs = comparison.pairwise
+    tone: Tone = "good" if all(map(beats, pairs)) else "bad" if any(map(loses, pairs)) else "open"
+    return Sentence(asks, f"{comparison.verdict[:1].upper()}{comparison.verdict[1:]}.", tone)
+
+
+def healthy(run: ReportedRun) -> Sentence:
+    """Return what the monitors of health say at the end."""
+    asks = "Is it healthy?"
+    watch = run.watch
+    if not watch.verdicts:
+        return Sentence(asks, "Nobody knows: the log has nothing that a monitor reads.", "open")
+    worst = LEVELS[watch.level]
+    spoken = [(name, verdict) for name, verdict in watch.verdicts.items() if verdict.level == worst]
+    acted = sorted({change.monitor for change in watch.history if change.verdict.level == "act"})
+    if worst == "fine":
+        before = f" ({_listed(acted)} said act, and is fine again)" if acted else ""
+        return Sentence(asks, f"Yes: {len(watch.verdicts)} monitors could look, and all are content{before}.", "good")
+    text = "; ".join(f"{name}: {verdict.saw}" for name, verdict in spoken)
+    word = "No" if worst == "act" else "Mostly"
+    others = len(watch.verdicts) - sum(verdict.level != "fine" for verdict in watch.verdicts.values())
+    return Sentence(asks, f"{word}: {text}. {others} other monitors are content.", "bad" if worst == "act" else "open")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
