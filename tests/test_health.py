@@ -48,8 +48,12 @@ HEALTHY: dict[str, Any] = {
     "support/teacher": 0.99, "clipped/tokens": 0.01, "eval_accuracy": 0.4,
 }  # fmt: skip
 SPOKEN = "Let me check , maybe it is 7 : wait , three and four make 7 , so the sum of both is 7 ."
-PLAIN = [rollout(SPOKEN), rollout("One might say that it makes seven , perhaps"), rollout("I add three ones to four ones , perhaps , and find 7 .", prompt="Another"),
-         rollout("It is 7 .", on_policy=False)]  # fmt: skip
+PLAIN = [
+    rollout(SPOKEN),
+    rollout("One might say that it makes seven , perhaps"),
+    rollout("I add three ones to four ones , perhaps , and find 7 .", prompt="Another"),
+    rollout("It is 7 .", on_policy=False),
+]
 LOOP = "go on and on and on and on and on and on and on and on and on"
 # monitor -> what changes in the log, and the rollouts, of a run that fails
 FAILS: dict[str, tuple[dict[str, Any], list[TracedRollout]]] = {

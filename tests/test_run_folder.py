@@ -52,7 +52,7 @@ WHOLE = {
     "training/evaluator.py: _save",  # a result, which saves itself by `write_json`
     "training/run_lock.py: _acquire",
     "training/trainer.py: __init__",  # copies settings, no file
-    "health/traces.py: _write",
+    "health/traces.py: write_rollouts",
     "health/log.py: append",  # a line at a time, of which a reader may miss the last
 }
 

@@ -30,9 +30,9 @@ from opsd.commands.compare import markdown
 from opsd.commands.demo_tasks import packaged_model
 from opsd.evaluation.compare import as_json, read_runs
 from opsd.evaluation.pareto import Tradeoff, as_plain, tradeoff_of
-from opsd.evaluation.plot import as_svg
 from opsd.evaluation.run_folder import write_json, write_whole
 from opsd.evaluation.summary import AFTER
+from opsd.report.pareto import as_svg
 
 MODEL = "SmolLM2-135M-Instruct"
 RESULTS = Path(__file__).parent.parent / "results" / "learning"

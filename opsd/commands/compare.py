@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
+from rich.table import Table as RichTable
 
 from opsd.commands import tradeoff as page
 from opsd.commands.cells import as_change, as_estimate
+from opsd.report.page import Table
 
 if TYPE_CHECKING:
     from opsd.evaluation.compare import Arm, Comparison, Pairwise
+    from opsd.evaluation.pareto import Tradeoff
 
 FILES = {"json": "comparison.json", "markdown": "comparison.md", "plot": "pareto.svg"}  # of a sweep's folder
 WIDE = 110  # columns of a terminal that show the table with its intervals in one line
@@ -41,6 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE", help="write the comparison")
     parser.add_argument("--markdown", metavar="FILE", help="write the tables for a README")
     parser.add_argument("--plot", metavar="FILE.svg", help="write a plot of the task against retention")
+    parser.add_argument("--html", metavar="FILE.html", help="write tables and plot as one page")
     return parser
 
 
@@ -49,8 +53,8 @@ def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     from opsd.evaluation.compare import as_json, read_runs
     from opsd.evaluation.pareto import as_plain, tradeoff_of
-    from opsd.evaluation.plot import as_svg
     from opsd.evaluation.run_folder import write_json, write_whole
+    from opsd.report.pareto import as_svg
 
     tradeoff, console = tradeoff_of(read_runs(options.runs), options.metric), Console()
     comparison = tradeoff.comparison
@@ -64,7 +68,35 @@ def main(arguments: Sequence[str]) -> int:
         write_whole(Path(options.plot), as_svg(tradeoff.points))
     elif options.plot:
         console.print(f"no plot was written: {page.NO_RETENTION}", highlight=False)
+    if options.html:
+        write_whole(Path(options.html), as_html(tradeoff))
+        console.print(f"page        {options.html}", highlight=False)
     return 0
+
+
+def as_html(tradeoff: Tradeoff) -> str:
+    """Return the verdict, the plot and the tables as one page."""
+    from opsd.report.page import render
+    from opsd.report.pareto import as_svg
+    from opsd.report.verdict import beats_controls
+
+    comparison = tradeoff.comparison
+    shown = page.is_shown(tradeoff)
+    points = [Table("Every point", page.head(tradeoff), list(page.rows(tradeoff)), page.remarks(tradeoff))]
+    return render(
+        "compare.html",
+        title=", ".join(arm.name for arm in comparison.arms),
+        about=footer(comparison),
+        sentence=beats_controls(comparison),
+        plot=as_svg(tradeoff.points, in_page=True) if page.has_plot(tradeoff) else "",
+        tables=[table(comparison), *(points if shown else [])],
+    )
+
+
+def table(comparison: Comparison) -> Table:
+    """Return a comparison as a table of a page."""
+    title = "Compared on the test split"
+    return Table(title, head(comparison), list(rows(comparison)), [f"{comparison.verdict}.", *_remarks(comparison)])
 
 
 def show(comparison: Comparison, console: Console) -> None:
@@ -72,7 +104,7 @@ def show(comparison: Comparison, console: Console) -> None:
     names, lines = head(comparison), list(rows(comparison))
     shown = [place for place in range(len(names)) if any(cells[place] for cells in lines)]
     columns = (Column(names[place], no_wrap=place > 0) for place in shown)
-    table = Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    table = RichTable(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     between = " (" if console.width >= WIDE else "\n("  # a narrow terminal has intervals below their estimates
     for cells in lines:
         table.add_row(*(cells[place].replace(" (", between) for place in shown))

@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Write the page and say where it is."""
     options = make_parser().parse_args(arguments)
+    from opsd.commands.compare import table
     from opsd.evaluation.compare import compare, read_runs
     from opsd.evaluation.run_folder import write_whole
     from opsd.report.build import report_of
@@ -34,8 +35,9 @@ def main(arguments: Sequence[str]) -> int:
 
     run = read_run(Path(options.run))
     comparison = compare(read_runs([options.run, *options.against])) if options.against else None
+    tables = [] if comparison is None else [table(comparison)]
     path = Path(options.output or run.folder / FILE)
-    write_whole(path, report_of(run, comparison))
+    write_whole(path, report_of(run, comparison, tables))
     for each in run.missing:
         print(f"missing     {each}")
     print(f"report      {path}")

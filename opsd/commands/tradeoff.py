@@ -45,7 +45,7 @@ def show(tradeoff: Tradeoff, console: Console) -> None:
     for cells in points:
         table.add_row(*(cells[place] if is_wide else _without_interval(cells[place]) for place in shown))
     console.print(table)
-    for line in _remarks(tradeoff):
+    for line in remarks(tradeoff):
         console.print(f"· {line}", highlight=False)
     hint = "" if is_wide else f" With intervals, changes and seconds: --markdown, or a terminal of {WIDE} columns."
     console.print(f"[dim]{footer(tradeoff)}.{hint}[/]", highlight=False)
@@ -106,7 +106,8 @@ def _seconds(point: Point) -> tuple[str, str]:
     return f"{point.seconds:.0f}", f"{point.seconds / point.rollouts:.3f}" if point.rollouts else ""
 
 
-def _remarks(tradeoff: Tradeoff) -> list[str]:
+def remarks(tradeoff: Tradeoff) -> list[str]:
+    """Return what is to be said of the points, in lines."""
     chosen = [point.name for point in tradeoff.points if point.is_best and _is_swept(tradeoff, point)]
     lines = [f"compared at the best values on the selection split: {'; '.join(chosen)}"] if chosen else []
     if edges := list(_edges(tradeoff)):
@@ -144,4 +145,4 @@ def markdown(tradeoff: Tradeoff) -> str:
     names = head(tradeoff)
     lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
     lines += [f"| {' | '.join(cells)} |" for cells in rows(tradeoff)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in _remarks(tradeoff)), "", f"{footer(tradeoff)}.", "", ""])
+    return "\n".join([*lines, "", *(f"- {line}" for line in remarks(tradeoff)), "", f"{footer(tradeoff)}.", "", ""])

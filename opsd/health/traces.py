@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -84,15 +84,23 @@ class TraceFiles:
             self._write(rollouts)
 
     def _write(self, rollouts: Sequence[TracedRollout]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"steps-{rollouts[0].step:06d}-{rollouts[-1].step:06d}.parquet"
-        temporary = path.with_name(f".{path.name}")
-        table = pa.Table.from_pylist([asdict(rollout) for rollout in rollouts], schema=SCHEMA)
-        try:
-            pq.write_table(table, temporary, compression="zstd")
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_rollouts(path, [(rollout, {}) for rollout in rollouts])
+
+
+def write_rollouts(path: Path, rollouts: Sequence[tuple[TracedRollout, Mapping[str, str | int]]]) -> None:
+    """Write rollouts into a Parquet file, each with more columns of its own, whole or not at all."""
+    schema = SCHEMA
+    for name, value in rollouts[0][1].items() if rollouts else ():
+        schema = schema.append(pa.field(name, pa.int32() if isinstance(value, int) else pa.string()))
+    table = pa.Table.from_pylist([{**asdict(rollout), **columns} for rollout, columns in rollouts], schema=schema)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    try:
+        pq.write_table(table, temporary, compression="zstd")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def files_in(folder: Path) -> list[tuple[int, int, Path]]:

@@ -10,23 +10,25 @@ from opsd.evaluation.result import Answer, EvaluationResult
 from opsd.evaluation.run_folder import leaves
 from opsd.evaluation.summary import AFTER, BEFORE, TEACHER
 from opsd.health.monitor import LEVELS
-from opsd.health.tokens import printable
 from opsd.report import heatmap
 from opsd.report.curves import charts_of
-from opsd.report.page import render
+from opsd.report.page import Table, render
 from opsd.report.run import ReportedRun
 from opsd.report.verdict import sentences
 
 SAMPLES = 30  # questions whose answers are shown
 
 
-def report_of(run: ReportedRun, comparison: Comparison | None = None, reload: str = "") -> str:
+def report_of(
+    run: ReportedRun, comparison: Comparison | None = None, tables: Sequence[Table] = (), live: str = ""
+) -> str:
     """Return the report of a run as one HTML page.
 
     Args:
         run: the run.
         comparison: with its controls; None where none were given.
-        reload: a script that keeps the page up to date, of `opsd watch`.
+        tables: of that comparison.
+        live: the version of a page that is served, and loads itself again when there is a newer one; "" for a file.
     """
     rollouts = heatmap.chosen(run.rollouts)
     shown = heatmap.by_step(rollouts)
@@ -45,11 +47,11 @@ def report_of(run: ReportedRun, comparison: Comparison | None = None, reload: st
         "splits": list(_splits(run)),
         "has_teacher": TEACHER in run.summary.get("metrics", {}),
         "drift": _drift(run.summary),
-        "comparison": None if comparison is None else _compared(comparison),
+        "tables": tables,
         "samples": samples[:SAMPLES],
         "samples_of": _samples_of(samples),
         "card": list(_card(run.card)),
-        "reload": reload,
+        "live": live,
     }
     return render("report.html", **values)
 
@@ -112,8 +114,7 @@ def _samples(results: Mapping[str, EvaluationResult]) -> Iterator[dict[str, str]
     rows = list(zip(before.questions, before.greedy, after.greedy, strict=True))
     for question, first, last in sorted(rows, key=lambda row: row[1].correct == row[2].correct):
         texts = {"question": question, "before": first.text, "after": last.text}
-        shown = {name: printable(text, keep="\n") for name, text in texts.items()}
-        yield {**shown, "was": _mark(first), "now": _mark(last)}
+        yield {**texts, "was": _mark(first), "now": _mark(last)}
 
 
 def _mark(answer: Answer) -> str:
@@ -125,31 +126,6 @@ def _samples_of(samples: Sequence[Mapping[str, str]]) -> str:
     lost = sum(each["was"] == "right" and each["now"] != "right" for each in samples)
     shown = min(len(samples), SAMPLES)
     return f"{gained} became right, {lost} became wrong; {shown} of {len(samples)} are shown, the changed ones first."
-
-
-def _compared(comparison: Comparison) -> dict[str, Any]:
-    scale, share = comparison.kind.scale, comparison.kind.is_share
-    unit = ", %" if share else ""
-    rows = [
-        [
-            arm.name, ", ".join(str(run.seed) for run in arm.runs), _estimate(arm.after, scale),
-            "" if arm.gain is None else f"{scale * arm.gain.difference:+.1f}",
-            "" if arm.spread.deviation is None else f"{scale * arm.spread.deviation:.1f}",
-            "" if arm.drift is None else f"{arm.drift:.3f}",
-        ]
-        for arm in comparison.arms
-    ]  # fmt: skip
-    head = ["arm", "seeds", f"after{unit}", "gain, points", "sd over seeds", "drift, nats"]
-    return {
-        "head": head,
-        "rows": rows,
-        "verdicts": [comparison.verdict, *(pair.verdict for pair in comparison.pairwise), *comparison.warnings],
-    }
-
-
-def _estimate(value: Any, scale: float) -> str:
-    text = f"{scale * value.value:.1f}"
-    return text if value.low is None else f"{text} ({scale * value.low:.1f} to {scale * value.high:.1f})"
 
 
 def _card(card: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -173,4 +149,4 @@ def _card(card: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]
 
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(name, printable(str(value), keep="\n")) for name, value in leaves(values)]
+    return [(name, str(value)) for name, value in leaves(values)]

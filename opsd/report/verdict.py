@@ -73,7 +73,8 @@ def beats_controls(comparison: Comparison | None) -> Sentence:
     asks = "Did it beat its controls?"
     if comparison is None or not comparison.pairwise:
         text = (
-            "No control was given, so nobody knows what did it: train one (`--control sft`), and name it in --against."
+            "Nobody knows: no control was given. Train one, such as `opsd train run.yaml --control sft`, and write the "
+            "report with `--against` and its folder."
         )
         return Sentence(asks, text, "open")
     pairs = comparison.pairwise

@@ -1,0 +1,73 @@
+"""`opsd watch RUN`: the report of a run while it goes on, and a line per log entry."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from opsd.errors import CheckpointError
+
+PORT = 8765
+SECONDS = 2.0  # between two looks at the log
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the options of `opsd watch`."""
+    parser = argparse.ArgumentParser(
+        prog="opsd watch",
+        description="Show the report of a run while it goes on, at 127.0.0.1 only, and print a line per log entry. It "
+        "reads the run's folder; the run itself knows nothing of it. Ctrl-C ends it.",
+        epilog="Example: opsd watch runs/first",
+    )
+    parser.add_argument("run", metavar="RUN", help="the output folder of a run")
+    parser.add_argument("--port", type=int, default=PORT, help=f"of the page (default: {PORT})")
+    parser.add_argument("--terminal", action="store_true", help="print lines only, and serve nothing")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Serve and print until Ctrl-C, or until the run has ended where nothing is served."""
+    options = make_parser().parse_args(arguments)
+    from opsd.health.log import read_log
+
+    folder = Path(options.run)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder. Give the output folder of a run that has begun.")
+    if not options.terminal:
+        from opsd.report.live import HOST, LiveReport, make_server
+
+        server = make_server(LiveReport(folder), options.port)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(f"report      http://{HOST}:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
+    seen, has_ended = 0, False
+    while not (has_ended and options.terminal):
+        try:
+            logs = read_log(folder)[0]
+        except CheckpointError:
+            logs = []  # it has not begun to log
+        if len(logs) < seen:
+            seen = 0  # it began anew
+        for line in _lines(folder, logs[seen:]):
+            print(line, flush=True)
+        has_ended = any("train_runtime" in entry for entry in logs)
+        seen = len(logs)
+        time.sleep(0 if has_ended and options.terminal else SECONDS)
+    return 0
+
+
+def _lines(folder: Path, entries: Sequence[dict[str, object]]) -> Sequence[str]:
+    """Return a line per entry, as `opsd train` prints it."""
+    if not entries:
+        return []
+    from opsd.evaluation.run_folder import read_card
+    from opsd.report.run import ReportedRun
+    from opsd.training.display import line_of
+
+    try:
+        run = ReportedRun(folder, read_card(str(folder)))
+    except CheckpointError:
+        run = ReportedRun(folder)
+    return [line_of(entry, int(str(entry["step"])), run.planned_steps, run.divergence) for entry in entries]

@@ -1,0 +1,128 @@
+"""Scores rollouts without a trainer: any teachers and contexts over any rows, token by token.
+
+Rows without a completion get one that the student samples. Everything that training computes is computed by the same
+code: prompts, selection of tokens, signal, loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from opsd.contexts.completions import completion_ids
+from opsd.contexts.renderer import PromptRenderer
+from opsd.data.rows import completion_of
+from opsd.health.rollout import TracedRollout
+from opsd.models.forward import check_model
+from opsd.models.generation import generate
+from opsd.models.loading import load_model, without_dropout
+from opsd.rollouts import Ids, Rollouts
+from opsd.teachers import StudentHandle, Teacher
+from opsd.training.config import OPSDConfig
+from opsd.training.loss import Scorer
+from opsd.training.sampling import prepare_sampling, rollout_settings
+from opsd.training.traced import TracedRollouts
+
+ROWS = 8  # of a forward pass
+
+
+@dataclass(frozen=True)
+class Score:
+    """A rollout as one teacher with one context sees it.
+
+    >>> score.row, score.teacher, max(score.rollout.divergence)
+    (0, 'same_checkpoint · answer_only', 3.1)
+
+    Args:
+        row: number of the row.
+        teacher: the teacher and its context, in words.
+        rollout: with what both sides said of each token.
+    """
+
+    row: int
+    teacher: str
+    rollout: TracedRollout
+
+
+class RolloutScorer:
+    """A student that samples where rows have no completion, and teachers that score it.
+
+    >>> scorer = RolloutScorer("HuggingFaceTB/SmolLM2-135M-Instruct", args)
+    >>> for score in scorer.scores({0: row}, {"answer_only": load_teacher(None, context="answer_only")}): ...
+
+    Args:
+        model: the student: a folder or a hub id.
+        args: settings of sampling, of the divergence and of the tokens that are scored; it trains nothing.
+        revision: of the model.
+    """
+
+    def __init__(self, model: str, args: OPSDConfig, revision: str = "main"):
+        self._args = args
+        dtype = (args.model_init_kwargs or {}).get("dtype", "float32")
+        loaded, tokenizer = load_model(
+            model, trust_remote_code=args.trust_remote_code, revision=revision, dtype=dtype, use_safetensors=True
+        )
+        self._model: PreTrainedModel = without_dropout(loaded.to(args.device)).eval()
+        check_model(self._model, len(tokenizer))
+        renderer = PromptRenderer(tokenizer, None, args.chat_template_kwargs or {})
+        self._student = StudentHandle(self._model, renderer, args.trust_remote_code, None)
+        self._end_ids, _ = prepare_sampling(args, self._model, tokenizer)
+
+    def scores(self, rows: Mapping[int, Mapping[str, Any]], teachers: Mapping[str, Teacher]) -> Iterator[Score]:
+        """Yield each row as each teacher sees it.
+
+        Args:
+            rows: by their numbers.
+            teachers: by what they are called.
+        """
+        with torch.no_grad(), self._autocast():
+            completions = self._completions(list(rows.values()))
+            for name, teacher in teachers.items():
+                yield from self._scores(rows, completions, name, teacher)
+
+    def _scores(
+        self, rows: Mapping[int, Mapping[str, Any]], completions: Sequence[Ids], name: str, teacher: Teacher
+    ) -> Iterator[Score]:
+        scorer = Scorer(self._args, teacher)
+        scorer.prepare(self._student, self._end_ids)
+        makes = TracedRollouts(self._student.tokenizer, self._end_ids, teacher)
+        numbers, given = list(rows), list(rows.values())
+        prompts = [self._student.renderer.ids(row["prompt"]) for row in given]
+        own = [completion_of(row) is None for row in given]
+        traced = [True] * len(given)
+        whole = scorer.prepare_rollouts(Rollouts(given, prompts, completions, on_policy=own, is_traced=traced))
+        for start in range(0, len(whole), ROWS):
+            part = whole.select(range(start, min(start + ROWS, len(whole))))
+            record = scorer(self._model, scorer.score(part), self._args.device, 1)
+            for number, rollout in zip(numbers[start:], makes(record, part, range(len(part)), 0), strict=False):
+                yield Score(number, name, rollout)
+
+    def _completions(self, rows: Sequence[Mapping[str, Any]]) -> list[Ids]:
+        """Return the completions of rows, sampled where they have none."""
+        args, renderer = self._args, self._student.renderer
+        given = [completion_of(row) for row in rows]
+        prompts = [renderer.ids(row["prompt"]) for row, text in zip(rows, given, strict=True) if text is None]
+        sampled = iter(
+            generate(
+                self._model, prompts, self._student.tokenizer, max_new_tokens=args.max_completion_length,
+                batch_size=ROWS, do_sample=True, temperature=args.temperature, seed=args.seed,
+                stop_ids=self._end_ids, **rollout_settings(args),
+            )
+            if prompts
+            else ()
+        )  # fmt: skip
+
+        def ids_of(row: Mapping[str, Any], completion: Any) -> Ids:
+            if completion is None:
+                return next(sampled)
+            return completion if isinstance(completion, list) else completion_ids(renderer, row["prompt"], completion)
+
+        return [ids_of(row, completion) for row, completion in zip(rows, given, strict=True)]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._args.device.type, dtype=torch.bfloat16, enabled=bool(self._args.bf16))

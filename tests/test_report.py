@@ -1,0 +1,364 @@
+"""Reports: what they say of good, bad, broken and old runs; the data of the heat-map; the live page."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_llama, make_rows, make_tokenizer
+from evaluation_runs import DEV, KEPT, PLAN, make
+
+from opsd.cli import main
+from opsd.errors import ConfigError
+from opsd.evaluation.run_folder import read_card
+from opsd.health.log import FILE as LOG
+from opsd.health.log import read_lines
+from opsd.health.rollout import Alternatives, TracedRollout
+from opsd.health.traces import files_in, read_traces, write_rollouts
+from opsd.report.build import report_of
+from opsd.report.charts import POINTS, thin
+from opsd.report.heatmap import as_plain, by_step, chosen
+from opsd.report.live import HOST, LiveReport, make_server
+from opsd.report.run import read_run
+from opsd.report.verdict import better, healthy
+
+HOSTILE = "<script>alert(1)</script></textarea>\x1b[31m\u202eevil &amp; 😀"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run with looks, retention, health and traces."""
+    folder = tmp_path_factory.mktemp("report") / "run"
+    plan = {**PLAN, "selection": DEV, "every": 2, "retention": {"kept": {"rows": KEPT, "grader": PLAN["grader"]}}}
+    trainer = make(folder, evaluation=plan, max_steps=4, logging_steps=1)
+    trainer.train()
+    return folder
+
+
+class Outline(HTMLParser):
+    """The tags, headings and text of a page."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.text: list[str] = []
+        self.outside: list[str] = []  # addresses that a browser would load
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        loads = [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "poster")]
+        self.outside += [value for value in loads if not value.startswith(("#", "data:"))]
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def page_of(run: Path) -> Outline:
+    return Outline(report_of(read_run(run)))
+
+
+def a_rollout(step: int = 1, text: str = "It is 7 .", nats: float = 0.1, **changes: Any) -> TracedRollout:
+    tokens = [f" {word}" for word in text.split()]
+    count = len(tokens)
+    return TracedRollout(
+        step, "asked", "asked and told", list(range(count)), tokens, text, [nats] * count, [1.0] * count,
+        [-1.0] * count, [-2.0] * count, **changes,
+    )  # fmt: skip
+
+
+# ---- what a report says ----------------------------------------------------------------------------------------------
+
+
+def test_a_report_has_verdict_curves_tokens_samples_and_card_and_loads_nothing(run: Path, capsys: Any) -> None:
+    assert main(["report", str(run)]) == 0
+    assert f"report      {run / 'report.html'}" in capsys.readouterr().out
+    page = Outline((run / "report.html").read_text("utf-8"))
+    for words in (
+        "Did it get better?",
+        "Did it beat its controls?",
+        "Is it healthy?",
+        "Curves",
+        "Where the teacher",
+        "What was gained, and what was kept",
+        "The same questions before and after",
+        "Run card",
+    ):
+        assert words in page.words, words
+    assert page.outside == [] and page.tags.count("svg") >= 8 and "What is missing" not in page.words
+
+
+def test_the_first_sentence_is_the_gain_with_its_interval() -> None:
+    gain = {"difference": 0.2, "low": 0.1, "high": 0.3, "n": 50}
+    metrics = {when: {"accuracy": {"value": value}} for when, value in (("before", 0.2), ("after", 0.4))}
+    summary: dict[str, Any] = {"gain": gain, "metrics": metrics}
+    empty = read_run_of({})
+    assert better(empty).tone == "open" and "nothing was evaluated" in better(empty).text
+    good = better(replace(empty, summary=summary))
+    assert (
+        good.tone == "good"
+        and "from 20.0% to 40.0% of 50 held-out questions, +20.0 points (+10.0 to +30.0)" in good.text
+    )
+    bad = better(replace(empty, summary={**summary, "gain": {**gain, "low": -0.3, "high": -0.1}}))
+    assert bad.tone == "bad" and bad.text.startswith("No, it got worse")
+    lost = {"general": {"difference": {"high": -0.01}}}
+    assert better(replace(empty, summary={**summary, "retention": lost})).text.endswith("But it lost on general.")
+
+
+def read_run_of(card: dict[str, Any]) -> Any:
+    from opsd.report.run import ReportedRun
+
+    return ReportedRun(Path("run"), card)
+
+
+def test_a_run_that_a_monitor_acts_on_is_not_called_healthy(run: Path) -> None:
+    reported = read_run(run)
+    assert healthy(reported).tone == "good"
+    entries = [{**entry, "grad_norm": 0.0} for entry in reported.logs]
+    (run.parent / "sick").mkdir()
+    (run.parent / "sick" / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    sick = healthy(read_run(run.parent / "sick"))
+    assert sick.tone == "bad" and "gradient" in sick.text
+
+
+def test_controls_are_compared(run: Path, tmp_path: Path, capsys: Any) -> None:
+    plan = {**PLAN, "selection": DEV, "every": 2}
+    make(tmp_path / "sft", evaluation=plan, max_steps=2, control="off-policy").train()
+    assert main(["report", str(run), "--against", str(tmp_path / "sft"), "-o", str(tmp_path / "r.html")]) == 0
+    page = Outline((tmp_path / "r.html").read_text("utf-8"))
+    assert "off-policy" in page.words and "no control was given" not in page.words
+    assert main(["compare", str(run), str(tmp_path / "sft"), "--html", str(tmp_path / "c.html")]) == 0
+    page = Outline((tmp_path / "c.html").read_text("utf-8"))
+    assert "Compared on the test split" in page.words and page.outside == []
+
+
+# ---- runs that broke off, old runs, odd runs -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(run: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    folder = tmp_path / "broken"
+    shutil.copytree(run, folder)
+    return folder
+
+
+def test_a_run_that_broke_off_is_shown_and_says_what_is_missing(broken: Path) -> None:
+    (broken / "trainer_state.json").unlink()
+    text = (broken / LOG).read_text()
+    (broken / LOG).write_text(text[: text.index('"step": 3')])  # killed while it wrote
+    (broken / "evaluation" / "evaluation.json").write_text('{"metr')
+    (broken / "evaluation" / "after.json").unlink()
+    trace = files_in(broken / "traces")[0][2]
+    trace.write_bytes(trace.read_bytes()[:500])
+    page = page_of(broken)
+    for words in (
+        "the log: 1 line(s) are damaged",
+        f"the trace {trace.name}",
+        "the evaluation:",
+        "the end: the run has",
+    ):
+        assert words in page.words, words
+    assert "Curves" in page.words
+
+
+def test_a_run_without_card_and_of_another_trainer_is_shown(run: Path, tmp_path: Path) -> None:
+    logs = [{"step": step, "loss": 2.0 / step, "grad_norm": 1.0, "learning_rate": 1e-5} for step in (1, 2, 3)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
+    page = page_of(tmp_path)
+    assert "the run card:" in page.words and "loss" in page.words and page.tags.count("svg") == 3
+
+
+def test_a_run_of_an_older_version_is_shown(broken: Path) -> None:
+    """Before there was log.jsonl, and traces had no alternatives."""
+    (broken / LOG).unlink()
+    for _, _, path in files_in(broken / "traces"):
+        table = pq.read_table(path)
+        pq.write_table(table.drop_columns(["alternatives"]), path)
+    card = read_card(str(broken))
+    del card["outcome"]["health"]
+    (broken / "run_card.json").write_text(json.dumps(card))
+    page = page_of(broken)
+    assert "What is missing" not in page.words and "Where the teacher disagrees" in page.words
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, capsys: Any) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no run" in capsys.readouterr().err
+
+
+def test_a_long_run_makes_a_small_page() -> None:
+    """500 steps of 200 samples each: below 10 MB."""
+    import random
+
+    values = random.Random(0)
+    shown = Alternatives([" seven"] * 5, [-1.0] * 5, [" eight"] * 5, [-2.0] * 5, 1, 2)
+    words = " ".join("word" for _ in range(40))
+    rollouts = [
+        replace(a_rollout(step, words), divergence=[values.random() for _ in range(40)], alternatives=[shown] * 40)
+        for step in range(1, 501)
+        for _ in range(200)
+    ]
+    logs = [{"step": step, "divergence": values.random(), "entropy": 1.0, "grad_norm": 1.0} for step in range(1, 501)]
+    run = replace(read_run_of({}), logs=logs, rollouts=rollouts)
+    assert len(report_of(run).encode()) < 10e6
+    worst = max(rollouts, key=lambda rollout: max(rollout.divergence))
+    kept = chosen(rollouts)
+    assert worst in kept and kept[0].step == 1 and kept[-1].step == 500
+
+
+def test_a_long_curve_is_thinned_to_means() -> None:
+    thinned = thin([(float(step), 1.0 * (step % 2)) for step in range(1000)])
+    assert len(thinned) <= POINTS and all(0 < value < 1 for _, value in thinned[:-1])
+    assert thin([(1.0, 2.0)]) == [(1.0, 2.0)]
+
+
+# ---- text is data ----------------------------------------------------------------------------------------------------
+
+
+def test_text_of_models_and_datasets_never_becomes_markup(broken: Path) -> None:
+    rollouts = [
+        replace(r, prompt=HOSTILE, context=HOSTILE, tokens=[HOSTILE] * len(r.tokens)) for r in read_traces(broken)
+    ]
+    (path,) = [path for _, _, path in files_in(broken / "traces")]
+    write_rollouts(path, [(rollout, {}) for rollout in rollouts])
+    for name in ("before", "after"):
+        result = json.loads((broken / "evaluation" / f"{name}.json").read_text())
+        result["questions"][0], result["greedy"][0]["text"] = HOSTILE, HOSTILE
+        (broken / "evaluation" / f"{name}.json").write_text(json.dumps(result))
+    card = json.loads((broken / "run_card.json").read_text())
+    card["model"] = card["contexts"][0] = card["prompts"][0]["student"] = HOSTILE
+    (broken / "run_card.json").write_text(json.dumps(card))
+    html = report_of(read_run(broken))
+    assert "<script>alert" not in html and "</textarea>" not in html
+    assert "\x1b" not in html and "\u202e" not in html and "😀" in html
+    assert page_of(broken).tags.count("script") == 2  # our own: the data and what draws it
+
+
+# ---- the heat-map's data ---------------------------------------------------------------------------------------------
+
+
+def test_the_data_of_a_heat_map_is_what_was_traced() -> None:
+    top = Alternatives([" 7", " 8"], [-0.1, -2.5], [" 19"], [-0.2], 1, 0)
+    rollout = replace(a_rollout(3), divergence=[0.1, math.nan, 0.5, 2.0], alternatives=[top, None, None, None])
+    plain = as_plain(by_step([a_rollout(3), rollout]), "step", "rollout", "reverse KL")
+    assert [(each["first"], each["second"]) for each in plain["rollouts"]] == [("3", "1"), ("3", "2")]
+    shown = plain["rollouts"][1]
+    assert shown["nats"] == [0.1, None, 0.5, 2.0] and shown["top"][1] is None and shown["reward"] is None
+    assert shown["top"][0] == {
+        "student": [[" 7", -0.1], [" 8", -2.5]], "teacher": [[" 19", -0.2]], "student_rank": 1, "teacher_rank": 0,
+    }  # fmt: skip
+    json.dumps(plain, allow_nan=False)
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_has_every_entry_and_a_resumed_run_continues_it(tmp_path: Path) -> None:
+    settings = {"logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    make(tmp_path, max_steps=3, **settings).train()
+    trainer = make(tmp_path, max_steps=4, allow_changes=["max_steps"], **settings)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    entries, damaged = read_lines(tmp_path / LOG)
+    assert [entry["step"] for entry in entries if "divergence" in entry] == [1, 2, 3, 4] and damaged == 0
+    of_state = [entry for entry in trainer.state.log_history if "divergence" in entry]
+    assert [entry["divergence"] for entry in entries if "divergence" in entry] == [e["divergence"] for e in of_state]
+
+
+# ---- live ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served(broken: Path) -> Iterator[tuple[str, Path]]:
+    server = make_server(LiveReport(broken), 0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://{HOST}:{server.server_address[1]}", broken
+    server.shutdown()
+
+
+def fetch(address: str, **headers: str) -> str:
+    with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+def test_a_live_page_follows_the_run(served: tuple[str, Path]) -> None:
+    address, folder = served
+    version = fetch(f"{address}/version")
+    assert f'data-version="{version}"' in fetch(f"{address}/")
+    with (folder / LOG).open("a") as log:
+        log.write(json.dumps({"step": 5, "divergence": 0.123}) + "\n")
+    newer = fetch(f"{address}/version")
+    assert newer != version and f'data-version="{newer}"' in fetch(f"{address}/")
+
+
+def test_only_this_machine_is_answered(served: tuple[str, Path]) -> None:
+    for path, headers in (("/", {"Host": "elsewhere.example"}), ("/../run_card.json", {}), ("/run_card.json", {})):
+        with pytest.raises(urllib.error.HTTPError):
+            fetch(served[0] + path, **headers)
+    port = int(served[0].rpartition(":")[2])
+    with pytest.raises(ConfigError, match="--port"):
+        make_server(LiveReport(served[1]), port)
+
+
+def test_watch_prints_the_lines_of_a_run(run: Path, capsys: Any) -> None:
+    assert main(["watch", str(run), "--terminal"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 1/4  reverse KL ") and lines[-1].startswith("done ")
+    assert main(["watch", str(run / "nothing"), "--terminal"]) == 2
+
+
+# ---- scoring without a run -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_llama(0).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    given = [{**row, **({"completion": "It is 19."} if number == 1 else {})} for number, row in enumerate(make_rows(3))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    return path
+
+
+def test_teachers_and_contexts_score_rows_and_rollouts(model: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
+    files = [str(tmp_path / "s.html"), str(tmp_path / "s.parquet")]
+    command = ["score", str(rows), "--model_name_or_path", str(model), "--context", "answer_only", "none", "--row", "0"]
+    command += ["1", "--max_completion_length", "6", "--html", files[0], "-o", files[1], "--terminal"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "row 1 · teacher · context: answer_only" in out and "teacher: " in out
+    table = pq.read_table(files[1]).to_pylist()
+    assert [(each["row"], each["teacher"].rpartition(" ")[2]) for each in table] == [
+        (0, "answer_only"), (1, "answer_only"), (0, "none"), (1, "none")
+    ]  # fmt: skip
+    assert table[1]["text"].startswith("It is 19.") and not table[1]["on_policy"] and table[0]["on_policy"]
+    assert max(map(abs, table[2]["divergence"])) < 1e-5 < max(table[0]["divergence"])  # without a context it is itself
+    assert all(each["student_rank"] >= 1 and len(each["teacher_tokens"]) == 5 for each in table[0]["alternatives"])
+    assert Outline(Path(files[0]).read_text("utf-8")).outside == []
+
+
+def test_a_row_that_is_not_there_is_named(model: Path, rows: Path, capsys: Any) -> None:
+    assert main(["score", str(rows), "--model_name_or_path", str(model), "--row", "7"]) == 2
+    assert "the dataset has rows 0 to 2" in capsys.readouterr().err
