@@ -93,6 +93,7 @@ def train_printing(
     from transformers import TrainerCallback
 
     from opsd.commands.build import build_trainer
+    from opsd.commands.report import write_after_training
     from opsd.commands.run_file import read_run
     from opsd.training.display import Display
 
@@ -125,6 +126,7 @@ def train_printing(
     if trainer.stopped_by is not None:
         raise KeyboardInterrupt
     trainer.save_model()
+    write_after_training(trainer.args.output_dir, say)
     clock.stop("after")
     return trainer.files.examination.as_dict() if trainer.files.examination else {}
 

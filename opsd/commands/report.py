@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 FILE = "report.html"
@@ -22,6 +22,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="RUN", nargs="+", default=[], help="its controls, and its other seeds")
     parser.add_argument("-o", "--output", metavar="FILE.html", help=f"the page (default: {FILE} in the run's folder)")
     return parser
+
+
+def write_after_training(folder: str, say: Callable[[str], None]) -> None:
+    """Write the report of a run that has just ended; what goes wrong is said, and spoils no run."""
+    from opsd.evaluation.run_folder import write_whole
+    from opsd.report.build import report_of
+    from opsd.report.run import read_run
+
+    path = Path(folder) / FILE
+    try:
+        write_whole(path, report_of(read_run(Path(folder))))
+        say(f"report      {path}")
+    except Exception as error:
+        say(f"report      not written: {type(error).__name__}: {error}. Later: opsd report {folder}")
 
 
 def main(arguments: Sequence[str]) -> int:

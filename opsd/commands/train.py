@@ -87,6 +87,7 @@ def main(arguments: Sequence[str]) -> int:
 def _train(run: Any, resume: str | bool | None, skip_doctor: bool) -> int:
     """Examine, train and save; returns as `main`."""
     from opsd.commands.build import build_trainer
+    from opsd.commands.report import write_after_training
     from opsd.training import checkpoints
 
     args = run.args
@@ -103,6 +104,8 @@ def _train(run: Any, resume: str | bool | None, skip_doctor: bool) -> int:
     trainer.accelerator.print(f"saved {what}, its model card and run card in {args.output_dir}")
     if args.push_to_hub:
         trainer.push_to_hub()
+    if trainer.accelerator.is_main_process:
+        write_after_training(args.output_dir, print)
     trainer.end()
     return 0
 
