@@ -70,8 +70,9 @@ def test_train_takes_a_file_and_overrides_trains_and_saves(run_yaml: Path, capsy
 def test_a_run_that_learned_nothing_is_not_saved_as_a_trained_model(run_yaml: Path, capsys) -> None:
     """The last line was "saved the trained model", whatever had been trained."""
     assert main(["train", str(run_yaml), "--max_steps", "1", "--learning_rate", "0", "--skip-doctor"]) == 0
-    *_, reason, last = capsys.readouterr().out.splitlines()
+    *_, reason, last, report = capsys.readouterr().out.splitlines()
     assert reason.startswith("learned     nothing: learning_rate is 0")
+    assert report.startswith("report      ")
     assert last.startswith("saved the model, which learned nothing")
     assert "learning_rate is 0" in (run_yaml.parent / "run" / "README.md").read_text()
     assert "learning_rate is 0" in (run_yaml.parent / "run" / "run_card.md").read_text()

@@ -86,6 +86,7 @@ def test_tokens_are_reached_by_keyboard(opened: tuple[Any, list[str]]) -> None:
     assert "token 1 of" in page.locator("#detail").inner_text()
     page.keyboard.press("ArrowRight")
     assert "token 2 of" in page.locator("#detail").inner_text()
+    assert page.evaluate("document.activeElement.ariaPressed") == "true"  # the focus moves with it
     page.keyboard.press("Tab")  # one stop for all tokens
     assert not page.evaluate("document.activeElement.className").startswith("tok")
 

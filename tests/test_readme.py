@@ -69,8 +69,11 @@ def test_the_commands_run_in_their_order(tmp_path: Path, llama_folder: str, monk
     Path("plan.yaml").write_text("{test: test.jsonl, grader: last_number}")
     Path("run.yaml").write_text(blocks("yaml")[0].replace(MODEL, llama_folder))
     commands = [shlex.split(line, comments=True) for line in blocks("bash")[2].splitlines() if line.startswith("opsd")]
-    assert [c[1] for c in commands] == ["show", "doctor", "train", "train", "health", "eval", "sweep", "cp"]
+    assert [c[1] for c in commands] == [
+        "show", "score", "doctor", "train", "train", "health", "report", "eval", "sweep", "cp"
+    ]  # fmt: skip
     more = {
+        "score": [["--max_completion_length", "4"]],
         "doctor": [SMALL.split()],
         "train": [[*SMALL.split(), "--max_steps", "2"], [*SMALL.split(), "--max_steps", "2"]],
         "eval": [["--max_new_tokens", "4"]],

@@ -89,9 +89,9 @@ def _charts(run: ReportedRun) -> Iterator[Chart]:
     if seconds:
         says = "Where a step's time goes. What is neither rollouts nor teacher is the student's loss and its update."
         yield Chart("time", says, charts.lines(seconds, "seconds", steps=steps))
-    if memory := series(most="memory_gb"):
+    if memory := series(most="memory_gib"):
         says = "The most memory that the device had in use; without an accelerator, what the process holds."
-        yield Chart("memory", says, charts.lines(memory, "GB", steps=steps))
+        yield Chart("memory", says, charts.lines(memory, "GiB", steps=steps))
 
 
 def of_metric(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:

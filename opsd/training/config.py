@@ -154,7 +154,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         default=8,
         metadata={
             "help": "Rollouts of each step that are kept in traces/ of the output folder, with what student and "
-            "teacher gave every token: about 1 kB per 100 tokens. `opsd health` reads them. 0: none."
+            "teacher gave every token: about 7 kB per 100 tokens. `opsd health` reads them. 0: none."
         },
     )
     trace_mb: float = field(default=64.0, metadata={"help": "MB that traces/ may take; later steps are not kept."})

@@ -82,9 +82,10 @@ class TracedRollouts:
         if found is None:
             return None
         student, teacher = ([self._text_of(token) for token in ids] for ids in (found.student_ids, found.teacher_ids))
-        return Alternatives(
-            student, found.student_logprobs, teacher, found.teacher_logprobs, found.student_rank, found.teacher_rank
-        )
+        # A hundredth of a nat is a hundredth of a probability, and takes half the room of a float.
+        sides = (found.student_logprobs, found.teacher_logprobs)
+        of_student, of_teacher = ([round(value, 2) for value in side] for side in sides)
+        return Alternatives(student, of_student, teacher, of_teacher, found.student_rank, found.teacher_rank)
 
     def _text_of(self, token: int) -> str:
         if token not in self._texts:

@@ -62,6 +62,7 @@ from opsd.training.sampling import prepare_sampling
 from opsd.training.sampling_check import SamplingCheck, why_unchecked
 from opsd.training.saving import SavingTrainer
 from opsd.training.schedules import own_rows, scheduled, set_longest
+from opsd.training.step_clock import ROLLOUTS, TEACHER, StepClock
 from opsd.training.student import ready_student
 from opsd.training.vllm_sync import prepare_engine
 
@@ -159,6 +160,7 @@ class OPSDTrainer(SavingTrainer):
         self._say = partial(self.accelerator.print, flush=True)
         self._averages = {mode: Averages() for mode in ("train", "eval")}
         self._records = {mode: metrics.LossRecords() for mode in ("train", "eval")}
+        self._clock = StepClock()
         with self.accelerator.autocast():  # what probes the model computes as the run does
             self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
@@ -224,7 +226,8 @@ class OPSDTrainer(SavingTrainer):
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
         """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
-        rollouts = self._sample(inputs, own_rows(self, len(inputs)))
+        with self._clock.part(ROLLOUTS):
+            rollouts = self._sample(inputs, own_rows(self, len(inputs)))
         decode = partial(self._tokenizer.batch_decode, skip_special_tokens=True)
         if self.log_completions:
             for name, ids in (("prompt", rollouts.prompt_ids), ("completion", rollouts.completion_ids)):
@@ -285,7 +288,7 @@ class OPSDTrainer(SavingTrainer):
 
     def _scored(self, rollouts: Rollouts) -> dict[str, Any]:
         # Entered and left around the teacher's own weights: autocast caches what it casts.
-        with self.accelerator.autocast():
+        with self._clock.part(TEACHER), self.accelerator.autocast():
             return {"scored": self.scorer.score(rollouts)}
 
     def _compute_loss(self, unwrapped_student: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
@@ -308,6 +311,8 @@ class OPSDTrainer(SavingTrainer):
             if mode == "train":
                 self.tracer.take(records.kept, self.state.global_step + 1)
             tallies = records.tallies(self.accelerator, self.state.global_step + 1, with_loss=mode == "eval")
+            if mode == "train":
+                tallies |= self._clock.tallies(self.accelerator.device)
             self._averages[mode].add(self._sampling_check.compare(tallies))
         return loss
 
@@ -330,6 +335,7 @@ class OPSDTrainer(SavingTrainer):
         self._averages["eval"], self._records["eval"] = Averages(), metrics.LossRecords()
         with forked_generators(self.accelerator.device):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._clock.forget()
         output.metrics[f"{metric_key_prefix}_loss"] = self._averages["eval"].tallies.pop("loss").result
         return output
 
