@@ -310,6 +310,11 @@ def test_a_live_page_follows_the_run(served: tuple[str, Path]) -> None:
     assert newer != version and f'data-version="{newer}"' in fetch(f"{address}/")
 
 
+def test_a_live_page_waits_for_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    page = Outline(LiveReport(tmp_path).page())
+    assert "Nothing to show yet" in page.words and "holds no run" in page.words
+
+
 def test_only_this_machine_is_answered(served: tuple[str, Path]) -> None:
     for path, headers in (("/", {"Host": "elsewhere.example"}), ("/../run_card.json", {}), ("/run_card.json", {})):
         with pytest.raises(urllib.error.HTTPError):

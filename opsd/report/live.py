@@ -9,12 +9,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from opsd.errors import ConfigError
+from opsd.errors import CheckpointError, ConfigError
 from opsd.evaluation.run_folder import CARD
 from opsd.evaluation.summary import FOLDER
 from opsd.health.log import FILE
 from opsd.health.traces import FOLDER as TRACES
 from opsd.report.build import report_of
+from opsd.report.page import render
 from opsd.report.run import read_run
 
 HOST = "127.0.0.1"
@@ -52,7 +53,11 @@ class LiveReport:
         """Return the page."""
         with self._lock:
             if self._version != (version := self.version):
-                self._version, self._page = version, report_of(read_run(self.folder), live=version)
+                try:
+                    page = report_of(read_run(self.folder), live=version)
+                except CheckpointError as error:  # it has not begun
+                    return render("waiting.html", reason=str(error))
+                self._version, self._page = version, page
             return self._page
 
 

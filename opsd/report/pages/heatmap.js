@@ -17,7 +17,7 @@
   const percent = (logprob) => {
     if (logprob === null) return "unknown";
     const share = 100 * Math.exp(logprob);
-    return share >= 0.1 ? `${share.toFixed(1)} %` : `${share.toExponential(1)} %`;
+    return share >= 0.1 ? `${share.toFixed(1)} %` : "< 0.1 %";
   };
   const of = (first) => data.rollouts.filter((rollout) => rollout.first === first);
   const size = (value) => (value === null ? 0 : Math.abs(value));
