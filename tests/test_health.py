@@ -25,6 +25,7 @@ from opsd.health.rollout import Step, TracedRollout
 from opsd.health.statistics import copied, statistics_of
 from opsd.health.thresholds import THRESHOLDS
 from opsd.health.tokens import class_of
+from opsd.health.traces import read_traces
 from opsd.health.watch import FILE, Monitors, Watch, replay
 
 PROMPT, CONTEXT = "What is 3 + 4?", "What is 3 + 4? Reference: add the three ones to the four ones and call it 7."
@@ -154,6 +155,32 @@ def test_a_look_by_chance_is_worth_a_watch_only() -> None:
     for number, accuracy in enumerate((0.625, 0.75, 0.625)):
         watch.look(Step(number, {"eval_accuracy": accuracy}))
     assert watch.verdicts["task"].level == "watch"
+
+
+@pytest.mark.parametrize(("questions", "level"), [(60, "fine"), (600, "act")])
+def test_a_loss_of_accuracy_is_judged_by_its_number_of_questions(questions: int, level: str) -> None:
+    watch = Watch()
+    for number, accuracy in enumerate((0.5, 0.38, 0.37)):
+        watch.look(Step(number, {"eval_accuracy": accuracy, "eval_questions": questions}))
+    assert watch.verdicts["task"].level == level
+
+
+def test_few_words_of_thinking_are_no_measure() -> None:
+    """Eight rollouts of twenty tokens have one such word or none, by chance."""
+    first, later = [rollout("perhaps it is 7 , as three and four make 7")], [rollout("it is 7 , as three and four")]
+    watch = Watch()
+    for number in range(1, 13):
+        watch.look(Step(number, HEALTHY, first if number < 4 else later))
+    assert watch.verdicts["thinking"].level == "fine" and watch.values.start("thinking") > 50
+
+
+def test_what_was_read_of_rollouts_is_logged(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=2, logging_steps=1)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "divergence" in entry]
+    expected = statistics_of([each for each in read_traces(tmp_path) if each.step == 2])
+    assert {name: entries[1][name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert replay(entries).values.all("kl/mean") == pytest.approx(trainer.health.watch.values.all("kl/mean"))
 
 
 # ---- what they read --------------------------------------------------------------------------------------------------
