@@ -17,6 +17,7 @@ from opsd.commands.demo_sums import SumsSettings, sums_settings
 from opsd.commands.demo_tasks import Row, arithmetic, question, write_rows
 
 STEPS, EVERY, QUESTIONS = 40, 5, 400
+TESTED = 20  # questions of the test split, which says nothing here
 LOOKS_SEED = 4242  # of the questions that every run is asked every EVERY steps
 
 HEAD = '{% extends "base.jinja" %}\n{% block user %}\n{{ prompt }}\n\n'
@@ -99,7 +100,11 @@ RUNS: dict[str, Provoked] = {
 
 def questions() -> list[Row]:
     """Return the fixed questions that every run is asked."""
-    without = [question(row) for seed in range(3) for row in tasks.training_sums(STEPS * ROLLOUTS, seed)]
+    rows = [
+        *tasks.sums("test", TESTED),
+        *(row for seed in range(3) for row in tasks.training_sums(STEPS * ROLLOUTS, seed)),
+    ]
+    without = [question(row) for row in rows]
     return arithmetic(QUESTIONS, LOOKS_SEED, without=without)
 
 
@@ -112,7 +117,7 @@ def prepare(name: str, folder: Path) -> dict[str, Any]:
     (folder / "thinking.jinja").write_text(THINKING)
     write_rows(folder / "train.jsonl", run.rows(run.seed))
     write_rows(folder / "questions.jsonl", questions())
-    write_rows(folder / "test.jsonl", tasks.sums("test", 20))
+    write_rows(folder / "test.jsonl", tasks.sums("test", TESTED))
     context = run.context.format(folder=folder) if isinstance(run.context, str) else run.context
     plan = {
         "test": str(folder / "test.jsonl"), "selection": str(folder / "questions.jsonl"), "every": EVERY,
