@@ -14,7 +14,7 @@ from losses_twin import Problem, listed, log_distribution, teacher_distribution
 
 from opsd.health.traces import read_traces
 from opsd.losses import Divergence, Objective, kernel
-from opsd.losses.likeliest import ALTERNATIVES, COUNT, taken_apart
+from opsd.losses.likeliest import COUNT, taken_apart
 from opsd.signals import TopKSignal
 
 
@@ -41,7 +41,10 @@ def traced(given: Problem, every: int = 3) -> Problem:
     return replace(given, tokens=replace(given.tokens, is_traced_N=torch.arange(count) % every == 0))
 
 
-@pytest.mark.parametrize("settings", [{}, {"keep_fraction": 0.5}, {"loss_budget_mb": 0.002}], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"keep_fraction": 0.5}, {"loss_budget_mb": 0.002}, {"compile_loss": True}], ids=str
+)
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_alternatives_are_the_likeliest_tokens_of_both_sides(
     signal: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -51,7 +54,7 @@ def test_alternatives_are_the_likeliest_tokens_of_both_sides(
     given = traced(problem(23, signal=signal, left_out=True))
     objective = Objective(Divergence(support="teacher_top_k", support_k=4, temperature=temperature), **settings)
     record = objective(given.hidden_ND, given.head, given.signal, given.tokens, reference=given.reference)
-    found = [taken_apart(row) for row in record.metrics[ALTERNATIVES].tolist()]
+    found = [taken_apart(row) for row in record.alternatives_NA.tolist()]
     seen = 0
     for n, each in enumerate(found):
         if n % 3 or given.tokens.weight_N[n] == 0:
@@ -72,8 +75,9 @@ def test_alternatives_are_the_likeliest_tokens_of_both_sides(
     assert seen >= 2
 
 
-def test_tracing_changes_no_loss_and_no_gradient() -> None:
-    objective = Objective(Divergence(), ref_kl_coef=0.2, keep_fraction=0.7)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_tracing_changes_no_loss_and_no_gradient(recompute: bool) -> None:
+    objective = Objective(Divergence(), ref_kl_coef=0.2, keep_fraction=0.7, recompute_loss=recompute)
     results = []
     for given in (problem(23), traced(problem(23))):
         states = given.hidden_ND.clone().requires_grad_()

@@ -66,6 +66,9 @@ class Rule(Protocol):
         ...
 
 
+Observer = Callable[[Tensor, Sequence[Tensor], slice], dict[str, Tensor]]  # as a Rule; returns columns
+
+
 class Gradients(NamedTuple):
     """Gradients of the loss with respect to states, head weight and bias; None where not needed."""
 
@@ -83,14 +86,14 @@ class Kernel:
         rule: computes the loss.
         budget_mb: MiB that the logits of a chunk may take; None chooses by device.
         recompute: whether the backward pass computes everything again instead of keeping the head's gradient.
-        observe: called with the logits of each block; returns more columns of metrics.
+        observe: called with the logits of each block of the first run; returns more columns of metrics.
     """
 
     parts: Sequence[HiddenSignal]
     rule: Rule
     budget_mb: float | None = None
     recompute: bool = False
-    observe: Callable[[Tensor, Sequence[Tensor], slice], dict[str, Tensor]] | None = None
+    observe: Observer | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def loss(self, hidden_ND: Tensor, head: Head) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,6 +127,7 @@ class Kernel:
                 for is_needed, like in zip(needed, (hidden_ND, head.weight_VD, head.bias_V), strict=True)
             )
         )
+        observe, self.observe = self.observe, None  # once: a backward pass that recomputes has been observed
         # Filled in place: small tensors kept from every block would lie between the large ones that a block frees, and
         # a CPU's heap would grow to the size of all logits.
         columns: dict[str, Tensor] = {}
@@ -134,7 +138,7 @@ class Kernel:
             head.logits_into(states_ND[rows], logits[0])
             for (other_ND, other), logits_RV in zip(parts, logits[1:], strict=True):
                 other.logits_into(other_ND[rows].to(dtype), logits_RV)
-            for block, values in self._apply_rule(logits, rows, head, any(needed)):
+            for block, values in self._apply_rule(logits, rows, head, any(needed), observe):
                 for name, column in values.items():
                     if name not in columns:
                         columns[name] = column.new_empty((count, *column.shape[1:]))
@@ -146,7 +150,7 @@ class Kernel:
         return loss, gradients
 
     def _apply_rule(
-        self, logits: Tensor, rows: slice, head: Head, needs_gradient: bool
+        self, logits: Tensor, rows: slice, head: Head, needs_gradient: bool, observe: Observer | None
     ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Yield losses and metrics block by block, and leave the gradient where the student's logits were."""
         length, vocab_size = logits.shape[1:]
@@ -154,7 +158,7 @@ class Kernel:
         for start in range(0, max(length, 1), step):
             block = logits[:, start : start + step]
             where = slice(rows.start + start, rows.start + min(start + step, length))
-            seen = {} if self.observe is None else self.observe(block[0], list(block[1:]), where)
+            seen = {} if observe is None else observe(block[0], list(block[1:]), where)
             loss = self.rule(block[0], list(block[1:]), where)
             if needs_gradient:
                 block[0].copy_(head.backward_transform(loss.grad_RV, block[0]))

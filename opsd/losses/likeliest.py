@@ -14,7 +14,7 @@ from opsd.signals import TopKSignal
 
 COUNT = 5
 WIDTH = 4 * COUNT + 2  # columns: ids and log-probabilities of both sides, and both ranks
-ALTERNATIVES = "alternatives"  # the name of these columns among a loss record's metrics
+ALTERNATIVES = "alternatives"  # the name of these columns in the kernel
 
 
 class Likeliest(NamedTuple):

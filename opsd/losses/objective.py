@@ -23,6 +23,7 @@ from opsd.errors import ConfigError, not_one_of
 from opsd.losses.divergence import Divergence, DivergenceSettings
 from opsd.losses.estimators import ESTIMATORS, REWARD_TO_GO, discounted_reward_to_go, mean_reward_to_go
 from opsd.losses.kernel import Kernel
+from opsd.losses.likeliest import ALTERNATIVES
 from opsd.losses.pointwise import log_ratio
 from opsd.losses.rule import Tokens, TrainingRule, compiled
 from opsd.losses.token_weights import by_drift, contrastive, keep_top_fraction
@@ -42,6 +43,8 @@ class LossOutput:
         entropy_N: float32, the student's entropy in nats, detached.
         metrics: what else is logged, float32 (N,) by name, detached.
         statistics_seconds: seconds of the pass without gradient that some objectives need first.
+        alternatives_NA: float32, what both sides would have sampled at traced tokens, as `losses.likeliest` packs it;
+            None where none is traced.
 
     Example:
         >>> output = objective(hidden_ND, head, signal, tokens)
@@ -54,6 +57,7 @@ class LossOutput:
     entropy_N: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     statistics_seconds: float = 0.0
+    alternatives_NA: Tensor | None = None
 
 
 @dataclass(kw_only=True)
@@ -282,7 +286,8 @@ class Objective(ObjectiveSettings):
         if self.uses_sampled_tokens:
             ratio_N = log_ratio(metrics["logprob"], metrics["teacher_logprob"])
             metrics |= {name: estimate(ratio_N) for name, estimate in ESTIMATORS.items()}
-        return LossOutput(loss, metrics.pop("divergence"), metrics.pop("entropy"), metrics, seconds)
+        alternatives = metrics.pop(ALTERNATIVES, None)
+        return LossOutput(loss, metrics.pop("divergence"), metrics.pop("entropy"), metrics, seconds, alternatives)
 
     @property
     def needs_statistics(self) -> bool:
@@ -322,11 +327,15 @@ class Objective(ObjectiveSettings):
         return weighed.select(kept), kept, seen
 
     def _kernel(self, batch: _Batch) -> Kernel:
+        # Without the mask of traced tokens, whose coming and going would compile the rule once more.
+        tokens = replace(batch.tokens, is_traced_N=None)
         rule = TrainingRule(
-            self.divergence, batch.signal, batch.tokens, self.importance_clip, batch.reference, self.ref_kl_coef
+            self.divergence, batch.signal, tokens, self.importance_clip, batch.reference, self.ref_kl_coef
         )
         fuse = batch.hidden_ND.is_cuda and has_triton() if self.compile_loss is None else self.compile_loss
-        observe = None if batch.tokens.is_traced_N is None else rule.alternatives
+        observe = None
+        if batch.tokens.is_traced_N is not None:  # a host waits for its GPU here
+            observe = partial(rule.alternatives, batch.tokens.is_traced_N.nonzero()[:, 0].tolist())
         call = partial(compiled(), rule) if fuse else rule
         return Kernel(rule.parts, call, self.loss_budget_mb, self.recompute_loss, observe)
 
@@ -382,10 +391,12 @@ def _merged(outputs: Sequence[tuple[Any, LossOutput]], count: int) -> LossOutput
         return torch.stack([_scatter(column, where, count) for where, column in values]).sum(0)
 
     names = sorted({name for _, output in outputs for name in output.metrics})
+    traced = [(where, o.alternatives_NA) for where, o in outputs if o.alternatives_NA is not None]
     return LossOutput(
         torch.stack([output.loss for _, output in outputs]).sum(),
         together([(where, output.divergence_N) for where, output in outputs]),
         together([(where, output.entropy_N) for where, output in outputs]),
         {name: together([(w, o.metrics[name]) for w, o in outputs if name in o.metrics]) for name in names},
         sum(output.statistics_seconds for _, output in outputs),
+        together(traced) if traced else None,
     )

@@ -134,16 +134,19 @@ class TrainingRule:
         grad_RV = torch.addcmul(grad_log_s_RV, s, grad_log_s_RV.sum(-1, keepdim=True), value=-1.0)
         return BlockLoss(loss_R, grad_RV if temperature == 1.0 else grad_RV / temperature, metrics)
 
-    def alternatives(self, student_RV: Tensor, others: Sequence[Tensor], rows: slice) -> dict[str, Tensor]:
-        """Return the likeliest tokens of both sides at traced tokens, (R, WIDTH), 0 elsewhere; see `likeliest`."""
-        tokens = self.tokens.select(rows)
-        assert tokens.is_traced_N is not None and tokens.ids_N is not None
-        traced = tokens.is_traced_N.nonzero()[:, 0]  # a host waits for its GPU here
+    def alternatives(
+        self, traced: Sequence[int], student_RV: Tensor, others: Sequence[Tensor], rows: slice
+    ) -> dict[str, Tensor]:
+        """Return the likeliest tokens of both sides at traced places of N, (R, WIDTH), 0 elsewhere; see `likeliest`."""
         columns = torch.zeros((len(student_RV), WIDTH), dtype=torch.float32, device=student_RV.device)
-        if len(traced):
-            log_s = torch.log_softmax(student_RV[traced] / self.divergence.temperature, dim=-1)
-            teacher = self._teacher([logits_RV[traced] for logits_RV in others], rows.start + traced)
-            columns[traced] = likeliest(log_s, teacher, tokens.ids_N[traced])
+        places = [place for place in traced if rows.start <= place < rows.stop]
+        if places:
+            place_M = torch.tensor(places, device=student_RV.device)
+            row_M = place_M - rows.start
+            log_s = torch.log_softmax(student_RV[row_M] / self.divergence.temperature, dim=-1)
+            teacher = self._teacher([logits_RV[row_M] for logits_RV in others], place_M)
+            assert self.tokens.ids_N is not None
+            columns[row_M] = likeliest(log_s, teacher, self.tokens.ids_N[place_M])
         return {ALTERNATIVES: columns}
 
     def _teacher(self, others: Sequence[Tensor], rows: slice | Tensor) -> Tensor | TopKSignal:

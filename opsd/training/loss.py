@@ -173,7 +173,7 @@ class Scorer:
             return on_device(values)[batch.row_N]
 
         # The teacher saw no prompt of a row that is only reinforced.
-        traced = [both[0] and both[1] > 0 for both in zip(rollouts.is_traced, rollouts.distill_weight, strict=True)]
+        traced = [is_traced and w > 0 for is_traced, w in zip(rollouts.is_traced, rollouts.distill_weight, strict=True)]
         return Tokens(
             weight_N=share * of_row(rollouts.row_weights),
             ids_N=batch.scored_ids_N,

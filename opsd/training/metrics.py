@@ -19,11 +19,10 @@ from accelerate.utils import gather_object
 
 from opsd.errors import NonFiniteLossError
 from opsd.losses import LossOutput
-from opsd.losses.likeliest import ALTERNATIVES
 from opsd.rollouts import Rollouts
 from opsd.training.averages import KINDS, Tally
 
-NOT_LOGGED = frozenset({"logprob", "teacher_logprob", ALTERNATIVES})  # for estimators and traces
+NOT_LOGGED = frozenset({"logprob", "teacher_logprob"})  # for estimators and traces
 GAP = "sampling_gap"
 REWARDS = "reward functions"  # when a metric is logged: in runs that have these
 BY_FUNCTION = "rewards/{function}"
@@ -157,8 +156,8 @@ METRICS: tuple[Metric, ...] = (
     # Health
     Metric("health", "level", "the worst level of all monitors: 0 fine, 1 watch, 2 act (docs/health.md)",
            "health/watch.py"),
-    Metric("kl/mean", "nats per token", "size of the divergence, mean over traced tokens", _TRACED, _TRACES),
     Metric("traced_tokens", "tokens", "of the traced rollouts that the student sampled", _TRACED, _TRACES),
+    Metric("kl/mean", "nats per token", "size of the divergence, mean over traced tokens", _TRACED, _TRACES),
     Metric("kl/off_policy", "nats per token", "the same of traced texts that the student did not write", _TRACED,
            "lmbda below 1"),
     Metric("kl/quarter_{number}", "nats per token", "the same by position: in each quarter of a rollout", _TRACED,

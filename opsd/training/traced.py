@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd.health.rollout import Alternatives, TracedRollout
 from opsd.losses import LossOutput
-from opsd.losses.likeliest import ALTERNATIVES, WIDTH, taken_apart
+from opsd.losses.likeliest import WIDTH, taken_apart
 from opsd.rollouts import Rollouts
 from opsd.teachers import Teacher
 
@@ -53,7 +53,7 @@ class TracedRollouts:
         columns = [record.divergence_N, record.entropy_N, *(record.metrics.get(name, unknown) for name in COLUMNS)]
         no_alternatives = record.divergence_N.new_zeros((count, WIDTH))
         values = torch.stack(columns).float().cpu()
-        others = record.metrics.get(ALTERNATIVES, no_alternatives).cpu()
+        others = (no_alternatives if record.alternatives_NA is None else record.alternatives_NA).cpu()
         ends = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()]).cumsum(0).tolist()
         for row in rows:
             mask = (rollouts.loss_mask or ())[row]
@@ -61,11 +61,13 @@ class TracedRollouts:
             scored = slice(ends[row] - sum(mask), ends[row])
             columns_T = torch.full((len(columns), len(ids)), math.nan)
             columns_T[:, torch.tensor(mask, dtype=torch.bool)] = values[:, scored]
+            if not rollouts.distill_weight[row] or not rollouts.row_weights[row]:
+                columns_T[[0, 3]] = math.nan  # no teacher saw it
             divergence, entropy, logprob, teacher_logprob = columns_T.tolist()
             found = iter(others[scored].tolist())
             alternatives = [self._alternatives(next(found)) if is_scored else None for is_scored in mask]
             yield TracedRollout(
-                step, self._decode(rollouts.prompt_ids[row]), self._decode(self._seen(rollouts, row)), ids,
+                step, self._prompt(rollouts.prompt_ids[row]), self._prompt(self._seen(rollouts, row)), ids,
                 [self._text_of(token) for token in ids], self._decode(ids), divergence, entropy, logprob,
                 teacher_logprob, reward=rollouts.rewards[row], ended=bool(ids) and ids[-1] in self._end_ids,
                 on_policy=rollouts.on_policy[row], alternatives=alternatives if any(alternatives) else (),
@@ -93,4 +95,7 @@ class TracedRollouts:
         return self._texts[token]
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids))[-LONGEST_PROMPT:] if ids else ""
+        return self._tokenizer.decode(list(ids)) if ids else ""
+
+    def _prompt(self, ids: Sequence[int]) -> str:
+        return self._decode(ids)[-LONGEST_PROMPT:]
