@@ -41,11 +41,14 @@ def traced(given: Problem, every: int = 3) -> Problem:
     return replace(given, tokens=replace(given.tokens, is_traced_N=torch.arange(count) % every == 0))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "settings", [{}, {"keep_fraction": 0.5}, {"loss_budget_mb": 0.002}, {"compile_loss": True}], ids=str
-)
-@pytest.mark.parametrize("signal", SIGNALS)
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((signal, {}) for signal in SIGNALS),
+    *(("hidden", settings) for settings in ({"keep_fraction": 0.5}, {"loss_budget_mb": 0.002}, {"compile_loss": True})),
+    ("top-k lists", {"loss_budget_mb": 0.002}),
+]
+
+
+@pytest.mark.parametrize(("signal", "settings"), CASES, ids=str)
 def test_alternatives_are_the_likeliest_tokens_of_both_sides(
     signal: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +94,7 @@ def test_tracing_changes_no_loss_and_no_gradient(recompute: bool) -> None:
 def test_traces_have_them_at_every_scored_token(teacher: str, tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, MAKE_TEACHER[teacher](), max_steps=2, trace_rollouts=3)
     trainer.train()
-    rollouts = list(read_traces(tmp_path))
+    rollouts = list(read_traces(tmp_path, alternatives=True))
     assert len(rollouts) == 6
     for rollout in rollouts:
         assert len(rollout.alternatives) == len(rollout.ids)

@@ -30,7 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of a small run, one of whose rollouts is hostile text."""
     folder = tmp_path_factory.mktemp("pages") / "run"
     make(folder, evaluation={**PLAN, "selection": DEV, "every": 2}, max_steps=3, logging_steps=1).train()
-    rollouts = list(read_traces(folder))
+    rollouts = list(read_traces(folder, alternatives=True))
     rollouts[0] = replace(rollouts[0], prompt=HOSTILE, context=HOSTILE, tokens=[HOSTILE] * len(rollouts[0].tokens))
     (path,) = [path for _, _, path in files_in(folder / "traces")]
     write_rollouts(path, [(rollout, {}) for rollout in rollouts])

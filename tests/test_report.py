@@ -20,6 +20,7 @@ from evaluation_runs import DEV, KEPT, PLAN, make
 
 from opsd.cli import main
 from opsd.errors import ConfigError
+from opsd.evaluation.compare import compare, read_runs
 from opsd.evaluation.run_folder import read_card
 from opsd.health.log import FILE as LOG
 from opsd.health.log import read_lines
@@ -30,7 +31,7 @@ from opsd.report.charts import POINTS, thin
 from opsd.report.heatmap import as_plain, by_step, chosen
 from opsd.report.live import HOST, LiveReport, make_server
 from opsd.report.run import read_run
-from opsd.report.verdict import better, healthy
+from opsd.report.verdict import beats_controls, better, healthy
 
 HOSTILE = "<script>alert(1)</script></textarea>\x1b[31m\u202eevil &amp; 😀"
 
@@ -220,9 +221,21 @@ def test_a_long_run_makes_a_small_page() -> None:
     logs = [{"step": step, "divergence": values.random(), "entropy": 1.0, "grad_norm": 1.0} for step in range(1, 501)]
     run = replace(read_run_of({}), logs=logs, rollouts=rollouts)
     assert len(report_of(run).encode()) < 10e6
-    worst = max(rollouts, key=lambda rollout: max(rollout.divergence))
+    worst = max(range(len(rollouts)), key=lambda place: max(rollouts[place].divergence))
     kept = chosen(rollouts)
-    assert worst in kept and kept[0].step == 1 and kept[-1].step == 500
+    assert worst in kept and rollouts[kept[0]].step == 1 and rollouts[kept[-1]].step == 500
+
+
+@pytest.mark.parametrize("length", [1, 40, 2600, 30_000])
+def test_a_page_holds_no_more_tokens_than_it_can(length: int) -> None:
+    words = " ".join(["word"] * length)
+    one = a_rollout(1, words)
+    rollouts = [replace(one, step=step) for step in range(1, 31) for _ in range(2)]
+    kept = chosen(rollouts, most=10_000)
+    tokens = sum(len(rollouts[place].ids) for place in kept)
+    assert kept and (tokens <= 10_000 or len(kept) == 1)
+    if 2 * length <= 10_000:
+        assert {1, 30} <= {rollouts[place].step for place in kept} | ({30} if length == 2600 else set())
 
 
 def test_a_long_curve_is_thinned_to_means() -> None:
@@ -288,16 +301,44 @@ def test_the_log_has_every_entry_and_a_resumed_run_continues_it(tmp_path: Path) 
 
 @pytest.fixture
 def served(broken: Path) -> Iterator[tuple[str, Path]]:
-    server = make_server(LiveReport(broken), 0)
+    report = LiveReport(broken)
+    server = make_server(report, 0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    yield f"http://{HOST}:{server.server_address[1]}", broken
+    yield f"http://{HOST}:{server.server_address[1]}/{report.key}", broken
     server.shutdown()
 
 
 def fetch(address: str, **headers: str) -> str:
     with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20) as answer:
         return str(answer.read().decode())
+
+
+def test_a_run_that_was_stopped_has_not_ended(broken: Path) -> None:
+    card = read_card(str(broken))
+    del card["outcome"]
+    card["settings"]["max_steps"] = 9
+    (broken / "run_card.json").write_text(json.dumps(card))
+    assert any("train_runtime" in entry for entry in read_run(broken).logs) and not read_run(broken).has_ended
+
+
+def test_a_part_that_cannot_be_made_leaves_the_others(broken: Path) -> None:
+    card = read_card(str(broken))
+    del card["teacher"]
+    (broken / "run_card.json").write_text(json.dumps(card))
+    summary = json.loads((broken / "evaluation" / "evaluation.json").read_text())
+    summary["drift"] = {"per_token": {}}
+    (broken / "evaluation" / "evaluation.json").write_text(json.dumps(summary))
+    page = page_of(broken)
+    assert "the run card: KeyError" in page.words and "drift: KeyError" in page.words and "Curves" in page.words
+
+
+def test_the_page_of_a_control_does_not_claim_the_methods_success(run: Path, tmp_path: Path) -> None:
+    plan = {**PLAN, "selection": DEV, "every": 2}
+    make(tmp_path / "sft", evaluation=plan, max_steps=2, control="off-policy").train()
+    comparison = compare(read_runs([str(run), str(tmp_path / "sft")]))
+    assert beats_controls(comparison, str(tmp_path / "sft")).text.startswith("This run is one: off-policy.")
+    assert not beats_controls(comparison, str(run)).text.startswith("This run is one")
 
 
 def test_a_live_page_follows_the_run(served: tuple[str, Path]) -> None:
@@ -316,10 +357,16 @@ def test_a_live_page_waits_for_a_run_that_has_not_begun(tmp_path: Path) -> None:
 
 
 def test_only_this_machine_is_answered(served: tuple[str, Path]) -> None:
-    for path, headers in (("/", {"Host": "elsewhere.example"}), ("/../run_card.json", {}), ("/run_card.json", {})):
+    address, _, key = served[0].rpartition("/")
+    for path, headers in (
+        (f"/{key}/", {"Host": "elsewhere.example"}),
+        ("/", {}),  # without the key of the address, which other users of the machine do not know
+        (f"/{key}/../run_card.json", {}),
+        ("/run_card.json", {}),
+    ):
         with pytest.raises(urllib.error.HTTPError):
-            fetch(served[0] + path, **headers)
-    port = int(served[0].rpartition(":")[2])
+            fetch(address + path, **headers)
+    port = int(address.rpartition(":")[2])
     with pytest.raises(ConfigError, match="--port"):
         make_server(LiveReport(served[1]), port)
 

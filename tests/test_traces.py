@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,27 @@ def test_a_step_keeps_as_many_as_asked_and_no_run_more_than_its_size(
     assert len(run(tmp_path / "two", trace_rollouts=2)) == 6
     assert run(tmp_path / "none", trace_rollouts=0) == [] and not (tmp_path / "none" / "traces").exists()
     small = run(tmp_path / "small", trace_mb=1e-4, save_strategy="steps", save_steps=1)
-    assert {rollout.step for rollout in small} == {1}
-    assert capsys.readouterr().out.count("later steps are not kept. Raise trace_mb") == 1
+    assert {rollout.step for rollout in small} == {1, 3}  # the first file and the last one
+    assert capsys.readouterr().out.count("every second file is removed, then and later. Raise trace_mb") == 1
+
+
+def test_siblings_are_traced_in_pairs(tmp_path: Path) -> None:
+    """A random sample of a large batch has hardly two rollouts of a prompt, and none can be compared."""
+    made = run(tmp_path, num_generations=4, per_device_train_batch_size=8, trace_rollouts=4, max_steps=1)
+    assert sorted(Counter(rollout.prompt for rollout in made).values()) == [2, 2]
+
+
+def test_what_no_teacher_saw_has_no_divergence(tmp_path: Path) -> None:
+    def low(completion_ids: Any, **columns: Any) -> list[float]:
+        return [float(ids[0] < 200) for ids in completion_ids]
+
+    settings = {"reward_funcs": low, "num_generations": 4, "distill_on": "wrong", "grpo_coef": 0.1}
+    made = run(tmp_path, per_device_train_batch_size=8, trace_rollouts=8, max_steps=2, **settings)
+    assert {rollout.reward for rollout in made} == {0.0, 1.0}
+    for rollout in made:
+        unknown = [math.isnan(value) for value in (*rollout.divergence, *rollout.teacher_logprob)]
+        assert all(unknown) if rollout.reward else not any(unknown)
+        assert not any(math.isnan(value) for value in rollout.logprob)
 
 
 def test_rewards_and_cut_rollouts_are_known(tmp_path: Path) -> None:

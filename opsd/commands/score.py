@@ -111,7 +111,9 @@ def _rows(run: Run, teachers: Sequence[Teacher], numbers: Sequence[int]) -> dict
     )
     rows = list(islice(iter(dataset), max(numbers, default=0) + 1))
     for number in numbers:
-        if not 0 <= number < len(rows):
+        if number < 0:
+            raise ConfigError(f"rows are counted from 0, and row {number} was asked for.")
+        if number >= len(rows):
             raise ConfigError(f"the dataset has rows 0 to {len(rows) - 1}, and row {number} was asked for.")
     return {number: rows[number] for number in numbers}
 
@@ -131,7 +133,7 @@ def _print(scores: Sequence[Score]) -> None:
 
 def _worst(score: Score) -> Iterator[str]:
     """Yield the tokens with the largest divergence, each with what both sides would have said."""
-    from opsd.health.tokens import printable
+    from opsd.health.text import printable
 
     rollout = score.rollout
     scored = [place for place, nats in enumerate(rollout.divergence) if not math.isnan(nats)]
@@ -147,7 +149,7 @@ def _worst(score: Score) -> Iterator[str]:
 
 
 def _listed(tokens: Sequence[str], logprobs: Sequence[float]) -> str:
-    from opsd.health.tokens import printable
+    from opsd.health.text import printable
 
     pairs = list(zip(tokens, logprobs, strict=True))[:LISTED]
     return ", ".join(f"{printable(token)!r} {math.exp(value):.0%}" for token, value in pairs)
@@ -159,7 +161,7 @@ def _write_page(path: Path, run: Run, scores: Sequence[Score]) -> None:
     from opsd.report.page import render
 
     divergence = run.args.objective.divergence
-    name = divergence.kind.describe(divergence.beta).partition("(")[0].strip()
+    name = divergence.kind.name(divergence.beta)
     shown = [Shown(str(score.row), score.teacher, score.rollout) for score in scores]
     student = str(run.model.model_name_or_path).rstrip("/").rpartition("/")[2]
     html = render(

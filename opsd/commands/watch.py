@@ -7,8 +7,12 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from opsd.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from opsd.report.run import ReportedRun
 
 PORT = 8765
 SECONDS = 2.0  # between two looks at the log
@@ -32,6 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     """Serve and print until Ctrl-C, or until the run has ended where nothing is served."""
     options = make_parser().parse_args(arguments)
     from opsd.health.log import read_log
+    from opsd.training.display import line_of
 
     folder = Path(options.run)
     if not folder.is_dir():
@@ -39,9 +44,10 @@ def main(arguments: Sequence[str]) -> int:
     if not options.terminal:
         from opsd.report.live import HOST, LiveReport, make_server
 
-        server = make_server(LiveReport(folder), options.port)
+        report = LiveReport(folder)
+        server = make_server(report, options.port)
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        print(f"report      http://{HOST}:{server.server_address[1]}  (Ctrl-C ends it)", flush=True)
+        print(f"report      http://{HOST}:{server.server_address[1]}/{report.key}/  (Ctrl-C ends it)", flush=True)
     seen, has_ended = 0, False
     while not (has_ended and options.terminal):
         try:
@@ -50,24 +56,19 @@ def main(arguments: Sequence[str]) -> int:
             logs = []  # it has not begun to log
         if len(logs) < seen:
             seen = 0  # it began anew
-        for line in _lines(folder, logs[seen:]):
-            print(line, flush=True)
-        has_ended = any("train_runtime" in entry for entry in logs)
-        seen = len(logs)
+        run = _run(folder, logs)
+        for entry in logs[seen:]:
+            print(line_of(entry, entry["step"], run.planned_steps, run.divergence), flush=True)
+        has_ended, seen = run.has_ended, len(logs)
         time.sleep(0 if has_ended and options.terminal else SECONDS)
     return 0
 
 
-def _lines(folder: Path, entries: Sequence[dict[str, object]]) -> Sequence[str]:
-    """Return a line per entry, as `opsd train` prints it."""
-    if not entries:
-        return []
+def _run(folder: Path, logs: Sequence[dict[str, Any]]) -> ReportedRun:
     from opsd.evaluation.run_folder import read_card
     from opsd.report.run import ReportedRun
-    from opsd.training.display import line_of
 
     try:
-        run = ReportedRun(folder, read_card(str(folder)))
+        return ReportedRun(folder, read_card(str(folder)), logs)
     except CheckpointError:
-        run = ReportedRun(folder)
-    return [line_of(entry, int(str(entry["step"])), run.planned_steps, run.divergence) for entry in entries]
+        return ReportedRun(folder, {}, logs)

@@ -44,15 +44,26 @@ class Lines:
         except (OSError, ValueError, KeyError, TypeError) as error:
             self.damage = f"{type(error).__name__}: {error}"
 
+    def begin(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Write the file anew."""
+        try:
+            write_whole(self.path, "".join(map(_line, entries)))
+        except (OSError, TypeError, ValueError) as error:
+            self.damage = f"not written: {error}"
+
     def append(self, entries: Sequence[Mapping[str, Any]]) -> None:
         """Add entries, a line each."""
-        lines = [json.dumps(entry, ensure_ascii=False, default=float) + "\n" for entry in entries]
         try:
+            lines = [_line(entry) for entry in entries]
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(lines)
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:
             self.damage = f"not written: {error}"
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, default=float) + "\n"
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -62,7 +73,9 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         path: the file; a missing one has no entries.
     """
     entries, damaged = list[dict[str, Any]](), 0
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_text("utf-8", errors="replace").split("\n") if path.is_file() else ():
+        if not line:
+            continue
         try:
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"])})
@@ -83,8 +96,9 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], int, Path]:
     Raises:
         CheckpointError: there is no log, or it is damaged.
     """
-    if (run / FILE).is_file():
-        return *read_lines(run / FILE), run
+    entries, damaged = read_lines(run / FILE)
+    if entries:
+        return entries, damaged, run
     path = _find_state(run)
     folder = path.parent.parent if CHECKPOINT.fullmatch(path.parent.name) else path.parent
     return _read_state(path), 0, folder

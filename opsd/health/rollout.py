@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+CARRIED = 0.8  # share of a rollout's divergence that its marked tokens carry
+
 
 @dataclass(frozen=True)
 class Alternatives:
@@ -72,6 +74,23 @@ class TracedRollout:
     ended: bool = True
     on_policy: bool = True
     alternatives: Sequence[Alternatives | None] = ()
+
+    @property
+    def size(self) -> float:
+        """The sizes of the divergence of all scored tokens, together."""
+        return sum(abs(nats) for nats in self.divergence if not math.isnan(nats))
+
+    @property
+    def carriers(self) -> set[int]:
+        """The places of the fewest tokens that together carry CARRIED of the divergence."""
+        sizes = {place: abs(nats) for place, nats in enumerate(self.divergence) if nats and not math.isnan(nats)}
+        found, carried = set[int](), 0.0
+        for place in sorted(sizes, key=lambda place: -sizes[place]):
+            if carried >= CARRIED * self.size:
+                break
+            found.add(place)
+            carried += sizes[place]
+        return found
 
 
 @dataclass(frozen=True)

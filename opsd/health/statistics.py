@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from statistics import fmean, median
 
 from opsd.health.rollout import TracedRollout
@@ -18,7 +18,7 @@ LONG = 9  # tokens of a rollout whose opening is compared with its rest
 GRAM = 4  # tokens of a stretch that repeats
 COPIED = 6  # words of a stretch that a rollout shares with the teacher's prompt alone
 LARGE = 2.0  # nats at an ordinary token
-PAIRS = 28  # compared for similarity: of 8 rollouts all
+PAIRS = 28  # of a step that are compared for similarity: of 8 rollouts all
 STYLE = ("hedges", "punctuation", "space")
 
 
@@ -103,7 +103,7 @@ def _repetition(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
     bigrams = [pair for rollout in rollouts for pair in itertools.pairwise(rollout.ids)]
     if bigrams:
         values["distinct_2"] = len(set(bigrams)) / len(bigrams)
-    pairs = list(itertools.islice(itertools.combinations(rollouts, 2), PAIRS))
+    pairs = list(_pairs(rollouts))
     alike = [_overlap(a, b) for a, b in pairs if a.prompt != b.prompt]
     if alike:
         values["similarity"] = fmean(alike)
@@ -111,6 +111,12 @@ def _repetition(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
     if siblings:
         values["sibling_similarity"] = fmean(siblings)
     return values
+
+
+def _pairs(rollouts: Sequence[TracedRollout]) -> Iterator[tuple[TracedRollout, TracedRollout]]:
+    """Yield pairs of rollouts of a step: a prompt that comes again later is no sibling."""
+    for _, of_step in itertools.groupby(rollouts, key=lambda rollout: rollout.step):
+        yield from itertools.islice(itertools.combinations(of_step, 2), PAIRS)
 
 
 def _overlap(a: TracedRollout, b: TracedRollout) -> float:

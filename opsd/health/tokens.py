@@ -47,7 +47,6 @@ LEAKS = re.compile(
     r"|\baccording to the (?:solution|hint|document|reference|context)\b|\bthe hint (?:says|suggests|tells)\b",
     re.IGNORECASE,
 )
-JOINERS = "\u200c\u200d"  # of letters and of emoji
 CLASSES = ("digits", "words", "hedges", "punctuation", "space", "special")
 
 
@@ -69,19 +68,3 @@ def class_of(token: str) -> str:
     if all((c.isascii() and not c.isalnum()) or unicodedata.category(c).startswith("P") for c in text):
         return "punctuation"
     return "hedges" if text.lower() in HEDGES else "words"
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Return a model's text without what a terminal or a page would obey: escapes, control and bidi characters.
-
-    Args:
-        text: any text.
-        keep: characters that stay as they are; a newline is otherwise shown as ⏎.
-
-    Example:
-        >>> printable("a\nb" + chr(27) + "[31m")
-        'a⏎b\\x1b[31m'
-    """
-    if "\n" not in keep:
-        text = text.replace("\n", "⏎")
-    return "".join(c if c.isprintable() or c in keep or c in JOINERS else repr(c)[1:-1] for c in text)

@@ -29,7 +29,8 @@ _ALTERNATIVES = pa.struct(
         ("teacher_logprobs", _FLOATS), ("student_rank", pa.int32()), ("teacher_rank", pa.int32()),
     ]
 )  # fmt: skip
-LATER = {"alternatives": ()}  # columns that traces of older versions do not have
+ALTERNATIVES = "alternatives"
+LATER = (ALTERNATIVES,)  # columns that traces of older versions do not have
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()), ("prompt", pa.string()), ("context", pa.string()), ("ids", pa.list_(pa.int32())),
@@ -50,7 +51,7 @@ class TraceFiles:
 
     Args:
         run: the run's folder.
-        megabytes: the most that all files may take; above it nothing more is written.
+        megabytes: what all files may take; above it every second one is removed.
     """
 
     def __init__(self, run: Path, megabytes: float):
@@ -63,9 +64,9 @@ class TraceFiles:
                 continue
             kept = []
             with contextlib.suppress(CheckpointError):  # a damaged file is of a run that was killed: it comes again
-                kept = [rollout for rollout in read_file(path) if rollout.step <= step] if first <= step else []
+                kept = read_file(path, alternatives=True) if first <= step else []
             path.unlink()
-            if kept:
+            if kept := [rollout for rollout in kept if rollout.step <= step]:
                 self._write(kept)
 
     @property
@@ -73,15 +74,19 @@ class TraceFiles:
         """What the files take, in MiB."""
         return sum(path.stat().st_size for _, _, path in files_in(self.folder)) / MEBIBYTE
 
-    @property
-    def is_full(self) -> bool:
-        """Whether nothing more is written."""
-        return self.megabytes >= self._most
+    def write(self, rollouts: Sequence[TracedRollout]) -> bool:
+        """Write rollouts of consecutive steps into a file of their own.
 
-    def write(self, rollouts: Sequence[TracedRollout]) -> None:
-        """Write rollouts of consecutive steps into a file of their own; nothing once all files are too large."""
-        if rollouts and not self.is_full:
+        Returns:
+            Whether files became too large, so that every second one was removed, but for the first and the last.
+        """
+        if rollouts:
             self._write(rollouts)
+        if self.megabytes <= self._most:
+            return False
+        for _, _, path in files_in(self.folder)[1:-1:2]:
+            path.unlink()
+        return True
 
     def _write(self, rollouts: Sequence[TracedRollout]) -> None:
         path = self.folder / f"steps-{rollouts[0].step:06d}-{rollouts[-1].step:06d}.parquet"
@@ -109,31 +114,36 @@ def files_in(folder: Path) -> list[tuple[int, int, Path]]:
     return sorted((int(match[1]), int(match[2]), path) for match, path in found if match)
 
 
-def read_traces(run: Path) -> Iterator[TracedRollout]:
+def read_traces(run: Path, *, alternatives: bool = False) -> Iterator[TracedRollout]:
     """Yield the traced rollouts of a run, in the order of steps; nothing where it kept none.
+
+    Args:
+        run: its folder.
+        alternatives: whether they come with the likeliest tokens, which take most of the memory.
 
     Raises:
         CheckpointError: a file is damaged.
     """
     for _, _, path in files_in(run / FOLDER):
-        yield from read_file(path)
+        yield from read_file(path, alternatives=alternatives)
 
 
-def read_file(path: Path) -> list[TracedRollout]:
-    """Return the rollouts of a trace file.
+def read_file(path: Path, *, alternatives: bool = False) -> list[TracedRollout]:
+    """Return the rollouts of a trace file; arguments as of `read_traces`.
 
     Raises:
         CheckpointError: it is damaged.
     """
     try:
-        rows = pq.read_table(path).to_pylist()
-        names = [each.name for each in fields(TracedRollout)]
-        return [TracedRollout(**{name: _value(name, (LATER | row)[name]) for name in names}) for row in rows]
+        stored = pq.read_schema(path).names
+        names = [each.name for each in fields(TracedRollout) if alternatives or each.name != ALTERNATIVES]
+        rows = pq.read_table(path, columns=[name for name in names if name in stored or name not in LATER]).to_pylist()
+        return [TracedRollout(**{name: _value(name, value) for name, value in row.items()}) for row in rows]
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise CheckpointError(f"the trace {path} is damaged ({error}). Remove it; the others can be read.") from error
 
 
 def _value(name: str, value: Any) -> Any:
-    if name != "alternatives":
+    if name != ALTERNATIVES:
         return value
     return [None if each is None else Alternatives(**each) for each in value or ()]

@@ -88,7 +88,7 @@ class Watch:
             self.statistics = statistics_of(step.rollouts)
         except Exception as error:
             self.statistics, self.broken["statistics of rollouts"] = {}, f"{type(error).__name__}: {error}"
-        entry = {**step.logs, **self.statistics}
+        entry = {**self.statistics, **step.logs}  # what was logged was read of all that was traced then
         self.values.add(step.number, entry)
         changes = []
         for name, monitor in list(self._monitors.items()):

@@ -43,8 +43,7 @@ class LossOutput:
         entropy_N: float32, the student's entropy in nats, detached.
         metrics: what else is logged, float32 (N,) by name, detached.
         statistics_seconds: seconds of the pass without gradient that some objectives need first.
-        alternatives_NA: float32, what both sides would have sampled at traced tokens, as `losses.likeliest` packs it;
-            None where none is traced.
+        alternatives_NA: float32, likeliest tokens of both sides at traced tokens (losses/likeliest.py), or None.
 
     Example:
         >>> output = objective(hidden_ND, head, signal, tokens)
@@ -333,9 +332,8 @@ class Objective(ObjectiveSettings):
             self.divergence, batch.signal, tokens, self.importance_clip, batch.reference, self.ref_kl_coef
         )
         fuse = batch.hidden_ND.is_cuda and has_triton() if self.compile_loss is None else self.compile_loss
-        observe = None
-        if batch.tokens.is_traced_N is not None:  # a host waits for its GPU here
-            observe = partial(rule.alternatives, batch.tokens.is_traced_N.nonzero()[:, 0].tolist())
+        traced_N = batch.tokens.is_traced_N  # a host waits for its GPU here
+        observe = None if traced_N is None else partial(rule.alternatives, traced_N.nonzero()[:, 0].tolist())
         call = partial(compiled(), rule) if fuse else rule
         return Kernel(rule.parts, call, self.loss_budget_mb, self.recompute_loss, observe)
 

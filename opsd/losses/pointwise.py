@@ -124,6 +124,10 @@ class PointwiseDivergence:
         """Return name and direction."""
         return self.description.format(beta=beta)
 
+    def name(self, beta: float) -> str:
+        """Return the name alone, such as "reverse KL"."""
+        return self.describe(beta).partition("(")[0].strip()
+
     def term_formula(self, beta: float) -> str:
         """Return the formula of one term."""
         return self.formula.format(beta=beta, rest=1.0 - beta)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+from opsd.errors import OPSDError
 from opsd.evaluation.compare import Comparison
 from opsd.evaluation.result import Answer, EvaluationResult
 from opsd.evaluation.run_folder import leaves
@@ -16,6 +17,7 @@ from opsd.report.page import Table, render
 from opsd.report.run import ReportedRun
 from opsd.report.verdict import sentences
 
+Made = TypeVar("Made")
 SAMPLES = 30  # questions whose answers are shown
 
 
@@ -30,28 +32,38 @@ def report_of(
         tables: of that comparison.
         live: the version of a page that is served, and loads itself again when there is a newer one; "" for a file.
     """
-    rollouts = heatmap.chosen(run.rollouts)
-    shown = heatmap.by_step(rollouts)
+    missing = list(run.missing)
+    nothing: list[Any] = []
+
+    def made(name: str, make: Callable[[], Made], otherwise: Made) -> Made:
+        """Make a part of the page; of a card or a result that lacks something, the page goes without that part."""
+        try:
+            return make()
+        except (OPSDError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            missing.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+            return otherwise
+
+    shown = made("tokens", lambda: heatmap.by_step(run.whole(heatmap.chosen(run.rollouts))), nothing)
     spoken = [item for item in run.watch.verdicts.items() if item[1].level != "fine"]
-    samples = list(_samples(run.results))
+    samples = made("answers before and after", lambda: list(_samples(run.results)), nothing)
     values: dict[str, Any] = {
         "title": f"{run.folder.resolve().name}: {_model(run.card)}",
-        "about": _about(run),
-        "sentences": sentences(run, comparison),
-        "missing": run.missing,
-        "charts": charts_of(run),
+        "about": made("the head", lambda: _about(run), ""),
+        "sentences": made("the verdict", lambda: sentences(run, comparison), nothing),
+        "charts": made("curves", lambda: charts_of(run), nothing),
         "spoken": sorted(spoken, key=lambda item: -LEVELS.index(item[1].level)),
         "heatmap": heatmap.as_plain(shown, "step", "rollout", run.divergence) if shown else None,
-        "shown_of": f"{len(rollouts):,} of {len(run.rollouts):,} traced rollouts. Choose a token to see what both "
-        "sides would have said instead.",
-        "splits": list(_splits(run)),
+        "shown_of": f"{len(shown):,} of {len(run.rollouts):,} traced rollouts. Choose a token to see what both sides "
+        "would have said instead.",
+        "splits": made("results by split", lambda: list(_splits(run)), nothing),
         "has_teacher": TEACHER in run.summary.get("metrics", {}),
-        "drift": _drift(run.summary),
+        "drift": made("drift", lambda: _drift(run.summary), ""),
         "tables": tables,
         "samples": samples[:SAMPLES],
         "samples_of": _samples_of(samples),
-        "card": list(_card(run.card)),
+        "card": made("the run card", lambda: list(_card(run.card)), nothing),
         "live": live,
+        "missing": missing,
     }
     return render("report.html", **values)
 
@@ -100,9 +112,9 @@ def _drift(summary: Mapping[str, Any]) -> str:
     if not summary.get("drift"):
         return ""
     nats = summary["drift"]["per_token"]
+    interval = "" if nats["low"] is None else f" ({nats['low']:.3f} to {nats['high']:.3f})"
     return (
-        f"Drift on neutral prompts: {nats['value']:.3f} nats per token ({nats['low']:.3f} to {nats['high']:.3f}) "
-        "between the student before and after."
+        f"Drift on neutral prompts: {nats['value']:.3f} nats per token{interval} between the student before and after."
     )
 
 

@@ -58,7 +58,7 @@ def _charts(run: ReportedRun) -> Iterator[Chart]:
         yield Chart(next(iter(loss)), says, charts.lines(loss, "nats per token", steps=steps))
     if spoken := stretches_of(run):
         says = "What each monitor of health said; a row that changes colour changed its mind at that step."
-        yield Chart("health", says, charts.levels(spoken, steps=steps))
+        yield Chart("health", says, charts.levels(spoken, steps=(0.0, steps[1] + 1)))
     if entropy := series(student="entropy"):
         says = (
             "How open the student's next token is. Near 0 it is certain of everything, and its samples are all alike."
@@ -120,7 +120,7 @@ def _accuracy(run: ReportedRun, steps: tuple[float, float]) -> Chart | None:
 
 def stretches_of(run: ReportedRun) -> list[tuple[str, int, int, str]]:
     """Return (monitor, from step, to step, level) of all monitors that ever spoke, the worst first."""
-    changes = [change for change in run.watch.history]
+    changes = run.watch.history
     worst = {
         name: max(LEVELS.index(change.verdict.level) for change in changes if change.monitor == name)
         for name in dict.fromkeys(change.monitor for change in changes)
@@ -129,6 +129,6 @@ def stretches_of(run: ReportedRun) -> list[tuple[str, int, int, str]]:
     for name in sorted(worst, key=lambda name: -worst[name]):
         of_name = [change for change in changes if change.monitor == name]
         found.append((name, 0, of_name[0].step, of_name[0].before))
-        ends = [*(change.step for change in of_name[1:]), run.steps]
+        ends = [*(change.step for change in of_name[1:]), run.steps + 1]  # the last step is a step long
         found += [(name, change.step, end, change.verdict.level) for change, end in zip(of_name, ends, strict=True)]
     return [each for each in found if each[2] > each[1]]

@@ -6,12 +6,12 @@ Text of models and datasets is data here: the page sets it as text, never as mar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from opsd.health.rollout import Alternatives, TracedRollout
-from opsd.health.tokens import printable
+from opsd.health.text import printable
 
 MOST_TOKENS = 20_000  # in a page: about 4 MB with the likeliest tokens of both sides
 SCALE = 0.95  # share of the tokens that lie below the strongest colour
@@ -45,28 +45,34 @@ def by_step(rollouts: Sequence[TracedRollout]) -> list[Shown]:
     return shown
 
 
-def chosen(rollouts: Sequence[TracedRollout], most: int = MOST_TOKENS) -> list[TracedRollout]:
-    """Return rollouts of steps at equal distances, the first and the last among them, as many as a page can hold.
+def chosen(rollouts: Sequence[TracedRollout], most: int = MOST_TOKENS) -> list[int]:
+    """Return places of rollouts, as many as a page can hold, in their order.
 
-    The rollout with the worst token of all is always among them.
+    The one with the worst token comes first, then those of the first and the last step, then those of steps between.
     """
-    steps = sorted({rollout.step for rollout in rollouts})
-    by_number: dict[int, list[TracedRollout]] = {step: [] for step in steps}
-    for rollout in rollouts:
-        by_number[rollout.step].append(rollout)
-    count = len(steps)
-    while count > 1:
-        places = {round(number * (len(steps) - 1) / (count - 1)) for number in range(count)}
-        picked = [rollout for place in sorted(places) for rollout in by_number[steps[place]]]
-        if sum(len(rollout.ids) for rollout in picked) <= most:
-            break
-        count = count * 3 // 4
-    else:
-        picked = list(rollouts)[:most]
-    worst = max(rollouts, key=_worst, default=None)
-    if worst is not None and not any(rollout is worst for rollout in picked):
-        picked = sorted([*picked, worst], key=lambda rollout: rollout.step)
-    return picked
+    by_step: dict[int, list[int]] = {}
+    for place, rollout in enumerate(rollouts):
+        by_step.setdefault(rollout.step, []).append(place)
+    steps, left, found = sorted(by_step), most, set[int]()
+    worst = max(range(len(rollouts)), key=lambda place: _worst(rollouts[place]), default=None)
+    for place in [*([] if worst is None else [worst]), *(p for step in _halving(steps) for p in by_step[step])]:
+        size = len(rollouts[place].ids)
+        if place not in found and (size <= left or not found):
+            found.add(place)
+            left -= size
+    return sorted(found)
+
+
+def _halving(steps: Sequence[int]) -> Iterator[int]:
+    """Yield the first, the last, the middle one, the quarters, and so on."""
+    seen, parts = set[int](), 1
+    while len(seen) < len(steps):
+        for part in range(parts + 1):
+            place = round(part * (len(steps) - 1) / parts)
+            if place not in seen:
+                seen.add(place)
+                yield steps[place]
+        parts *= 2
 
 
 def _worst(rollout: TracedRollout) -> float:
@@ -103,6 +109,8 @@ def _plain(rollout: TracedRollout) -> dict[str, Any]:
         "entropy": [_number(value) for value in rollout.entropy],
         "student": [_number(value) for value in rollout.logprob],
         "teacher": [_number(value) for value in rollout.teacher_logprob],
+        "heavy": sorted(rollout.carriers),
+        "size": _number(rollout.size),
         "top": [_top(each) for each in rollout.alternatives or [None] * len(rollout.ids)],
         "reward": _number(rollout.reward),
         "ended": rollout.ended,

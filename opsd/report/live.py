@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 from collections.abc import Iterator
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,13 +37,17 @@ class LiveReport:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.key = secrets.token_urlsafe(9)  # a part of the address: other users of the machine do not know it
         self._lock = Lock()
         self._version, self._page = "", ""
 
     @property
     def version(self) -> str:
         """Changes whenever the run writes."""
-        stats = [path.stat() for path in self._files() if path.exists()]
+        stats = []
+        for path in self._files():
+            with contextlib.suppress(OSError):  # not yet there, or no longer: a run that goes on writes its files anew
+                stats.append(path.stat())
         return f"{len(stats)}-{max((stat.st_mtime_ns for stat in stats), default=0)}-{sum(s.st_size for s in stats)}"
 
     def _files(self) -> Iterator[Path]:
@@ -72,9 +78,9 @@ def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             if self.headers.get("Host", "").rpartition(":")[0] not in NAMES:
                 self._send(HTTPStatus.FORBIDDEN, f"ask for {HOST}", "text/plain")
-            elif self.path == "/":
+            elif self.path == f"/{report.key}/":
                 self._send(HTTPStatus.OK, report.page(), "text/html")
-            elif self.path == "/version":
+            elif self.path == f"/{report.key}/version":
                 self._send(HTTPStatus.OK, report.version, "text/plain")
             else:
                 self._send(HTTPStatus.NOT_FOUND, "there is nothing here", "text/plain")
@@ -85,6 +91,7 @@ def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:
             self.send_header("Content-Type", f"{kind}; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Cache-Control", "no-store")
+            self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
             self.wfile.write(body)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from opsd import __version__
-from opsd.health.tokens import printable
+from opsd.health.text import printable
 
 PAGES = Path(__file__).parent / "pages"
+SCRIPTS = ("heatmap.js", "watch.js")
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,14 @@ def render(name: str, **values: Any) -> str:
         name: a template in `pages/`.
         values: what it shows; text is escaped, and only Markup is not.
     """
-    own = {name: Markup((PAGES / name).read_text("utf-8")) for name in ("style.css", "heatmap.js", "watch.js")}
-    return (
-        _environment()
-        .get_template(name)
-        .render(style=own["style.css"], script=own["heatmap.js"], watch=own["watch.js"], version=__version__, **values)
-    )
+    own = {script: (PAGES / script).read_text("utf-8") for script in SCRIPTS}
+    # A page runs these scripts and no other, whatever stands in its text.
+    hashes = (b64encode(sha256(text.encode()).digest()).decode() for text in own.values())
+    shared = {
+        "style": Markup((PAGES / "style.css").read_text("utf-8")),
+        "script": Markup(own["heatmap.js"]),
+        "watch": Markup(own["watch.js"]),
+        "allowed": Markup(" ".join(f"'sha256-{each}'" for each in hashes)),
+        "version": __version__,
+    }
+    return _environment().get_template(name).render(**shared, **values)

@@ -41,6 +41,7 @@ class ReportedRun:
         results: of the test split, by time.
         watch: what the monitors of health say of the log and the traces.
         missing: what is not there, or damaged, a sentence each.
+        traces: the files of the rollouts, and how many each has.
     """
 
     folder: Path
@@ -51,11 +52,26 @@ class ReportedRun:
     results: Mapping[str, EvaluationResult] = field(default_factory=dict)
     watch: Watch = field(default_factory=Watch)
     missing: Sequence[str] = ()
+    traces: Sequence[tuple[Path, int]] = ()
+
+    def whole(self, places: Sequence[int]) -> list[TracedRollout]:
+        """Return some of the rollouts with the likeliest tokens, which the others do without: they take memory.
+
+        Args:
+            places: among `rollouts`, in their order.
+        """
+        wanted, start, found = set(places), 0, list[TracedRollout]()
+        for path, count in self.traces:
+            if wanted & set(range(start, start + count)):
+                found += [each for n, each in enumerate(read_file(path, alternatives=True), start) if n in wanted]
+            start += count
+        return found or [self.rollouts[place] for place in places]
 
     @property
     def has_ended(self) -> bool:
-        """Whether it came to its last step."""
-        return "outcome" in self.card or any("train_runtime" in entry for entry in self.logs)
+        """Whether it came to its last step; a run that was stopped logs its seconds too."""
+        ends = any("train_runtime" in entry for entry in self.logs) and self.steps >= self.planned_steps
+        return "outcome" in self.card or ends
 
     @property
     def steps(self) -> int:
@@ -99,8 +115,11 @@ def read_run(folder: Path) -> ReportedRun:
         missing.append(f"the log: {damaged} line(s) are damaged and left out")
     rollouts: list[TracedRollout] = []
     paths = [path for _, _, path in files_in(folder / TRACES)]
+    traces: list[tuple[Path, int]] = []
     for path in paths:
-        rollouts += tried(f"the trace {path.name}", partial(read_file, path), list[TracedRollout]())
+        of_file = tried(f"the trace {path.name}", partial(read_file, path), list[TracedRollout]())
+        traces += [(path, len(of_file))] if of_file else []
+        rollouts += of_file
     if not paths:
         missing.append("traces: the run kept none (trace_rollouts), so that no tokens can be shown")
     evaluation = folder / FOLDER
@@ -109,7 +128,8 @@ def read_run(folder: Path) -> ReportedRun:
     if not evaluation.is_dir():
         missing.append("the evaluation: the run has none, so that nobody knows whether it helped (`evaluation:`)")
     watch = tried("health", lambda: replay(logs, rollouts), Watch())
-    run = ReportedRun(folder, card, logs, rollouts, summary, results, watch, missing)
+    missing += [f"the monitor {name}: {reason}" for name, reason in watch.broken.items()]
+    run = ReportedRun(folder, card, logs, rollouts, summary, results, watch, missing, traces)
     if not run.has_ended:
         of_all = f" of {run.planned_steps}" if run.planned_steps else ""
         missing.append(f"the end: the run has not ended; its last log entry is of step {run.steps}{of_all}")

@@ -40,7 +40,7 @@ def sentences(run: ReportedRun, comparison: Comparison | None) -> list[Sentence]
         run: the run.
         comparison: with its controls; None where none were given.
     """
-    return [better(run), beats_controls(comparison), healthy(run)]
+    return [better(run), beats_controls(comparison, str(run.folder)), healthy(run)]
 
 
 def better(run: ReportedRun) -> Sentence:
@@ -68,18 +68,30 @@ def better(run: ReportedRun) -> Sentence:
     return Sentence(asks, text, "open" if lost and tone == "good" else tone)
 
 
-def beats_controls(comparison: Comparison | None) -> Sentence:
-    """Return whether the method beat the controls that it was compared with."""
+def beats_controls(comparison: Comparison | None, folder: str = "") -> Sentence:
+    """Return whether the method beat the controls that it was compared with.
+
+    Args:
+        comparison: of the runs.
+        folder: of the run that the page is about; of a control the page says that it is one.
+    """
     asks = "Did it beat its controls?"
-    if comparison is None or not comparison.pairwise:
+    if comparison is not None and not comparison.pairwise:
+        return Sentence(asks, f"Nobody knows: {comparison.verdict}.", "open")
+    if comparison is None:
         text = (
             "Nobody knows: no control was given. Train one, such as `opsd train run.yaml --control sft`, and write the "
             "report with `--against` and its folder."
         )
         return Sentence(asks, text, "open")
+    own = next((arm.name for arm in comparison.arms if folder in [run.folder for run in arm.runs]), "")
+    if own and own != comparison.arms[0].name:
+        return Sentence(
+            asks, f"This run is one: {own}. {comparison.verdict[:1].upper()}{comparison.verdict[1:]}.", "open"
+        )
     pairs = comparison.pairwise
     tone: Tone = "good" if all(map(beats, pairs)) else "bad" if any(map(loses, pairs)) else "open"
-    return Sentence(asks, f"{comparison.verdict[:1].upper()}{comparison.verdict[1:]}.", tone)
+    return Sentence(asks, f"{_capitalised(comparison.verdict)}.", tone)
 
 
 def healthy(run: ReportedRun) -> Sentence:
@@ -102,3 +114,7 @@ def healthy(run: ReportedRun) -> Sentence:
 
 def _listed(names: Sequence[str]) -> str:
     return ", ".join(names)
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -157,7 +157,9 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "teacher gave every token: about 7 kB per 100 tokens. `opsd health` reads them. 0: none."
         },
     )
-    trace_mb: float = field(default=64.0, metadata={"help": "MB that traces/ may take; later steps are not kept."})
+    trace_mb: float = field(
+        default=64.0, metadata={"help": "MB that traces/ may take; above it every second file is removed."}
+    )
     bf16: bool | None = field(
         default=None,
         metadata={

@@ -18,13 +18,12 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from opsd.health.rollout import TracedRollout
-from opsd.health.tokens import printable
+from opsd.health.text import printable
 from opsd.health.watch import Monitors, is_training
 from opsd.training.evaluator import CONSOLE
 from opsd.training.log_file import LogFile
 from opsd.training.tracer import Tracer
 
-CARRIED = 0.8  # share of a rollout's divergence that its marked tokens carry
 SHOWN = 300  # characters of a prompt
 DROPPED = (r"^lr .*", r" \(max .*\)", r"^entropy .*")  # in turn, from a line that is too long for its terminal
 
@@ -35,9 +34,9 @@ def watched(trainer: Any) -> tuple[Tracer, Monitors, Display]:
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback", "NotebookProgressCallback"):
             trainer.remove_callback(callback)
     trainer.num_completions_to_print = 0  # TRL's table shows no token; its files and reports stay
-    divergence = trainer.scorer.objective.divergence
     tracer = Tracer(trainer.files.parts, trainer.eos_token_ids, trainer._say)
-    name = divergence.kind.describe(divergence.beta).partition("(")[0].strip()
+    divergence = trainer.scorer.objective.divergence
+    name = divergence.kind.name(divergence.beta)
     accelerator = trainer.accelerator
 
     def agree(own: bool) -> bool:
@@ -80,14 +79,7 @@ def line_of(logs: Mapping[str, Any], step: int, steps: int, name: str, width: in
 
 def rollout_text(rollout: TracedRollout) -> Text:
     """Return a rollout with the prompts of both sides, and the tokens that carried most of the loss marked ‹so›."""
-    scored = {place: nats for place, nats in enumerate(rollout.divergence) if not math.isnan(nats)}
-    order = sorted(scored, key=lambda place: -scored[place])
-    total, carried, heavy = sum(scored.values()), 0.0, set[int]()
-    for place in order:
-        if carried >= CARRIED * total:
-            break
-        heavy.add(place)
-        carried += scored[place]
+    heavy = rollout.carriers
     text = Text(f"student's prompt  {rollout.prompt[-SHOWN:]!r}\n", style="dim")
     if rollout.context and rollout.context != rollout.prompt:
         text.append(f"teacher's prompt  {rollout.context[-SHOWN:]!r}\n")
@@ -95,8 +87,9 @@ def rollout_text(rollout: TracedRollout) -> Text:
     for place, token in enumerate(rollout.tokens):
         shown = printable(token)
         text.append(*((f"‹{shown}›", "bold red not dim") if place in heavy else (shown, "not dim")))
-    share = carried / (total or 1)
-    text.append(f"\n                  {len(heavy)} of {len(scored)} tokens carry {share:.0%} of {total:.2f} nats")
+    scored = sum(not math.isnan(nats) for nats in rollout.divergence)
+    share = sum(abs(rollout.divergence[place]) for place in heavy) / (rollout.size or 1)
+    text.append(f"\n                  {len(heavy)} of {scored} tokens carry {share:.0%} of {rollout.size:.2f} nats")
     return text if math.isnan(rollout.reward) else text.append(f"; reward {rollout.reward:g}")
 
 

@@ -25,10 +25,10 @@ class LogFile(TrainerCallback):
         self._lines: Lines | None = None  # in the process that writes
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Drop the entries of steps that come again."""
+        """Write what the trainer has logged before: of a resumed run up to its checkpoint, of a new one nothing."""
         if args.should_save and state.is_world_process_zero:
             self._lines = Lines(Path(args.output_dir) / FILE)
-            self._lines.forget_after(state.global_step)
+            self._lines.begin(state.log_history)
             self._give_up_if_damaged()
 
     def on_log(

@@ -41,7 +41,8 @@ class Tracer(TrainerCallback):
         self._args = parts.args
         self._made = TracedRollouts(parts.student.tokenizer, end_ids, parts.scorer.teacher)
         self._files = TraceFiles(Path(self._args.output_dir), self._args.trace_mb)
-        self._say, self._is_full = say, False
+        self._say, self._has_failed = say, False
+        self._says_thinned = False
         self.recent: list[TracedRollout] = []  # since the last log entry
         self._unwritten: list[TracedRollout] = []
 
@@ -56,9 +57,16 @@ class Tracer(TrainerCallback):
 
     def mark(self, rollouts: Rollouts, step: int) -> Rollouts:
         """Choose a sample of a step's rollouts of this process, the same one in a resumed run; before the loss."""
-        scored = [row for row, mask in enumerate(rollouts.loss_mask or ()) if any(mask)]
-        count = min(len(scored), self._args.trace_rollouts) if self._args.should_save else 0
-        chosen = set(random.Random(f"{self._args.seed} {step}").sample(scored, count))
+        count = self._args.trace_rollouts if self._args.should_save else 0
+        draws = random.Random(f"{self._args.seed} {step}")
+        siblings = dict[tuple[int, ...], list[int]]()
+        for row, mask in enumerate(rollouts.loss_mask or ()):
+            if any(mask):
+                siblings.setdefault(tuple(rollouts.prompt_ids[row]), []).append(row)
+        # Two of a prompt, so that siblings can be compared; then the rest.
+        drawn = [draws.sample(rows, len(rows)) for rows in draws.sample(list(siblings.values()), len(siblings))]
+        ordered = [*(row for rows in drawn for row in rows[:2]), *(row for rows in drawn for row in rows[2:])]
+        chosen = set(ordered[:count])
         return replace(rollouts, is_traced=[row in chosen for row in range(len(rollouts))])
 
     def take(self, kept: Sequence[tuple[LossOutput, Rollouts]], step: int) -> None:
@@ -66,29 +74,29 @@ class Tracer(TrainerCallback):
         for record, rollouts in kept:
             rows = [row for row, is_traced in enumerate(rollouts.is_traced) if is_traced]
             taken = list(self._made(record, rollouts, rows, step)) if rows else []
-            self.recent += taken
+            self.recent += [replace(rollout, alternatives=()) for rollout in taken]  # which no monitor reads
             self._unwritten += taken
         if len(self._unwritten) >= ROLLOUTS_PER_FILE:
             self._write()
 
     def _write(self) -> None:
         unwritten, self._unwritten = self._unwritten, []
-        if self._is_full:
+        if self._has_failed:
             return
         try:
-            self._files.write(unwritten)
+            has_thinned = self._files.write(unwritten)
         except OSError as error:  # a full disk ends no run
             self._give_up(error)
             return
-        if self._files.is_full:
-            self._is_full = True
+        if has_thinned and not self._says_thinned:
+            self._says_thinned = True
             self._say(
-                f"traces      {FOLDER}/ has {self._files.megabytes:.2g} MB: later steps are not kept. Raise trace_mb, "
-                "or lower trace_rollouts."
+                f"traces      {FOLDER}/ was larger than trace_mb ({self._args.trace_mb:g} MB): every second file is "
+                "removed, then and later. Raise trace_mb, or lower trace_rollouts."
             )
 
     def _give_up(self, error: OSError) -> None:
-        self._is_full = True
+        self._has_failed = True
         self._say(f"traces      not written, nor those of later steps: {error}")
 
     def on_log(

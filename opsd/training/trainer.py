@@ -367,6 +367,7 @@ class OPSDTrainer(SavingTrainer):
         # An earlier `train` that was interrupted may have left half a step.
         self._step, self._buffered_inputs, self._record = 0, None, None
         self._records["train"] = metrics.LossRecords()
+        self._clock.forget()
         with only_run_in(self.args.output_dir):
             checkpoint = self.files.begin(resume_from_checkpoint)
             if checkpoint and self.files.is_finished(Path(checkpoint)):

@@ -22,7 +22,7 @@ class Task(Monitor):
         looks = values.all("eval_accuracy")
         lost = max(looks) - looks[-1]
         level = self.level_of(lost + 1e-9)
-        if "eval_questions" in values and lost < _chance(max(looks), values.now("eval_questions")):
+        if "eval_questions" in values and lost < _chance((max(looks) + looks[-1]) / 2, values.now("eval_questions")):
             level = "fine"
         if level == "fine" or len(looks) < 2:
             return FINE

@@ -22,20 +22,6 @@
   const of = (first) => data.rollouts.filter((rollout) => rollout.first === first);
   const size = (value) => (value === null ? 0 : Math.abs(value));
 
-  // The tokens that together carry 80 % of a rollout's divergence.
-  const heavy = (nats) => {
-    const order = nats.map((_, place) => place).sort((a, b) => size(nats[b]) - size(nats[a]));
-    const total = nats.reduce((sum, value) => sum + size(value), 0);
-    const found = new Set();
-    let carried = 0;
-    for (const place of order) {
-      if (carried >= 0.8 * total || size(nats[place]) === 0) break;
-      found.add(place);
-      carried += size(nats[place]);
-    }
-    return found;
-  };
-
   const fill = (select, names) => {
     const chosen = select.value;
     select.replaceChildren(...names.map((name) => make("option", name)));
@@ -50,7 +36,7 @@
     for (const [token, logprob] of entries) {
       const row = make("tr", null, token === sampled ? { class: "is-sampled" } : {});
       const bar = make("td", null, { width: "45%" });
-      bar.append(make("span", null, { class: `bar ${name}`, style: `width: ${100 * Math.exp(logprob)}%` }));
+      if (logprob !== null) bar.append(make("span", null, { class: `bar ${name}`, style: `width: ${100 * Math.exp(logprob)}%` }));
       row.append(make("th", visible(token), { scope: "row" }), make("td", percent(logprob)), bar);
       body.append(row);
     }
@@ -81,7 +67,7 @@
       } else {
         const both = `student ${percent(shown.student[place])}, teacher ${percent(shown.teacher[place])}`;
         parts.push(make("p", `Probability of this token: ${both}.`));
-        parts.push(make("p", "What else they would have sampled was not kept for this rollout."));
+        parts.push(make("p", "What else they would have sampled was not kept for this token."));
       }
     }
     detail.replaceChildren(...parts);
@@ -101,7 +87,7 @@
 
   const show = () => {
     shown = of(byId("first").value).find((rollout) => rollout.second === byId("second").value) ?? of(byId("first").value)[0];
-    const carriers = heavy(shown.nats);
+    const carriers = new Set(shown.heavy);
     const buttons = shown.tokens.map((token, place) => {
       const nats = shown.nats[place];
       const names = ["tok", ...(nats === null ? ["none"] : []), ...(carriers.has(place) ? ["heavy"] : [])];
@@ -116,8 +102,7 @@
     byId("tokens").replaceChildren(...buttons);
     byId("context").textContent = shown.context || "The teacher was shown the student's prompt.";
     byId("prompt").textContent = shown.prompt;
-    const total = shown.nats.reduce((sum, value) => sum + (value ?? 0), 0);
-    const facts = [`${shown.tokens.length} tokens`, `${total.toFixed(2)} nats in all`, `${carriers.size} tokens carry 80 % of them`];
+    const facts = [`${shown.tokens.length} tokens`, `${shown.size.toFixed(2)} nats in all`, `${carriers.size} of them carry 80 %`];
     if (shown.reward !== null) facts.push(`reward ${shown.reward}`);
     if (!shown.ended) facts.push("cut at the limit");
     if (!shown.own) facts.push("not sampled by the student");

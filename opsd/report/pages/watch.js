@@ -8,6 +8,7 @@
       document.title = `(no longer served) ${document.title.replace(/^\(no longer served\) /, "")}`;
       return;
     }
+    document.title = document.title.replace(/^\(no longer served\) /, "");
     const isLooking = document.activeElement !== null && document.activeElement.closest("#heatmap") !== null;
     if ((await answer.text()) !== version && !isLooking) location.reload();
   };
