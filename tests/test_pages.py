@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from evaluation_runs import DEV, PLAN, make
 from test_report import HOSTILE
 
+from opsd.health.log import FILE as LOG
 from opsd.health.traces import files_in, read_traces, write_rollouts
 from opsd.report.build import report_of
+from opsd.report.live import HOST, LiveReport, make_server
 from opsd.report.run import read_run
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pages are tested with Playwright, which is missing")
@@ -124,6 +127,37 @@ def test_hostile_text_stays_text(opened: tuple[Any, list[str]]) -> None:
     assert shown == "<script>alert(1)</script></textarea>\\x1b[31m\\u202eevil &amp; 😀"
     assert page.locator("#context").text_content() == shown
     assert page.evaluate("document.querySelectorAll('script').length") == 2
+
+
+def test_a_script_that_is_not_the_pages_own_does_not_run(browser: Any, report: Path, tmp_path: Path) -> None:
+    """Were a text ever to become markup, it still would not run."""
+    html = report.read_text("utf-8").replace("</main>", "<script>document.title = 'taken over'</script></main>")
+    (tmp_path / "page.html").write_text(html, "utf-8")
+    page = browser.new_page()
+    page.goto(f"file://{tmp_path / 'page.html'}")
+    assert page.title() != "taken over" and page.locator("#tokens .tok").count() > 0
+    page.close()
+
+
+def test_a_live_page_loads_itself_again(browser: Any, report: Path) -> None:
+    served = LiveReport(report.parent)
+    server = make_server(served, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    page = browser.new_page()
+    page.goto(f"http://{HOST}:{server.server_address[1]}/{served.key}/")
+    before = page.locator("body").get_attribute("data-version")
+    with (report.parent / LOG).open("a") as log:
+        log.write('{"step": 4, "divergence": 0.5}\n')
+    page.locator(f'body:not([data-version="{before}"])').wait_for(timeout=20_000)
+    server.shutdown()
+    server.server_close()
+    for _ in range(40):
+        page.wait_for_timeout(500)
+        if page.title().startswith("(no longer served)"):
+            break
+    else:
+        pytest.fail("the page did not notice that it is no longer served")
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

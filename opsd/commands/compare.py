@@ -89,11 +89,11 @@ def as_html(tradeoff: Tradeoff) -> str:
         about=footer(comparison),
         sentence=beats_controls(comparison),
         plot=as_svg(tradeoff.points, in_page=True) if page.has_plot(tradeoff) else "",
-        tables=[table(comparison), *(points if shown else [])],
+        tables=[as_table(comparison), *(points if shown else [])],
     )
 
 
-def table(comparison: Comparison) -> Table:
+def as_table(comparison: Comparison) -> Table:
     """Return a comparison as a table of a page."""
     title = "Compared on the test split"
     return Table(title, head(comparison), list(rows(comparison)), [f"{comparison.verdict}.", *_remarks(comparison)])

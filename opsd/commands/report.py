@@ -41,7 +41,7 @@ def write_after_training(folder: str, say: Callable[[str], None]) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Write the page and say where it is."""
     options = make_parser().parse_args(arguments)
-    from opsd.commands.compare import table
+    from opsd.commands.compare import as_table
     from opsd.evaluation.compare import compare, read_runs
     from opsd.evaluation.run_folder import write_whole
     from opsd.report.build import report_of
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
 
     run = read_run(Path(options.run))
     comparison = compare(read_runs([options.run, *options.against])) if options.against else None
-    tables = [] if comparison is None else [table(comparison)]
+    tables = [] if comparison is None else [as_table(comparison)]
     path = Path(options.output or run.folder / FILE)
     write_whole(path, report_of(run, comparison, tables))
     for each in run.missing:

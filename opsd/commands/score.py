@@ -12,6 +12,7 @@ from opsd.errors import ConfigError
 
 if TYPE_CHECKING:
     from opsd.commands.run_file import Run
+    from opsd.contexts.base import Context
     from opsd.teachers import Teacher
     from opsd.training.score import Score
 
@@ -50,12 +51,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Score, and show."""
     options, others = make_parser().parse_known_args(arguments)
-    run, teachers = _settings(options, others)
-    rows = _rows(run, list(teachers.values()), options.row)
+    run, teachers, contexts = _settings(options, others)
+    rows = _rows(run, list(teachers.values()), contexts, options.row)
     from opsd.training.score import RolloutScorer
 
     scorer = RolloutScorer(run.model.model_name_or_path or "", run.args, run.model.model_revision)
-    scores = list(scorer.scores(rows, teachers))
+    scores = scorer.scores(rows, teachers, contexts)
     if options.terminal or not (options.html or options.output):
         _print(scores)
     if options.html:
@@ -70,8 +71,10 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _settings(options: argparse.Namespace, others: Sequence[str]) -> tuple[Run, dict[str, Teacher]]:
-    """Return the settings of a run, and its teachers with their contexts by name; no weights load."""
+def _settings(
+    options: argparse.Namespace, others: Sequence[str]
+) -> tuple[Run, dict[str, Teacher], dict[str, Context | None]]:
+    """Return the settings of a run, its teachers, and the contexts that were asked for; no weights load."""
     from opsd.commands.run_file import read_run
     from opsd.contexts.reading import parse_context
     from opsd.teachers import load_teacher
@@ -80,34 +83,30 @@ def _settings(options: argparse.Namespace, others: Sequence[str]) -> tuple[Run, 
     model = ["--model_name_or_path", options.model_name_or_path] if options.model_name_or_path else []
     data = [] if is_run else ["--dataset_name", options.rows]
     run = read_run(Path(options.rows) if is_run else None, [*model, *data, *others])
-    teachers: dict[str, Teacher] = {}
-    for given in options.teacher or [None]:
-        source = run.run.teacher if given is None else given
-        name = given or "teacher"
-        if not options.context:
-            teacher = load_teacher(source, context=run.run.context)
-            shown = ", ".join(context.name for context in teacher.prompts.contexts) or "none"
-            teachers[f"{name} · context: {shown}"] = teacher
-        for text in options.context or ():
-            teacher = load_teacher(source)
-            with_context = teacher.prompts.with_context(None if text == "none" else parse_context(text))
-            teachers[f"{name} · context: {text}"] = teacher.copy_with(with_context)
-    return run, teachers
+    context = None if options.context else run.run.context
+    teachers = {given: load_teacher(given, context=context) for given in options.teacher or ()}
+    teachers = teachers or {"teacher": load_teacher(run.run.teacher, context=context)}
+    contexts = {text: None if text == "none" else parse_context(text) for text in options.context or ()}
+    return run, teachers, contexts
 
 
-def _rows(run: Run, teachers: Sequence[Teacher], numbers: Sequence[int]) -> dict[int, Mapping[str, Any]]:
+def _rows(
+    run: Run, teachers: Sequence[Teacher], contexts: Mapping[str, Context | None], numbers: Sequence[int]
+) -> dict[int, Mapping[str, Any]]:
     """Return the rows that were asked for, as training would read them."""
     from itertools import islice
 
     from opsd.commands.build import rows_of
     from opsd.data.prepare import prepare_rows
 
+    own = [teacher.prompts for teacher in teachers]
+    prompts = [each.with_context(context) for each in own for context in contexts.values()] or own
     dataset = prepare_rows(
         rows_of(run, run.run.dataset_train_split),
         name=run.run.dataset_name or "",
         system_prompt=run.args.student_system_prompt,
-        reads={name for teacher in teachers for context in teacher.prompts.contexts for name in context.columns},
-        needs=[need for teacher in teachers for need in teacher.prompts.needs(())],
+        reads={name for each in prompts for context in each.contexts for name in context.columns},
+        needs=[need for each in prompts for need in each.needs(())],
     )
     rows = list(islice(iter(dataset), max(numbers, default=0) + 1))
     for number in numbers:

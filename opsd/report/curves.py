@@ -45,51 +45,60 @@ def charts_of(run: ReportedRun) -> list[Chart]:
 def _charts(run: ReportedRun) -> Iterator[Chart]:
     log, steps = run.logs, (0.0, float(max(run.steps, 1)))
 
-    def series(**names: str) -> Series:
-        found = {shown.replace("_", " "): of_metric(log, name) for shown, name in names.items()}
+    def series(names: Mapping[str, str]) -> Series:
+        found = {shown: of_metric(log, name) for shown, name in names.items()}
         return {shown: values for shown, values in found.items() if values}
 
     accuracy = _accuracy(run, steps)
     if accuracy is not None:
         yield accuracy
-    loss = series(**{run.divergence.replace(" ", "_"): "divergence"}) or series(loss="loss")
+    loss = series({run.divergence: "divergence"}) or series({"loss": "loss"})
     if loss:
         says = "How far the student is from its teacher, on average over the tokens it was trained on."
         yield Chart(next(iter(loss)), says, charts.lines(loss, "nats per token", steps=steps))
     if spoken := stretches_of(run):
         says = "What each monitor of health said; a row that changes colour changed its mind at that step."
         yield Chart("health", says, charts.levels(spoken, steps=(0.0, steps[1] + 1)))
-    if entropy := series(student="entropy"):
+    if entropy := series({"student": "entropy"}):
         says = (
             "How open the student's next token is. Near 0 it is certain of everything, and its samples are all alike."
         )
         yield Chart("entropy", says, charts.lines(entropy, "nats per token", steps=steps))
-    if lengths := series(rollouts="completions/mean_length", limit="completions/limit", evaluation="eval_length"):
+    if lengths := series(
+        {"rollouts": "completions/mean_length", "limit": "completions/limit", "evaluation": "eval_length"}
+    ):
         says = "Tokens per rollout, and per answer at the looks."
         yield Chart("length", says, charts.lines(lengths, "tokens", steps=steps))
-    shares = series(cut="completions/clipped_ratio", right="group/right", repetition="repetition", leaks="leak/phrases")
+    shares = series(
+        {
+            "cut": "completions/clipped_ratio",
+            "right": "group/right",
+            "repetition": "repetition",
+            "leaks": "leak/phrases",
+        }
+    )
     if shares:
         says = "Shares of rollouts that are cut at the limit, right, or name a solution; and of stretches that repeat."
         yield Chart("rollouts", says, charts.lines(shares, "share", steps=steps, share=True))
-    if reward := series(reward="reward"):
+    if reward := series({"reward": "reward"}):
         yield Chart("reward", "Mean over rollouts.", charts.lines(reward, "reward", steps=steps))
-    quarters = series(**{f"{name}_quarter": f"kl/quarter_{n}" for n, name in enumerate(QUARTERS, 1)})
+    quarters = series({f"{name} quarter": f"kl/quarter_{n}" for n, name in enumerate(QUARTERS, 1)})
     if quarters:
         says = "The divergence by position: the mean over each quarter of the traced rollouts."
         yield Chart("divergence by position", says, charts.lines(quarters, "nats per token", steps=steps))
-    if classes := series(**{name: f"kl/{name}" for name in CLASSES}):
+    if classes := series({name: f"kl/{name}" for name in CLASSES}):
         says = "Which tokens carry the divergence. Much of it at punctuation, space and hedges is a signal of style."
         yield Chart("divergence by class of token", says, charts.stack(classes, "share of the divergence", steps=steps))
-    if norm := series(gradient="grad_norm"):
+    if norm := series({"gradient": "grad_norm"}):
         says = "The gradient's norm before clipping. At 0 no step changes the model."
         yield Chart("gradient", says, charts.lines(norm, "norm", steps=steps))
-    if rate := series(learning_rate="learning_rate"):
+    if rate := series({"learning rate": "learning_rate"}):
         yield Chart("learning rate", "Of each step.", charts.lines(rate, "rate", steps=steps))
-    seconds = series(whole_step="step_time", rollouts="seconds/rollouts", teacher="seconds/teacher")
+    seconds = series({"whole step": "step_time", "rollouts": "seconds/rollouts", "teacher": "seconds/teacher"})
     if seconds:
         says = "Where a step's time goes. What is neither rollouts nor teacher is the student's loss and its update."
         yield Chart("time", says, charts.lines(seconds, "seconds", steps=steps))
-    if memory := series(most="memory_gib"):
+    if memory := series({"most": "memory_gib"}):
         says = "The most memory that the device had in use; without an accelerator, what the process holds."
         yield Chart("memory", says, charts.lines(memory, "GiB", steps=steps))
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from opsd.contexts.base import Context
 from opsd.contexts.completions import completion_ids
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.rows import completion_of
@@ -53,7 +54,7 @@ class RolloutScorer:
     """A student that samples where rows have no completion, and teachers that score it.
 
     >>> scorer = RolloutScorer("HuggingFaceTB/SmolLM2-135M-Instruct", args)
-    >>> for score in scorer.scores({0: row}, {"answer_only": load_teacher(None, context="answer_only")}): ...
+    >>> scorer.scores({0: row}, {"itself": load_teacher(None)}, {"answer_only": parse_context("answer_only")})
 
     Args:
         model: the student: a folder or a hub id.
@@ -67,30 +68,46 @@ class RolloutScorer:
         loaded, tokenizer = load_model(
             model, trust_remote_code=args.trust_remote_code, revision=revision, dtype=dtype, use_safetensors=True
         )
-        self._model: PreTrainedModel = without_dropout(loaded.to(args.device)).eval()
+        # Nothing trains: a teacher that is the student itself needs no copy.
+        self._model: PreTrainedModel = without_dropout(loaded.to(args.device)).eval().requires_grad_(False)
         check_model(self._model, len(tokenizer))
         renderer = PromptRenderer(tokenizer, None, args.chat_template_kwargs or {})
         self._student = StudentHandle(self._model, renderer, args.trust_remote_code, None)
         self._end_ids, _ = prepare_sampling(args, self._model, tokenizer)
 
-    def scores(self, rows: Mapping[int, Mapping[str, Any]], teachers: Mapping[str, Teacher]) -> Iterator[Score]:
-        """Yield each row as each teacher sees it.
+    def scores(
+        self,
+        rows: Mapping[int, Mapping[str, Any]],
+        teachers: Mapping[str, Teacher],
+        contexts: Mapping[str, Context | None] | None = None,
+    ) -> list[Score]:
+        """Return each row as each teacher with each context sees it.
 
         Args:
             rows: by their numbers.
-            teachers: by what they are called.
+            teachers: by what they are called; each is prepared once, whatever the number of contexts.
+            contexts: by what they are called, None for no context; without any, each teacher's own.
         """
+        found: list[Score] = []
         with torch.no_grad(), self._autocast():
             completions = self._completions(list(rows.values()))
             for name, teacher in teachers.items():
-                yield from self._scores(rows, completions, name, teacher)
+                scorer = Scorer(self._args, teacher)
+                scorer.prepare(self._student, self._end_ids)
+                own = teacher.prompts
+                if not contexts:
+                    shown = ", ".join(context.name for context in own.contexts) or "none"
+                    found += self._scores(scorer, rows, completions, f"{name} · context: {shown}")
+                for text, context in (contexts or {}).items():
+                    teacher.prompts = own.with_context(context)
+                    found += self._scores(scorer, rows, completions, f"{name} · context: {text}")
+                teacher.prompts = own
+        return found
 
     def _scores(
-        self, rows: Mapping[int, Mapping[str, Any]], completions: Sequence[Ids], name: str, teacher: Teacher
+        self, scorer: Scorer, rows: Mapping[int, Mapping[str, Any]], completions: Sequence[Ids], name: str
     ) -> Iterator[Score]:
-        scorer = Scorer(self._args, teacher)
-        scorer.prepare(self._student, self._end_ids)
-        makes = TracedRollouts(self._student.tokenizer, self._end_ids, teacher)
+        makes = TracedRollouts(self._student.tokenizer, self._end_ids, scorer.teacher)
         numbers, given = list(rows), list(rows.values())
         prompts = [self._student.renderer.ids(row["prompt"]) for row in given]
         own = [completion_of(row) is None for row in given]
@@ -125,4 +142,5 @@ class RolloutScorer:
         return [ids_of(row, completion) for row, completion in zip(rows, given, strict=True)]
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self._args.device.type, dtype=torch.bfloat16, enabled=bool(self._args.bf16))
+        dtype = torch.float16 if self._args.fp16 else torch.bfloat16
+        return torch.autocast(self._args.device.type, dtype=dtype, enabled=bool(self._args.bf16 or self._args.fp16))
