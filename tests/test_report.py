@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import threading
 import urllib.error
 import urllib.request
@@ -30,7 +31,7 @@ from opsd.report.build import report_of
 from opsd.report.charts import POINTS, thin
 from opsd.report.heatmap import as_plain, by_step, chosen
 from opsd.report.live import HOST, LiveReport, make_server
-from opsd.report.run import read_run
+from opsd.report.run import ReportedRun, read_run
 from opsd.report.verdict import beats_controls, better, healthy
 
 HOSTILE = "<script>alert(1)</script></textarea>\x1b[31m\u202eevil &amp; 😀"
@@ -120,9 +121,7 @@ def test_the_first_sentence_is_the_gain_with_its_interval() -> None:
     assert better(replace(empty, summary={**summary, "retention": lost})).text.endswith("But it lost on general.")
 
 
-def read_run_of(card: dict[str, Any]) -> Any:
-    from opsd.report.run import ReportedRun
-
+def read_run_of(card: dict[str, Any]) -> ReportedRun:
     return ReportedRun(Path("run"), card)
 
 
@@ -206,10 +205,8 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, capsys: Any) -> N
     assert "holds no run" in capsys.readouterr().err
 
 
-def test_a_long_run_makes_a_small_page() -> None:
-    """500 steps of 200 samples each: below 10 MB."""
-    import random
-
+def long_run() -> ReportedRun:
+    """500 steps of 200 samples each."""
     values = random.Random(0)
     shown = Alternatives([" seven"] * 5, [-1.0] * 5, [" eight"] * 5, [-2.0] * 5, 1, 2)
     words = " ".join("word" for _ in range(40))
@@ -219,11 +216,15 @@ def test_a_long_run_makes_a_small_page() -> None:
         for _ in range(200)
     ]
     logs = [{"step": step, "divergence": values.random(), "entropy": 1.0, "grad_norm": 1.0} for step in range(1, 501)]
-    run = replace(read_run_of({}), logs=logs, rollouts=rollouts)
+    return replace(read_run_of({}), logs=logs, rollouts=rollouts)
+
+
+def test_a_long_run_makes_a_small_page() -> None:
+    run = long_run()
     assert len(report_of(run).encode()) < 10e6
-    worst = max(range(len(rollouts)), key=lambda place: max(rollouts[place].divergence))
-    kept = chosen(rollouts)
-    assert worst in kept and rollouts[kept[0]].step == 1 and rollouts[kept[-1]].step == 500
+    worst = max(range(len(run.rollouts)), key=lambda place: max(run.rollouts[place].divergence))
+    kept = chosen(run.rollouts)
+    assert worst in kept and run.rollouts[kept[0]].step == 1 and run.rollouts[kept[-1]].step == 500
 
 
 @pytest.mark.parametrize("length", [1, 40, 2600, 30_000])
@@ -264,6 +265,19 @@ def test_text_of_models_and_datasets_never_becomes_markup(broken: Path) -> None:
     assert "<script>alert" not in html and "</textarea>" not in html
     assert "\x1b" not in html and "\u202e" not in html and "😀" in html
     assert page_of(broken).tags.count("script") == 2  # our own: the data and what draws it
+
+
+def test_a_terminal_obeys_no_text_of_a_dataset(model: Path, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"prompt": [{"role": "user", "content": f"What is it? {HOSTILE}"}], "answer": HOSTILE, "completion": HOSTILE}
+    path.write_text("".join(json.dumps({**row, "number": number}) + "\n" for number in range(4)))
+    given = ["--model_name_or_path", str(model)]
+    assert main(["show", "--dataset_name", str(path), *given, "--context", "answer_only"]) == 0
+    assert main(["score", str(path), *given, "--context", "answer_only"]) == 0
+    rows = ["--dataset_name", str(path), "--output_dir", str(tmp_path / "run"), "--max_completion_length", "4"]
+    main(["doctor", *given, *rows, "--context", "answer_only", "--rows", "2", "--verbose"])
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and "\u202e" not in out and "\\x1b[31m" in out
 
 
 # ---- the heat-map's data ---------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from opsd.health.text import printable
+
 Differences = Iterable[tuple[str, Any, Any]]
 
 
@@ -57,8 +59,8 @@ def _print_texts(changed: Differences, console: Console) -> None:
         console.print(Text(f"\n{name}", "bold"))
         texts = (str(a or "").splitlines(), str(b or "").splitlines())
         for line in list(difflib.unified_diff(*texts, lineterm="", n=1))[3:]:
-            console.print(Text(line, "red" if line[0] == "-" else "green" if line[0] == "+" else "dim"))
+            console.print(Text(printable(line), "red" if line[0] == "-" else "green" if line[0] == "+" else "dim"))
 
 
 def _cell(value: Any) -> Text:
-    return Text("—" if value is None else str(value), overflow="fold")
+    return Text("—" if value is None else printable(str(value), keep="\n"), overflow="fold")

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from opsd.errors import OPSDError, OPSDWarning
 from opsd.findings import Examination, Finding
+from opsd.health.text import printable
 
 MARKS = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red"), "skip": ("·", "dim")}
 TITLES = {
@@ -119,7 +120,7 @@ def show(examination: Examination, console: Console, verbose: bool = False) -> N
         if not noted:
             mark, style = MARKS[findings[0].status]
             title = TITLES[check] + ("" if TITLES[check].endswith("?") else ":")
-            line = Text.assemble((f"{mark} ", style), (f"{title} ", "bold"), findings[0].saw)
+            line = Text.assemble((f"{mark} ", style), (f"{title} ", "bold"), printable(findings[0].saw))
             line.truncate(console.width, overflow="ellipsis")
             console.print(line)
             continue
@@ -145,7 +146,7 @@ def print_finding(finding: Finding, console: Console) -> None:
 def _hanging(mark: str, mark_style: str, text: str, style: str, console: Console) -> Text:
     """Return a paragraph whose later lines stand under its first word."""
     indent = len(mark)
-    lines = Text(text, style).wrap(console, max(20, console.width - indent))
+    lines = Text(printable(text, keep="\n"), style).wrap(console, max(20, console.width - indent))
     return Text("\n").join(
         Text.assemble((mark if number == 0 else " " * indent, mark_style), line) for number, line in enumerate(lines)
     )

@@ -24,6 +24,7 @@ from opsd.contexts.renderer import PromptRenderer
 from opsd.data.prepare import prepare_rows
 from opsd.data.rows import completion_of
 from opsd.errors import ConfigError
+from opsd.health.text import printable
 from opsd.models.loading import load_tokenizer
 from opsd.teachers import Teacher, load_teacher
 from opsd.training.controls import control_of
@@ -148,8 +149,9 @@ def _render(tokenizer: PreTrainedTokenizerBase, prompt: list[int], completion: l
         if part is completion:
             text.append(BOUNDARY, "bold red")
         if not as_tokens:
-            text.append(tokenizer.decode(part), style)
+            text.append(printable(tokenizer.decode(part), keep="\n"), style)
             continue
         for i, token in enumerate(part):
-            text.append(tokenizer.decode([token]).replace("\n", "⏎\n"), f"{style} {SHADES[i % 2]}".strip())
+            shown = printable(tokenizer.decode([token]), keep="\n").replace("\n", "⏎\n")
+            text.append(shown, f"{style} {SHADES[i % 2]}".strip())
     return text
