@@ -38,7 +38,10 @@ COMMANDS = {
 }
 
 # A full disk, a used-up quota, a read-only or a foreign folder: no fault of opsd's, and no traceback.
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+NOT_WRITABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENODEV, errno.ENAMETOOLONG),
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

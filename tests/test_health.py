@@ -59,6 +59,7 @@ LOOP = "go on and on and on and on and on and on and on and on and on"
 # monitor -> what changes in the log, and the rollouts, of a run that fails
 FAILS: dict[str, tuple[dict[str, Any], list[TracedRollout]]] = {
     "gradient": ({"grad_norm": 1e-9}, PLAIN),
+    "finite": ({"divergence": float("nan")}, PLAIN),
     "length": ({"completions/mean_length": 5.0}, PLAIN),
     "truncation": ({"completions/clipped_ratio": 0.97}, PLAIN),
     "entropy": ({"entropy": 0.1}, PLAIN),

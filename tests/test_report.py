@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import shutil
+import stat
 import threading
 import urllib.error
 import urllib.request
@@ -105,7 +108,7 @@ def test_a_report_has_verdict_curves_tokens_samples_and_card_and_loads_nothing(r
 
 
 def test_the_first_sentence_is_the_gain_with_its_interval() -> None:
-    gain = {"difference": 0.2, "low": 0.1, "high": 0.3, "n": 50}
+    gain = {"difference": 0.2, "low": 0.1, "high": 0.3, "n": 50, "p_value": 0.01}
     metrics = {when: {"accuracy": {"value": value}} for when, value in (("before", 0.2), ("after", 0.4))}
     summary: dict[str, Any] = {"gain": gain, "metrics": metrics}
     empty = read_run_of({})
@@ -117,7 +120,9 @@ def test_the_first_sentence_is_the_gain_with_its_interval() -> None:
     )
     bad = better(replace(empty, summary={**summary, "gain": {**gain, "low": -0.3, "high": -0.1}}))
     assert bad.tone == "bad" and bad.text.startswith("No, it got worse")
-    lost = {"general": {"difference": {"high": -0.01}}}
+    chance = better(replace(empty, summary={**summary, "gain": {**gain, "p_value": 0.06}}))
+    assert chance.tone == "open" and chance.text.startswith("Not shown")  # as the run's own verdict
+    lost = {"general": {"difference": {"low": -0.2, "high": -0.01, "p_value": 0.01}}}
     assert better(replace(empty, summary={**summary, "retention": lost})).text.endswith("But it lost on general.")
 
 
@@ -151,8 +156,6 @@ def test_controls_are_compared(run: Path, tmp_path: Path, capsys: Any) -> None:
 
 @pytest.fixture
 def broken(run: Path, tmp_path: Path) -> Path:
-    import shutil
-
     folder = tmp_path / "broken"
     shutil.copytree(run, folder)
     return folder
@@ -173,7 +176,7 @@ def test_a_run_that_broke_off_is_shown_and_says_what_is_missing(broken: Path) ->
     for words in (
         "the log: 1 line(s) are damaged",
         f"the trace {trace.name}",
-        "the evaluation:",
+        "the evaluation (evaluation/evaluation.json): the run's files are damaged",
         "the run has not",
     ):
         assert words in page.words, words
@@ -184,7 +187,11 @@ def test_a_run_without_card_and_of_another_trainer_is_shown(run: Path, tmp_path:
     logs = [{"step": step, "loss": 2.0 / step, "grad_norm": 1.0, "learning_rate": 1e-5} for step in (1, 2, 3)]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": logs}))
     page = page_of(tmp_path)
-    assert "the run card:" in page.words and "loss" in page.words and page.tags.count("svg") == 3
+    assert (
+        "the run card (run_card.json): the folder has none" in page.words
+        and "loss" in page.words
+        and page.tags.count("svg") == 3
+    )
 
 
 def test_a_run_of_an_older_version_is_shown(broken: Path) -> None:
@@ -344,7 +351,8 @@ def test_a_part_that_cannot_be_made_leaves_the_others(broken: Path) -> None:
     summary["drift"] = {"per_token": {}}
     (broken / "evaluation" / "evaluation.json").write_text(json.dumps(summary))
     page = page_of(broken)
-    assert "the run card: KeyError" in page.words and "drift: KeyError" in page.words and "Curves" in page.words
+    for words in ("the run card: the run's files have no 'teacher'", "drift: the run's files have no", "Curves"):
+        assert words in page.words, words
 
 
 def test_the_page_of_a_control_does_not_claim_the_methods_success(run: Path, tmp_path: Path) -> None:
@@ -417,7 +425,7 @@ def test_teachers_and_contexts_score_rows_and_rollouts(model: Path, rows: Path, 
     command += ["1", "--max_completion_length", "6", "--html", files[0], "-o", files[1], "--terminal"]
     assert main(command) == 0
     out = capsys.readouterr().out
-    assert "row 1 · teacher · context: answer_only" in out and "teacher: " in out
+    assert "row 1 (the row's completion) · teacher · context: answer_only" in out and "teacher: " in out
     table = pq.read_table(files[1]).to_pylist()
     assert [(each["row"], each["teacher"].rpartition(" ")[2]) for each in table] == [
         (0, "answer_only"), (1, "answer_only"), (0, "none"), (1, "none")
@@ -431,3 +439,59 @@ def test_teachers_and_contexts_score_rows_and_rollouts(model: Path, rows: Path, 
 def test_a_row_that_is_not_there_is_named(model: Path, rows: Path, capsys: Any) -> None:
     assert main(["score", str(rows), "--model_name_or_path", str(model), "--row", "7"]) == 2
     assert "the dataset has rows 0 to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("run_card.json", text) for text in ("[]", "null", '{"settings": null}', '{"settings": {"max_steps": "x"}}')),
+        *(("evaluation/evaluation.json", text) for text in ("[]", "null", '{"metrics": null}', '{"gain": {}}')),
+        *(
+            (LOG, text)
+            for text in ("", "\x00\x01", '{"step": Infinity}\n', '{"step": 1, "divergence": "x"}\n{"step": null}')
+        ),
+        ("traces/steps-000001-000004.parquet", ""),
+    ],
+)
+def test_no_damage_leaves_a_run_without_a_page(broken: Path, name: str, content: str) -> None:
+    (broken / name).write_text(content)
+    page = page_of(broken)
+    assert "Is it healthy?" in page.words and page.words.count("Nobody knows: what it is read from") <= 1
+
+
+def test_a_run_whose_loss_is_no_number_is_not_healthy(broken: Path) -> None:
+    entries, _ = read_lines(broken / LOG)
+    spoilt = [{**entry, **({"divergence": math.nan} if entry.get("divergence") else {})} for entry in entries]
+    (broken / LOG).write_text("".join(json.dumps(entry) + "\n" for entry in spoilt))
+    sentence = healthy(read_run(broken))
+    assert sentence.tone == "bad" and "finite: the loss, the divergence or the entropy was NaN" in sentence.text
+
+
+def test_few_monitors_prove_nothing_and_what_the_run_recorded_is_said(broken: Path) -> None:
+    card = read_card(str(broken))
+    card["outcome"]["health"]["now"] = {"length": {"level": "act", "saw": "rollouts are short"}}
+    (broken / "run_card.json").write_text(json.dumps(card))
+    assert "its own monitors said act (length)" in healthy(read_run(broken)).text
+    shutil.rmtree(broken / "traces")
+    (broken / LOG).write_text('{"step": 1, "loss": 1.0, "grad_norm": 1.0}\n')
+    few = healthy(read_run(broken))
+    assert few.tone == "open" and few.text.startswith("Not shown: only 2 of")
+
+
+@pytest.mark.parametrize("output", ["folder", "file/page.html", "x" * 300 + ".html"])
+def test_an_output_that_cannot_be_written_is_named_and_a_device_stays(
+    run: Path, tmp_path: Path, capsys: Any, output: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("kept")
+    assert main(["report", str(run), "-o", str(tmp_path / output)]) == 2
+    assert "could not be written" in capsys.readouterr().err and (tmp_path / "file").read_text() == "kept"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert main(["report", str(run), "-o", str(pipe)]) == 2
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+
+
+def test_a_control_is_refused_by_score(model: Path, rows: Path, capsys: Any) -> None:
+    assert main(["score", str(rows), "--model_name_or_path", str(model), "--control", "sft"]) == 2
+    assert "opsd score trains nothing" in capsys.readouterr().err

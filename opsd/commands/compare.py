@@ -95,8 +95,11 @@ def as_html(tradeoff: Tradeoff) -> str:
 
 def as_table(comparison: Comparison) -> Table:
     """Return a comparison as a table of a page."""
-    title = "Compared on the test split"
-    return Table(title, head(comparison), list(rows(comparison)), [f"{comparison.verdict}.", *_remarks(comparison)])
+    names, lines = head(comparison), list(rows(comparison))
+    shown = [place for place in range(len(names)) if any(cells[place] for cells in lines)]
+    cells = [[line[place] for place in shown] for line in lines]
+    notes = [f"{comparison.verdict}.", *_remarks(comparison)]
+    return Table("Compared on the test split", [names[place] for place in shown], cells, notes)
 
 
 def show(comparison: Comparison, console: Console) -> None:

@@ -43,14 +43,15 @@ def main(arguments: Sequence[str]) -> int:
     options = make_parser().parse_args(arguments)
     from opsd.commands.compare import as_table
     from opsd.evaluation.compare import compare, read_runs
-    from opsd.evaluation.run_folder import write_whole
+    from opsd.evaluation.run_folder import check_output, write_whole
     from opsd.report.build import report_of
     from opsd.report.run import read_run
 
+    path = Path(options.output) if options.output else Path(options.run) / FILE
     run = read_run(Path(options.run))
+    check_output(path)
     comparison = compare(read_runs([options.run, *options.against])) if options.against else None
     tables = [] if comparison is None else [as_table(comparison)]
-    path = Path(options.output or run.folder / FILE)
     write_whole(path, report_of(run, comparison, tables))
     for each in run.missing:
         print(f"missing     {each}")

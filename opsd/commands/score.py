@@ -53,8 +53,13 @@ def main(arguments: Sequence[str]) -> int:
     options, others = make_parser().parse_known_args(arguments)
     run, teachers, contexts = _settings(options, others)
     rows = _rows(run, list(teachers.values()), contexts, options.row)
+    from opsd.evaluation.run_folder import check_output
     from opsd.training.score import RolloutScorer
 
+    if options.output and Path(options.output).suffix != ".parquet":
+        raise ConfigError(f"-o writes Parquet, and {options.output} is named otherwise. Name it .parquet.")
+    for output in filter(None, (options.html, options.output)):
+        check_output(Path(output))  # before minutes of scoring
     scorer = RolloutScorer(run.model.model_name_or_path or "", run.args, run.model.model_revision)
     scores = scorer.scores(rows, teachers, contexts)
     if options.terminal or not (options.html or options.output):
@@ -83,6 +88,11 @@ def _settings(
     model = ["--model_name_or_path", options.model_name_or_path] if options.model_name_or_path else []
     data = [] if is_run else ["--dataset_name", options.rows]
     run = read_run(Path(options.rows) if is_run else None, [*model, *data, *others])
+    if run.args.control is not None:
+        raise ConfigError(
+            f"control is {run.args.control}, and opsd score trains nothing: a control changes what a run trains on. "
+            "Leave it out; `opsd show --control` has the prompts of one."
+        )
     context = None if options.context else run.run.context
     teachers = {given: load_teacher(given, context=context) for given in options.teacher or ()}
     teachers = teachers or {"teacher": load_teacher(run.run.teacher, context=context)}
@@ -124,7 +134,8 @@ def _print(scores: Sequence[Score]) -> None:
 
     console = Console(highlight=False)
     for score in scores:
-        console.rule(f"row {score.row} · {score.teacher}", align="left")
+        origin = "sampled here" if score.rollout.on_policy else "the row's completion"
+        console.rule(f"row {score.row} ({origin}) · {score.teacher}", align="left")
         console.print(rollout_text(score.rollout))
         for line in _worst(score):
             console.print(line, markup=False, style="dim")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd.errors import CheckpointError
+from opsd.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from opsd.report.run import ReportedRun
@@ -35,6 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Serve and print until Ctrl-C, or until the run has ended where nothing is served."""
     options = make_parser().parse_args(arguments)
+    if not 0 <= options.port < 65536:
+        raise ConfigError(f"a port lies between 0 (any) and 65535, and --port is {options.port}.")
     from opsd.health.log import read_log
     from opsd.training.display import line_of
 
@@ -48,18 +50,22 @@ def main(arguments: Sequence[str]) -> int:
         server = make_server(report, options.port)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f"report      http://{HOST}:{server.server_address[1]}/{report.key}/  (Ctrl-C ends it)", flush=True)
-    seen, has_ended = 0, False
+    seen, has_ended, old = 0, False, list[dict[str, Any]]()
     while not (has_ended and options.terminal):
         try:
             logs = read_log(folder)[0]
         except CheckpointError:
             logs = []  # it has not begun to log
-        if len(logs) < seen:
+        if logs[:seen] != old:
             seen = 0  # it began anew
         run = _run(folder, logs)
         for entry in logs[seen:]:
-            print(line_of(entry, entry["step"], run.planned_steps, run.divergence), flush=True)
-        has_ended, seen = run.has_ended, len(logs)
+            try:
+                line = line_of(entry, entry["step"], run.planned_steps, run.divergence)
+            except (TypeError, ValueError):
+                line = f"step {entry['step']}  (an entry that cannot be read)"
+            print(line, flush=True)
+        has_ended, seen, old = run.has_ended, len(logs), logs
         time.sleep(0 if has_ended and options.terminal else SECONDS)
     return 0
 

@@ -6,6 +6,7 @@ Also the one way to write a JSON file: whole or not at all. Knows files; nothing
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -52,13 +53,24 @@ def write_whole(path: Path, text: str) -> None:
     """
     temporary = path.with_name(f".{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_output(path)
         temporary.write_text(text, "utf-8")
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_output(path: Path) -> None:
+    """Make the folder of a file that is to be written, and refuse what is no regular file: it would be replaced.
+
+    Raises:
+        OSError: it is a folder or a device, or its folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EISDIR if path.is_dir() else errno.ENODEV, "it is no regular file", str(path))
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         try:
             entry = json.loads(line)
             entries.append({**entry, "step": int(entry["step"])})
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             damaged += 1
     return entries, damaged
 
@@ -101,7 +101,7 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], int, Path]:
         return entries, damaged, run
     path = _find_state(run)
     folder = path.parent.parent if CHECKPOINT.fullmatch(path.parent.name) else path.parent
-    return _read_state(path), 0, folder
+    return _read_state(path), damaged, folder
 
 
 def _find_state(run: Path) -> Path:
@@ -126,5 +126,5 @@ def _read_state(path: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text("utf-8"))["log_history"]
         return [{**entry, "step": int(entry["step"])} for entry in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is no log of a trainer ({type(error).__name__}: {error}).") from error

@@ -28,6 +28,7 @@ class Threshold:
 _SURVEY = "published failures (docs/health.md)"
 THRESHOLDS: dict[str, Threshold] = {
     "gradient": Threshold(1e-5, 1e-6, "norm of the gradient", "rounding of float32, as in training/learning.py"),
+    "finite": Threshold(1, 1, "log entries whose loss is NaN or infinite", "one spoils every weight"),
     "length": Threshold(0.7, 0.4, "share of the length at the start", f"{_SURVEY}: a loss of 30 % and more"),
     "truncation": Threshold(0.6, 0.9, "share of rollouts, and 20 points above the start", "StableOPD; ms-swift#9526"),
     "entropy": Threshold(0.5, 0.2, "share of the entropy at the start", "entropy collapse before accuracy: TRPO-like "

@@ -16,6 +16,7 @@ import pyarrow as pa  # of datasets, which stands on it
 import pyarrow.parquet as pq
 
 from opsd.errors import CheckpointError
+from opsd.evaluation.run_folder import check_output
 from opsd.health.rollout import Alternatives, TracedRollout
 
 FOLDER = "traces"
@@ -99,7 +100,7 @@ def write_rollouts(path: Path, rollouts: Sequence[tuple[TracedRollout, Mapping[s
     for name, value in rollouts[0][1].items() if rollouts else ():
         schema = schema.append(pa.field(name, pa.int32() if isinstance(value, int) else pa.string()))
     table = pa.Table.from_pylist([{**asdict(rollout), **columns} for rollout, columns in rollouts], schema=schema)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_output(path)
     temporary = path.with_name(f".{path.name}")
     try:
         pq.write_table(table, temporary, compression="zstd")
@@ -138,8 +139,12 @@ def read_file(path: Path, *, alternatives: bool = False) -> list[TracedRollout]:
         stored = pq.read_schema(path).names
         names = [each.name for each in fields(TracedRollout) if alternatives or each.name != ALTERNATIVES]
         rows = pq.read_table(path, columns=[name for name in names if name in stored or name not in LATER]).to_pylist()
-        return [TracedRollout(**{name: _value(name, value) for name, value in row.items()}) for row in rows]
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        read = [TracedRollout(**{name: _value(name, value) for name, value in row.items()}) for row in rows]
+        for rollout in read:
+            if any(value is None for value in vars(rollout).values()) or len(rollout.ids) != len(rollout.divergence):
+                raise ValueError("a rollout lacks values")
+        return read
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the trace {path} is damaged ({error}). Remove it; the others can be read.") from error
 
 

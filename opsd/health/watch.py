@@ -6,6 +6,7 @@ metrics. One that raises is reported and switched off; it never ends a run. Know
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ ACTIONS = {
     "stop": "the run ends after the step, with a checkpoint",
     "roll_back": "the run ends, and the best checkpoint by the rule of its evaluation is what it gives",
 }
+LOSSES = ("loss", "divergence", "entropy")  # a gradient may overflow: the loss scaler of float16 expects it
 METRIC = "health"  # the worst level of all monitors: 0 fine, 1 watch, 2 act
 
 
@@ -89,6 +91,9 @@ class Watch:
         except Exception as error:
             self.statistics, self.broken["statistics of rollouts"] = {}, f"{type(error).__name__}: {error}"
         entry = {**self.statistics, **step.logs}  # what was logged was read of all that was traced then
+        losses = [entry[name] for name in LOSSES if isinstance(entry.get(name), float)]
+        if losses:
+            entry["not_finite"] = float(not all(map(math.isfinite, losses)))
         self.values.add(step.number, entry)
         changes = []
         for name, monitor in list(self._monitors.items()):

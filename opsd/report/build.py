@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from opsd.errors import OPSDError
 from opsd.evaluation.compare import Comparison
 from opsd.evaluation.result import Answer, EvaluationResult
 from opsd.evaluation.run_folder import leaves
@@ -14,8 +13,8 @@ from opsd.health.monitor import LEVELS
 from opsd.report import heatmap
 from opsd.report.curves import charts_of
 from opsd.report.page import Table, render
-from opsd.report.run import ReportedRun
-from opsd.report.verdict import sentences
+from opsd.report.run import DAMAGE, ReportedRun, reason_of
+from opsd.report.verdict import Sentence, beats_controls, better, healthy
 
 Made = TypeVar("Made")
 SAMPLES = 30  # questions whose answers are shown
@@ -39,20 +38,29 @@ def report_of(
         """Make a part of the page; of a card or a result that lacks something, the page goes without that part."""
         try:
             return make()
-        except (OPSDError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            missing.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}")
+        except DAMAGE as error:
+            missing.append(f"{name}: {reason_of(error)}")
             return otherwise
 
     shown = made("tokens", lambda: heatmap.by_step(run.whole(heatmap.chosen(run.rollouts))), nothing)
+    asked = ("Did it get better?", "Did it beat its controls?", "Is it healthy?")
+    damaged = [Sentence(each, "Nobody knows: what it is read from is damaged.", "open") for each in asked]
+    verdict = [
+        made("the first sentence", lambda: better(run), damaged[0]),
+        made("the second sentence", lambda: beats_controls(comparison, str(run.folder)), damaged[1]),
+        made("the third sentence", lambda: healthy(run), damaged[2]),
+    ]
+    empty: dict[str, Any] = {}
+    rollouts = made("tokens", lambda: heatmap.as_plain(shown, "step", "rollout", run.divergence), empty)
     spoken = [item for item in run.watch.verdicts.items() if item[1].level != "fine"]
     samples = made("answers before and after", lambda: list(_samples(run.results)), nothing)
     values: dict[str, Any] = {
         "title": f"{run.folder.resolve().name}: {_model(run.card)}",
         "about": made("the head", lambda: _about(run), ""),
-        "sentences": made("the verdict", lambda: sentences(run, comparison), nothing),
+        "sentences": verdict,
         "charts": made("curves", lambda: charts_of(run), nothing),
         "spoken": sorted(spoken, key=lambda item: -LEVELS.index(item[1].level)),
-        "heatmap": heatmap.as_plain(shown, "step", "rollout", run.divergence) if shown else None,
+        "heatmap": rollouts if shown and rollouts else None,
         "shown_of": f"{len(shown):,} of {len(run.rollouts):,} traced rollouts. Choose a token to see what both sides "
         "would have said instead.",
         "splits": made("results by split", lambda: list(_splits(run)), nothing),

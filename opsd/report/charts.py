@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-WIDTH, HEIGHT = 460, 170
+WIDTH, HEIGHT = 320, 140
 VEGA_LITE = "https://vega.github.io/schema/vega-lite/v5.json"  # a name that vl-convert knows; nothing is fetched
 COLOURS = [f"var(--series-{number})" for number in range(1, 7)]
 LEVEL_COLOURS = {"fine": "var(--fine)", "watch": "var(--watch)", "act": "var(--act)"}

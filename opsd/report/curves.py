@@ -54,8 +54,10 @@ def _charts(run: ReportedRun) -> Iterator[Chart]:
         yield accuracy
     loss = series({run.divergence: "divergence"}) or series({"loss": "loss"})
     if loss:
+        is_ours = "loss" not in loss
         says = "How far the student is from its teacher, on average over the tokens it was trained on."
-        yield Chart(next(iter(loss)), says, charts.lines(loss, "nats per token", steps=steps))
+        says = says if is_ours else "What is minimised, as its trainer logs it."
+        yield Chart(next(iter(loss)), says, charts.lines(loss, "nats per token" if is_ours else "loss", steps=steps))
     if spoken := stretches_of(run):
         says = "What each monitor of health said; a row that changes colour changed its mind at that step."
         yield Chart("health", says, charts.levels(spoken, steps=(0.0, steps[1] + 1)))

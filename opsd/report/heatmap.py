@@ -104,6 +104,7 @@ def _plain(rollout: TracedRollout) -> dict[str, Any]:
     return {
         "prompt": printable(rollout.prompt, keep="\n"),
         "context": printable(rollout.context, keep="\n"),
+        "text": printable(rollout.text, keep="\n"),
         "tokens": [printable(token, keep="\n") for token in rollout.tokens],
         "nats": [_number(value) for value in rollout.divergence],
         "entropy": [_number(value) for value in rollout.entropy],

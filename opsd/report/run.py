@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from opsd.errors import CheckpointError, OPSDError
 from opsd.evaluation.result import EvaluationResult
-from opsd.evaluation.run_folder import read_card
-from opsd.evaluation.summary import FOLDER, read_summary, results_of
+from opsd.evaluation.run_folder import CARD, read_card
+from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, SUMMARY, file_of, read_summary, results_of
 from opsd.health.log import read_log
 from opsd.health.rollout import TracedRollout
 from opsd.health.traces import FOLDER as TRACES
@@ -22,6 +22,41 @@ from opsd.health.traces import files_in, read_file
 from opsd.health.watch import Watch, replay
 
 Read = TypeVar("Read")
+DAMAGE = (OPSDError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)  # of a file
+
+
+def reason_of(error: Exception) -> str:
+    """Return in words why a part cannot be read or shown."""
+    if isinstance(error, KeyError):
+        return f"the run's files have no {error}"
+    if isinstance(error, OPSDError):
+        return " ".join(str(error).split())
+    return f"the run's files are damaged ({type(error).__name__}: {' '.join(str(error).split())})"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {type(value).__name__} in place of a mapping")
+    return value
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
+    if not (folder / CARD).is_file():
+        raise CheckpointError("the folder has none, as that of another trainer")
+    card = _mapping(read_card(str(folder)))
+    for name in ("settings", "divergence", "teacher", "outcome"):
+        _mapping(card.get(name, {}))
+    int(card.get("settings", {}).get("max_steps") or 0)
+    return card
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    summary = _mapping(read_summary(folder))
+    for name in ("metrics", "retention", "gain"):
+        _mapping(summary.get(name, {}))
+    for look in summary.get("selection") or ():
+        _mapping(look)
+    return summary
 
 
 @dataclass(frozen=True)
@@ -75,8 +110,14 @@ class ReportedRun:
 
     @property
     def steps(self) -> int:
-        """The last step that was logged."""
-        return max((entry["step"] for entry in self.logs), default=0)
+        """The last step that is known."""
+        looks = [look["step"] for look in self.summary.get("selection") or () if isinstance(look.get("step"), int)]
+        return max([*(entry["step"] for entry in self.logs), *looks, self.card.get("outcome", {}).get("steps") or 0])
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether it has a folder of results."""
+        return (self.folder / FOLDER).is_dir()
 
     @property
     def planned_steps(self) -> int:
@@ -100,11 +141,11 @@ def read_run(folder: Path) -> ReportedRun:
     def tried(name: str, read: Callable[[], Read], otherwise: Read) -> Read:
         try:
             return read()
-        except (OPSDError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            missing.append(f"{name}: {' '.join(str(error).split())}")
+        except DAMAGE as error:
+            missing.append(f"{name}: {reason_of(error)}")
             return otherwise
 
-    card = tried("the run card", lambda: read_card(str(folder)), dict[str, Any]())
+    card = tried(f"the run card ({CARD})", lambda: _read_card(folder), dict[str, Any]())
     logs, damaged, _ = tried("the log", lambda: read_log(folder), (list[dict[str, Any]](), 0, folder))
     if not card and not logs:
         raise CheckpointError(
@@ -123,14 +164,19 @@ def read_run(folder: Path) -> ReportedRun:
     if not paths:
         missing.append("traces: the run kept none (trace_rollouts), so that no tokens can be shown")
     evaluation = folder / FOLDER
-    summary = tried("the evaluation", lambda: read_summary(evaluation), dict[str, Any]())
+    summary = tried(f"the evaluation ({FOLDER}/{SUMMARY})", lambda: _read_summary(evaluation), dict[str, Any]())
     results = tried("the answers of the evaluation", lambda: results_of(evaluation), dict[str, EvaluationResult]())
     if not evaluation.is_dir():
         missing.append("the evaluation: the run has none, so that nobody knows whether it helped (`evaluation:`)")
     watch = tried("health", lambda: replay(logs, rollouts), Watch())
     missing += [f"the monitor {name}: {reason}" for name, reason in watch.broken.items()]
     run = ReportedRun(folder, card, logs, rollouts, summary, results, watch, missing, traces)
-    if not run.has_ended:
+    if BEFORE in results and AFTER not in results and run.has_ended:
+        missing.append(f"the answers after training: {FOLDER}/{file_of('test', AFTER)} is not there")
+    logged = max((entry["step"] for entry in logs), default=0)
+    if "outcome" in card and logged + int(card.get("settings", {}).get("logging_steps") or 1) < run.steps:
+        missing.append(f"the log: it ends at step {logged}, and the run made {run.steps}")
+    if card and not run.has_ended:
         of_all = f" of {run.planned_steps}" if run.planned_steps else ""
         missing.append(f"the end: the run has not ended; its last log entry is of step {run.steps}{of_all}")
     return run

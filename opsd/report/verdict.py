@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from opsd.evaluation.compare import Comparison
-from opsd.evaluation.summary import AFTER, BEFORE
+from opsd.evaluation.summary import AFTER, BEFORE, LEVEL
 from opsd.evaluation.verdict import beats, loses
 from opsd.health.monitor import LEVELS
+from opsd.health.monitors import MONITORS
 from opsd.report.run import ReportedRun
 
 Tone = Literal["good", "open", "bad"]
+FEW = 4  # monitors: fewer prove nothing
 
 
 @dataclass(frozen=True)
@@ -33,16 +35,6 @@ class Sentence:
     tone: Tone
 
 
-def sentences(run: ReportedRun, comparison: Comparison | None) -> list[Sentence]:
-    """Return the three sentences.
-
-    Args:
-        run: the run.
-        comparison: with its controls; None where none were given.
-    """
-    return [better(run), beats_controls(comparison, str(run.folder)), healthy(run)]
-
-
 def better(run: ReportedRun) -> Sentence:
     """Return whether the student improved, by how much and how sure that is."""
     asks = "Did it get better?"
@@ -56,13 +48,14 @@ def better(run: ReportedRun) -> Sentence:
                 f"{end}. The test split is asked at the end."
             )
             return Sentence(asks, text, "open")
-        return Sentence(asks, "Nobody knows: nothing was evaluated after training.", "open")
+        why = "its evaluation is damaged or broke off" if run.has_evaluation else "nothing was evaluated after training"
+        return Sentence(asks, f"Nobody knows: {why}.", "open")
     before, after = (run.summary["metrics"][when]["accuracy"]["value"] for when in (BEFORE, AFTER))
     change = f"{100 * gain['difference']:+.1f} points ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
-    tone: Tone = "good" if gain["low"] > 0 else "bad" if gain["high"] < 0 else "open"
+    tone = _tone(gain)
     word = {"good": "Yes", "bad": "No, it got worse", "open": "Not shown"}[tone]
     text = f"{word}: right answers went from {before:.1%} to {after:.1%} of {gain['n']} held-out questions, {change}."
-    lost = [name for name, split in run.summary.get("retention", {}).items() if split["difference"]["high"] < 0]
+    lost = [name for name, split in run.summary.get("retention", {}).items() if _tone(split["difference"]) == "bad"]
     if lost:
         text += f" But it lost on {', '.join(lost)}."
     return Sentence(asks, text, "open" if lost and tone == "good" else tone)
@@ -80,8 +73,8 @@ def beats_controls(comparison: Comparison | None, folder: str = "") -> Sentence:
         return Sentence(asks, f"Nobody knows: {comparison.verdict}.", "open")
     if comparison is None:
         text = (
-            "Nobody knows: no control was given. Train one, such as `opsd train run.yaml --control sft`, and write the "
-            "report with `--against` and its folder."
+            "Nobody knows: no control was given. Train one, such as by opsd train run.yaml --control sft, and write "
+            "the report with --against and its folder."
         )
         return Sentence(asks, text, "open")
     own = next((arm.name for arm in comparison.arms if folder in [run.folder for run in arm.runs]), "")
@@ -100,20 +93,40 @@ def healthy(run: ReportedRun) -> Sentence:
     watch = run.watch
     if not watch.verdicts:
         return Sentence(asks, "Nobody knows: the log has nothing that a monitor reads.", "open")
-    worst = LEVELS[watch.level]
+    worst, recorded = LEVELS[watch.level], _recorded(run, watch.level)
     spoken = [(name, verdict) for name, verdict in watch.verdicts.items() if verdict.level == worst]
     acted = sorted({change.monitor for change in watch.history if change.verdict.level == "act"})
     if worst == "fine":
-        before = f" ({_listed(acted)} said act, and is fine again)" if acted else ""
-        return Sentence(asks, f"Yes: {len(watch.verdicts)} monitors could look, and all are content{before}.", "good")
+        before = f" ({', '.join(acted)} said act, and is fine again)" if acted else ""
+        count = len(watch.verdicts)
+        if count < FEW:
+            text = f"Not shown: only {count} of {len(MONITORS)} monitors could look; what they saw is fine{before}."
+            return Sentence(asks, f"{text}{recorded}", "open")
+        text = f"Yes: {count} monitors could look, and all are content{before}.{recorded}"
+        return Sentence(asks, text, "open" if recorded else "good")
     text = "; ".join(f"{name}: {verdict.saw}" for name, verdict in spoken)
     word = "No" if worst == "act" else "Mostly"
     others = len(watch.verdicts) - sum(verdict.level != "fine" for verdict in watch.verdicts.values())
-    return Sentence(asks, f"{word}: {text}. {others} other monitors are content.", "bad" if worst == "act" else "open")
+    return Sentence(
+        asks, f"{word}: {text}. {others} other monitors are content.{recorded}", "bad" if worst == "act" else "open"
+    )
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def _recorded(run: ReportedRun, level: int) -> str:
+    """Return what the run's own monitors said at its end, where today's say something else."""
+    now = run.card.get("outcome", {}).get("health", {}).get("now", {})
+    of_run = max((LEVELS.index(each["level"]) for each in now.values()), default=level)
+    if of_run == level:
+        return ""
+    names = ", ".join(name for name, each in now.items() if each["level"] == LEVELS[of_run])
+    return f" When it ended, its own monitors said {LEVELS[of_run]} ({names}): their thresholds were others."
+
+
+def _tone(change: Mapping[str, Any]) -> Tone:
+    """Return whether a change is for the better, for the worse, or chance; as `gain_verdict` does."""
+    if change["p_value"] >= LEVEL:
+        return "open"
+    return "good" if change["low"] > 0 else "bad" if change["high"] < 0 else "open"
 
 
 def _capitalised(text: str) -> str:

@@ -18,6 +18,7 @@ from opsd.contexts.base import Context
 from opsd.contexts.completions import completion_ids
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.rows import completion_of
+from opsd.errors import DataError
 from opsd.health.rollout import TracedRollout
 from opsd.models.forward import check_model
 from opsd.models.generation import generate
@@ -90,7 +91,7 @@ class RolloutScorer:
         """
         found: list[Score] = []
         with torch.no_grad(), self._autocast():
-            completions = self._completions(list(rows.values()))
+            completions = self._completions(rows)
             for name, teacher in teachers.items():
                 scorer = Scorer(self._args, teacher)
                 scorer.prepare(self._student, self._end_ids)
@@ -119,11 +120,11 @@ class RolloutScorer:
             for number, rollout in zip(numbers[start:], makes(record, part, range(len(part)), 0), strict=False):
                 yield Score(number, name, rollout)
 
-    def _completions(self, rows: Sequence[Mapping[str, Any]]) -> list[Ids]:
+    def _completions(self, rows: Mapping[int, Mapping[str, Any]]) -> list[Ids]:
         """Return the completions of rows, sampled where they have none."""
         args, renderer = self._args, self._student.renderer
-        given = [completion_of(row) for row in rows]
-        prompts = [renderer.ids(row["prompt"]) for row, text in zip(rows, given, strict=True) if text is None]
+        given = [completion_of(row) for row in rows.values()]
+        prompts = [renderer.ids(row["prompt"]) for row, text in zip(rows.values(), given, strict=True) if text is None]
         sampled = iter(
             generate(
                 self._model, prompts, self._student.tokenizer, max_new_tokens=args.max_completion_length,
@@ -134,12 +135,17 @@ class RolloutScorer:
             else ()
         )  # fmt: skip
 
-        def ids_of(row: Mapping[str, Any], completion: Any) -> Ids:
+        def ids_of(number: int, row: Mapping[str, Any], completion: Any) -> Ids:
             if completion is None:
                 return next(sampled)
-            return completion if isinstance(completion, list) else completion_ids(renderer, row["prompt"], completion)
+            try:
+                return (
+                    completion if isinstance(completion, list) else completion_ids(renderer, row["prompt"], completion)
+                )
+            except DataError as error:
+                raise DataError(f"row {number}: {error}") from error
 
-        return [ids_of(row, completion) for row, completion in zip(rows, given, strict=True)]
+        return [ids_of(*each) for each in zip(rows, rows.values(), given, strict=True)]
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = torch.float16 if self._args.fp16 else torch.bfloat16

@@ -9,6 +9,7 @@ from opsd.health.monitors.diversity import Diversity
 from opsd.health.monitors.drift import Drift
 from opsd.health.monitors.engine import Engine
 from opsd.health.monitors.entropy import Entropy
+from opsd.health.monitors.finite import Finite
 from opsd.health.monitors.gradient import Gradient
 from opsd.health.monitors.idle import Idle
 from opsd.health.monitors.large_kl import LargeKL
@@ -27,6 +28,7 @@ from opsd.health.monitors.truncation import Truncation
 from opsd.health.thresholds import THRESHOLDS
 
 MONITORS: tuple[type[Monitor], ...] = (
+    Finite,
     Gradient,
     Opening,
     Style,

@@ -13,7 +13,7 @@
     for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
     return element;
   };
-  const visible = (token) => (token === "" ? "∅" : token.replaceAll("\n", "⏎"));
+  const visible = (token) => (token === "" ? "∅" : token.replaceAll("\n", "⏎").replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)));
   const percent = (logprob) => {
     if (logprob === null) return "unknown";
     const share = 100 * Math.exp(logprob);
@@ -28,18 +28,20 @@
     if (names.includes(chosen)) select.value = chosen;
   };
 
-  const side = (name, entries, rank, sampled, whole) => {
+  const side = (name, entries, rank, whole) => {
     const table = make("table", null);
     const place = rank > 0 ? `rank ${rank}` : "not listed";
     table.append(make("caption", `${name}: the sampled token has ${percent(whole)}, ${place}`));
     const body = make("tbody", null);
-    for (const [token, logprob] of entries) {
-      const row = make("tr", null, token === sampled ? { class: "is-sampled" } : {});
+    entries.forEach(([token, rounded], number) => {
+      const isSampled = number + 1 === rank;
+      const logprob = isSampled ? whole : rounded;
+      const row = make("tr", null, isSampled ? { class: "is-sampled" } : {});
       const bar = make("td", null, { width: "45%" });
       if (logprob !== null) bar.append(make("span", null, { class: `bar ${name}`, style: `width: ${100 * Math.exp(logprob)}%` }));
       row.append(make("th", visible(token), { scope: "row" }), make("td", percent(logprob)), bar);
       body.append(row);
-    }
+    });
     table.append(body);
     return table;
   };
@@ -61,9 +63,8 @@
       parts.push(make("p", `${data.divergence}: ${shown.nats[place].toFixed(3)} nats.${entropy}`));
       const top = shown.top[place];
       if (top) {
-        const sampled = visible(token);
-        parts.push(side("student", top.student, top.student_rank, sampled, shown.student[place]));
-        parts.push(side("teacher", top.teacher, top.teacher_rank, sampled, shown.teacher[place]));
+        parts.push(side("student", top.student, top.student_rank, shown.student[place]));
+        parts.push(side("teacher", top.teacher, top.teacher_rank, shown.teacher[place]));
       } else {
         const both = `student ${percent(shown.student[place])}, teacher ${percent(shown.teacher[place])}`;
         parts.push(make("p", `Probability of this token: ${both}.`));
@@ -102,10 +103,11 @@
     byId("tokens").replaceChildren(...buttons);
     byId("context").textContent = shown.context || "The teacher was shown the student's prompt.";
     byId("prompt").textContent = shown.prompt;
-    const facts = [`${shown.tokens.length} tokens`, `${shown.size.toFixed(2)} nats in all`, `${carriers.size} of them carry 80 %`];
+    byId("text").textContent = shown.text;
+    const facts = [`${shown.tokens.length} tokens`, `${(shown.size ?? 0).toFixed(2)} nats in all`, `${carriers.size} of them carry 80 %`];
     if (shown.reward !== null) facts.push(`reward ${shown.reward}`);
     if (!shown.ended) facts.push("cut at the limit");
-    if (!shown.own) facts.push("not sampled by the student");
+    facts.push(shown.own ? "sampled by the student" : "not sampled by the student");
     byId("facts").textContent = facts.join(" · ");
     at = -1;
     const worst = shown.nats.reduce((best, value, place) => (size(value) > size(shown.nats[best]) ? place : best), 0);
