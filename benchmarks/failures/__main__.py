@@ -7,7 +7,7 @@ Writes:  benchmarks/results/failures/NAME/: the log and the traces; and failures
 Takes:   about a quarter of an hour a run on two cores, two at a time
 
 Every run answers the same 400 questions every five steps, greedily. It has failed at the first look at which accuracy
-is five points below the first look.
+is five points below the best one before.
 """
 
 from __future__ import annotations
@@ -66,8 +66,11 @@ def judged(name: str) -> dict[str, Any]:
     folder = RESULTS / name.replace(" ", "_")
     log = json.loads((folder / STATE).read_text())["log_history"]
     looks = {entry["step"]: entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry}
+    best, failed = 0.0, None
+    for step in sorted(looks):
+        best = max(best, looks[step])
+        failed = step if failed is None and looks[step] <= best - FALL else failed
     first = looks[min(looks)]
-    failed = next((step for step in sorted(looks) if looks[step] <= first - FALL), None)
     watch = replay(log, list(read_traces(folder)))
     expected = [_first(watch, monitor) for monitor in RUNS[name].expected]
     named = min((step for step in expected if step is not None), default=None)

@@ -16,7 +16,7 @@ from benchmarks.learning.parts import ROLLOUTS, common_settings
 from opsd.commands.demo_sums import SumsSettings, sums_settings
 from opsd.commands.demo_tasks import Row, arithmetic, question, write_rows
 
-STEPS, EVERY, QUESTIONS = 40, 5, 400
+STEPS, EVERY, QUESTIONS = 50, 5, 400
 TESTED = 20  # questions of the test split, which says nothing here
 LOOKS_SEED = 4242  # of the questions that every run is asked every EVERY steps
 
@@ -58,16 +58,16 @@ def _template(name: str) -> str:
     return "{folder}/" + f"{name}.jinja"
 
 
-FAST = {"learning_rate": 1e-4}
+FAST = {"learning_rate": 3e-5}
 TAUGHT = sums_settings(SumsSettings(), "", Path())["context"]  # the demo's: the answer, and two worked examples
 RUNS: dict[str, Provoked] = {
     "live teacher": Provoked(
-        "the teacher is the student as it is now, at ten times the learning rate",
+        "the teacher is the student as it is now, without a gate",
         ("entropy", "diversity", "repetition", "length", "task"),
-        {"teacher": {"strategy": "live"}, "learning_rate": 3e-4},
+        {"teacher": {"strategy": "live"}, "learning_rate": 5e-5},
         context="answer_only",
     ),
-    "leak": Provoked("the template tells the teacher to name the reference solution", ("leak",), FAST,
+    "leak": Provoked("the template tells the teacher to name the reference solution", ("leak",), {**FAST, "beta": 0.0},
                      context=_template("leak")),
     "style": Provoked("the context asks for a style and tells nothing", ("style", "opening"), FAST,
                       context=_template("style"), apart=True),
@@ -78,7 +78,7 @@ RUNS: dict[str, Provoked] = {
                            {**FAST, "max_completion_length": 48}, context=_template("repeat")),
     "no lift": Provoked("the teacher is told the answers of other rows", ("task",), FAST,
                         context={"template": "answer_only", "fields": {"answer": "other_answer"}}),
-    "overfit": Provoked("sixteen rows, again and again", ("task",), {"learning_rate": 2e-4}, context=TAUGHT,
+    "overfit": Provoked("sixteen rows, again and again", ("task",), {"learning_rate": 1e-4}, context=TAUGHT,
                         rows=lambda seed: tasks.training_sums(ROLLOUTS, seed)),
     "diversity collapse": Provoked("the context asks for one and the same answer", ("diversity", "entropy"), FAST,
                                    context=_template("same")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -102,13 +102,14 @@ class Evaluator(TrainerCallback):
     Args:
         parts: what the run is made of, with a plan.
         stop: tells whether a signal ended the run.
+        log: logs the accuracy on the selection split before step 1.
     """
 
-    def __init__(self, parts: RunParts, stop: GracefulStop):
+    def __init__(self, parts: RunParts, stop: GracefulStop, log: Callable[[Mapping[str, float]], None]):
         assert parts.plan is not None
         self.plan, self._args = parts.plan, parts.args
         self._student, self._teacher = parts.student, parts.scorer.teacher
-        self._accelerator, self._stop = parts.accelerator, stop
+        self._accelerator, self._stop, self._log = parts.accelerator, stop, log
         self._live = LiveTeacher()  # the student's likelihoods; prepared before mixed precision wraps the model
         self._live.prepare(parts.student)
         self._selection: list[dict[str, Any]] = []  # metrics of the selection split, one entry per look
@@ -148,7 +149,7 @@ class Evaluator(TrainerCallback):
             self._write(TRACE_LIKELIHOOD, self._baselines.value("traces", rows, self._traces, teacher=True))
         if self.plan.neutral is not None:
             self._write(NEUTRAL, self._baselines.value("neutral", self.plan.neutral, self._neutral))
-        self.evaluate_selection(0)
+        self._log(self.evaluate_selection(0))
         if self._baselines.taken:
             taken = ", ".join(self._baselines.taken)
             self._accelerator.print(

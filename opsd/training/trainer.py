@@ -171,7 +171,7 @@ class OPSDTrainer(SavingTrainer):
         hooks = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
         self.callback_handler.callbacks[:0] = [hooks, self._stop, self.files.resumed, self.learning]
         if plan is not None:
-            self.add_callback(evaluator := Evaluator(self.files.parts, self._stop))
+            self.add_callback(evaluator := Evaluator(self.files.parts, self._stop, self._log_selection))
             self.evaluator = evaluator
         self.tracer, self.health, self.display = watched(self)
 
@@ -347,10 +347,14 @@ class OPSDTrainer(SavingTrainer):
         divergence = {} if is_plans else super().evaluate(None, *args, **kwargs)
         selection = self.evaluator.evaluate_selection(self.state.global_step)
         if selection:
-            with evaluating(self.model):  # TRL logs by the model's mode, and would empty the training's metrics
-                self.log(dict(selection))
+            self._log_selection(selection)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, selection)
         return divergence | selection
+
+    def _log_selection(self, selection: Mapping[str, float]) -> None:
+        if selection:
+            with evaluating(self.model):  # TRL logs by the model's mode, and would empty the training's metrics
+                self.log(dict(selection))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train. Ctrl-C, SIGTERM or SIGUSR1 saves a checkpoint at the end of the step, and prints how to resume.
