@@ -396,7 +396,8 @@ def test_only_this_machine_is_answered(served: tuple[str, Path]) -> None:
 def test_watch_prints_the_lines_of_a_run(run: Path, capsys: Any) -> None:
     assert main(["watch", str(run), "--terminal"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 1/4  reverse KL ") and lines[-1].startswith("done ")
+    assert lines[0].startswith("step 0/4  evaluation  accuracy ") and lines[1].startswith("step 1/4  reverse KL ")
+    assert lines[-1].startswith("done ")
     assert main(["watch", str(run / "nothing"), "--terminal"]) == 2
 
 

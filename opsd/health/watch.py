@@ -29,6 +29,7 @@ ACTIONS = {
     "roll_back": "the run ends, and the best checkpoint by the rule of its evaluation is what it gives",
 }
 LOSSES = ("loss", "divergence", "entropy")  # a gradient may overflow: the loss scaler of float16 expects it
+TRACED = "traced_tokens"  # a statistic of rollouts that is there wherever any is
 METRIC = "health"  # the worst level of all monitors: 0 fine, 1 watch, 2 act
 
 
@@ -253,6 +254,7 @@ def replay(logs: Iterable[Mapping[str, Any]], rollouts: Sequence[TracedRollout] 
         upto = seen
         while is_training(entry) and upto < len(rollouts) and rollouts[upto].step <= step:
             upto += 1
-        watch.look(Step(step, entry, rollouts[seen:upto]))
+        # What was logged was read of rollouts then.
+        watch.look(Step(step, entry, () if TRACED in entry else rollouts[seen:upto]))
         seen = upto
     return watch

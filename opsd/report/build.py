@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from opsd.evaluation.compare import Comparison
 from opsd.evaluation.result import Answer, EvaluationResult
@@ -12,11 +12,11 @@ from opsd.evaluation.summary import AFTER, BEFORE, TEACHER
 from opsd.health.monitor import LEVELS
 from opsd.report import heatmap
 from opsd.report.curves import charts_of
+from opsd.report.missing import Missing
 from opsd.report.page import Table, render
-from opsd.report.run import DAMAGE, ReportedRun, reason_of
+from opsd.report.run import ReportedRun
 from opsd.report.verdict import Sentence, beats_controls, better, healthy
 
-Made = TypeVar("Made")
 SAMPLES = 30  # questions whose answers are shown
 
 
@@ -31,17 +31,8 @@ def report_of(
         tables: of that comparison.
         live: the version of a page that is served, and loads itself again when there is a newer one; "" for a file.
     """
-    missing = list(run.missing)
-    nothing: list[Any] = []
-
-    def made(name: str, make: Callable[[], Made], otherwise: Made) -> Made:
-        """Make a part of the page; of a card or a result that lacks something, the page goes without that part."""
-        try:
-            return make()
-        except DAMAGE as error:
-            missing.append(f"{name}: {reason_of(error)}")
-            return otherwise
-
+    lacks = Missing(run.missing)
+    made, nothing = lacks.tried, list[Any]()
     shown = made("tokens", lambda: heatmap.by_step(run.whole(heatmap.chosen(run.rollouts))), nothing)
     asked = ("Did it get better?", "Did it beat its controls?", "Is it healthy?")
     damaged = [Sentence(each, "Nobody knows: what it is read from is damaged.", "open") for each in asked]
@@ -71,7 +62,7 @@ def report_of(
         "samples_of": _samples_of(samples),
         "card": made("the run card", lambda: list(_card(run.card)), nothing),
         "live": live,
-        "missing": missing,
+        "missing": lacks.found,
     }
     return render("report.html", **values)
 

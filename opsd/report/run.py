@@ -5,13 +5,13 @@ A run that broke off, or one of an older version, is read as far as it goes. Kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from opsd.errors import CheckpointError, OPSDError
+from opsd.errors import CheckpointError
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.run_folder import CARD, read_card
 from opsd.evaluation.summary import AFTER, BEFORE, FOLDER, SUMMARY, file_of, read_summary, results_of
@@ -20,18 +20,7 @@ from opsd.health.rollout import TracedRollout
 from opsd.health.traces import FOLDER as TRACES
 from opsd.health.traces import files_in, read_file
 from opsd.health.watch import Watch, replay
-
-Read = TypeVar("Read")
-DAMAGE = (OPSDError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError)  # of a file
-
-
-def reason_of(error: Exception) -> str:
-    """Return in words why a part cannot be read or shown."""
-    if isinstance(error, KeyError):
-        return f"the run's files have no {error}"
-    if isinstance(error, OPSDError):
-        return " ".join(str(error).split())
-    return f"the run's files are damaged ({type(error).__name__}: {' '.join(str(error).split())})"
+from opsd.report.missing import Missing
 
 
 def _mapping(value: Any) -> dict[str, Any]:
@@ -136,15 +125,8 @@ def read_run(folder: Path) -> ReportedRun:
     Raises:
         CheckpointError: the folder holds nothing of a run.
     """
-    missing: list[str] = []
-
-    def tried(name: str, read: Callable[[], Read], otherwise: Read) -> Read:
-        try:
-            return read()
-        except DAMAGE as error:
-            missing.append(f"{name}: {reason_of(error)}")
-            return otherwise
-
+    lacks = Missing()
+    tried, missing = lacks.tried, lacks.found
     card = tried(f"the run card ({CARD})", lambda: _read_card(folder), dict[str, Any]())
     logs, damaged, _ = tried("the log", lambda: read_log(folder), (list[dict[str, Any]](), 0, folder))
     if not card and not logs:
