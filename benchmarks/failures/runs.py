@@ -64,7 +64,7 @@ RUNS: dict[str, Provoked] = {
     "live teacher": Provoked(
         "the teacher is the student as it is now, without a gate",
         ("entropy", "diversity", "repetition", "length", "task"),
-        {"teacher": {"strategy": "live"}, "learning_rate": 5e-5},
+        {"teacher": {"strategy": "live"}, "learning_rate": 1e-5},
         context="answer_only",
     ),
     "leak": Provoked("the template tells the teacher to name the reference solution", ("leak",), {**FAST, "beta": 0.0},
