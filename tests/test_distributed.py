@@ -297,7 +297,7 @@ def test_two_processes_answer_the_questions_of_a_plan_as_one_does(tmp_path: Path
         folder = tmp_path / str(processes)
         folder.mkdir()
         logs = launch(script, processes, folder, "")
-        assert all(log == logs[0] and len(log) == 2 for log in logs)
+        assert all(log == logs[0] and len(log) == 3 for log in logs)
         found[processes] = results_of(folder / "run" / "evaluation")
         assert list(found[processes]) == ["before", "teacher_without_context", "teacher", "after"]
     for when, one in found[1].items():
