@@ -166,6 +166,15 @@ def test_a_loss_of_accuracy_is_judged_by_its_number_of_questions(questions: int,
     assert watch.verdicts["task"].level == level
 
 
+@pytest.mark.parametrize("name", ["length", "entropy", "diversity", "siblings"])
+@pytest.mark.parametrize(("later", "level"), [(0.7, "watch"), (0.3, "act")])
+def test_what_is_lost_while_accuracy_rises_is_worth_a_watch(name: str, later: float, level: str) -> None:
+    """The demo's student: its entropy falls to a twelfth while it learns to answer."""
+    logs, rollouts = FAILS[name]
+    watch = watched({**logs, "eval_accuracy": later}, rollouts)
+    assert watch.verdicts[name].level == level
+
+
 def test_few_words_of_thinking_are_no_measure() -> None:
     """Eight rollouts of twenty tokens have one such word or none, by chance."""
     first, later = [rollout("perhaps it is 7 , as three and four make 7")], [rollout("it is 7 , as three and four")]

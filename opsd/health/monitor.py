@@ -121,6 +121,12 @@ class Monitor(ABC):
         return "act" if reaches(value, limits.act) else "watch" if reaches(value, limits.watch) else "fine"
 
     @staticmethod
+    def unless_better(level: Level, values: Values) -> Level:
+        """Return watch in place of act where held-out accuracy rises: what a student loses then, it does without."""
+        better = "eval_accuracy" in values and values.now("eval_accuracy") > values.start("eval_accuracy")
+        return "watch" if level == "act" and better else level
+
+    @staticmethod
     def share_of_start(values: Values, name: str) -> float | None:
         """Return a value now over that at the start; None where the two overlap, or the start is 0."""
         if not values.has_start(name) or not values.start(name):

@@ -17,7 +17,7 @@ class Diversity(Monitor):
             return FINE
         alike = f"; two rollouts share {values.now('similarity'):.0%} of theirs" if "similarity" in values else ""
         return Verdict(
-            level,
+            self.unless_better(level, values),
             f"{values.now('distinct_2'):.0%} of the pairs of tokens in rollouts are different ones, and "
             f"{values.start('distinct_2'):.0%} were at the start{alike}",
             "The reverse KL drops what the teacher finds less likely: take the forward KL or a JSD (beta), and look at "

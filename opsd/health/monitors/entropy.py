@@ -17,7 +17,7 @@ class Entropy(Monitor):
             return FINE
         start, now = values.start("entropy"), values.now("entropy")
         return Verdict(
-            level,
+            self.unless_better(level, values),
             f"the student's entropy is {now:.2f} nats per token, and was {start:.2f} at the start",
             "Samples become one and the same. The reverse KL narrows: lower the learning rate, take the forward KL or "
             "a JSD (beta), or an entropy_gate.",

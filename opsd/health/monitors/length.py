@@ -16,11 +16,8 @@ class Length(Monitor):
         if share is None or (level := self.level_of(share)) == "fine":
             return FINE
         start, now = values.start("completions/mean_length"), values.now("completions/mean_length")
-        better = "eval_accuracy" in values and values.now("eval_accuracy") > values.start("eval_accuracy")
-        if better:
-            level = "watch"  # a student that rambled less answers better
         return Verdict(
-            level,
+            self.unless_better(level, values),  # a student that rambles less answers better
             f"rollouts have {now:.1f} tokens, and had {start:.1f} at the start",
             "Compare samples with those at the start (log_completions). A terse context teaches terse answers: word it "
             "otherwise, lower the learning rate, or stop here.",

@@ -21,10 +21,8 @@ class Siblings(Monitor):
         start = values.start("sibling_similarity")
         if now - start < ROOM:
             return FINE
-        if "eval_accuracy" in values and values.now("eval_accuracy") > values.start("eval_accuracy"):
-            level = "watch"  # rollouts that are right are alike
         return Verdict(
-            level,
+            self.unless_better(level, values),  # rollouts that are right are alike
             f"two rollouts of a prompt share {now:.0%} of their pairs of tokens, and shared {start:.0%} at the start",
             "Groups of rollouts no longer differ, so that rewards and siblings teach nothing: lower the learning rate, "
             "take the forward KL or a JSD (beta), and look at pass@k (evaluation: samples).",
