@@ -123,8 +123,8 @@ class Monitor(ABC):
     @staticmethod
     def unless_better(level: Level, values: Values) -> Level:
         """Return watch in place of act where held-out accuracy rises: what a student loses then, it does without."""
-        better = "eval_accuracy" in values and values.now("eval_accuracy") > values.start("eval_accuracy")
-        return "watch" if level == "act" and better else level
+        looks = values.all("eval_accuracy")
+        return "watch" if level == "act" and looks and looks[-1] > looks[0] else level
 
     @staticmethod
     def share_of_start(values: Values, name: str) -> float | None:

@@ -104,12 +104,12 @@ def healthy(run: ReportedRun) -> Sentence:
             return Sentence(asks, f"{text}{recorded}", "open")
         text = f"Yes: {count} monitors could look, and all are content{before}.{recorded}"
         return Sentence(asks, text, "open" if recorded else "good")
-    text = "; ".join(f"{name}: {verdict.saw}" for name, verdict in spoken)
-    word = "No" if worst == "act" else "Mostly"
     others = len(watch.verdicts) - sum(verdict.level != "fine" for verdict in watch.verdicts.values())
-    return Sentence(
-        asks, f"{word}: {text}. {others} other monitors are content.{recorded}", "bad" if worst == "act" else "open"
-    )
+    content = f"{others} other monitors are content.{recorded}"
+    if worst == "watch":
+        return Sentence(asks, f"Mostly: {', '.join(name for name, _ in spoken)} to watch; {content}", "open")
+    saw = "; ".join(f"{name}: {verdict.saw}" for name, verdict in spoken)
+    return Sentence(asks, f"No: {saw}. {content}", "bad")
 
 
 def _recorded(run: ReportedRun, level: int) -> str:
