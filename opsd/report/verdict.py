@@ -79,9 +79,7 @@ def beats_controls(comparison: Comparison | None, folder: str = "") -> Sentence:
         return Sentence(asks, text, "open")
     own = next((arm.name for arm in comparison.arms if folder in [run.folder for run in arm.runs]), "")
     if own and own != comparison.arms[0].name:
-        return Sentence(
-            asks, f"This run is one: {own}. {comparison.verdict[:1].upper()}{comparison.verdict[1:]}.", "open"
-        )
+        return Sentence(asks, f"This run is one: {own}. {_capitalised(comparison.verdict)}.", "open")
     pairs = comparison.pairwise
     tone: Tone = "good" if all(map(beats, pairs)) else "bad" if any(map(loses, pairs)) else "open"
     return Sentence(asks, f"{_capitalised(comparison.verdict)}.", tone)
