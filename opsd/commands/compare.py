@@ -104,13 +104,12 @@ def as_table(comparison: Comparison) -> Table:
 
 def show(comparison: Comparison, console: Console) -> None:
     """Print a comparison."""
-    names, lines = head(comparison), list(rows(comparison))
-    shown = [place for place in range(len(names)) if any(cells[place] for cells in lines)]
-    columns = (Column(names[place], no_wrap=place > 0) for place in shown)
+    shown = as_table(comparison)
+    columns = (Column(name, no_wrap=place > 0) for place, name in enumerate(shown.head))
     table = RichTable(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
     between = " (" if console.width >= WIDE else "\n("  # a narrow terminal has intervals below their estimates
-    for cells in lines:
-        table.add_row(*(cells[place].replace(" (", between) for place in shown))
+    for cells in shown.rows:
+        table.add_row(*(cell.replace(" (", between) for cell in cells))
     console.print(table)
     console.print()
     for line in _remarks(comparison):
