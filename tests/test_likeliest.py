@@ -1,7 +1,11 @@
-"""What both sides would have sampled at traced tokens: equal to a sort of both distributions, token by token."""
+"""What both sides would have sampled at traced tokens: equal to a sort of both distributions, token by token.
+
+And the teacher's entropy: equal to its definition.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +18,7 @@ from losses_twin import Problem, listed, log_distribution, teacher_distribution
 
 from opsd.health.traces import read_traces
 from opsd.losses import Divergence, Objective, kernel
-from opsd.losses.likeliest import COUNT, taken_apart
+from opsd.losses.likeliest import COUNT, taken_apart, teacher_entropy
 from opsd.signals import TopKSignal
 
 
@@ -58,10 +62,11 @@ def test_alternatives_are_the_likeliest_tokens_of_both_sides(
     objective = Objective(Divergence(support="teacher_top_k", support_k=4, temperature=temperature), **settings)
     record = objective(given.hidden_ND, given.head, given.signal, given.tokens, reference=given.reference)
     found = [taken_apart(row) for row in record.alternatives_NA.tolist()]
+    entropy_N = teacher_entropy(record.alternatives_NA)
     seen = 0
     for n, each in enumerate(found):
         if n % 3 or given.tokens.weight_N[n] == 0:
-            assert each is None
+            assert each is None and entropy_N[n].isnan()
             continue
         if each is None:
             assert "keep_fraction" in settings  # it was left out of the loss
@@ -74,6 +79,11 @@ def test_alternatives_are_the_likeliest_tokens_of_both_sides(
         assert each.student_rank == 1 + sum(value > student[own] for value in student.values())
         assert each.teacher_ids == sorted_ids(teacher)[:COUNT]
         assert each.teacher_logprobs == pytest.approx([teacher[token] for token in each.teacher_ids], abs=1e-5)
+        if signal == "top-k lists":
+            assert entropy_N[n].isnan()
+        else:
+            entropy = -sum(math.exp(value) * value for value in teacher.values())
+            assert float(entropy_N[n]) == pytest.approx(entropy, abs=1e-5)
         assert each.teacher_rank == (1 + sum(v > teacher[own] for v in teacher.values()) if own in teacher else 0)
     assert seen >= 2
 
@@ -97,7 +107,8 @@ def test_traces_have_them_at_every_scored_token(teacher: str, tmp_path: Path) ->
     rollouts = list(read_traces(tmp_path, alternatives=True))
     assert len(rollouts) == 6
     for rollout in rollouts:
-        assert len(rollout.alternatives) == len(rollout.ids)
+        assert len(rollout.alternatives) == len(rollout.teacher_entropy) == len(rollout.ids)
+        assert all(0 < nats < 20 for nats in rollout.teacher_entropy)
         for place, found in enumerate(rollout.alternatives):
             assert found is not None
             assert len(found.student_tokens) == len(found.teacher_tokens) == COUNT

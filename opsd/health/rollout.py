@@ -53,6 +53,7 @@ class TracedRollout:
         reward: NaN where nothing grades it.
         ended: whether it ended before the longest length.
         on_policy: whether the student sampled it.
+        teacher_entropy: nats, per token; NaN where it is unknown; empty in a trace of an older version.
         alternatives: per token, where they were kept; else empty.
 
     Example:
@@ -73,6 +74,7 @@ class TracedRollout:
     reward: float = math.nan
     ended: bool = True
     on_policy: bool = True
+    teacher_entropy: Sequence[float] = ()
     alternatives: Sequence[Alternatives | None] = ()
 
     @property

@@ -36,7 +36,14 @@ def statistics_of(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
     known = [rollout for rollout in rollouts if len(rollout.ids) and rollout.on_policy]
     others = [nats for rollout in rollouts if not rollout.on_policy for nats in _scored(rollout)]
     of_others = {"kl/off_policy": fmean(others)} if others else {}
-    return {**of_others, **_divergence(known), **_repetition(known), **_text(known)} if known else {}
+    if not known:
+        return {}
+    return {**of_others, **_divergence(known), **_teacher(known), **_repetition(known), **_text(known)}
+
+
+def _teacher(rollouts: Sequence[TracedRollout]) -> dict[str, float]:
+    known = [nats for rollout in rollouts for nats in rollout.teacher_entropy if not math.isnan(nats)]
+    return {"teacher_entropy": fmean(known)} if known else {}
 
 
 def _scored(rollout: TracedRollout) -> list[float]:

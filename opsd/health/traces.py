@@ -31,13 +31,13 @@ _ALTERNATIVES = pa.struct(
     ]
 )  # fmt: skip
 ALTERNATIVES = "alternatives"
-LATER = (ALTERNATIVES,)  # columns that traces of older versions do not have
+LATER = (ALTERNATIVES, "teacher_entropy")  # columns that traces of older versions do not have
 SCHEMA = pa.schema(
     [
         ("step", pa.int32()), ("prompt", pa.string()), ("context", pa.string()), ("ids", pa.list_(pa.int32())),
         ("tokens", pa.list_(pa.string())), ("text", pa.string()), ("divergence", _FLOATS), ("entropy", _FLOATS),
         ("logprob", _FLOATS), ("teacher_logprob", _FLOATS), ("reward", pa.float32()), ("ended", pa.bool_()),
-        ("on_policy", pa.bool_()), ("alternatives", pa.list_(_ALTERNATIVES)),
+        ("on_policy", pa.bool_()), ("teacher_entropy", _FLOATS), ("alternatives", pa.list_(_ALTERNATIVES)),
     ]
 )  # fmt: skip
 

@@ -1,5 +1,7 @@
 """What both sides would have sampled at a token: their likeliest tokens, and the rank of the one that was sampled.
 
+And the entropy of the teacher; that of the student is computed with the loss.
+
 For traces and for looking, never for a loss. Shapes: R tokens · V vocabulary · K = COUNT of the likeliest.
 """
 
@@ -10,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from opsd.losses.pointwise import FLOOR
 from opsd.signals import TopKSignal
 
 COUNT = 5
-WIDTH = 4 * COUNT + 2  # columns: ids and log-probabilities of both sides, and both ranks
+WIDTH = 4 * COUNT + 3  # columns: ids and log-probabilities of both sides, the teacher's entropy, and both ranks
 ALTERNATIVES = "alternatives"  # the name of these columns in the kernel
 
 
@@ -54,15 +57,26 @@ def likeliest(log_s_RV: Tensor, teacher: Tensor | TopKSignal, token_ids_R: Tenso
         ids = torch.nn.functional.pad(teacher.ids_NK.gather(-1, top.indices), (0, padding))
         is_listed_R = ((teacher.ids_NK == token_ids_R[:, None]) & teacher.logprobs_NK.isfinite()).any(-1)
         teacher_rank_R = _rank(teacher.logprobs_NK, teacher.sampled_logprobs_N[:, None]) * is_listed_R
+        entropy_R = torch.full_like(student_rank_R, torch.nan, dtype=torch.float32)
     else:
         values, ids = teacher.topk(COUNT, dim=-1)
         teacher_rank_R = _rank(teacher, teacher.gather(-1, token_ids_R[:, None]))
-    columns = [student.indices, student.values, ids, values, student_rank_R[:, None], teacher_rank_R[:, None]]
+        entropy_R = -torch.linalg.vecdot(teacher.exp(), teacher.clamp(min=FLOOR))
+    numbers_R3 = torch.stack([entropy_R, student_rank_R, teacher_rank_R], dim=-1)
+    columns = [student.indices, student.values, ids, values, numbers_R3]
     return torch.cat([column.float() for column in columns], dim=-1)
 
 
 def _rank(logprobs_RV: Tensor, sampled_R1: Tensor) -> Tensor:
     return (logprobs_RV > sampled_R1).sum(-1) + 1
+
+
+def teacher_entropy(alternatives_NA: Tensor) -> Tensor:
+    """Return the teacher's entropy at each token, nats, float32 (N,).
+
+    NaN at a token that was not traced, and where the teacher lists its likeliest tokens only.
+    """
+    return alternatives_NA[:, -3].where(alternatives_NA[:, -2] > 0, torch.nan)
 
 
 def taken_apart(row: list[float]) -> Likeliest | None:

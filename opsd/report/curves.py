@@ -61,10 +61,8 @@ def _charts(run: ReportedRun) -> Iterator[Chart]:
     if spoken := stretches_of(run):
         says = "What each monitor of health said; a row that changes colour changed its mind at that step."
         yield Chart("health", says, charts.levels(spoken, steps=(0.0, steps[1] + 1)))
-    if entropy := series({"student": "entropy"}):
-        says = (
-            "How open the student's next token is. Near 0 it is certain of everything, and its samples are all alike."
-        )
+    if entropy := series({"student": "entropy", "teacher": "teacher_entropy"}):
+        says = "How open the next token is. Near 0 the student is certain of everything, and its samples are all alike."
         yield Chart("entropy", says, charts.lines(entropy, "nats per token", steps=steps))
     if lengths := series(
         {"rollouts": "completions/mean_length", "limit": "completions/limit", "evaluation": "eval_length"}

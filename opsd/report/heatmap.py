@@ -108,6 +108,7 @@ def _plain(rollout: TracedRollout) -> dict[str, Any]:
         "tokens": [printable(token, keep="\n") for token in rollout.tokens],
         "nats": [_number(value) for value in rollout.divergence],
         "entropy": [_number(value) for value in rollout.entropy],
+        "teacher_entropy": [_number(value) for value in rollout.teacher_entropy or [math.nan] * len(rollout.ids)],
         "student": [_number(value) for value in rollout.logprob],
         "teacher": [_number(value) for value in rollout.teacher_logprob],
         "heavy": sorted(rollout.carriers),

@@ -157,6 +157,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("health", "level", "the worst level of all monitors: 0 fine, 1 watch, 2 act (docs/health.md)",
            "health/watch.py"),
     Metric("traced_tokens", "tokens", "of the traced rollouts that the student sampled", _TRACED, _TRACES),
+    Metric("teacher_entropy", "nats per token", "the teacher's entropy, mean over traced tokens", _TRACED, _TRACES),
     Metric("kl/mean", "nats per token", "size of the divergence, mean over traced tokens", _TRACED, _TRACES),
     Metric("kl/off_policy", "nats per token", "the same of traced texts that the student did not write", _TRACED,
            "lmbda below 1"),

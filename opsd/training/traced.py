@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opsd.health.rollout import Alternatives, TracedRollout
 from opsd.losses import LossOutput
-from opsd.losses.likeliest import WIDTH, taken_apart
+from opsd.losses.likeliest import WIDTH, taken_apart, teacher_entropy
 from opsd.rollouts import Rollouts
 from opsd.teachers import Teacher
 
@@ -50,27 +50,29 @@ class TracedRollouts:
         """
         count = len(record.divergence_N)
         unknown = torch.full_like(record.divergence_N, math.nan)
-        columns = [record.divergence_N, record.entropy_N, *(record.metrics.get(name, unknown) for name in COLUMNS)]
         no_alternatives = record.divergence_N.new_zeros((count, WIDTH))
-        values = torch.stack(columns).float().cpu()
-        others = (no_alternatives if record.alternatives_NA is None else record.alternatives_NA).cpu()
+        others = no_alternatives if record.alternatives_NA is None else record.alternatives_NA
+        columns = [record.divergence_N, record.entropy_N, *(record.metrics.get(name, unknown) for name in COLUMNS)]
+        values = torch.stack([*columns, teacher_entropy(others)]).float().cpu()
+        others = others.cpu()
         ends = torch.tensor([sum(mask) for mask in rollouts.loss_mask or ()]).cumsum(0).tolist()
         for row in rows:
             mask = (rollouts.loss_mask or ())[row]
             ids = rollouts.completion_ids[row]
             scored = slice(ends[row] - sum(mask), ends[row])
-            columns_T = torch.full((len(columns), len(ids)), math.nan)
+            columns_T = torch.full((len(values), len(ids)), math.nan)
             columns_T[:, torch.tensor(mask, dtype=torch.bool)] = values[:, scored]
             if not rollouts.distill_weight[row] or not rollouts.row_weights[row]:
                 columns_T[[0, 3]] = math.nan  # no teacher saw it
-            divergence, entropy, logprob, teacher_logprob = columns_T.tolist()
+            divergence, entropy, logprob, teacher_logprob, of_teacher = columns_T.tolist()
             found = iter(others[scored].tolist())
             alternatives = [self._alternatives(next(found)) if is_scored else None for is_scored in mask]
             yield TracedRollout(
                 step, self._prompt(rollouts.prompt_ids[row]), self._prompt(self._seen(rollouts, row)), ids,
                 [self._text_of(token) for token in ids], self._decode(ids), divergence, entropy, logprob,
                 teacher_logprob, reward=rollouts.rewards[row], ended=bool(ids) and ids[-1] in self._end_ids,
-                on_policy=rollouts.on_policy[row], alternatives=alternatives if any(alternatives) else (),
+                on_policy=rollouts.on_policy[row], teacher_entropy=of_teacher,
+                alternatives=alternatives if any(alternatives) else (),
             )  # fmt: skip
 
     def _seen(self, rollouts: Rollouts, row: int) -> Sequence[int]:

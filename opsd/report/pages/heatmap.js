@@ -59,7 +59,9 @@
     if (shown.nats[place] === null) {
       parts.push(make("p", "This token was not scored."));
     } else {
-      const entropy = shown.entropy[place] === null ? "" : ` The student's entropy here is ${shown.entropy[place].toFixed(2)} nats.`;
+      const sides = [["student", shown.entropy[place]], ["teacher", shown.teacher_entropy[place]]];
+      const known = sides.filter(([, nats]) => nats !== null).map(([name, nats]) => `${name} ${nats.toFixed(2)}`);
+      const entropy = known.length ? ` Entropy: ${known.join(", ")} nats.` : "";
       parts.push(make("p", `${data.divergence}: ${shown.nats[place].toFixed(3)} nats.${entropy}`));
       const top = shown.top[place];
       if (top) {
