@@ -13,16 +13,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_llama, make_rows, make_tokenizer
 from evaluation_runs import DEV, KEPT, PLAN, make
+from outline import HOSTILE, Outline
 
 from opsd.cli import main
+from opsd.commands.report import comparison_with
 from opsd.errors import ConfigError
 from opsd.evaluation.compare import compare, read_runs
 from opsd.evaluation.run_folder import read_card
@@ -37,8 +37,6 @@ from opsd.report.live import HOST, LiveReport, make_server
 from opsd.report.run import ReportedRun, read_run
 from opsd.report.verdict import beats_controls, better, healthy
 
-HOSTILE = "<script>alert(1)</script></textarea>\x1b[31m\u202eevil &amp; 😀"
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -50,27 +48,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Outline(HTMLParser):
-    """The tags, headings and text of a page."""
-
-    def __init__(self, html: str):
-        super().__init__()
-        self.tags: list[str] = []
-        self.text: list[str] = []
-        self.outside: list[str] = []  # addresses that a browser would load
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        loads = [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "data", "poster")]
-        self.outside += [value for value in loads if not value.startswith(("#", "data:"))]
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A control of it."""
+    folder = tmp_path_factory.mktemp("control") / "run"
+    make(folder, evaluation={**PLAN, "selection": DEV, "every": 2}, max_steps=2, control="off-policy").train()
+    return folder
 
 
 def page_of(run: Path) -> Outline:
@@ -274,19 +257,6 @@ def test_text_of_models_and_datasets_never_becomes_markup(broken: Path) -> None:
     assert page_of(broken).tags.count("script") == 2  # our own: the data and what draws it
 
 
-def test_a_terminal_obeys_no_text_of_a_dataset(model: Path, tmp_path: Path, capsys: Any) -> None:
-    path = tmp_path / "rows.jsonl"
-    row = {"prompt": [{"role": "user", "content": f"What is it? {HOSTILE}"}], "answer": HOSTILE, "completion": HOSTILE}
-    path.write_text("".join(json.dumps({**row, "number": number}) + "\n" for number in range(4)))
-    given = ["--model_name_or_path", str(model)]
-    assert main(["show", "--dataset_name", str(path), *given, "--context", "answer_only"]) == 0
-    assert main(["score", str(path), *given, "--context", "answer_only"]) == 0
-    rows = ["--dataset_name", str(path), "--output_dir", str(tmp_path / "run"), "--max_completion_length", "4"]
-    main(["doctor", *given, *rows, "--context", "answer_only", "--rows", "2", "--verbose"])
-    out = capsys.readouterr().out
-    assert "\x1b" not in out and "\u202e" not in out and "\\x1b[31m" in out
-
-
 # ---- the heat-map's data ---------------------------------------------------------------------------------------------
 
 
@@ -355,11 +325,9 @@ def test_a_part_that_cannot_be_made_leaves_the_others(broken: Path) -> None:
         assert words in page.words, words
 
 
-def test_the_page_of_a_control_does_not_claim_the_methods_success(run: Path, tmp_path: Path) -> None:
-    plan = {**PLAN, "selection": DEV, "every": 2}
-    make(tmp_path / "sft", evaluation=plan, max_steps=2, control="off-policy").train()
-    comparison = compare(read_runs([str(run), str(tmp_path / "sft")]))
-    assert beats_controls(comparison, str(tmp_path / "sft")).text.startswith("This run is one: off-policy.")
+def test_the_page_of_a_control_does_not_claim_the_methods_success(run: Path, control: Path) -> None:
+    comparison = compare(read_runs([str(run), str(control)]))
+    assert beats_controls(comparison, str(control)).text.startswith("This run is one: off-policy.")
     assert not beats_controls(comparison, str(run)).text.startswith("This run is one")
 
 
@@ -376,6 +344,20 @@ def test_a_live_page_follows_the_run(served: tuple[str, Path]) -> None:
 def test_a_live_page_waits_for_a_run_that_has_not_begun(tmp_path: Path) -> None:
     page = Outline(LiveReport(tmp_path).page())
     assert "Nothing to show yet" in page.words and "holds no run" in page.words
+
+
+def test_a_live_page_compares_when_the_run_has_ended(broken: Path, control: Path) -> None:
+    def words() -> str:
+        return Outline(LiveReport(broken, comparison_with([str(control)])).page()).words
+
+    assert "cannot tell it from off-policy" in words() and "minus it" in words()
+    (broken / "evaluation" / "after.json").unlink()
+    assert "could not be compared" in words() and "was not measured after training" in words()
+    card = read_card(str(broken))
+    del card["outcome"]
+    (broken / "run_card.json").write_text(json.dumps({**card, "settings": {**card["settings"], "max_steps": 9}}))
+    assert "compared when it has ended" in words()
+    assert main(["watch", str(broken), "--against", str(broken)]) == 2  # before anything is served
 
 
 def test_only_this_machine_is_answered(served: tuple[str, Path]) -> None:
@@ -399,47 +381,6 @@ def test_watch_prints_the_lines_of_a_run(run: Path, capsys: Any) -> None:
     assert lines[0].startswith("step 0/4  evaluation  accuracy ") and lines[1].startswith("step 1/4  reverse KL ")
     assert lines[-1].startswith("done ")
     assert main(["watch", str(run / "nothing"), "--terminal"]) == 2
-
-
-# ---- scoring without a run -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    make_llama(0).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def rows(tmp_path: Path) -> Path:
-    given = [{**row, **({"completion": "It is 19."} if number == 1 else {})} for number, row in enumerate(make_rows(3))]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in given))
-    return path
-
-
-def test_teachers_and_contexts_score_rows_and_rollouts(model: Path, rows: Path, tmp_path: Path, capsys: Any) -> None:
-    files = [str(tmp_path / "s.html"), str(tmp_path / "s.parquet")]
-    command = ["score", str(rows), "--model_name_or_path", str(model), "--context", "answer_only", "none", "--row", "0"]
-    command += ["1", "--max_completion_length", "6", "--html", files[0], "-o", files[1], "--terminal"]
-    assert main(command) == 0
-    out = capsys.readouterr().out
-    assert "row 1 (the row's completion) · teacher · context: answer_only" in out and "teacher: " in out
-    table = pq.read_table(files[1]).to_pylist()
-    assert [(each["row"], each["teacher"].rpartition(" ")[2]) for each in table] == [
-        (0, "answer_only"), (1, "answer_only"), (0, "none"), (1, "none")
-    ]  # fmt: skip
-    assert table[1]["text"].startswith("It is 19.") and not table[1]["on_policy"] and table[0]["on_policy"]
-    assert max(map(abs, table[2]["divergence"])) < 1e-5 < max(table[0]["divergence"])  # without a context it is itself
-    assert all(each["student_rank"] >= 1 and len(each["teacher_tokens"]) == 5 for each in table[0]["alternatives"])
-    assert Outline(Path(files[0]).read_text("utf-8")).outside == []
-
-
-def test_a_row_that_is_not_there_is_named(model: Path, rows: Path, capsys: Any) -> None:
-    assert main(["score", str(rows), "--model_name_or_path", str(model), "--row", "7"]) == 2
-    assert "the dataset has rows 0 to 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -491,8 +432,3 @@ def test_an_output_that_cannot_be_written_is_named_and_a_device_stays(
     os.mkfifo(pipe)
     assert main(["report", str(run), "-o", str(pipe)]) == 2
     assert stat.S_ISFIFO(pipe.stat().st_mode)
-
-
-def test_a_control_is_refused_by_score(model: Path, rows: Path, capsys: Any) -> None:
-    assert main(["score", str(rows), "--model_name_or_path", str(model), "--control", "sft"]) == 2
-    assert "opsd score trains nothing" in capsys.readouterr().err

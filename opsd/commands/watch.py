@@ -7,12 +7,9 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opsd.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from opsd.report.run import ReportedRun
 
 PORT = 8765
 SECONDS = 2.0  # between two looks at the log
@@ -27,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Example: opsd watch runs/first",
     )
     parser.add_argument("run", metavar="RUN", help="the output folder of a run")
+    parser.add_argument("--against", metavar="RUN", nargs="+", default=[], help="its controls, and its other seeds")
     parser.add_argument("--port", type=int, default=PORT, help=f"of the page (default: {PORT})")
     parser.add_argument("--terminal", action="store_true", help="print lines only, and serve nothing")
     return parser
@@ -38,15 +36,18 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 <= options.port < 65536:
         raise ConfigError(f"a port lies between 0 (any) and 65535, and --port is {options.port}.")
     from opsd.health.log import read_log
+    from opsd.report.missing import Missing
+    from opsd.report.run import ReportedRun, card_of
     from opsd.training.display import line_of
 
     folder = Path(options.run)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder. Give the output folder of a run that has begun.")
     if not options.terminal:
+        from opsd.commands.report import comparison_with
         from opsd.report.live import HOST, LiveReport, make_server
 
-        report = LiveReport(folder)
+        report = LiveReport(folder, comparison_with(options.against))
         server = make_server(report, options.port)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f"report      http://{HOST}:{server.server_address[1]}/{report.key}/  (Ctrl-C ends it)", flush=True)
@@ -58,7 +59,8 @@ def main(arguments: Sequence[str]) -> int:
             logs = []  # it has not begun to log
         if logs[:seen] != old:
             seen = 0  # it began anew
-        run = _run(folder, logs)
+        card = Missing().tried("the run card", lambda: card_of(folder), dict[str, Any]())
+        run = ReportedRun(folder, card, logs)
         for entry in logs[seen:]:
             try:
                 line = line_of(entry, entry["step"], run.planned_steps, run.divergence)
@@ -68,13 +70,3 @@ def main(arguments: Sequence[str]) -> int:
         has_ended, seen, old = run.has_ended, len(logs), logs
         time.sleep(0 if has_ended and options.terminal else SECONDS)
     return 0
-
-
-def _run(folder: Path, logs: Sequence[dict[str, Any]]) -> ReportedRun:
-    from opsd.evaluation.run_folder import read_card
-    from opsd.report.run import ReportedRun
-
-    try:
-        return ReportedRun(folder, read_card(str(folder)), logs)
-    except CheckpointError:
-        return ReportedRun(folder, {}, logs)

@@ -15,13 +15,18 @@ from opsd.report.curves import charts_of
 from opsd.report.missing import Missing
 from opsd.report.page import Table, render
 from opsd.report.run import ReportedRun
-from opsd.report.verdict import Sentence, beats_controls, better, healthy
+from opsd.report.verdict import Sentence, beats_controls, better, healthy, tone_of
 
 SAMPLES = 30  # questions whose answers are shown
 
 
 def report_of(
-    run: ReportedRun, comparison: Comparison | None = None, tables: Sequence[Table] = (), live: str = ""
+    run: ReportedRun,
+    comparison: Comparison | None = None,
+    tables: Sequence[Table] = (),
+    *,
+    why_not: str = "",
+    live: str = "",
 ) -> str:
     """Return the report of a run as one HTML page.
 
@@ -29,6 +34,7 @@ def report_of(
         run: the run.
         comparison: with its controls; None where none were given.
         tables: of that comparison.
+        why_not: why there is no comparison, where controls were given.
         live: the version of a page that is served, and loads itself again when there is a newer one; "" for a file.
     """
     lacks = Missing(run.missing)
@@ -38,7 +44,7 @@ def report_of(
     damaged = [Sentence(each, "Nobody knows: what it is read from is damaged.", "open") for each in asked]
     verdict = [
         made("the first sentence", lambda: better(run), damaged[0]),
-        made("the second sentence", lambda: beats_controls(comparison, str(run.folder)), damaged[1]),
+        made("the second sentence", lambda: beats_controls(comparison, str(run.folder), why_not), damaged[1]),
         made("the third sentence", lambda: healthy(run), damaged[2]),
     ]
     empty: dict[str, Any] = {}
@@ -97,9 +103,8 @@ def _splits(run: ReportedRun) -> Iterator[dict[str, Any]]:
 
 def _row(name: str, metrics: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     points = f"{100 * change['difference']:+.1f} ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
-    tone = "good" if change["low"] > 0 else "bad" if change["high"] < 0 else ""
     sides = {when: _share(metrics[when]["accuracy"]) for when in (BEFORE, AFTER)}
-    return {"name": name, "n": change["n"], **sides, "change": points, "tone": tone}
+    return {"name": name, "n": change["n"], **sides, "change": points, "tone": tone_of(change)}
 
 
 def _share(accuracy: Mapping[str, Any]) -> str:

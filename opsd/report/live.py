@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,12 +14,14 @@ from threading import Lock
 from typing import Any
 
 from opsd.errors import CheckpointError, ConfigError
+from opsd.evaluation.compare import Comparison
 from opsd.evaluation.run_folder import CARD
 from opsd.evaluation.summary import FOLDER
 from opsd.health.log import FILE
 from opsd.health.traces import FOLDER as TRACES
 from opsd.report.build import report_of
-from opsd.report.page import render
+from opsd.report.missing import Missing
+from opsd.report.page import Table, render
 from opsd.report.run import read_run
 
 HOST = "127.0.0.1"
@@ -33,10 +37,11 @@ class LiveReport:
 
     Args:
         folder: of the run.
+        compared: (folder) -> its comparison with its controls, and the tables of that; None without controls.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, compared: Callable[[Path], tuple[Comparison, Sequence[Table]]] | None = None):
+        self.folder, self._compared = folder, compared
         self.key = secrets.token_urlsafe(9)  # a part of the address: other users of the machine do not know it
         self._lock = Lock()
         self._version, self._page = "", ""
@@ -60,11 +65,22 @@ class LiveReport:
         with self._lock:
             if self._version != (version := self.version):
                 try:
-                    page = report_of(read_run(self.folder), live=version)
+                    page = self._made(version)
                 except CheckpointError as error:  # it has not begun
                     return render("waiting.html", reason=str(error))
                 self._version, self._page = version, page
             return self._page
+
+    def _made(self, version: str) -> str:
+        run = read_run(self.folder)
+        if self._compared is None or not run.has_ended:
+            why_not = "" if self._compared is None else "it is compared when it has ended."
+            return report_of(run, why_not=why_not, live=version)
+        lacks = Missing(run.missing)
+        nothing: tuple[Comparison | None, Sequence[Table]] = None, ()
+        comparison, tables = lacks.tried("the comparison", partial(self._compared, self.folder), nothing)
+        why_not = "it could not be compared; what is missing is said below." if comparison is None else ""
+        return report_of(replace(run, missing=lacks.found), comparison, tables, why_not=why_not, live=version)
 
 
 def make_server(report: LiveReport, port: int) -> ThreadingHTTPServer:

@@ -29,7 +29,13 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value
 
 
-def _read_card(folder: Path) -> dict[str, Any]:
+def card_of(folder: Path) -> dict[str, Any]:
+    """Return the card of a run.
+
+    Raises:
+        CheckpointError: it has none.
+        ValueError: it is damaged.
+    """
     if not (folder / CARD).is_file():
         raise CheckpointError("the folder has none, as that of another trainer")
     card = _mapping(read_card(str(folder)))
@@ -127,7 +133,7 @@ def read_run(folder: Path) -> ReportedRun:
     """
     lacks = Missing()
     tried, missing = lacks.tried, lacks.found
-    card = tried(f"the run card ({CARD})", lambda: _read_card(folder), dict[str, Any]())
+    card = tried(f"the run card ({CARD})", lambda: card_of(folder), dict[str, Any]())
     logs, damaged, _ = tried("the log", lambda: read_log(folder), (list[dict[str, Any]](), 0, folder))
     if not card and not logs:
         raise CheckpointError(

@@ -52,31 +52,32 @@ def better(run: ReportedRun) -> Sentence:
         return Sentence(asks, f"Nobody knows: {why}.", "open")
     before, after = (run.summary["metrics"][when]["accuracy"]["value"] for when in (BEFORE, AFTER))
     change = f"{100 * gain['difference']:+.1f} points ({100 * gain['low']:+.1f} to {100 * gain['high']:+.1f})"
-    tone = _tone(gain)
+    tone = tone_of(gain)
     word = {"good": "Yes", "bad": "No, it got worse", "open": "Not shown"}[tone]
     text = f"{word}: right answers went from {before:.1%} to {after:.1%} of {gain['n']} held-out questions, {change}."
-    lost = [name for name, split in run.summary.get("retention", {}).items() if _tone(split["difference"]) == "bad"]
+    lost = [name for name, split in run.summary.get("retention", {}).items() if tone_of(split["difference"]) == "bad"]
     if lost:
         text += f" But it lost on {', '.join(lost)}."
     return Sentence(asks, text, "open" if lost and tone == "good" else tone)
 
 
-def beats_controls(comparison: Comparison | None, folder: str = "") -> Sentence:
+def beats_controls(comparison: Comparison | None, folder: str = "", why_not: str = "") -> Sentence:
     """Return whether the method beat the controls that it was compared with.
 
     Args:
         comparison: of the runs.
         folder: of the run that the page is about; of a control the page says that it is one.
+        why_not: why it was not compared, where controls were given.
     """
     asks = "Did it beat its controls?"
     if comparison is not None and not comparison.pairwise:
         return Sentence(asks, f"Nobody knows: {comparison.verdict}.", "open")
     if comparison is None:
-        text = (
-            "Nobody knows: no control was given. Train one, such as by opsd train run.yaml --control sft, and write "
-            "the report with --against and its folder."
+        why = why_not or (
+            "no control was given. Train one, such as by opsd train run.yaml --control sft, and write the report with "
+            "--against and its folder."
         )
-        return Sentence(asks, text, "open")
+        return Sentence(asks, f"Nobody knows: {why}", "open")
     own = next((arm.name for arm in comparison.arms if folder in [run.folder for run in arm.runs]), "")
     if own and own != comparison.arms[0].name:
         return Sentence(asks, f"This run is one: {own}. {_capitalised(comparison.verdict)}.", "open")
@@ -120,7 +121,7 @@ def _recorded(run: ReportedRun, level: int) -> str:
     return f" When it ended, its own monitors said {LEVELS[of_run]} ({names}): their thresholds were others."
 
 
-def _tone(change: Mapping[str, Any]) -> Tone:
+def tone_of(change: Mapping[str, Any]) -> Tone:
     """Return whether a change is for the better, for the worse, or chance; as `gain_verdict` does."""
     if change["p_value"] >= LEVEL:
         return "open"
