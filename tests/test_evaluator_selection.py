@@ -114,7 +114,10 @@ def test_a_look_after_training_keeps_what_the_run_came_to(tmp_path: Path) -> Non
     before = read_summary(tmp_path / "evaluation")
     found = trainer.evaluate()
     after = read_summary(tmp_path / "evaluation")
-    assert set(found) == {"eval_accuracy", "eval_length", "eval_questions"} and after["gain"] == before["gain"]
+    assert (
+        set(found) == {"eval_accuracy", "eval_length", "eval_questions", "eval_p_value"}
+        and after["gain"] == before["gain"]
+    )
     assert [look["step"] for look in after["selection"]] == [0, 1, 2]
 
 

@@ -24,6 +24,7 @@ from opsd.settings import as_count, as_number
 
 METRIC = "eval_accuracy"  # the logged name of the accuracy on the selection split
 QUESTIONS = "eval_questions"  # and of its number of questions
+P_VALUE = "eval_p_value"  # and of no change since the best look before, over the same questions
 RULES = {
     "last": "the last step's",
     "best": "the best on the selection split",

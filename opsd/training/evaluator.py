@@ -25,7 +25,7 @@ from opsd.data.prepare import prepare_rows
 from opsd.data.values import is_empty
 from opsd.errors import DataError, OPSDError, OPSDWarning
 from opsd.evaluation.likelihood import drift, logprobs
-from opsd.evaluation.plan import METRIC, QUESTIONS, RULES, TRACES, EvaluationPlan, Questions
+from opsd.evaluation.plan import METRIC, RULES, TRACES, EvaluationPlan, Questions
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.run_folder import write_json
 from opsd.evaluation.sampling import Generate, evaluate
@@ -41,7 +41,6 @@ from opsd.evaluation.summary import (
     file_of,
     is_evaluated,
     lines,
-    metrics_with_intervals,
     read_summary,
     summarise,
 )
@@ -51,6 +50,7 @@ from opsd.rollouts import Ids
 from opsd.teachers import LiveTeacher, Teacher, TeacherView
 from opsd.training.baselines import Baselines
 from opsd.training.callbacks import GracefulStop
+from opsd.training.looks import Looks
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import row_completion
 from opsd.training.parts import RunParts
@@ -112,7 +112,7 @@ class Evaluator(TrainerCallback):
         self._accelerator, self._stop, self._log = parts.accelerator, stop, log
         self._live = LiveTeacher()  # the student's likelihoods; prepared before mixed precision wraps the model
         self._live.prepare(parts.student)
-        self._selection: list[dict[str, Any]] = []  # metrics of the selection split, one entry per look
+        self._looks = Looks()
         self._baselines = Baselines(parts)
         self._skipped = [] if isinstance(parts.rows, Dataset) else [UNCHECKED_STREAM]
 
@@ -133,7 +133,7 @@ class Evaluator(TrainerCallback):
         self._check_processes()
         if state.global_step:
             summary = read_summary(self.folder)
-            self._selection, self._skipped = summary.get("selection", []), summary.get("skipped", [])
+            self._looks, self._skipped = Looks(summary.get("selection", [])), summary.get("skipped", [])
             self._baselines.taken = summary.get("taken", [])
             return
         self._accelerator.print(f"evaluation  {self.plan.describe()}")
@@ -194,11 +194,10 @@ class Evaluator(TrainerCallback):
             return {}
         questions = self.plan.splits["selection"]
         result = self._evaluate_student(questions, f"selection at step {step}", is_before=step == 0)
-        self._selection = [entry for entry in self._selection if entry["step"] < step]
-        self._selection.append({"step": step, **metrics_with_intervals(result)})
+        logged = self._looks.add(step, result)
         summary = self._read(SUMMARY) or {}
-        self._write(SUMMARY, {**summary, "selection": self._selection, "skipped": self._skipped})
-        return {METRIC: result.accuracy, "eval_length": result.estimate("length").value, QUESTIONS: len(questions.rows)}
+        self._write(SUMMARY, {**summary, "selection": self._looks.entries, "skipped": self._skipped})
+        return logged
 
     def _check_processes(self) -> None:
         processes = self._accelerator.num_processes
@@ -353,7 +352,7 @@ class Evaluator(TrainerCallback):
             "plan": self.plan.describe(),
             "rule": self.plan.rule,
             "chosen": _chosen(state, self.plan.rule),
-            "selection": self._selection,
+            "selection": self._looks.entries,
             "skipped": self._skipped,
             "taken": self._baselines.taken,
             "drift": self._drift(),
