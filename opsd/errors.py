@@ -14,6 +14,8 @@ the rule that was broken, why the rule exists, and the way out. `assert` is for 
     ├── TeacherError            (TypeError)           a teacher class, or what its methods return, breaks the interface
     ├── AlignmentError          (RuntimeError)        student and teacher did not score the same tokens
     ├── NonFiniteLossError      (FloatingPointError)  NaN or infinity before the backward pass
+    ├── ServerError             (RuntimeError)        a server that does not answer, or refuses a request
+    │   └── AnswerError                               an answer that cannot be true
     └── CheckpointError         (RuntimeError)        a checkpoint or an output folder that cannot be used
     OPSDWarning                 (UserWarning)         allowed, but probably not what was meant
 """
@@ -66,6 +68,14 @@ class AlignmentError(OPSDError, RuntimeError):
 
 class NonFiniteLossError(OPSDError, FloatingPointError):
     """The loss was NaN or infinite; nothing was updated by it."""
+
+
+class ServerError(OPSDError, RuntimeError):
+    """A server that does not answer, or that refuses a request."""
+
+
+class AnswerError(ServerError):
+    """An answer of a server that breaks its protocol or cannot be true; it is never used."""
 
 
 class CheckpointError(OPSDError, RuntimeError):

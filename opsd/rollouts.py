@@ -79,6 +79,8 @@ class Rollouts:
         on_policy: per row, whether the student sampled its completion; empty for all.
         rewards: per row, the weighted sum of its rewards, NaN where nothing grades it; empty for all NaN.
         is_traced: per row, whether a trace keeps what both sides said of its tokens; empty for none.
+        unscored: per row, whether the teacher had no score for it, so that it left the loss; None where every teacher
+            has all scores.
 
     Example:
         >>> rollouts = Rollouts(rows, [[5, 6], [7]], [[8, 2], [9, 9, 2]])
@@ -100,6 +102,7 @@ class Rollouts:
     on_policy: Sequence[bool] = ()
     rewards: Sequence[float] = ()
     is_traced: Sequence[bool] = ()
+    unscored: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         if self.loss_mask is None:
@@ -171,6 +174,11 @@ class Rollouts:
         masks = zip(self.loss_mask or (), is_masked, strict=True)
         return replace(self, loss_mask=[[0] * len(mask) if masked else mask for mask, masked in masks])
 
+    def without_scores(self, is_lost: Sequence[bool]) -> Rollouts:
+        """Return the rollouts without the rows that a teacher could not score."""
+        lost = [a or b for a, b in zip(self.unscored or [False] * len(self), is_lost, strict=True)]
+        return replace(self.mask_rows(is_lost), unscored=lost)
+
     def repeat_for(self, prompts: Sequence[Hashable], reader: Hashable) -> Rollouts:
         """Return all rows once per set of teacher prompts, so that one pass of a teacher scores them all.
 
@@ -179,7 +187,7 @@ class Rollouts:
             reader: the prompts under which that teacher finds them.
         """
         repeated = self if len(prompts) == 1 else self.select(list(range(len(self))) * len(prompts))
-        ids = [prompt for each in prompts for prompt in self._prompts_of(each)]
+        ids = [prompt for each in prompts for prompt in self.prompts_of(each)]
         return replace(repeated, teacher_prompt_ids={reader: ids})
 
     def sorted_by_length(self) -> Rollouts:
@@ -198,7 +206,12 @@ class Rollouts:
         assert len(ids) == len(self)
         return replace(self, teacher_prompt_ids={**self.teacher_prompt_ids, prompts: list(ids)})
 
-    def _prompts_of(self, teacher_prompts: Hashable) -> Sequence[Ids]:
+    def prompts_of(self, teacher_prompts: Hashable) -> Sequence[Ids]:
+        """Return the ids of a teacher's prompts, one per row.
+
+        Raises:
+            TeacherError: they were not rendered.
+        """
         if teacher_prompts not in self.teacher_prompt_ids:
             raise TeacherError(
                 "these rollouts hold no prompts for this teacher. A teacher scores what its prompts were rendered "
@@ -224,7 +237,7 @@ class Rollouts:
         Raises:
             TeacherError: the prompts of this teacher were not rendered.
         """
-        prompts = self.prompt_ids if teacher_prompts is None else self._prompts_of(teacher_prompts)
+        prompts = self.prompt_ids if teacher_prompts is None else self.prompts_of(teacher_prompts)
         assert self.loss_mask is not None
         completions = self.trimmed_completions
         length = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))

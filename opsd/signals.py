@@ -22,6 +22,7 @@ from opsd.models.head import Head
 
 ROWS_PER_CHUNK = 512  # logits of this many tokens exist at once while a signal computes log-probabilities
 KINDS = ("arithmetic", "geometric")
+TOP_K = 100  # likeliest tokens of a support and of a served teacher's list, by default (SDPO, arXiv 2601.20802)
 
 
 @runtime_checkable

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
+from fault_server import FaultServer
 from peft import LoraConfig, get_peft_model
 
 from opsd import (
@@ -20,6 +22,7 @@ from opsd import (
     PrivilegedContext,
     RoutedTeacher,
     SameCheckpointTeacher,
+    ServedTeacher,
     SiblingTeacher,
     SnapshotTeacher,
 )
@@ -46,7 +49,15 @@ MAKE_TEACHER = {
     "routed": lambda: RoutedTeacher(
         "domain", {"even": EMATeacher(0.8, context="answer_only"), "odd": SnapshotTeacher(3)}, context="worked_solution"
     ),
+    "served": lambda: ServedTeacher(address_of_a_model(), top_k=50, context="answer_only"),
 }
+
+
+@cache
+def address_of_a_model() -> str:
+    """Of a server of this process, which has the sibling's weights."""
+    return FaultServer(make_llama(5), make_tokenizer()).start().url
+
 
 # The last lines of a script of several processes: a thread of gloo can abort an interpreter that is being torn down, as
 # was seen once in some hundred runs ("terminate called without an active exception").
@@ -110,6 +121,8 @@ def make_trainer(
     **changes: Any,
 ) -> OPSDTrainer:
     """A trainer on a tiny model; `student` is one of STUDENTS or a model."""
+    if isinstance(teacher, Teacher) and teacher.lists is not None:
+        changes = {"support": "teacher_top_k", "support_k": teacher.lists, **changes}
     return OPSDTrainer(
         make_student(student) if isinstance(student, str) and student in STUDENTS else student,
         teacher,

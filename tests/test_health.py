@@ -45,7 +45,7 @@ def rollout(text: str = "The sum is 7 .", nats: float | list[float] = 0.1, **cha
 HEALTHY: dict[str, Any] = {
     "grad_norm": 1.0, "divergence": 0.5, "entropy": 2.0, "completions/mean_length": 20.0, "ref_kl": 0.05,
     "completions/clipped_ratio": 0.2, "tools/call_frequency": 2.0, "importance/truncated": 0.0, "importance/ratio": 1.0,
-    "group/unused": 0.1, "group/right": 0.5, "context/shortened": 0.0, "context/tokens_cut": 0.0,
+    "unscored": 0.0, "group/unused": 0.1, "group/right": 0.5, "context/shortened": 0.0, "context/tokens_cut": 0.0,
     "support/teacher": 0.99, "clipped/tokens": 0.01, "eval_accuracy": 0.4,
 }  # fmt: skip
 SPOKEN = "Let me check , maybe it is 7 : wait , three and four make 7 , so the sum of both is 7 ."
@@ -67,6 +67,7 @@ FAILS: dict[str, tuple[dict[str, Any], list[TracedRollout]]] = {
     "drift": ({"ref_kl": 3.0}, PLAIN),
     "engine": ({"importance/truncated": 0.4}, PLAIN),
     "idle": ({"group/unused": 1.0, "group/right": 0.0}, PLAIN),
+    "unscored": ({"unscored": 0.1}, PLAIN),
     "context": ({"context/shortened": 0.9, "context/tokens_cut": 300.0}, PLAIN),
     "support": ({"support/teacher": 0.4}, PLAIN),
     "clip": ({"clipped/tokens": 0.8}, PLAIN),
@@ -164,6 +165,23 @@ def test_a_loss_of_accuracy_is_judged_by_its_number_of_questions(questions: int,
     for number, accuracy in enumerate((0.5, 0.38, 0.37)):
         watch.look(Step(number, {"eval_accuracy": accuracy, "eval_questions": questions}))
     assert watch.verdicts["task"].level == level
+
+
+@pytest.mark.parametrize(("p_value", "level"), [(0.2, "fine"), (0.03, "watch"), (0.001, "act")])
+def test_a_loss_of_accuracy_is_judged_question_by_question_where_that_is_logged(p_value: float, level: str) -> None:
+    """400 questions at 12.8 % and 8.2 %: unpaired, that may be chance; of the same questions it mostly is not."""
+    watch = Watch()
+    watch.look(Step(0, {"eval_accuracy": 0.1275, "eval_questions": 400}))
+    watch.look(Step(5, {"eval_accuracy": 0.0825, "eval_questions": 400, "eval_p_value": p_value}))
+    assert watch.verdicts["task"].level == level
+
+
+def test_the_same_points_are_more_where_less_was_right() -> None:
+    for first, last, level in ((0.128, 0.08, "act"), (0.5, 0.45, "fine"), (0.5, 0.38, "act"), (0.95, 0.9, "act")):
+        watch = Watch()
+        watch.look(Step(0, {"eval_accuracy": first, "eval_questions": 4000}))
+        watch.look(Step(5, {"eval_accuracy": last, "eval_questions": 4000, "eval_p_value": 1e-4}))
+        assert watch.verdicts["task"].level == level, (first, last)
 
 
 @pytest.mark.parametrize("name", ["length", "entropy", "diversity", "siblings"])

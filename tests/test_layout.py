@@ -25,7 +25,7 @@ ORDER = (
     ("evaluation",),
     ("losses", "teachers"),
     ("signals", "rollouts"),
-    ("contexts", "models"),
+    ("contexts", "models", "serving"),
     ("data",),
     ("findings", "sources", "settings"),
     ("errors",),

@@ -58,6 +58,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"lmbda_schedule": {0: 0.0, 1: 1.0}, "seq_kd": True, "completion_length_schedule": {0: 4, 1: 6}},
     ),
     "a teacher that leads": (same_checkpoint, {"reward_funcs": low_ids, "num_generations": 2, "teacher_lead": 0.0}),
+    "served": (MAKE_TEACHER["served"], {}),
     "snapshot with a gate": (MAKE_TEACHER["snapshot"], {}),
     "mixture of snapshots": (lambda: MixtureTeacher([SnapshotTeacher(1), SnapshotTeacher(2)], [0.5, 0.5]), {}),
     "top-k support": (same_checkpoint, {**TOP_K, "tail": "bucket", "entry_clip": 0.1}),

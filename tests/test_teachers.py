@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_gpt2, make_llama, make_tokenizer
+from fault_server import FaultServer
 from helpers import MAKE_TEACHER, STUDENTS, make_rollouts, make_student, move, prepared, snapshot
 
 from opsd.errors import ConfigError, OPSDWarning, TokenizerMismatchError
 from opsd.losses import Divergence, Objective, Tokens
 from opsd.models.forward import last_hidden
 from opsd.models.head import Head
-from opsd.signals import HiddenSignal, TeacherSignal
+from opsd.signals import DenseSignal, HiddenSignal, TeacherSignal
 from opsd.teachers import TEACHERS as TABLE
 from opsd.teachers import (
     EMATeacher,
@@ -23,6 +24,7 @@ from opsd.teachers import (
     PastCheckpointTeacher,
     RoutedTeacher,
     SameCheckpointTeacher,
+    ServedTeacher,
     SiblingTeacher,
     SnapshotTeacher,
     Teacher,
@@ -50,6 +52,10 @@ TEACHERS: dict[str, tuple[Make, bool]] = {
         lambda model, **kw: RoutedTeacher(
             "domain", {"even": SameCheckpointTeacher(), "odd": _copy_of(SiblingTeacher)(model)}, **kw
         ),
+        True,
+    ),
+    "served": (
+        lambda model, **kw: ServedTeacher(FaultServer(model, make_tokenizer()).start().url, top_k=100, **kw),
         True,
     ),
 }
@@ -97,7 +103,10 @@ def student_loss(student: torch.nn.Module, teacher: Teacher, beta: float = 1.0):
     signal = teacher.score(rollouts)
     batch = rollouts.pad("cpu")
     hidden_ND = last_hidden(student, batch.ids_BL, batch.row_N, batch.position_N)
-    return Objective(Divergence(beta))(hidden_ND, Head.from_model(student), signal, Tokens(torch.ones(len(hidden_ND))))
+    listed = {} if teacher.lists is None else {"support": "teacher_top_k", "support_k": teacher.lists}
+    return Objective(Divergence(beta, **listed))(
+        hidden_ND, Head.from_model(student), signal, Tokens(torch.ones(len(hidden_ND)))
+    )
 
 
 def test_every_strategy_of_the_table_is_tested() -> None:
@@ -164,7 +173,7 @@ def test_gradient_reaches_the_student_only(strategy: str, kind: str) -> None:
 
 
 def _hidden_signals(signal: TeacherSignal) -> list[HiddenSignal]:
-    return [part for _, each in signal.groups() for part in each.parts]
+    return [part for _, each in signal.groups() if isinstance(each, DenseSignal) for part in each.parts]
 
 
 @pytest.mark.parametrize("make_model", [make_llama, make_gpt2])

@@ -25,6 +25,7 @@ class Threshold:
     source: str
 
 
+_RUNS = "runs that were made to fail (benchmarks/failures)"
 _SURVEY = "published failures (docs/health.md)"
 THRESHOLDS: dict[str, Threshold] = {
     "gradient": Threshold(1e-5, 1e-6, "norm of the gradient", "rounding of float32, as in training/learning.py"),
@@ -45,10 +46,12 @@ THRESHOLDS: dict[str, Threshold] = {
     "tools": Threshold(0.6, 0.3, "share of the calls at the start", "SOD #24: 3.7 to 0.5 calls"),
     "drift": Threshold(0.5, 2.0, "nats per token from step 0", "SDFT: 0.7 nats after a task, SFT 1.3"),
     "engine": Threshold(0.05, 0.2, "share of tokens, or nats per token", "importance ratios near 1 (SDPO clips at 2)"),
-    "task": Threshold(0.05, 0.1, "loss of accuracy from its best, at two looks", "the interval of 400 questions"),
+    "task": Threshold(0.8, 0.65, "odds of a right answer over those at the best look", _RUNS),
     "lmbda": Threshold(2.0, 4.0, "divergence on own rollouts over that on texts of others", "GKD, arXiv 2306.13649: "
                        "exposure bias"),
     "idle": Threshold(0.9, 0.99, "share of rollouts that nothing is learned from", "rlhf-book PR 387; SDPO"),
+    "unscored": Threshold(0.01, 0.05, "share of rollouts without a score", "what is lost is not lost at random: the "
+                          "long ones"),
     "context": Threshold(0.3, 0.8, "share of teacher prompts that are shortened", "half of a trace is another trace"),
     "support": Threshold(0.95, 0.8, "the teacher's mass on the support", "verl#6909; docs/losses.md"),
     "clip": Threshold(0.3, 0.7, "share of tokens without a gradient", "token_clip is meant for few tokens"),

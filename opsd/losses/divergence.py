@@ -35,7 +35,7 @@ from opsd.losses.supports import (
     scatter_to_vocab,
     with_tail,
 )
-from opsd.signals import TeacherSignal, TopKSignal
+from opsd.signals import TOP_K, TeacherSignal, TopKSignal
 
 BASELINES = ("optimal", "none")
 
@@ -99,7 +99,7 @@ class DivergenceSettings:
         },
     )
     support_k: int = field(
-        default=100,
+        default=TOP_K,
         metadata={
             "help": "Tokens per side of a top-k support, at least 1 (SDPO, arXiv 2601.20802: 100; SDFT's recipe: 20)."
         },
@@ -252,8 +252,11 @@ class Divergence(DivergenceSettings):
         Raises:
             ConfigError: the teacher lists its likeliest tokens only, and the divergence needs more.
         """
-        if not isinstance(signal, TopKSignal):
-            return
+        if isinstance(signal, TopKSignal):
+            self.check_listed()
+
+    def check_listed(self) -> None:
+        """Refuse a teacher that lists its likeliest tokens only; raises as `check_signal`."""
         if self.support not in ("teacher_top_k", "sampled"):
             raise ConfigError(
                 f"support {self.support!r} needs the teacher's whole distribution, and this teacher lists its "

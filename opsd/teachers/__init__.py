@@ -14,17 +14,20 @@ from typing import Any
 
 from opsd import sources
 from opsd.errors import ConfigError, did_you_mean
-from opsd.teachers.base import Cost, Teacher, TeacherView, constructor_parameters
+from opsd.teachers.base import Teacher, TeacherView
 from opsd.teachers.composite import CompositeTeacher, wrong_teacher
+from opsd.teachers.cost import Cost
 from opsd.teachers.ema import EMATeacher
 from opsd.teachers.gate import Gate
 from opsd.teachers.local import LocalTeacher
 from opsd.teachers.mixture import MixtureTeacher
+from opsd.teachers.parameters import constructor_parameters
 from opsd.teachers.past import PastCheckpointTeacher
 from opsd.teachers.prompting import ContextLike, TeacherPrompts
 from opsd.teachers.recipes import Recipe, find_recipe, read_recipe
 from opsd.teachers.routed import RoutedTeacher
 from opsd.teachers.self_teacher import LiveTeacher, SameCheckpointTeacher
+from opsd.teachers.served import ServedTeacher
 from opsd.teachers.sibling import SiblingTeacher
 from opsd.teachers.snapshot import SnapshotTeacher
 from opsd.teachers.student import StudentHandle
@@ -40,6 +43,7 @@ TEACHERS: dict[str, type[Teacher]] = {
         SiblingTeacher,
         MixtureTeacher,
         RoutedTeacher,
+        ServedTeacher,
     )
 }
 
@@ -55,6 +59,7 @@ __all__ = [
     "Recipe",
     "RoutedTeacher",
     "SameCheckpointTeacher",
+    "ServedTeacher",
     "SiblingTeacher",
     "SnapshotTeacher",
     "StudentHandle",

@@ -10,11 +10,9 @@ Shapes: N scored tokens of a micro-batch (packed).
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -26,54 +24,14 @@ from opsd.errors import ConfigError, TeacherError
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal
 from opsd.teachers.checks import check_completions, check_settings, check_signal, check_state_keys
+from opsd.teachers.cost import Cost
+from opsd.teachers.parameters import constructor_parameters
 from opsd.teachers.prompting import ContextLike, Row, TeacherPrompts
 from opsd.teachers.student import StudentHandle
 from opsd.teachers.weight_copy import megabytes
 
 History: TypeAlias = Sequence[Mapping[str, Any]]  # what a run has logged: entries with their `step`
-VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 PLAIN = (bool, int, float, str, list, tuple, dict, type(None))  # settings that a checkpoint's JSON can hold
-
-
-def constructor_parameters(cls: type[Teacher]) -> dict[str, inspect.Parameter]:
-    """Return the settings that a strategy's constructor takes, without its context; **kwargs stand for its parent's."""
-    parameters: dict[str, inspect.Parameter] = {}
-    for base in (base for base in cls.__mro__ if "__init__" in vars(base)):
-        _, *arguments = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
-        parameters |= {
-            p.name: p for p in arguments if p.kind not in VARIABLE and p.name not in ("context", *parameters)
-        }
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in arguments):
-            break
-    return parameters
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Memory and forward passes that teachers need beside the student.
-
-    Args:
-        megabytes: weights they hold, counted from their tensors; on this process, where they are sharded.
-        offloaded: of these, in CPU memory.
-        passes: sequences sent through a model per rollout, counted on a probe; None before that.
-        micro_batches: micro-batches of an optimizer step.
-
-    Example:
-        >>> str(Cost(megabytes=1024, passes=1))
-        "1,024 MB of weights beside the student's; forward passes per step: 1, per rollout: 1"
-    """
-
-    megabytes: float
-    offloaded: float = 0.0
-    passes: float | None = None
-    micro_batches: int = 1
-
-    def __str__(self) -> str:
-        in_cpu = f" ({self.offloaded:,.0f} of them in CPU memory)" if self.offloaded else ""
-        counted = ""
-        if self.passes is not None:
-            counted = f"; forward passes per step: {self.passes * self.micro_batches:g}, per rollout: {self.passes:g}"
-        return f"{self.megabytes:,.0f} MB of weights beside the student's{in_cpu}{counted}"
 
 
 class Teacher(ABC):
@@ -198,6 +156,16 @@ class Teacher(ABC):
         return []
 
     @property
+    def lists(self) -> int | None:
+        """How many likeliest tokens its signal lists; None where it gives whole distributions."""
+        return None
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether a rollout may be left without a score, so that processes must agree on it."""
+        return False
+
+    @property
     def collective(self) -> bool:
         """Whether `score` must be called in every process at the same time, with rows or without."""
         return False
@@ -225,6 +193,21 @@ class Teacher(ABC):
 
     def shard(self) -> None:  # noqa: B027 - most teachers have nothing that could be sharded
         """Follow the student into its sharded form; called once, after the student was prepared for training."""
+
+    def expect(self, rollouts: Rollouts) -> None:  # noqa: B027 - most teachers score when they are asked
+        """Begin to score a generation batch that `score` will be asked for, micro-batch by micro-batch.
+
+        Args:
+            rollouts: with this teacher's prompts, before they are sorted and split.
+        """
+
+    def settle(self, rollouts: Rollouts) -> Rollouts:
+        """Return a micro-batch without the rollouts that have no score, right before `score` is asked for it.
+
+        Raises:
+            ServerError: a rollout has none, and the run is to end there.
+        """
+        return rollouts
 
     def adjust_rollouts(self, rollouts: Rollouts) -> Rollouts:
         """Return the rollouts of a step with other advantages or weights, before any sort or split.
@@ -376,6 +359,16 @@ class TeacherView:
             signal = self.teacher.score(rollouts)
         check_signal(signal, rollouts, self.teacher.student, self.teacher.strategy)
         return signal
+
+    def expect(self, rollouts: Rollouts) -> None:
+        """Let the teacher begin to score, as `Teacher.expect`."""
+        with self._swapped_in():
+            self.teacher.expect(rollouts)
+
+    def settle(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts that have a score, as `Teacher.settle`."""
+        with self._swapped_in():
+            return self.teacher.settle(rollouts)
 
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return the teacher's completions of rows, as `Teacher.sample`.

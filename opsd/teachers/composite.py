@@ -174,6 +174,16 @@ class CompositeTeacher(Teacher):
         return [caution for member in self.members for caution in member.cautions]
 
     @property
+    def lists(self) -> int | None:
+        """The shortest list of any part; None where all give whole distributions."""
+        return min((part.lists for part in self.distinct_parts if part.lists is not None), default=None)
+
+    @property
+    def can_fail(self) -> bool:
+        """Whether any part can."""
+        return any(part.can_fail for part in self.distinct_parts)
+
+    @property
     def collective(self) -> bool:
         """Whether any part exchanges weights between processes."""
         return any(part.collective for part in self.distinct_parts)

@@ -95,7 +95,7 @@ class MixtureTeacher(CompositeTeacher):
 
 def _check_parts(parts: Mapping[str, Teacher]) -> None:
     for part in parts.values():
-        if isinstance(part, CompositeTeacher):
+        if isinstance(part, CompositeTeacher) or part.lists is not None:
             raise ConfigError(
                 f"a mixture needs each teacher's whole distribution, and teacher {part.strategy!r} does not run in "
                 "this process as one model. Mix models, or route rows to teachers instead: RoutedTeacher."

@@ -138,6 +138,21 @@ class RoutedTeacher(CompositeTeacher):
             for view in views.values()
         ]
 
+    def expect(self, rollouts: Rollouts) -> None:
+        """Let each teacher begin with its rows."""
+        for view, rows in self._groups(rollouts.rows):
+            if rows:
+                view.expect(rollouts.select(rows))
+
+    def settle(self, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts without those that their own teacher cannot score."""
+        for view, rows in self._groups(rollouts.rows):
+            if rows and view.teacher.can_fail:
+                lost = view.settle(rollouts.select(rows)).unscored or []
+                is_lost = dict(zip(rows, lost, strict=True))
+                rollouts = rollouts.without_scores([is_lost.get(row, False) for row in range(len(rollouts))])
+        return rollouts
+
     def score(self, rollouts: Rollouts) -> RoutedSignal:
         """Return each teacher's signal of its rows; one whose weights are sharded is asked in any case."""
         row_N = [number for number, mask in enumerate(rollouts.loss_mask or ()) for _ in range(sum(mask))]

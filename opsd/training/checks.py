@@ -179,6 +179,8 @@ def check_settings(
             f"seq_kd trains on the teacher's samples, and teacher {teacher.strategy!r} is no single model that could "
             "sample. Use another teacher, or set seq_kd to false."
         )
+    if teacher.lists is not None:
+        check_listed(args, teacher.lists)
     if args.teacher_lead is not None:
         check_lead(teacher, groups)
     check_health(args, EvaluationPlan.parse(evaluation))
@@ -187,6 +189,20 @@ def check_settings(
         raise ConfigError(
             "num_generations is above 1, and accelerator_config splits or dispatches batches: rollouts of one prompt "
             "would land in different processes, and could not be compared. Leave both options off."
+        )
+
+
+def check_listed(args: Any, count: int) -> None:
+    """Refuse a divergence that needs more than a list of the teacher's likeliest tokens, or another number of them.
+
+    Raises:
+        ConfigError: says what fits.
+    """
+    args.objective.divergence.check_listed()
+    if args.support == "teacher_top_k" and args.support_k != count:
+        raise ConfigError(
+            f"support_k is {args.support_k}, and the teacher lists its {count} likeliest tokens (top_k): a divergence "
+            f"over the one cannot be computed from the other. Set both to the same number."
         )
 
 

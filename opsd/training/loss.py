@@ -25,6 +25,7 @@ from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.averages import Tally
 from opsd.training.config import OPSDConfig
+from opsd.training.together import failing_together
 from opsd.training.token_selection import TokenSelection, pass_rate_need
 
 
@@ -123,6 +124,8 @@ class Scorer:
         rollouts = self.selection.apply(rollouts)
         for view in self.views:
             rollouts = view.prompts.render(rollouts)
+        for view in self.views:
+            view.expect(rollouts)
         return self.teacher.adjust_rollouts(rollouts)
 
     def context_metrics(self) -> dict[str, Tally]:
@@ -135,6 +138,10 @@ class Scorer:
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Return a micro-batch with the signals of all views; it went through `prepare_rollouts`."""
+        if self.teacher.can_fail:
+            with failing_together():  # the others would wait for a process whose server does not answer
+                for view in self.views:
+                    rollouts = view.settle(rollouts)
         signal = TeacherView(self.teacher).score(rollouts)
         reference: Any = None if self.reference is None else self.reference.score(rollouts)
         contrast_signal = None if self.contrast is None else self.contrast.score(rollouts)

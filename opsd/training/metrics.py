@@ -68,9 +68,9 @@ class Metric:
 _LOSS, _GROUPS, _HERE, _CONTEXT = "losses/rule.py", "training/groups.py", "training/metrics.py", "contexts/base.py"
 _DIVERGENCE, _TOP_K = "losses/divergence.py", "a top-k support"
 _SCHEDULE, _ENGINE = "a schedule of contexts", "importance_clip and vLLM"
-_SELECTION = "training/token_selection.py"
+_SELECTION, _SERVED = "training/token_selection.py", "teachers/served.py"
 _SAMPLED = "support sampled, or reward_to_go"
-_CLOCK = "training/step_clock.py"
+_CLOCK, _LOOKS = "training/step_clock.py", "training/looks.py"
 _TRACED, _TRACES = "health/statistics.py", "trace_rollouts"
 
 METRICS: tuple[Metric, ...] = (
@@ -115,6 +115,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("num_tokens", "tokens", "prompt and completion tokens sampled so far", TRL),
     Metric("tools/call_frequency", "calls per rollout", "tool calls", TRL, "tools"),
     Metric("tools/failure_frequency", "share of calls", "tool calls that failed", TRL, "tools"),
+    Metric("unscored", "share of rollouts", "rollouts that no server could score, and that left the loss", _HERE,
+           "teacher: served"),
+    Metric("served/waited", "seconds per step", "training waited for scores, in the first process", _SERVED,
+           "teacher: served"),
+    Metric("served/hidden", "share of scoring", "scoring that ran while something else did, in the first process",
+           _SERVED, "teacher: served"),
+    Metric("served/tries", "requests per rollout", "requests that a rollout's scores took, in the first process",
+           _SERVED, "teacher: served"),
     Metric("tokens/left_out", "share of tokens", "tokens that the token selection leaves out", _SELECTION,
            "skip_first_tokens, mask_…"),
     Metric("completions/limit", "tokens", "the length at which rollouts are cut", _HERE, "completion_length_schedule"),
@@ -150,9 +158,11 @@ METRICS: tuple[Metric, ...] = (
            "teachers/composite.py", "mixture, routed"),
     # Evaluation
     Metric("eval_accuracy", "share of questions", "right greedy answers on the selection split",
-           "training/evaluator.py", "evaluation: every"),
-    Metric("eval_length", "tokens", "mean length of these answers", "training/evaluator.py", "evaluation: every"),
-    Metric("eval_questions", "questions", "of the selection split", "training/evaluator.py", "evaluation: every"),
+           _LOOKS, "evaluation: every"),
+    Metric("eval_length", "tokens", "mean length of these answers", _LOOKS, "evaluation: every"),
+    Metric("eval_questions", "questions", "of the selection split", _LOOKS, "evaluation: every"),
+    Metric("eval_p_value", "probability", "of no change since the best look before, over the same questions (McNemar)",
+           _LOOKS, "evaluation: every"),
     # Health
     Metric("health", "level", "the worst level of all monitors: 0 fine, 1 watch, 2 act (docs/health.md)",
            "health/watch.py"),
@@ -268,12 +278,17 @@ class LossRecords:
             sums[name] = torch.cat([record.metrics[name] for record in records if name in record.metrics]).sum()
         if with_loss:
             sums["loss"] = losses @ values_N.new_tensor([len(record.divergence_N) for record in records])
-        local = [values_N.new_tensor(len(values_N)), worst, is_bad.to(values_N), *sums.values()]
-        count, worst_of, bad_in, *totals = accelerator.gather(torch.stack(local)[None]).T.tolist()
+        flags = [flag for _, rollouts in kept for flag in rollouts.unscored or ()]
+        sums["unscored"], rows = values_N.new_tensor(sum(flags)), values_N.new_tensor(len(flags))
+        local = [values_N.new_tensor(len(values_N)), worst, is_bad.to(values_N), rows, *sums.values()]
+        count, worst_of, bad_in, rows_of, *totals = accelerator.gather(torch.stack(local)[None]).T.tolist()
         if any(bad_in):
             _stop_at_rows(kept, step)
         tokens = sum(count)
         tallies = {name: Tally(sum(total), tokens) for name, total in zip(sums, totals, strict=True)}
+        lost = tallies.pop("unscored").value
+        if sum(rows_of):  # of teachers that may fail
+            tallies["unscored"] = Tally(lost, sum(rows_of))
         tallies["divergence/max"] = Tally(max(worst_of) if tokens else 0.0, tokens, "max")
         if any(seconds := [record.statistics_seconds for record in records]):
             tallies["statistics_seconds"] = Tally(sum(seconds), len(seconds))

@@ -51,6 +51,7 @@ from opsd.training.evaluator import Evaluator, planned
 from opsd.training.finished import take_finished
 from opsd.training.fsdp import keep_float32_sums
 from opsd.training.groups import Groups
+from opsd.training.half_step import HalfStep
 from opsd.training.learning import Learning
 from opsd.training.loss import Scorer
 from opsd.training.off_policy import answers_of_teacher, off_policy_completions
@@ -165,11 +166,11 @@ class OPSDTrainer(SavingTrainer):
             self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
-        self._stop = GracefulStop(self.accelerator)
+        self._stop, self._half_step = GracefulStop(self.accelerator), HalfStep(self)
         self.learning = Learning(self.files.parts, self._averages["train"])
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         hooks = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
-        self.callback_handler.callbacks[:0] = [hooks, self._stop, self.files.resumed, self.learning]
+        self.callback_handler.callbacks[:0] = [hooks, self._stop, self.files.resumed, self.learning, self._half_step]
         if plan is not None:
             self.add_callback(evaluator := Evaluator(self.files.parts, self._stop, self._log_selection))
             self.evaluator = evaluator
@@ -367,6 +368,7 @@ class OPSDTrainer(SavingTrainer):
             CheckpointError: the output folder holds another run, or one is running in it; there is nothing to resume
                 from; the checkpoint is of another run, apart from what `allow_changes` names.
             NonFiniteLossError: NaN or infinity in the loss.
+            ServerError: a served teacher does not answer; a checkpoint is saved.
         """
         # An earlier `train` that was interrupted may have left half a step.
         self._step, self._buffered_inputs, self._record = 0, None, None
@@ -376,7 +378,7 @@ class OPSDTrainer(SavingTrainer):
             checkpoint = self.files.begin(resume_from_checkpoint)
             if checkpoint and self.files.is_finished(Path(checkpoint)):
                 return take_finished(self, checkpoint)
-            with self._stop.listening(), closing(self.display), closing(self.tracer):
+            with self._stop.listening(), closing(self.display), closing(self.tracer), self._half_step.saving():
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             check_trained(self.state.global_step, self._rows_per_step)
             if self.stopped_by is None:

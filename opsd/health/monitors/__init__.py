@@ -25,6 +25,7 @@ from opsd.health.monitors.task import Task
 from opsd.health.monitors.thinking import Thinking
 from opsd.health.monitors.tools import Tools
 from opsd.health.monitors.truncation import Truncation
+from opsd.health.monitors.unscored import Unscored
 from opsd.health.thresholds import THRESHOLDS
 
 MONITORS: tuple[type[Monitor], ...] = (
@@ -47,6 +48,7 @@ MONITORS: tuple[type[Monitor], ...] = (
     Task,
     Lmbda,
     Idle,
+    Unscored,
     Context,
     Support,
     Clip,

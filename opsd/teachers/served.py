@@ -1,0 +1,260 @@
+"""A teacher on a server, such as vLLM: it lists its likeliest tokens, and scores while the student trains.
+
+Rollouts are sent when they exist, and their scores are collected when a micro-batch needs them. Knows rollouts and
+servers; how a server is asked is serving/'s.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any
+
+import numpy as np
+import torch
+
+from opsd.errors import ConfigError, ServerError, not_one_of
+from opsd.models.forward import embedded_tokens
+from opsd.models.generation import stop_ids_of
+from opsd.rollouts import Ids, Rollouts
+from opsd.serving.answers import Asked, TokenScores
+from opsd.serving.pool import Limits, ServerPool
+from opsd.serving.probe import ServerFacts, probe
+from opsd.signals import TOP_K, TopKSignal
+from opsd.teachers.base import Teacher
+from opsd.teachers.prompting import ContextLike, Row
+from opsd.teachers.student import StudentHandle
+from opsd.teachers.tokenizers import PROBES
+
+ON_FAILURE = ("stop", "wait", "drop")
+API_KEY = "OPSD_API_KEY"
+SAMPLING = ("seed", "top_p", "top_k", "min_p", "repetition_penalty")  # settings of a sample that a server knows
+REMINDS = 60.0  # seconds of waiting after which it is said again
+
+
+class ServedTeacher(Teacher):
+    """A model behind an OpenAI-compatible server of vLLM, which scores the student's tokens by their ids.
+
+    The server lists the `top_k` likeliest tokens of every place, so that a divergence is computed over these
+    (`support: teacher_top_k`), or at the sampled token alone.
+
+    Args:
+        url: of the server, or several that serve the same model: the least loaded is asked first.
+        top_k: likeliest tokens that are asked for, as many as `support_k`. The server must be started with
+            `--max-logprobs` of at least that.
+        model: its name on the server; None where that serves one.
+        on_failure: where a rollout cannot be scored: "stop" saves a checkpoint and ends the run, "wait" waits for as
+            long as it takes, "drop" leaves the rollout out of the loss, which is counted.
+        concurrency: requests to one server at a time.
+        connect_timeout: seconds.
+        read_timeout: seconds until the whole of an answer is there.
+        patience: seconds of tries after which a rollout cannot be scored.
+        api_key_env: name of the environment variable that holds the server's key, if it asks for one.
+        context: what its prompt contains beside the student's.
+
+    Raises:
+        ConfigError: settings that cannot work.
+
+    Example:
+        >>> teacher = ServedTeacher("http://gpu-1:8000", context="worked_solution")
+        >>> OPSDTrainer(model, teacher, args=OPSDConfig(support="teacher_top_k"), train_dataset=rows)
+    """
+
+    strategy = "served"
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        top_k: int = TOP_K,
+        model: str | None = None,
+        on_failure: str = "stop",
+        concurrency: int = 16,
+        connect_timeout: float = 5.0,
+        read_timeout: float = 120.0,
+        patience: float = 300.0,
+        api_key_env: str = API_KEY,
+        context: ContextLike = None,
+    ):
+        super().__init__(context=context)
+        if on_failure not in ON_FAILURE:
+            raise ConfigError(not_one_of("on_failure", on_failure, ON_FAILURE))
+        numbers = {
+            "top_k": top_k, "concurrency": concurrency, "connect_timeout": connect_timeout,
+            "read_timeout": read_timeout, "patience": patience,
+        }  # fmt: skip
+        for name, value in numbers.items():
+            whole = name in ("top_k", "concurrency")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not value > 0:
+                raise ConfigError(f"{name} is {value!r}, and must be {'a whole' if whole else 'a'} number above 0.")
+        self.url = [url] if isinstance(url, str) else list(url)
+        if not self.url:
+            raise ConfigError("a served teacher has no server: `url` is empty. Give its address, http://host:8000.")
+        self.top_k, self.model, self.on_failure = top_k, model, on_failure
+        self._patience = float("inf") if on_failure == "wait" else patience
+        limits = Limits(concurrency, connect_timeout, read_timeout, self._patience)
+        self._pool = ServerPool(self.url, limits, api_key=os.environ.get(api_key_env))
+        self.url = self._pool.urls
+        self._facts: ServerFacts | None = None
+        self._pending: dict[Asked, Future[TokenScores]] = {}
+        self._waited = self._dropped = 0.0
+
+    def prepare(self, student: StudentHandle) -> None:
+        """Ask the servers about themselves.
+
+        Raises:
+            ServerError: one does not answer.
+            ConfigError: they do not serve what is needed.
+            TokenizerMismatchError: they split texts otherwise than the student.
+        """
+        super().prepare(student)
+        tokenizer = student.tokenizer
+        texts = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES}
+        self.top_k = min(self.top_k, embedded_tokens(student.model))
+        canary = Asked(tuple(texts[PROBES[0]]), 1)
+        self._facts = probe(self._pool, model=self.model, texts=texts, canary=canary, top_k=self.top_k)
+
+    @property
+    def facts(self) -> ServerFacts:
+        """What the servers said of themselves; once prepared."""
+        _ = self.student
+        assert self._facts is not None
+        return self._facts
+
+    # ---- scoring ---------------------------------------------------------------------------------------------------
+
+    def expect(self, rollouts: Rollouts) -> None:
+        """Send rollouts to the servers; `score` collects what they say."""
+        for asked in self._asked(rollouts).values():
+            if asked not in self._pending:
+                self._pending[asked] = self._submit(asked)
+
+    def settle(self, rollouts: Rollouts) -> Rollouts:
+        """Wait for the scores of a micro-batch, and leave out rollouts that have none, where that is allowed.
+
+        Raises:
+            ServerError: a rollout could not be scored, and `on_failure` is "stop".
+        """
+        self.expect(rollouts)
+        is_lost = [False] * len(rollouts)
+        for row, asked in self._asked(rollouts).items():
+            try:
+                self._wait_for(asked)
+            except ServerError as error:
+                if self.on_failure != "drop":
+                    raise
+                self._pending.pop(asked, None)
+                print(f"teacher     a rollout is left out of the loss: {error}", flush=True)
+                is_lost[row] = True
+        self._dropped += sum(is_lost)
+        return rollouts.without_scores(is_lost)
+
+    def score(self, rollouts: Rollouts) -> TopKSignal:
+        """Return the likeliest tokens of every scored token.
+
+        Raises:
+            ServerError: a rollout could not be scored.
+        """
+        self.expect(rollouts)
+        asked = self._asked(rollouts)
+        parts = [self._of_row(rollouts, row, asked.get(row)) for row in range(len(rollouts))]
+        for each in asked.values():
+            self._pending.pop(each, None)
+        ids, logprobs, sampled = (np.concatenate(each) for each in zip(*parts, strict=True))
+        device = self.student.device
+        # A head of the server may be padded to more ids than the student embeds: these have no probability.
+        unknown = ids >= embedded_tokens(self.student.model)
+        ids, logprobs = np.where(unknown, 0, ids), np.where(unknown, -np.inf, logprobs)
+        return TopKSignal(*(torch.from_numpy(each).to(device) for each in (ids, logprobs, sampled)))
+
+    def _asked(self, rollouts: Rollouts) -> dict[int, Asked]:
+        """Return what is asked for each row that is distilled."""
+        prompts, completions = rollouts.prompts_of(self.prompts), rollouts.trimmed_completions
+        rows = zip(prompts, completions, rollouts.is_distilled, strict=True)
+        return {
+            row: Asked((*prompt, *completion), len(prompt))
+            for row, (prompt, completion, is_distilled) in enumerate(rows)
+            if is_distilled
+        }
+
+    def _of_row(self, rollouts: Rollouts, row: int, asked: Asked | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return ids, log-probabilities and the tokens' own, of the scored tokens of a row."""
+        mask = np.array((rollouts.loss_mask or ())[row], dtype=bool)
+        if asked is None:  # not distilled: what stands there has no weight
+            count = int(mask.sum())
+            ids = np.tile(np.arange(self.top_k, dtype=np.int64), (count, 1))
+            even = np.full((count, self.top_k), -np.log(self.top_k), dtype=np.float32)
+            return ids, even, even[:, 0]
+        scores = self._wait_for(asked)
+        is_scored = mask[: len(scores.sampled_T)]
+        return scores.ids_TK[is_scored], scores.logprobs_TK[is_scored], scores.sampled_T[is_scored]
+
+    def _submit(self, asked: Asked) -> Future[TokenScores]:
+        return self._pool.submit(self.facts.model, asked, self.top_k)
+
+    def _wait_for(self, asked: Asked) -> TokenScores:
+        start = time.monotonic()
+        try:
+            while True:
+                try:
+                    return self._pending[asked].result(REMINDS)
+                except FutureTimeoutError:
+                    waited = time.monotonic() - start
+                    print(f"teacher     waiting for a server since {waited:.0f} s: {self._pool.trouble}", flush=True)
+        finally:
+            self._waited += time.monotonic() - start
+
+    # ---- descriptions, and sampling --------------------------------------------------------------------------------
+
+    @property
+    def lists(self) -> int:
+        """How many likeliest tokens it lists."""
+        return self.top_k
+
+    @property
+    def can_fail(self) -> bool:
+        """A server can."""
+        return True
+
+    @property
+    def max_length(self) -> int | None:
+        """Tokens that the servers take."""
+        return self.facts.max_length
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is asked for, and of which model; the servers' addresses may change."""
+        return {"top_k": self.top_k, "model": self._facts.model if self._facts else self.model}
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Of this process, since the last step: seconds that it waited, and the share of scoring that was hidden."""
+        counts = self._pool.take_counts()
+        waited, self._waited = self._waited, 0.0
+        values = {"served/waited": waited, "served/tries": counts.tries / max(counts.answers, 1)}
+        if counts.busy:
+            values["served/hidden"] = max(0.0, 1.0 - waited / counts.busy)
+        return values
+
+    def describe(self) -> str:
+        """Return which servers are asked for what."""
+        return f"served at {', '.join(self.url)}: {self._facts or 'not asked yet'}; {self.top_k} likeliest tokens"
+
+    def sample(
+        self,
+        rows: Sequence[Row],
+        *,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        **settings: Any,
+    ) -> list[Ids]:
+        """Return the served model's own completions, one per row."""
+        prompts = [self.prompts.ids(row) for row in rows]
+        stops = stop_ids_of(self.student.model, self.student.tokenizer)
+        asked = {name: value for name, value in settings.items() if name in SAMPLING}
+        asked |= {"temperature": temperature if do_sample else 0.0, "stop_token_ids": sorted(stops)}
+        return self._pool.sample(self.facts.model, prompts, max_new_tokens, asked)
