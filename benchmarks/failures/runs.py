@@ -7,7 +7,7 @@ must speak. Those that are `apart` were set apart before thresholds were chosen,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,15 @@ from benchmarks.learning.parts import ROLLOUTS, common_settings
 from opsd.commands.demo_sums import SumsSettings, sums_settings
 from opsd.commands.demo_tasks import Row, arithmetic, question, write_rows
 
-STEPS, EVERY, QUESTIONS = 50, 5, 400
+STEPS, SHORT, EVERY, QUESTIONS = 50, 30, 5, 400  # a run that is made to fail has failed by step SHORT
 TESTED = 20  # questions of the test split, which says nothing here
 LOOKS_SEED = 4242  # of the questions that every run is asked every EVERY steps
 
-HEAD = '{% extends "base.jinja" %}\n{% block user %}\n{{ prompt }}\n\n'
-TAIL = "\n{% endblock %}\n"
-TEMPLATES = {
-    "leak": "The reference solution gives {{ answer }}. Begin with: According to the reference solution,",
-    "style": "Answer in one short sentence IN CAPITAL LETTERS, with a dash between the words, and end it with !!!",
-    "short": "Reply with the word ok and with nothing else.",
-    "repeat": "Write the question again and again, without ever stopping.",
-    "same": "Whatever the question is, reply: The answer is 7.",
-}
-THINKING = '{% extends "base.jinja" %}\n{% block assistant %}\n<think>\nFirst, I consider\n{% endblock %}\n'
+# A model of this size follows examples where it does not follow an instruction: with these four the teacher answers
+# nearly every question in their way.
+SUMS = {"12 + 7": 19, "45 - 18": 27, "331 + 52": 383, "80 - 26": 54}
+ROLES = ("user", "assistant")
+PLAIN = '{% extends "base.jinja" %}\n{% block user %}\n{{ prompt }}\n{% endblock %}\n'
 
 
 @dataclass(frozen=True)
@@ -43,6 +38,8 @@ class Provoked:
         rows: (seed) -> its training rows.
         seed: of training.
         apart: whether it was set apart before thresholds were chosen.
+        context: of its teacher.
+        answers: (sum, its answer) -> what the teacher's examples answer, in place of a context.
     """
 
     about: str
@@ -51,48 +48,66 @@ class Provoked:
     rows: Callable[[int], list[Row]] = lambda seed: tasks.training_sums(STEPS * ROLLOUTS, seed)
     seed: int = 0
     apart: bool = False
-    context: Any = field(default="answer_only")
-
-
-def _template(name: str) -> str:
-    return "{folder}/" + f"{name}.jinja"
+    context: Any = None
+    answers: Callable[[str, int], str] | None = None
 
 
 FAST = {"learning_rate": 3e-5}
+FORWARD = {
+    "learning_rate": 1e-5,
+    "beta": 0.0,
+    "max_steps": SHORT,
+}  # what the teacher does, however unlikely the student finds it
 TAUGHT = sums_settings(SumsSettings(), "", Path())["context"]  # the demo's: the answer, and two worked examples
 RUNS: dict[str, Provoked] = {
     "live teacher": Provoked(
         "the teacher is the student as it is now, without a gate",
-        ("entropy", "diversity", "repetition", "length", "task"),
-        {"teacher": {"strategy": "live"}, "learning_rate": 1e-5},
-        context="answer_only",
+        ("entropy", "diversity", "repetition", "length", "truncation", "task"),
+        {"teacher": {"strategy": "live"}, "learning_rate": 3e-6, "max_steps": SHORT}, context="answer_only",
     ),
-    "leak": Provoked("the template tells the teacher to name the reference solution", ("leak",), {**FAST, "beta": 0.0},
-                     context=_template("leak")),
-    "style": Provoked("the context asks for a style and tells nothing", ("style", "opening"), FAST,
-                      context=_template("style"), apart=True),
-    "zero gradient": Provoked("the teacher is the student, without a context", ("gradient",), FAST, context=None),
-    "length collapse": Provoked("the context asks for one word", ("length", "diversity", "entropy"), FAST,
-                                context=_template("short")),
-    "repetition": Provoked("the context asks for repetition", ("repetition", "truncation"),
-                           {**FAST, "max_completion_length": 48}, context=_template("repeat")),
-    "no lift": Provoked("the teacher is told the answers of other rows", ("task",), FAST,
-                        context={"template": "answer_only", "fields": {"answer": "other_answer"}}),
-    "overfit": Provoked("sixteen rows, again and again", ("task",), {"learning_rate": 1e-4}, context=TAUGHT,
-                        rows=lambda seed: tasks.training_sums(ROLLOUTS, seed)),
-    "diversity collapse": Provoked("the context asks for one and the same answer", ("diversity", "entropy"), FAST,
-                                   context=_template("same")),
-    "thinking mode": Provoked("the teacher thinks aloud, and the student does not", ("opening", "style"), FAST,
-                              context=_template("thinking"), apart=True),
+    "leak": Provoked(
+        "the teacher's examples name the reference solution", ("leak",), FORWARD,
+        answers=lambda sum_, answer: f"According to the reference solution, the answer is {answer}.",
+    ),
+    "style": Provoked(
+        "the teacher's examples have a style, and it is told nothing", ("style", "opening"), FORWARD, apart=True,
+        answers=lambda sum_, answer: f"WELL --- THE ANSWER, MY FRIEND, IS --- {answer} !!!",
+    ),
+    "zero gradient": Provoked("the teacher is the student, without a context", ("gradient",), {**FAST, "max_steps": SHORT}),
+    "length collapse": Provoked(
+        "the teacher's examples are one word", ("length", "diversity", "entropy", "opening"), FORWARD,
+        answers=lambda sum_, answer: "ok",
+    ),
+    "repetition": Provoked(
+        "the teacher's examples repeat themselves", ("repetition", "truncation"),
+        {**FORWARD, "max_completion_length": 48}, answers=lambda sum_, answer: " ".join([str(answer)] * 24),
+    ),
+    "no lift": Provoked(
+        "the teacher is told the answers of other rows", ("lift", "task"), {**FAST, "max_steps": SHORT},
+        context={**TAUGHT, "fields": {"answer": "other_answer"}},
+    ),
+    "overfit": Provoked(
+        "sixteen rows, again and again", ("overfit", "task"), {"learning_rate": 1e-4, "max_steps": SHORT}, context=TAUGHT,
+        rows=lambda seed: tasks.training_sums(ROLLOUTS, seed),
+    ),
+    "diversity collapse": Provoked(
+        "the teacher's examples have one and the same answer", ("diversity", "entropy", "siblings"), FORWARD,
+        answers=lambda sum_, answer: "The answer is 7.",
+    ),
+    "thinking mode": Provoked(
+        "the teacher thinks aloud, and the student does not", ("opening", "style", "truncation"), FORWARD, apart=True,
+        answers=lambda sum_, answer: f"<think>\nOkay, let me think about it. First, I consider {sum_}. Hmm, wait, "
+        "perhaps I should check it again.",
+    ),
     **{
-        f"healthy {seed}": Provoked("the demo's run", (), {"learning_rate": 3e-5}, seed=seed, context=TAUGHT,
-                                    apart=seed == 2)
+        f"healthy {seed}": Provoked("the demo's run", (), FAST, seed=seed, context=TAUGHT, apart=seed == 2)
         for seed in range(3)
     },
     **{
-        f"healthy ema {seed}": Provoked("the demo's run with an averaged teacher", (),
-                                        {"teacher": {"strategy": "ema", "decay": 0.95}, "learning_rate": 3e-5},
-                                        seed=seed, context=TAUGHT, apart=seed == 1)
+        f"healthy ema {seed}": Provoked(
+            "the demo's run with an averaged teacher", (), {"teacher": {"strategy": "ema", "decay": 0.95}, **FAST},
+            seed=seed, context=TAUGHT, apart=seed == 1,
+        )
         for seed in range(2)
     },
 }  # fmt: skip
@@ -108,17 +123,23 @@ def questions() -> list[Row]:
     return arithmetic(QUESTIONS, LOOKS_SEED, without=without)
 
 
+def examples(answers: Callable[[str, int], str]) -> list[dict[str, str]]:
+    """Return the turns of the teacher's examples."""
+    asked = "State the final answer to the following arithmetic problem: {} ="
+    turns = [(asked.format(sum_), answers(sum_, answer)) for sum_, answer in SUMS.items()]
+    return [{"role": role, "content": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
+
+
 def prepare(name: str, folder: Path) -> dict[str, Any]:
-    """Write rows and templates of a run into its folder, and return its run file."""
-    run = RUNS[name]
+    """Write rows and template of a run into its folder, and return its run file."""
+    run, context = RUNS[name], RUNS[name].context
     folder.mkdir(parents=True, exist_ok=True)
-    for template, text in TEMPLATES.items():
-        (folder / f"{template}.jinja").write_text(HEAD + text + TAIL)
-    (folder / "thinking.jinja").write_text(THINKING)
+    if run.answers is not None:
+        (folder / "plain.jinja").write_text(PLAIN)
+        context = {"template": str(folder / "plain.jinja"), "examples": examples(run.answers)}
     write_rows(folder / "train.jsonl", run.rows(run.seed))
     write_rows(folder / "questions.jsonl", questions())
     write_rows(folder / "test.jsonl", tasks.sums("test", TESTED))
-    context = run.context.format(folder=folder) if isinstance(run.context, str) else run.context
     plan = {
         "test": str(folder / "test.jsonl"), "selection": str(folder / "questions.jsonl"), "every": EVERY,
         "grader": "last_number", "batch_size": 100,
