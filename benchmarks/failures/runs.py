@@ -73,7 +73,9 @@ RUNS: dict[str, Provoked] = {
         "the teacher's examples have a style, and it is told nothing", ("style", "opening"), FORWARD, apart=True,
         answers=lambda sum_, answer: f"WELL --- THE ANSWER, MY FRIEND, IS --- {answer} !!!",
     ),
-    "zero gradient": Provoked("the teacher is the student, without a context", ("gradient",), {**FAST, "max_steps": SHORT}),
+    "zero gradient": Provoked(
+        "the teacher is the student, without a context", ("gradient",), {**FAST, "max_steps": SHORT}
+    ),
     "length collapse": Provoked(
         "the teacher's examples are one word", ("length", "diversity", "entropy", "opening"), FORWARD,
         answers=lambda sum_, answer: "ok",
@@ -87,8 +89,8 @@ RUNS: dict[str, Provoked] = {
         context={**TAUGHT, "fields": {"answer": "other_answer"}},
     ),
     "overfit": Provoked(
-        "sixteen rows, again and again", ("overfit", "task"), {"learning_rate": 1e-4, "max_steps": SHORT}, context=TAUGHT,
-        rows=lambda seed: tasks.training_sums(ROLLOUTS, seed),
+        "sixteen rows, again and again", ("overfit", "task"), {"learning_rate": 1e-4, "max_steps": SHORT},
+        context=TAUGHT, rows=lambda seed: tasks.training_sums(ROLLOUTS, seed),
     ),
     "diversity collapse": Provoked(
         "the teacher's examples have one and the same answer", ("diversity", "entropy", "siblings"), FORWARD,
