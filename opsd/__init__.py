@@ -34,6 +34,7 @@ _PUBLIC = {
     "EMATeacher": "opsd.teachers",
     "SnapshotTeacher": "opsd.teachers",
     "Gate": "opsd.teachers",
+    "CachedTeacher": "opsd.teachers",
     "ServedTeacher": "opsd.teachers",
     "SiblingTeacher": "opsd.teachers",
     "MixtureTeacher": "opsd.teachers",

@@ -25,6 +25,8 @@ COMMANDS = {
     "eval": ("evaluate", "grade a model's answers on a dataset, with intervals"),
     "health": ("health", "ask the monitors about a finished run: what failed, from which step on, what to try"),
     "score": ("score", "show what teachers with contexts say of each token of a row, without a run"),
+    "rollout": ("rollout", "sample completions of rows from a model, to score and to train on"),
+    "serve": ("serve", "print or start the vLLM command that serves a model as a teacher"),
     "report": ("report", "write what a run did as one HTML page: verdict, curves, every token, samples"),
     "watch": ("watch", "show the report of a run while it goes on, at 127.0.0.1"),
     "compare": ("compare", "compare a method with its controls, with intervals"),

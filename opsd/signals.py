@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -80,15 +80,25 @@ class DenseSignal(ABC):
 
     def logprobs(self, token_ids_N: Tensor) -> Tensor:
         """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
-        chunks = []
+        chunks = [
+            log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float() for rows, log_t in self._chunks()
+        ]
+        return torch.cat(chunks) if chunks else self.parts[0].hidden_ND.new_zeros(0, dtype=torch.float32)
+
+    def listed(self, token_ids_N: Tensor, count: int) -> TopKSignal:
+        """Return the `count` likeliest ids of every token, as a teacher that is not at hand would list them."""
+        tops = [log_t.float().topk(min(count, log_t.shape[-1]), dim=-1) for _, log_t in self._chunks()]
+        ids, values = (torch.cat([getattr(top, name) for top in tops]) for name in ("indices", "values"))
+        return TopKSignal(ids, values, self.logprobs(token_ids_N))
+
+    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the log-probabilities of a few tokens at a time, (R, V), and which tokens they are."""
         parts = self.narrow(self.vocab_size).parts
         heads = [part.head.gathered() for part in parts]  # once, and in a process without tokens too
         for start in range(0, len(self), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             logits = [head.logits(part.hidden_ND[rows]) for part, head in zip(parts, heads, strict=True)]
-            log_t = self.combine(logits, temperature=1.0)
-            chunks.append(log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float())
-        return torch.cat(chunks) if chunks else self.parts[0].hidden_ND.new_zeros(0, dtype=torch.float32)
+            yield rows, self.combine(logits, temperature=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,3 +287,28 @@ class RoutedSignal:
             [signal.select(place_N[is_own]) for signal, is_own in zip(self.signals, chosen, strict=True)],
             [is_own.nonzero()[:, 0] for is_own in chosen],
         )
+
+
+def as_list(signal: TeacherSignal, token_ids_N: Tensor, count: int) -> TopKSignal:
+    """Return the `count` likeliest ids of every token, whatever kind of signal it is.
+
+    Raises:
+        ConfigError: a part lists fewer.
+    """
+    found: list[tuple[Tensor | slice, TopKSignal]] = []
+    for index, part in signal.groups():
+        listed = part if isinstance(part, TopKSignal) else part.listed(token_ids_N[index], count)
+        if listed.ids_NK.shape[1] < count:
+            raise ConfigError(
+                f"{count} likeliest tokens were asked for, and this teacher lists {listed.ids_NK.shape[1]}. Ask for as "
+                "many as it lists (support_k)."
+            )
+        found.append(
+            (index, TopKSignal(listed.ids_NK[:, :count], listed.logprobs_NK[:, :count], listed.sampled_logprobs_N))
+        )
+    shapes = ((count,), torch.long), ((count,), torch.float32), ((), torch.float32)
+    whole = [torch.empty((len(signal), *shape), dtype=dtype, device=token_ids_N.device) for shape, dtype in shapes]
+    for index, listed in found:
+        for tensor, part_of in zip(whole, (listed.ids_NK, listed.logprobs_NK, listed.sampled_logprobs_N), strict=True):
+            tensor[index] = part_of.to(tensor)
+    return TopKSignal(*whole)

@@ -14,7 +14,8 @@ from helpers import MAKE_TEACHER, make_student, make_trainer
 from opsd import MixtureTeacher, SameCheckpointTeacher
 from opsd.cli import main
 from opsd.evaluation.run_folder import CARD, CARD_PAGE, differences, read_card
-from opsd.training.run_card import tokenizer_digest, write_run_card
+from opsd.models.digests import tokenizer_digest
+from opsd.training.run_card import write_run_card
 
 
 def card_of(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -43,7 +43,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--row", nargs="+", type=int, default=[0], metavar="N", help="row numbers (default: 0)")
     parser.add_argument("--html", metavar="FILE.html", help="write the heat-map as a page")
-    parser.add_argument("-o", "--output", metavar="FILE.parquet", help="write every token as Parquet")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE.parquet|FOLDER",
+        help="write every token as Parquet; or, into a folder, the "
+        "support_k likeliest tokens of all rows, for a cached teacher",
+    )
     parser.add_argument("--terminal", action="store_true", help="print it also where a file is written")
     return parser
 
@@ -52,12 +58,12 @@ def main(arguments: Sequence[str]) -> int:
     """Score, and show."""
     options, others = make_parser().parse_known_args(arguments)
     run, teachers, contexts = _settings(options, others)
+    if options.output and Path(options.output).suffix != ".parquet":
+        return _write_folder(options, run, teachers, contexts)
     rows = _rows(run, list(teachers.values()), contexts, options.row)
     from opsd.evaluation.run_folder import check_output
     from opsd.training.score import RolloutScorer
 
-    if options.output and Path(options.output).suffix != ".parquet":
-        raise ConfigError(f"-o writes Parquet, and {options.output} is named otherwise. Name it .parquet.")
     for output in filter(None, (options.html, options.output)):
         check_output(Path(output))  # before minutes of scoring
     scorer = RolloutScorer(run.model.model_name_or_path or "", run.args, run.model.model_revision)
@@ -76,18 +82,35 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _write_folder(
+    options: argparse.Namespace, run: Run, teachers: Mapping[str, Teacher], contexts: Mapping[str, Context | None]
+) -> int:
+    """Write scores for a cached teacher."""
+    from opsd.commands.score_store import write_scores
+    from opsd.evaluation.run_folder import check_output
+
+    if len(teachers) > 1 or len(contexts) > 1 or options.html or options.terminal:
+        raise ConfigError(
+            f"-o {options.output} is a folder of scores, which holds those of one teacher with one context, and no "
+            "page. Name one of each; or name the output .parquet to compare several."
+        )
+    (teacher,) = teachers.values()
+    for context in contexts.values():
+        teacher.prompts = teacher.prompts.with_context(context)
+    check_output(Path(options.output) / "manifest.json")
+    rows = _rows(run, [teacher], {}, None)
+    write_scores(run, teacher, list(rows.values()), Path(options.output))
+    return 0
+
+
 def _settings(
     options: argparse.Namespace, others: Sequence[str]
 ) -> tuple[Run, dict[str, Teacher], dict[str, Context | None]]:
     """Return the settings of a run, its teachers, and the contexts that were asked for; no weights load."""
-    from opsd.commands.run_file import read_run
     from opsd.contexts.reading import parse_context
     from opsd.teachers import load_teacher
 
-    is_run = Path(options.rows).suffix in (".yaml", ".yml")
-    model = ["--model_name_or_path", options.model_name_or_path] if options.model_name_or_path else []
-    data = [] if is_run else ["--dataset_name", options.rows]
-    run = read_run(Path(options.rows) if is_run else None, [*model, *data, *others])
+    run = read_settings(options.rows, options.model_name_or_path, others)
     if run.args.control is not None:
         raise ConfigError(
             f"control is {run.args.control}, and opsd score trains nothing: a control changes what a run trains on. "
@@ -100,10 +123,26 @@ def _settings(
     return run, teachers, contexts
 
 
+def read_settings(rows: str, model: str | None, others: Sequence[str]) -> Run:
+    """Return the settings of a command on rows: those of a run file, or of a file of rows and a model.
+
+    Args:
+        rows: rows, or a run's YAML.
+        model: the student, where it is not the run's.
+        others: settings as options.
+    """
+    from opsd.commands.run_file import read_run
+
+    is_run = Path(rows).suffix in (".yaml", ".yml")
+    given = ["--model_name_or_path", model] if model else []
+    data = [] if is_run else ["--dataset_name", rows]
+    return read_run(Path(rows) if is_run else None, [*given, *data, *others])
+
+
 def _rows(
-    run: Run, teachers: Sequence[Teacher], contexts: Mapping[str, Context | None], numbers: Sequence[int]
+    run: Run, teachers: Sequence[Teacher], contexts: Mapping[str, Context | None], numbers: Sequence[int] | None
 ) -> dict[int, Mapping[str, Any]]:
-    """Return the rows that were asked for, as training would read them."""
+    """Return the rows that were asked for, or all, as training would read them."""
     from itertools import islice
 
     from opsd.commands.build import rows_of
@@ -118,6 +157,8 @@ def _rows(
         reads={name for each in prompts for context in each.contexts for name in context.columns},
         needs=[need for each in prompts for need in each.needs(())],
     )
+    if numbers is None:
+        return dict(enumerate(dataset))
     rows = list(islice(iter(dataset), max(numbers, default=0) + 1))
     for number in numbers:
         if number < 0:

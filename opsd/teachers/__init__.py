@@ -15,6 +15,7 @@ from typing import Any
 from opsd import sources
 from opsd.errors import ConfigError, did_you_mean
 from opsd.teachers.base import Teacher, TeacherView
+from opsd.teachers.cached import CachedTeacher
 from opsd.teachers.composite import CompositeTeacher, wrong_teacher
 from opsd.teachers.cost import Cost
 from opsd.teachers.ema import EMATeacher
@@ -44,11 +45,13 @@ TEACHERS: dict[str, type[Teacher]] = {
         MixtureTeacher,
         RoutedTeacher,
         ServedTeacher,
+        CachedTeacher,
     )
 }
 
 __all__ = [
     "TEACHERS",
+    "CachedTeacher",
     "Cost",
     "EMATeacher",
     "Gate",

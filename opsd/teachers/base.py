@@ -161,6 +161,11 @@ class Teacher(ABC):
         return None
 
     @property
+    def needs_given_rollouts(self) -> bool:
+        """Whether it can score only rollouts that exist before the run."""
+        return False
+
+    @property
     def can_fail(self) -> bool:
         """Whether a rollout may be left without a score, so that processes must agree on it."""
         return False

@@ -179,6 +179,11 @@ class CompositeTeacher(Teacher):
         return min((part.lists for part in self.distinct_parts if part.lists is not None), default=None)
 
     @property
+    def needs_given_rollouts(self) -> bool:
+        """Whether any part does."""
+        return any(part.needs_given_rollouts for part in self.distinct_parts)
+
+    @property
     def can_fail(self) -> bool:
         """Whether any part can."""
         return any(part.can_fail for part in self.distinct_parts)

@@ -13,9 +13,6 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
-import numpy as np
-import torch
-
 from opsd.errors import ConfigError, ServerError, not_one_of
 from opsd.models.forward import embedded_tokens
 from opsd.models.generation import stop_ids_of
@@ -23,8 +20,8 @@ from opsd.rollouts import Ids, Rollouts
 from opsd.serving.answers import Asked, TokenScores
 from opsd.serving.pool import Limits, ServerPool
 from opsd.serving.probe import ServerFacts, probe
-from opsd.signals import TOP_K, TopKSignal
-from opsd.teachers.base import Teacher
+from opsd.signals import TOP_K
+from opsd.teachers.listing import ListingTeacher
 from opsd.teachers.prompting import ContextLike, Row
 from opsd.teachers.student import StudentHandle
 from opsd.teachers.tokenizers import PROBES
@@ -35,7 +32,7 @@ SAMPLING = ("seed", "top_p", "top_k", "min_p", "repetition_penalty")  # settings
 REMINDS = 60.0  # seconds of waiting after which it is said again
 
 
-class ServedTeacher(Teacher):
+class ServedTeacher(ListingTeacher):
     """A model behind an OpenAI-compatible server of vLLM, which scores the student's tokens by their ids.
 
     The server lists the `top_k` likeliest tokens of every place, so that a divergence is computed over these
@@ -128,9 +125,8 @@ class ServedTeacher(Teacher):
 
     def expect(self, rollouts: Rollouts) -> None:
         """Send rollouts to the servers; `score` collects what they say."""
-        for asked in self._asked(rollouts).values():
-            if asked not in self._pending:
-                self._pending[asked] = self._submit(asked)
+        for asked in self.asked(rollouts).values():
+            self._begun(asked)
 
     def settle(self, rollouts: Rollouts) -> Rollouts:
         """Wait for the scores of a micro-batch, and leave out rollouts that have none, where that is allowed.
@@ -140,7 +136,7 @@ class ServedTeacher(Teacher):
         """
         self.expect(rollouts)
         is_lost = [False] * len(rollouts)
-        for row, asked in self._asked(rollouts).items():
+        for row, asked in self.asked(rollouts).items():
             try:
                 self._wait_for(asked)
             except ServerError as error:
@@ -152,55 +148,27 @@ class ServedTeacher(Teacher):
         self._dropped += sum(is_lost)
         return rollouts.without_scores(is_lost)
 
-    def score(self, rollouts: Rollouts) -> TopKSignal:
-        """Return the likeliest tokens of every scored token.
+    def scores_of(self, asked: Asked) -> TokenScores:
+        """Return the scores of a sequence, and forget them.
 
         Raises:
-            ServerError: a rollout could not be scored.
+            ServerError: it could not be scored.
         """
-        self.expect(rollouts)
-        asked = self._asked(rollouts)
-        parts = [self._of_row(rollouts, row, asked.get(row)) for row in range(len(rollouts))]
-        for each in asked.values():
-            self._pending.pop(each, None)
-        ids, logprobs, sampled = (np.concatenate(each) for each in zip(*parts, strict=True))
-        device = self.student.device
-        # A head of the server may be padded to more ids than the student embeds: these have no probability.
-        unknown = ids >= embedded_tokens(self.student.model)
-        ids, logprobs = np.where(unknown, 0, ids), np.where(unknown, -np.inf, logprobs)
-        return TopKSignal(*(torch.from_numpy(each).to(device) for each in (ids, logprobs, sampled)))
-
-    def _asked(self, rollouts: Rollouts) -> dict[int, Asked]:
-        """Return what is asked for each row that is distilled."""
-        prompts, completions = rollouts.prompts_of(self.prompts), rollouts.trimmed_completions
-        rows = zip(prompts, completions, rollouts.is_distilled, strict=True)
-        return {
-            row: Asked((*prompt, *completion), len(prompt))
-            for row, (prompt, completion, is_distilled) in enumerate(rows)
-            if is_distilled
-        }
-
-    def _of_row(self, rollouts: Rollouts, row: int, asked: Asked | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return ids, log-probabilities and the tokens' own, of the scored tokens of a row."""
-        mask = np.array((rollouts.loss_mask or ())[row], dtype=bool)
-        if asked is None:  # not distilled: what stands there has no weight
-            count = int(mask.sum())
-            ids = np.tile(np.arange(self.top_k, dtype=np.int64), (count, 1))
-            even = np.full((count, self.top_k), -np.log(self.top_k), dtype=np.float32)
-            return ids, even, even[:, 0]
         scores = self._wait_for(asked)
-        is_scored = mask[: len(scores.sampled_T)]
-        return scores.ids_TK[is_scored], scores.logprobs_TK[is_scored], scores.sampled_T[is_scored]
+        self._pending.pop(asked, None)
+        return scores
 
-    def _submit(self, asked: Asked) -> Future[TokenScores]:
-        return self._pool.submit(self.facts.model, asked, self.top_k)
+    def _begun(self, asked: Asked) -> Future[TokenScores]:
+        if asked not in self._pending:
+            self._pending[asked] = self._pool.submit(self.facts.model, asked, self.top_k)
+        return self._pending[asked]
 
     def _wait_for(self, asked: Asked) -> TokenScores:
         start = time.monotonic()
         try:
             while True:
                 try:
-                    return self._pending[asked].result(REMINDS)
+                    return self._begun(asked).result(REMINDS)
                 except FutureTimeoutError:
                     waited = time.monotonic() - start
                     print(f"teacher     waiting for a server since {waited:.0f} s: {self._pool.trouble}", flush=True)
@@ -208,11 +176,6 @@ class ServedTeacher(Teacher):
             self._waited += time.monotonic() - start
 
     # ---- descriptions, and sampling --------------------------------------------------------------------------------
-
-    @property
-    def lists(self) -> int:
-        """How many likeliest tokens it lists."""
-        return self.top_k
 
     @property
     def can_fail(self) -> bool:

@@ -23,11 +23,12 @@ from opsd.evaluation.graders import is_function_name
 from opsd.evaluation.plan import Questions
 from opsd.evaluation.result import EvaluationResult
 from opsd.evaluation.run_folder import write_json
+from opsd.models.digests import digest_of, tokenizer_digest
 from opsd.models.generation import stop_ids_of
 from opsd.training.facts import model_facts
 from opsd.training.machine import hardware
 from opsd.training.parts import RunParts
-from opsd.training.run_card import chat_template_digest, data_digests, digest_of, tokenizer_digest, versions
+from opsd.training.run_card import chat_template_digest, data_digests, versions
 from opsd.training.together import failing_together
 
 DEPENDS_ON, VALUE = "depends_on", "value"

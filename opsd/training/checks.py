@@ -181,6 +181,11 @@ def check_settings(
         )
     if teacher.lists is not None:
         check_listed(args, teacher.lists)
+    if teacher.needs_given_rollouts and (args.on_policy_share.most > 0 or args.seq_kd):
+        raise ConfigError(
+            f"teacher {teacher.strategy!r} has scores of rollouts that exist already, and this run would sample new "
+            "ones. Train on those that were scored: lmbda: 0, without seq_kd."
+        )
     if args.teacher_lead is not None:
         check_lead(teacher, groups)
     check_health(args, EvaluationPlan.parse(evaluation))

@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch import nn
 
+from opsd.models.digests import digest_of, tokenizer_digest
 from opsd.teachers.weight_copy import adapter_adds_nothing, adapter_parameters, digest
 from opsd.training import checkpoints, resume
 from opsd.training.machine import hardware
@@ -26,9 +27,7 @@ from opsd.training.parts import RunParts
 from opsd.training.run_card import (
     chat_template_digest,
     data_digests,
-    digest_of,
     secret_digest,
-    tokenizer_digest,
     versions,
     without_secrets,
 )

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from opsd import __version__, sources
 from opsd.evaluation.run_folder import CARD, CARD_PAGE, as_markdown, read_card, write_json, write_whole
 from opsd.findings import Examination
+from opsd.models.digests import add_text, digest_of, tokenizer_digest
 from opsd.models.forward import language_model
 from opsd.teachers import Recipe, StudentHandle, Teacher, read_recipe
 from opsd.training.groups import Groups, placeholders
@@ -118,16 +118,6 @@ def _method(recipe: Recipe | None, teacher: Teacher) -> dict[str, Any]:
     )
 
 
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of a tokenizer: its words, how it cuts text into them, and its special tokens."""
-    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    rules = json.loads(tokenizer.backend_tokenizer.to_str()) if hasattr(tokenizer, "backend_tokenizer") else {}
-    for name in ("truncation", "padding"):  # set anew by each call
-        rules.pop(name, None)
-    special = tokenizer.special_tokens_map
-    return digest_of(json.dumps(each, default=str, sort_keys=True) for each in (words, rules, special))
-
-
 def chat_template_digest(student: StudentHandle) -> str:
     """Return a hash of the chat template that renders the student's prompts."""
     return digest_of([student.renderer.chat_template or student.tokenizer.chat_template or ""])
@@ -139,8 +129,8 @@ def data_digests(dataset: Any) -> tuple[str, str]:
         return "a stream", "a stream"
     whole, prompts = hashlib.sha256(), hashlib.sha256()
     for row in dataset.with_format(None):
-        _add(whole, json.dumps(row, sort_keys=True, default=str))
-        _add(prompts, json.dumps({"prompt": row["prompt"]}, sort_keys=True, default=str))
+        add_text(whole, json.dumps(row, sort_keys=True, default=str))
+        add_text(prompts, json.dumps({"prompt": row["prompt"]}, sort_keys=True, default=str))
     return whole.hexdigest()[:16], prompts.hexdigest()[:16]
 
 
@@ -173,15 +163,3 @@ def _prompts(student: StudentHandle, scorer: Scorer, groups: Groups, rows: Any) 
             prompts.append({"context": leaf.describe(), "prompt": text})
         yield {"row": number, "student": decode(student.renderer.ids(row["prompt"])), "teacher": prompts}
     scorer.forget_counts()
-
-
-def digest_of(texts: Iterable[str]) -> str:
-    """Return a hash of texts in order."""
-    digest = hashlib.sha256()
-    for text in texts:
-        _add(digest, text)
-    return digest.hexdigest()[:16]
-
-
-def _add(digest: Any, text: str) -> None:
-    digest.update(text.encode("utf-8", "surrogatepass") + b"\0")

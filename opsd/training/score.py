@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from opsd.contexts.base import Context
 from opsd.contexts.completions import completion_ids
@@ -24,7 +25,9 @@ from opsd.models.forward import check_model
 from opsd.models.generation import generate
 from opsd.models.loading import load_model, without_dropout
 from opsd.rollouts import Ids, Rollouts
-from opsd.teachers import StudentHandle, Teacher
+from opsd.serving.answers import Asked, TokenScores
+from opsd.signals import as_list
+from opsd.teachers import StudentHandle, Teacher, TeacherView
 from opsd.training.config import OPSDConfig
 from opsd.training.loss import Scorer
 from opsd.training.sampling import prepare_sampling, rollout_settings
@@ -91,7 +94,7 @@ class RolloutScorer:
         """
         found: list[Score] = []
         with torch.no_grad(), self._autocast():
-            completions = self._completions(rows)
+            completions = self.completions(rows)
             for name, teacher in teachers.items():
                 scorer = Scorer(self._args, teacher)
                 scorer.prepare(self._student, self._end_ids)
@@ -104,6 +107,49 @@ class RolloutScorer:
                     found += self._scores(scorer, rows, completions, f"{name} · context: {text}")
                 teacher.prompts = own
         return found
+
+    def lists(
+        self, rows: Sequence[Mapping[str, Any]], teacher: Teacher, count: int
+    ) -> Iterator[tuple[Asked, TokenScores]]:
+        """Yield the teacher's `count` likeliest tokens at every token of each row's completion.
+
+        Args:
+            rows: with completions; each is asked for by the ids of the student's prompt and of the completion.
+            teacher: prepared (`prepare`).
+            count: of likeliest tokens.
+        """
+        prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
+        with torch.no_grad(), self._autocast():
+            completions = self.completions(dict(enumerate(rows)))
+            rollouts = teacher.prompts.render(Rollouts(rows, prompts, completions))
+            view = TeacherView(teacher)
+            view.expect(rollouts)
+            for start in range(0, len(rows), ROWS):
+                part = rollouts.select(range(start, min(start + ROWS, len(rows))))
+                ids_N = torch.tensor(part.scored_ids, device=self._args.device)
+                listed = as_list(view.score(part), ids_N, count)
+                columns = [
+                    each.cpu().numpy() for each in (listed.ids_NK, listed.logprobs_NK, listed.sampled_logprobs_N)
+                ]
+                ends = np.cumsum([len(ids) for ids in part.completion_ids])[:-1]
+                of_rows = zip(*(np.split(column, ends) for column in columns), strict=True)
+                for prompt, ids, scores in zip(part.prompt_ids, part.completion_ids, of_rows, strict=True):
+                    yield Asked((*prompt, *ids), len(prompt)), TokenScores(*scores)
+
+    def asked(self, rows: Sequence[Mapping[str, Any]]) -> list[Asked]:
+        """Return the names under which the scores of rows with completions are kept."""
+        prompts = [self._student.renderer.ids(row["prompt"]) for row in rows]
+        completions = self.completions(dict(enumerate(rows)))
+        return [Asked((*prompt, *ids), len(prompt)) for prompt, ids in zip(prompts, completions, strict=True)]
+
+    def prepare(self, teacher: Teacher) -> None:
+        """Get a teacher ready for `lists`."""
+        teacher.prepare(self._student)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's."""
+        return self._student.tokenizer
 
     def _scores(
         self, scorer: Scorer, rows: Mapping[int, Mapping[str, Any]], completions: Sequence[Ids], name: str
@@ -120,15 +166,15 @@ class RolloutScorer:
             for number, rollout in zip(numbers[start:], makes(record, part, range(len(part)), 0), strict=False):
                 yield Score(number, name, rollout)
 
-    def _completions(self, rows: Mapping[int, Mapping[str, Any]]) -> list[Ids]:
-        """Return the completions of rows, sampled where they have none."""
+    def completions(self, rows: Mapping[int, Mapping[str, Any]], seed: int | None = None) -> list[Ids]:
+        """Return the completions of rows, sampled where they have none; `seed` instead of the settings'."""
         args, renderer = self._args, self._student.renderer
         given = [completion_of(row) for row in rows.values()]
         prompts = [renderer.ids(row["prompt"]) for row, text in zip(rows.values(), given, strict=True) if text is None]
         sampled = iter(
             generate(
                 self._model, prompts, self._student.tokenizer, max_new_tokens=args.max_completion_length,
-                batch_size=ROWS, do_sample=True, temperature=args.temperature, seed=args.seed,
+                batch_size=ROWS, do_sample=True, temperature=args.temperature, seed=args.seed if seed is None else seed,
                 stop_ids=self._end_ids, **rollout_settings(args),
             )
             if prompts

@@ -1,0 +1,97 @@
+"""A teacher whose scores were computed before: `opsd score ROLLOUTS --teacher … -o scores/`.
+
+Trains without the teacher's weights, on the rollouts that were scored and on no others.
+"""
+
+from __future__ import annotations
+
+import json
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from opsd.errors import ConfigError, DataError, TokenizerMismatchError
+from opsd.models.digests import digest_of, tokenizer_digest
+from opsd.rollouts import Rollouts
+from opsd.serving.answers import Asked, TokenScores
+from opsd.serving.store import ScoreStore
+from opsd.teachers.listing import ListingTeacher, sequences_of
+from opsd.teachers.prompting import ContextLike, TeacherPrompts
+from opsd.teachers.student import StudentHandle
+
+
+class CachedTeacher(ListingTeacher):
+    """Scores in a folder, of rollouts with the context that they were scored with; trained on with `lmbda` 0.
+
+    Args:
+        path: the folder that `opsd score … -o` wrote.
+        context: nothing, or the context of the scores.
+
+    Raises:
+        CheckpointError: the folder has no scores.
+
+    Example:
+        >>> args = OPSDConfig(lmbda=0.0, support="teacher_top_k")
+        >>> OPSDTrainer(model, CachedTeacher("scores"), args=args, train_dataset=rollouts)
+    """
+
+    strategy = "cached"
+
+    def __init__(self, path: str | PathLike[str], *, context: ContextLike = None):
+        super().__init__()
+        self.path = fspath(path)
+        self._store = ScoreStore.open(Path(path).expanduser())
+        self.top_k = self._store.top_k
+        shown, scored = TeacherPrompts(self, context), self._store.manifest
+        template = digest_of([json.dumps(shown.description, sort_keys=True, default=str)])
+        if context is not None and template != scored["template"]:
+            raise ConfigError(
+                f"the scores in {self.path} were computed with the context {scored['context']!r} as it was then, and "
+                f"the run names {shown.describe()!r}. Leave the context out, or score again with this one."
+            )
+
+    def prepare(self, student: StudentHandle) -> None:
+        """Compare tokenizers.
+
+        Raises:
+            TokenizerMismatchError: the scores are of ids of another one.
+        """
+        super().prepare(student)
+        if self._store.manifest["tokenizer"] != tokenizer_digest(student.tokenizer):
+            raise TokenizerMismatchError(
+                f"the scores in {self.path} are of ids of another tokenizer than the student's. The loss would compare "
+                "different tokens. Score again, with this student as --model_name_or_path."
+            )
+
+    def scores_of(self, asked: Asked) -> TokenScores:
+        """Return the scores of a sequence.
+
+        Raises:
+            DataError: they are not in the folder.
+        """
+        scores = self._store.find(asked)
+        if scores is None:
+            raise DataError(
+                f"{self.path} has no scores of a rollout that is to be trained on: none for these ids of prompt and "
+                "completion. Train on the file of rollouts that was scored, with the same system prompt and chat "
+                "template, or score this one: opsd score ROLLOUTS --teacher … -o."
+            )
+        return scores
+
+    def asked(self, rollouts: Rollouts) -> dict[int, Asked]:
+        """Return what is looked up: the student's prompt and the completion; what the teacher was shown is not here."""
+        return {row: asked for row, asked in enumerate(sequences_of(rollouts, rollouts.prompt_ids)) if asked}
+
+    @property
+    def needs_given_rollouts(self) -> bool:
+        """It knows no others."""
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Whose scores they are; the folder may move."""
+        return {"scores": {name: self._store.manifest[name] for name in ("teacher", "tokenizer", "top_k")}}
+
+    def describe(self) -> str:
+        """Return whose scores they are, and how many."""
+        return f"scores of {len(self._store):,} rollouts in {self.path}, by {self._store.manifest['teacher']}"
