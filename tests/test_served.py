@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fault_server import FaultServer
 from helpers import make_rollouts, make_trainer, prepared
 
 from opsd import OPSDConfig, OPSDTrainer
+from opsd.doctor import examine
 from opsd.errors import CheckpointError, ConfigError, ServerError
 from opsd.teachers import MixtureTeacher, RoutedTeacher, SameCheckpointTeacher, ServedTeacher, SiblingTeacher, Teacher
 
@@ -105,6 +107,14 @@ def test_scores_are_asked_for_before_they_are_needed(server: FaultServer, tmp_pa
     trainer = trained(tmp_path, served(server), max_steps=2, gradient_accumulation_steps=2)
     assert all(0 <= share <= 1 for share in values(trainer, "served/hidden"))
     assert len(values(trainer, "served/waited")) == 2 and not trainer.teacher._pending
+
+
+def test_the_doctor_compares_a_servers_noise_with_what_it_teaches(server: FaultServer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, served(server), max_steps=1, **LISTED)
+    assert [finding.status for finding in examine(trainer, rows=4, only=["divergence"]).findings] == ["pass"]
+    trainer.teacher._facts = replace(trainer.teacher.facts, noise=50.0)
+    finding = examine(trainer, rows=4, only=["divergence"]).findings[0]
+    assert finding.status == "fail" and "--dtype float32" in finding.do
 
 
 # ---- bad days --------------------------------------------------------------------------------------------------------

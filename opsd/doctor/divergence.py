@@ -13,6 +13,7 @@ from opsd.findings import Finding
 FIRST = 3  # tokens; a template or thinking mismatch shows here (methods: OPSD #10, tinker-cookbook #796)
 SPIKE = 5.0  # times the median of the other tokens
 LEAST = 1.0  # nats; below this a spike costs little
+NOISE = 0.2  # of the divergence: less is averaged out over the tokens of a step
 LARGE = 3.0  # nats at the median token: the teacher gives it 1/20 of the student's probability
 find = functools.partial(Finding, "divergence")
 
@@ -24,6 +25,7 @@ def check_divergence(patient: Patient) -> Iterator[Finding]:
     if not any(map(len, values)):
         yield find("skip", "every rollout is empty.")
         return
+    yield from _noise(patient, float(torch.cat(values).mean()))
     if not len(rest):
         yield find("skip", f"no rollout is longer than {FIRST} tokens: nothing to compare the first tokens with.")
         return
@@ -65,6 +67,20 @@ def check_divergence(patient: Patient) -> Iterator[Finding]:
             f"KL is {spike:.2f} nats at the {where} token and {usual:.2f} after the first {FIRST} (medians).",
             figures=figures,
         )
+
+
+def _noise(patient: Patient, taught: float) -> Iterator[Finding]:
+    """Compare what a server's rounding does with what it is to teach."""
+    noise = patient.teacher.noise
+    if noise <= NOISE * taught:
+        return
+    yield find(
+        "fail" if noise > taught else "warn",
+        f"the teacher's servers answer one request with log-probabilities that differ by {noise:.2g} nats per token, "
+        f"and the divergence that they are to teach is {taught:.2g}.",
+        "Serve the teacher in float32 (--dtype float32), or with a context that tells it more.",
+        figures={"noise": noise, "divergence": taught},
+    )
 
 
 def _first_tokens(patient: Patient, values: list[torch.Tensor], most: int = 3) -> Iterator[str]:

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsd.evaluation.summary import TEACHER
+from opsd.evaluation.summary import TEACHER as CEILING
+from opsd.health.bound import ROLLOUTS, TEACHER, WHOLE, bound_of_step
 from opsd.health.monitor import LEVELS
 from opsd.health.tokens import CLASSES
 from opsd.report import charts
@@ -94,9 +95,11 @@ def _charts(run: ReportedRun) -> Iterator[Chart]:
         yield Chart("gradient", says, charts.lines(norm, "norm", steps=steps))
     if rate := series({"learning rate": "learning_rate"}):
         yield Chart("learning rate", "Of each step.", charts.lines(rate, "rate", steps=steps))
-    seconds = series({"whole step": "step_time", "rollouts": "seconds/rollouts", "teacher": "seconds/teacher"})
-    if seconds:
-        says = "Where a step's time goes. What is neither rollouts nor teacher is the student's loss and its update."
+    if seconds := series({"whole step": WHOLE, "rollouts": ROLLOUTS, "teacher": TEACHER}):
+        bound = bound_of_step(log)
+        says = (
+            f"{bound[:1].upper()}{bound[1:]}. Training is the student's loss and its update." if bound else "Of a step."
+        )
         yield Chart("time", says, charts.lines(seconds, "seconds", steps=steps))
     if memory := series({"most": "memory_gib"}):
         says = "The most memory that the device had in use; without an accelerator, what the process holds."
@@ -112,7 +115,7 @@ def of_metric(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, 
 def _accuracy(run: ReportedRun, steps: tuple[float, float]) -> Chart | None:
     looks = [look for look in run.summary.get("selection") or () if "accuracy" in look]
     metrics = run.summary.get("metrics", {})
-    rules = {"teacher, test split:": metrics[TEACHER]["accuracy"]["value"]} if TEACHER in metrics else {}
+    rules = {"teacher, test split:": metrics[CEILING]["accuracy"]["value"]} if CEILING in metrics else {}
     if not looks:
         return None
     points = [(float(look["step"]), look["accuracy"]["value"]) for look in looks]

@@ -171,6 +171,11 @@ class Teacher(ABC):
         return False
 
     @property
+    def noise(self) -> float:
+        """By how much its log-probabilities of the same tokens differ from one time to the next, nats per token."""
+        return 0.0
+
+    @property
     def collective(self) -> bool:
         """Whether `score` must be called in every process at the same time, with rows or without."""
         return False
@@ -200,11 +205,7 @@ class Teacher(ABC):
         """Follow the student into its sharded form; called once, after the student was prepared for training."""
 
     def expect(self, rollouts: Rollouts) -> None:  # noqa: B027 - most teachers score when they are asked
-        """Begin to score a generation batch that `score` will be asked for, micro-batch by micro-batch.
-
-        Args:
-            rollouts: with this teacher's prompts, before they are sorted and split.
-        """
+        """Begin to score a generation batch, with this teacher's prompts; `score` gets it in micro-batches."""
 
     def settle(self, rollouts: Rollouts) -> Rollouts:
         """Return a micro-batch without the rollouts that have no score, right before `score` is asked for it.

@@ -189,6 +189,11 @@ class CompositeTeacher(Teacher):
         return any(part.can_fail for part in self.distinct_parts)
 
     @property
+    def noise(self) -> float:
+        """The largest of any part."""
+        return max(part.noise for part in self.distinct_parts)
+
+    @property
     def collective(self) -> bool:
         """Whether any part exchanges weights between processes."""
         return any(part.collective for part in self.distinct_parts)

@@ -183,6 +183,11 @@ class ServedTeacher(ListingTeacher):
         return True
 
     @property
+    def noise(self) -> float:
+        """By how much the servers' answers to one request differ."""
+        return self.facts.noise
+
+    @property
     def max_length(self) -> int | None:
         """Tokens that the servers take."""
         return self.facts.max_length

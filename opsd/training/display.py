@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from opsd.health.bound import bound_of_step
 from opsd.health.rollout import TracedRollout
 from opsd.health.text import printable
 from opsd.health.watch import Monitors, is_training
@@ -182,6 +183,8 @@ class Display(TrainerCallback):
         levels = [f"{level}: {', '.join(names)}" for level in ("act", "watch")
                   if (names := [name for name, of in spoken.items() if of == level])]  # fmt: skip
         self._say("  ".join([line, *(levels if is_training(logs) and "train_runtime" not in logs else [])]))
+        if "train_runtime" in logs and (bound := bound_of_step(state.log_history)):
+            self._say(f"time        {bound}")
         if args.log_completions:
             for rollout in self._tracer.recent[-(args.num_completions_to_print or 1) :]:
                 self._console.print(rollout_text(rollout), soft_wrap=not self._console.is_terminal)

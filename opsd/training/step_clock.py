@@ -15,14 +15,13 @@ import torch
 from opsd.training.averages import Tally
 
 GIBIBYTE = 2**30
-ROLLOUTS, TEACHER = "seconds/rollouts", "seconds/teacher"  # parts, as they are logged
 
 
 class StepClock:
     """Adds up the seconds of parts of a step.
 
     >>> clock = StepClock()
-    >>> with clock.part(ROLLOUTS): ...
+    >>> with clock.part("seconds/rollouts"): ...
     >>> clock.tallies(torch.device("cpu"))  # since the last call
     {'seconds/rollouts': …, 'memory_gib': …}
     """

@@ -31,6 +31,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from opsd.contexts.renderer import PromptRenderer
 from opsd.evaluation.plan import EvaluationPlan
+from opsd.health.bound import ROLLOUTS, TEACHER
 from opsd.losses import LossOutput
 from opsd.models.forward import check_lengths, context_length, evaluating
 from opsd.models.generation import cut_after_stop, forked_generators, neutral_settings
@@ -63,7 +64,7 @@ from opsd.training.sampling import prepare_sampling
 from opsd.training.sampling_check import SamplingCheck, why_unchecked
 from opsd.training.saving import SavingTrainer
 from opsd.training.schedules import own_rows, scheduled, set_longest
-from opsd.training.step_clock import ROLLOUTS, TEACHER, StepClock
+from opsd.training.step_clock import StepClock
 from opsd.training.student import ready_student
 from opsd.training.vllm_sync import prepare_engine
 

@@ -1,0 +1,50 @@
+"""What bounds a step: sampling, the teacher or training, and what would help.
+
+Knows logged seconds by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+ROLLOUTS, TEACHER, WHOLE = "seconds/rollouts", "seconds/teacher", "step_time"  # seconds of a step, as they are logged
+TRAINING = "training"
+WARM_UP = 1  # entries at the start that also compile, and fill caches
+HELPS = {
+    "rollouts": "vLLM samples faster (use_vllm), and so do shorter rollouts (max_completion_length)",
+    "teacher": "a shorter context, a teacher in bf16, or one on a server that scores while the student trains",
+    TRAINING: "bf16, an adapter (use_peft), or fewer scored tokens (keep_fraction)",
+}
+
+
+def shares_of_step(logs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the shares of a step's seconds by part, the largest first; empty where the log does not say.
+
+    Args:
+        logs: log entries.
+
+    Example:
+        >>> shares_of_step([{"step_time": 10.0, "seconds/rollouts": 6.0, "seconds/teacher": 1.0}])
+        {'rollouts': 0.6, 'training': 0.3, 'teacher': 0.1}
+    """
+    timed = [entry for entry in logs if all(isinstance(entry.get(name), int | float) for name in (WHOLE, ROLLOUTS))]
+    timed = timed[WARM_UP:] or timed
+    whole = fmean(entry[WHOLE] for entry in timed) if timed else 0.0
+    if whole <= 0:
+        return {}
+    shares = {"rollouts": fmean(entry[ROLLOUTS] for entry in timed) / whole}
+    shares["teacher"] = fmean(entry.get(TEACHER) or 0.0 for entry in timed) / whole
+    shares[TRAINING] = max(0.0, 1.0 - sum(shares.values()))
+    return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def bound_of_step(logs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what bounds a step, in a sentence or two; "" where the log does not say."""
+    shares = shares_of_step(logs)
+    if not shares:
+        return ""
+    largest = next(iter(shares))
+    listed = ", ".join(f"{share:.0%} {name}" for name, share in shares.items())
+    return f"a step is {listed}. To shorten it: {HELPS[largest]}"
