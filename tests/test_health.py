@@ -47,6 +47,7 @@ HEALTHY: dict[str, Any] = {
     "completions/clipped_ratio": 0.2, "tools/call_frequency": 2.0, "importance/truncated": 0.0, "importance/ratio": 1.0,
     "unscored": 0.0, "group/unused": 0.1, "group/right": 0.5, "context/shortened": 0.0, "context/tokens_cut": 0.0,
     "support/teacher": 0.99, "clipped/tokens": 0.01, "eval_accuracy": 0.4,
+    "epoch": 1.0,
 }  # fmt: skip
 SPOKEN = "Let me check , maybe it is 7 : wait , three and four make 7 , so the sum of both is 7 ."
 PLAIN = [
@@ -72,6 +73,8 @@ FAILS: dict[str, tuple[dict[str, Any], list[TracedRollout]]] = {
     "support": ({"support/teacher": 0.4}, PLAIN),
     "clip": ({"clipped/tokens": 0.8}, PLAIN),
     "task": ({"eval_accuracy": 0.2, "divergence": 0.1}, PLAIN),
+    "lift": ({"divergence": 0.1}, PLAIN),
+    "overfit": ({"divergence": 0.1, "eval_accuracy": 0.3, "epoch": 30.0}, PLAIN),
     "repetition": ({}, [rollout(LOOP)]),
     "diversity": ({}, [rollout("7 7 7 7 7 7 7 7 7 7 7")]),
     "siblings": ({"eval_accuracy": 0.4}, [rollout("the sum of both is 7"), rollout("the sum of both is 7")]),

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama, make_tokenizer
+from conftest import make_llama, make_rows, make_tokenizer
+from datasets import Dataset
 from fault_server import FaultServer
 from helpers import make_rollouts, make_trainer, prepared
 
@@ -144,6 +145,26 @@ def _fail_at_step(trainer: OPSDTrainer, server: FaultServer, step: int) -> None:
         expect(rollouts)
 
     trainer.teacher.expect = failing  # type: ignore[method-assign]
+
+
+def test_an_evaluation_that_no_server_scores_ends_with_the_step_before_it(server: FaultServer, tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_rows": Dataset.from_list(make_rows(4))}
+    whole = trained(tmp_path / "whole", served(server), **settings)
+    trainer = make_trainer(tmp_path / "broken", served(server, patience=0.3), **{**LISTED, **settings})
+    expect = trainer.teacher.expect
+
+    def failing(rollouts: Any) -> None:
+        if not trainer.model.training:
+            server.faults.extend(["503"] * 100)
+        expect(rollouts)
+
+    trainer.teacher.expect = failing  # type: ignore[method-assign]
+    with pytest.raises(ServerError, match="has done 2 steps; checkpoint-2 is saved"):
+        trainer.train()
+    server.faults.clear()
+    again = make_trainer(tmp_path / "broken", served(server), **{**LISTED, **settings})
+    again.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(again), weights(whole))
 
 
 def test_a_rollout_without_a_score_leaves_the_loss_and_is_counted(

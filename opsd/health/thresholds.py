@@ -47,6 +47,8 @@ THRESHOLDS: dict[str, Threshold] = {
     "drift": Threshold(0.5, 2.0, "nats per token from step 0", "SDFT: 0.7 nats after a task, SFT 1.3"),
     "engine": Threshold(0.05, 0.2, "share of tokens, or nats per token", "importance ratios near 1 (SDPO clips at 2)"),
     "task": Threshold(0.8, 0.65, "odds of a right answer over those at the best look", _RUNS),
+    "lift": Threshold(0.7, 0.5, "share of the divergence at the start, where accuracy has not risen", _RUNS),
+    "overfit": Threshold(5, 10, "passes over all rows since held-out accuracy was at its best", _RUNS),
     "lmbda": Threshold(2.0, 4.0, "divergence on own rollouts over that on texts of others", "GKD, arXiv 2306.13649: "
                        "exposure bias"),
     "idle": Threshold(0.9, 0.99, "share of rollouts that nothing is learned from", "rlhf-book PR 387; SDPO"),

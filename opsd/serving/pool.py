@@ -139,6 +139,9 @@ class ServerPool:
 
     def take_counts(self) -> Counts:
         """Return what happened since the last call."""
+        return self.run(self._take_counts())
+
+    async def _take_counts(self) -> Counts:  # in the pool's thread, which counts
         now = time.monotonic()
         taken, self._counts = self._counts, Counts()
         if self._waiting:

@@ -43,6 +43,10 @@ class HalfStep(TrainerCallback):
         lists = {name: list(values) for name, values in self._trainer._metrics["train"].items()}
         self._pending = lists, self._trainer._averages["train"].state
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget them: what fails from now on, such as an evaluation, fails after a whole step."""
+        self._random = ()
+
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Save a checkpoint where a block ends because no server answers.
@@ -54,12 +58,13 @@ class HalfStep(TrainerCallback):
             yield
         except ServerError as error:
             step = self._trainer.state.global_step
-            if not self._random or not step:
+            if not step:
                 raise
-            self._go_back()
+            if self._random:
+                self._go_back()
             self._trainer._save_checkpoint(self._trainer.model, None)
             raise ServerError(
-                f"{error} The run ends in step {step + 1}; checkpoint-{step} is saved in "
+                f"{error} The run has done {step} steps; checkpoint-{step} is saved in "
                 f"{self._trainer.args.output_dir}. Resume: {RESUME}."
             ) from error
 

@@ -15,8 +15,10 @@ from opsd.health.monitors.idle import Idle
 from opsd.health.monitors.large_kl import LargeKL
 from opsd.health.monitors.leak import Leak
 from opsd.health.monitors.length import Length
+from opsd.health.monitors.lift import Lift
 from opsd.health.monitors.lmbda import Lmbda
 from opsd.health.monitors.opening import Opening
+from opsd.health.monitors.overfit import Overfit
 from opsd.health.monitors.repetition import Repetition
 from opsd.health.monitors.siblings import Siblings
 from opsd.health.monitors.style import Style
@@ -46,6 +48,8 @@ MONITORS: tuple[type[Monitor], ...] = (
     Drift,
     Engine,
     Task,
+    Lift,
+    Overfit,
     Lmbda,
     Idle,
     Unscored,

@@ -39,6 +39,12 @@ class Task(Monitor):
         )
 
 
+def chance(lower: float, higher: float, questions: float) -> float:
+    """Return the half width of the 95 % interval of a difference of two accuracies over as many questions each."""
+    mean = (lower + higher) / 2
+    return 1.96 * math.sqrt(2 * mean * (1 - mean) / questions)
+
+
 def _odds(accuracy: float, questions: float) -> float:
     """Return right answers over wrong ones; never 0 or infinite, half an answer is added to both."""
     half = 0.5 / questions if questions < math.inf else 1e-3
@@ -51,8 +57,7 @@ def _certainty(values: Values, looks: Sequence[float], questions: float) -> str:
         p_value = values.all(P_VALUE)[-1]
         return "chance" if p_value >= UNLIKELY else "likely" if p_value >= VERY_UNLIKELY else "sure"
     best, last = max(looks), looks[-1]
-    mean = (best + last) / 2
-    if best - last <= 1.96 * math.sqrt(2 * mean * (1 - mean) / questions):
+    if best - last <= chance(last, best, questions):
         return "chance"
     is_second = len(looks) > 1 and best - looks[-2] > 0.5 * (best - last)
     return "sure" if is_second else "likely"
