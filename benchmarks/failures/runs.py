@@ -1,4 +1,4 @@
-"""Ten ways to make the demo's run fail, and five healthy runs.
+"""Eleven ways to make the demo's run fail, and five healthy runs.
 
 Each is a run file: the demo's sums with another teacher, template or rows. `expected` are the monitors of which one
 must speak. Those that are `apart` were set apart before thresholds were chosen, and are reported separately.
@@ -53,6 +53,7 @@ class Provoked:
 
 
 FAST = {"learning_rate": 3e-5}
+SLOW = {"learning_rate": 1e-5}
 FORWARD = {
     "learning_rate": 1e-5,
     "beta": 0.0,
@@ -101,13 +102,18 @@ RUNS: dict[str, Provoked] = {
         answers=lambda sum_, answer: f"<think>\nOkay, let me think about it. First, I consider {sum_}. Hmm, wait, "
         "perhaps I should check it again.",
     ),
+    # Meant to be healthy: a failure that nobody provoked.
+    "fast average": Provoked(
+        "the teacher is the average of the student over some twenty steps", ("task", "entropy", "diversity"),
+        {"teacher": {"strategy": "ema", "decay": 0.95}, **FAST}, context=TAUGHT,
+    ),
     **{
         f"healthy {seed}": Provoked("the demo's run", (), FAST, seed=seed, context=TAUGHT, apart=seed == 2)
         for seed in range(3)
     },
     **{
         f"healthy ema {seed}": Provoked(
-            "the demo's run with an averaged teacher", (), {"teacher": {"strategy": "ema", "decay": 0.95}, **FAST},
+            "the demo's run with an averaged teacher", (), {"teacher": {"strategy": "ema", "decay": 0.99}, **SLOW},
             seed=seed, context=TAUGHT, apart=seed == 1,
         )
         for seed in range(2)
