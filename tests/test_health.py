@@ -170,21 +170,34 @@ def test_a_loss_of_accuracy_is_judged_by_its_number_of_questions(questions: int,
     assert watch.verdicts["task"].level == level
 
 
+def looked(*looks: tuple[float, float | None]) -> str:
+    """The level of `task` after looks, each (accuracy, p-value)."""
+    watch = Watch()
+    for number, (accuracy, p_value) in enumerate(looks):
+        tested = {} if p_value is None else {"eval_p_value": p_value}
+        watch.look(Step(5 * number, {"eval_accuracy": accuracy, "eval_questions": 400, **tested}))
+    return watch.verdicts["task"].level
+
+
 @pytest.mark.parametrize(("p_value", "level"), [(0.2, "fine"), (0.03, "watch"), (0.001, "act")])
 def test_a_loss_of_accuracy_is_judged_question_by_question_where_that_is_logged(p_value: float, level: str) -> None:
     """400 questions at 12.8 % and 8.2 %: unpaired, that may be chance; of the same questions it mostly is not."""
-    watch = Watch()
-    watch.look(Step(0, {"eval_accuracy": 0.1275, "eval_questions": 400}))
-    watch.look(Step(5, {"eval_accuracy": 0.0825, "eval_questions": 400, "eval_p_value": p_value}))
-    assert watch.verdicts["task"].level == level
+    assert looked((0.1275, None), (0.0825, p_value), (0.0825, p_value)) == level
 
 
-def test_the_same_points_are_more_where_less_was_right() -> None:
-    for first, last, level in ((0.128, 0.08, "act"), (0.5, 0.45, "fine"), (0.5, 0.38, "act"), (0.95, 0.9, "act")):
-        watch = Watch()
-        watch.look(Step(0, {"eval_accuracy": first, "eval_questions": 4000}))
-        watch.look(Step(5, {"eval_accuracy": last, "eval_questions": 4000, "eval_p_value": 1e-4}))
-        assert watch.verdicts["task"].level == level, (first, last)
+def test_a_third_of_the_odds_at_one_look_is_worth_a_watch_and_half_of_them_an_act() -> None:
+    """A healthy run of the demo went from 40 to 30 % at one look, and on to 52 %."""
+    assert looked((0.4, None), (0.3, 1e-4)) == "watch"
+    assert looked((0.4, None), (0.3, 1e-4), (0.36, 0.09)) == "fine"
+    assert looked((0.4, None), (0.3, 1e-4), (0.3, 1e-4)) == "act"
+    assert looked((0.4, None), (0.2, 1e-4)) == "act"
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "level"), [(0.128, 0.08, "act"), (0.5, 0.45, "fine"), (0.5, 0.38, "act"), (0.95, 0.9, "act")]
+)
+def test_the_same_points_are_more_where_less_was_right(first: float, last: float, level: str) -> None:
+    assert looked((first, None), (last, 1e-4), (last, 1e-4)) == level
 
 
 @pytest.mark.parametrize("name", ["length", "entropy", "diversity", "siblings"])

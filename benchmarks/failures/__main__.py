@@ -7,7 +7,8 @@ Writes:  benchmarks/results/failures/NAME/: the log and the traces; and failures
 Takes:   about a quarter of an hour a run on two cores, two at a time
 
 Every run answers the same 400 questions every five steps, greedily. It has failed at the first look at which accuracy
-is five points below the best one before.
+is five points below the best one before. A failure is named in time by a monitor that says act before that step, or
+at any step where accuracy never falls so far.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def judged(name: str) -> dict[str, Any]:
     for step in sorted(looks):
         best = max(best, looks[step])
         failed = step if failed is None and looks[step] <= best - FALL else failed
-    first = looks[min(looks)]
+    first, last = looks[min(looks)], looks[max(looks)]
     watch = replay(log, list(read_traces(folder)))
     expected = [_first(watch, monitor) for monitor in RUNS[name].expected]
     named = min((step for step in expected if step is not None), default=None)
@@ -80,13 +81,21 @@ def judged(name: str) -> dict[str, Any]:
         "apart": RUNS[name].apart,
         "healthy": not RUNS[name].expected,
         "first": first,
-        "last": looks[max(looks)],
+        "best": best,
+        "last": last,
         "failed": failed,
+        "regained": failed is not None and last > best - FALL,
+        "points": None if named is None else 100 * (max(v for s, v in looks.items() if s <= named) - _at(looks, named)),
         "named": named,
         "by": [m for m, step in zip(RUNS[name].expected, expected, strict=True) if step is not None and step == named],
         "others": others,
         "steps": max(entry["step"] for entry in log),
     }
+
+
+def _at(looks: dict[int, float], step: int) -> float:
+    """Return the accuracy at the last look up to a step."""
+    return looks[max(each for each in looks if each <= step)]
 
 
 def _first(watch: Watch, monitor: str) -> int | None:
@@ -98,13 +107,16 @@ def _first(watch: Watch, monitor: str) -> int | None:
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Return the table, the runs that were set apart last."""
     lines = [
-        "| run | what was done to it | accuracy, first and last look | failed at | named at | by | others that acted |",
-        "|---|---|---|---|---|---|---|",
+        "| run | what was done to it | accuracy: first, best, last look | fell by 5 points at | named at | points lost by "
+        "then | by | others that acted |",
+        "|---" * 8 + "|",
     ]
     for name, run in sorted(found.items(), key=lambda item: (item[1]["apart"], item[1]["healthy"])):
         title = f"{name} (apart)" if run["apart"] else name
-        cells = [title, run["about"], f"{run['first']:.1%} → {run['last']:.1%}", run["failed"], run["named"]]
-        cells += [", ".join(run["by"]), ", ".join(run["others"])]
+        fell = f"{run['failed']}, and regained it" if run["regained"] else run["failed"]
+        cells = [title, run["about"], f"{run['first']:.1%}, {run['best']:.1%}, {run['last']:.1%}", fell, run["named"]]
+        cells += [None if run["points"] is None else f"{run['points']:.1f}", ", ".join(run["by"])]
+        cells.append(", ".join(run["others"]))
         lines.append(f"| {' | '.join('—' if cell in (None, '') else str(cell) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
