@@ -107,8 +107,8 @@ def _first(watch: Watch, monitor: str) -> int | None:
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Return the table, the runs that were set apart last."""
     lines = [
-        "| run | what was done to it | accuracy: first, best, last look | fell by 5 points at | named at | points lost by "
-        "then | by | others that acted |",
+        "| run | what was done to it | accuracy: first, best, last look | fell by 5 points at | named at | points "
+        "lost by then | by | others that acted |",
         "|---" * 8 + "|",
     ]
     for name, run in sorted(found.items(), key=lambda item: (item[1]["apart"], item[1]["healthy"])):
