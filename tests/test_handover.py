@@ -209,3 +209,8 @@ def test_a_teacher_folder_without_a_tokenizer_is_refused(tmp_path: Path, llama_f
     shutil.copytree(llama_folder, tmp_path / "teacher", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(ConfigError, match="has weights and no tokenizer"):
         prepared(SiblingTeacher(str(tmp_path / "teacher")), make_llama())
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no model: neither weights nor a tokenizer"):
+        prepared(SiblingTeacher(str(tmp_path)), make_llama())

@@ -18,7 +18,19 @@ from test_cli import SMALL
 from opsd.cli import main
 from opsd.commands.sweep import Sweep
 from opsd.commands.sweep_plan import SweepPlan, SweepRun, read_sweep
-from opsd.commands.sweep_runs import NEW, REPEATED, RESUMED, begin, digest, end, files_of, job_of, record_of, state_of
+from opsd.commands.sweep_runs import (
+    LOG,
+    NEW,
+    REPEATED,
+    RESUMED,
+    begin,
+    digest,
+    end,
+    files_of,
+    job_of,
+    record_of,
+    state_of,
+)
 from opsd.errors import CheckpointError
 from opsd.evaluation.run_folder import read_card
 from opsd.evaluation.selection import selection_accuracy
@@ -243,3 +255,16 @@ def test_the_time_left_counts_runs_that_go_on_from_a_checkpoint_whole(one: Sweep
     sweep._missing = 2
     assert sweep._progress() == "1 of 3 runs done, about 4 minutes left"
     assert RESUMED not in sweep.states.values()
+
+
+def test_a_sweep_whose_first_runs_all_fail_is_stopped(run_file: str, capsys) -> None:
+    rates = ["1e-4", "1e-3", "1e-2", "1e-1"]
+    sweep = Sweep(read_sweep([run_file, "--learning_rate", *rates, "--arms", "method", "--skip-doctor"]), [])
+    sweep._goes_on = True
+    goes_on = []
+    for run in sweep.plan.runs:
+        begin(run)
+        (run.folder / LOG).write_text("no memory\n")
+        goes_on.append(sweep._ended(job_of(run, examined=False), 1, 5.0))
+    assert goes_on == [True, True, False, False]
+    assert "the first 3 runs failed, and the sweep was stopped" in capsys.readouterr().out

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from opsd.commands.processes import Job
     from opsd.commands.sweep_plan import SweepPlan, SweepRun
 
+ALIKE = 3  # runs that fail before any is done: what fails them is common to all
 HELP = """\
 usage: opsd sweep RUN.yaml [--key value value …] [options]
 
@@ -125,6 +126,10 @@ class Sweep:
         return sum(self.states[run.name] == "done" for run in self._wanted)
 
     @property
+    def _failed(self) -> int:
+        return sum(self.states[run.name] == "failed" for run in self._wanted)
+
+    @property
     def _total(self) -> int:
         return len(self._wanted) + self._missing
 
@@ -162,6 +167,9 @@ class Sweep:
             _say("\n".join(f"            {line}" for line in last_lines(run)))
             if run is self._examined and any(NOT_STARTED in line for line in last_lines(run)):
                 _say(f"the doctor failed this run, and the sweep was stopped. All of it: opsd doctor {job.command[4]}")
+                self._goes_on = False
+            elif not self._done and self._failed >= ALIKE:
+                _say(f"the first {self._failed} runs failed, and the sweep was stopped: the others would fail alike")
                 self._goes_on = False
         return self._goes_on
 

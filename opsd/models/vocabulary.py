@@ -43,6 +43,12 @@ def check_has_tokenizer(model: str) -> None:
     """
     if not _lacks_tokenizer(model):
         return
+    weights = ("*.safetensors", "*.bin", "*.gguf", ADAPTER_CONFIG)
+    if not any(path for pattern in weights for path in Path(model).glob(pattern)):
+        raise ConfigError(
+            f"the folder {model} holds no model: neither weights nor a tokenizer. Give a folder that `save_pretrained` "
+            "or a run wrote, or a hub id."
+        )
     base = _setting(model, "base_model_name_or_path") if is_adapter(model) else ""
     source = f" The tokenizer of its base, {base}, is not taken: fine-tuning may have changed it." if base else ""
     raise ConfigError(
