@@ -194,7 +194,8 @@ def test_a_third_of_the_odds_at_one_look_is_worth_a_watch_and_half_of_them_an_ac
 
 
 @pytest.mark.parametrize(
-    ("first", "last", "level"), [(0.128, 0.08, "act"), (0.5, 0.45, "fine"), (0.5, 0.38, "act"), (0.95, 0.9, "act")]
+    ("first", "last", "level"),
+    [(0.128, 0.08, "act"), (0.5, 0.47, "fine"), (0.5, 0.45, "watch"), (0.5, 0.38, "act"), (0.95, 0.9, "act")],
 )
 def test_the_same_points_are_more_where_less_was_right(first: float, last: float, level: str) -> None:
     assert looked((first, None), (last, 1e-4), (last, 1e-4)) == level

@@ -7,7 +7,7 @@ Writes:  benchmarks/results/failures/NAME/: the log and the traces; and failures
 Takes:   about a quarter of an hour a run on two cores, two at a time
 
 Every run answers the same 400 questions every five steps, greedily. It has failed at the first look at which accuracy
-is five points below the best one before. A failure is named in time by a monitor that says act before that step, or
+is five points below the best one before, and stays there. A failure is named in time by a monitor that says act before that step, or
 at any step where accuracy never falls so far.
 """
 
@@ -67,11 +67,7 @@ def judged(name: str) -> dict[str, Any]:
     folder = RESULTS / name.replace(" ", "_")
     log = json.loads((folder / STATE).read_text())["log_history"]
     looks = {entry["step"]: entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry}
-    best, failed = 0.0, None
-    for step in sorted(looks):
-        best = max(best, looks[step])
-        failed = step if failed is None and looks[step] <= best - FALL else failed
-    first, last = looks[min(looks)], looks[max(looks)]
+    first, best, last = looks[min(looks)], max(looks.values()), looks[max(looks)]
     watch = replay(log, list(read_traces(folder)))
     expected = [_first(watch, monitor) for monitor in RUNS[name].expected]
     named = min((step for step in expected if step is not None), default=None)
@@ -83,14 +79,22 @@ def judged(name: str) -> dict[str, Any]:
         "first": first,
         "best": best,
         "last": last,
-        "failed": failed,
-        "regained": failed is not None and last > best - FALL,
+        "failed": _failed(looks),
         "points": None if named is None else 100 * (max(v for s, v in looks.items() if s <= named) - _at(looks, named)),
         "named": named,
         "by": [m for m, step in zip(RUNS[name].expected, expected, strict=True) if step is not None and step == named],
         "others": others,
         "steps": max(entry["step"] for entry in log),
     }
+
+
+def _failed(looks: dict[int, float]) -> int | None:
+    """Return the first look that is FALL below the best one before, as are all later ones."""
+    steps, failed = sorted(looks), None
+    for number, step in enumerate(steps):
+        is_low = looks[step] <= max(looks[each] for each in steps[: number + 1]) - FALL
+        failed = None if not is_low else step if failed is None else failed
+    return failed
 
 
 def _at(looks: dict[int, float], step: int) -> float:
@@ -113,8 +117,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     ]
     for name, run in sorted(found.items(), key=lambda item: (item[1]["apart"], item[1]["healthy"])):
         title = f"{name} (apart)" if run["apart"] else name
-        fell = f"{run['failed']}, and regained it" if run["regained"] else run["failed"]
-        cells = [title, run["about"], f"{run['first']:.1%}, {run['best']:.1%}, {run['last']:.1%}", fell, run["named"]]
+        accuracy = f"{run['first']:.1%}, {run['best']:.1%}, {run['last']:.1%}"
+        cells = [title, run["about"], accuracy, run["failed"], run["named"]]
         cells += [None if run["points"] is None else f"{run['points']:.1f}", ", ".join(run["by"])]
         cells.append(", ".join(run["others"]))
         lines.append(f"| {' | '.join('—' if cell in (None, '') else str(cell) for cell in cells)} |")

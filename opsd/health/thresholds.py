@@ -46,7 +46,7 @@ THRESHOLDS: dict[str, Threshold] = {
     "tools": Threshold(0.6, 0.3, "share of the calls at the start", "SOD #24: 3.7 to 0.5 calls"),
     "drift": Threshold(0.5, 2.0, "nats per token from step 0", "SDFT: 0.7 nats after a task, SFT 1.3"),
     "engine": Threshold(0.05, 0.2, "share of tokens, or nats per token", "importance ratios near 1 (SDPO clips at 2)"),
-    "task": Threshold(0.8, 0.65, "odds of a right answer over those at the best look, at two looks; or 0.5 at one",
+    "task": Threshold(0.85, 0.75, "odds of a right answer over those at the best look, at two looks; or 0.5 at one",
                       _RUNS),
     "lift": Threshold(0.7, 0.5, "share of the divergence at the start, where accuracy has not risen", _RUNS),
     "overfit": Threshold(5, 10, "passes over all rows since held-out accuracy was at its best", _RUNS),
