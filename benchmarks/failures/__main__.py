@@ -7,8 +7,8 @@ Writes:  benchmarks/results/failures/NAME/: the log and the traces; and failures
 Takes:   about a quarter of an hour a run on two cores, two at a time
 
 Every run answers the same 400 questions every five steps, greedily. It has failed at the first look at which accuracy
-is five points below the best one before, and stays there. A failure is named in time by a monitor that says act before that step, or
-at any step where accuracy never falls so far.
+is five points below the best one before, and stays there. A failure is named in time by a monitor that says act before
+that step, or at any step where accuracy never falls so far.
 """
 
 from __future__ import annotations
