@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+TOP_K = 6  # that the tests of faults ask for
 FAULTS: dict[str, Callable[[dict[str, Any]], Any]] = {}  # what is wrong with an answer -> how it is made wrong
 
 
@@ -124,6 +125,64 @@ def unsorted(answer: dict[str, Any]) -> Any:
     last = entries(answer)[-1]
     by_rank = sorted(last.values(), key=lambda value: value["rank"])
     by_rank[0]["logprob"], by_rank[1]["logprob"] = by_rank[1]["logprob"] - 1.0, by_rank[0]["logprob"] - 1.0
+    return answer
+
+
+@fault
+def no_rank(answer: dict[str, Any]) -> Any:
+    del next(iter(entries(answer)[-1].values()))["rank"]
+    return answer
+
+
+@fault
+def a_rank_of_null(answer: dict[str, Any]) -> Any:
+    next(iter(entries(answer)[-1].values()))["rank"] = None
+    return answer
+
+
+@fault
+def a_number_for_an_entry(answer: dict[str, Any]) -> Any:
+    last = entries(answer)[-1]
+    last[next(iter(last))] = -0.5  # type: ignore[assignment]
+    return answer
+
+
+@fault
+def an_entry_of_null(answer: dict[str, Any]) -> Any:
+    last = entries(answer)[-1]
+    last[list(last)[-1]] = None  # type: ignore[assignment]
+    return answer
+
+
+@fault
+def a_key_that_is_no_id(answer: dict[str, Any]) -> Any:
+    last = entries(answer)[-1]
+    last["token_id:7"] = last.pop(list(last)[-1])
+    return answer
+
+
+@fault
+def an_id_that_is_too_large(answer: dict[str, Any]) -> Any:
+    last = entries(answer)[-1]
+    last["9" * 25] = last.pop(list(last)[-1])
+    return answer
+
+
+@fault
+def a_negative_id(answer: dict[str, Any]) -> Any:
+    last = entries(answer)[-1]
+    last["-3"] = last.pop(list(last)[-1])
+    return answer
+
+
+@fault
+def one_of_the_likeliest_missing(answer: dict[str, Any]) -> Any:
+    """As many as were asked for, and one of them is not among the likeliest."""
+    last = entries(answer)[-1]
+    by_rank = sorted(last, key=lambda token: last[token]["rank"])
+    for token in by_rank[1 : 1 + len(last) - TOP_K + 1]:
+        del last[token]
+    last["399"] = {"logprob": -30.0, "rank": 390, "decoded_token": ""}
     return answer
 
 
@@ -284,7 +343,8 @@ class FaultServer:
                 if name in BROKEN:
                     self._break(name, request)
                 elif name and name.isdecimal():
-                    self._send(int(name), error("busy"), {"Retry-After": "0.1"} if name == "429" else {})
+                    said = f"busy; you sent {self.headers.get('Authorization')}"
+                    self._send(int(name), error(said), {"Retry-After": "0.1"} if name == "429" else {})
                 else:
                     status, answer = server.completions(request)
                     self._send(status, FAULTS[name](answer) if name and status == 200 else answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from opsd.cli import main
 from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.serving.answers import Asked, TokenScores
 from opsd.serving.store import ScoreStore, megabytes
-from opsd.teachers import CachedTeacher, SiblingTeacher
+from opsd.teachers import CachedTeacher, RoutedTeacher, SiblingTeacher
 
 TOP_K = 20
+pytestmark = pytest.mark.filterwarnings("ignore:lmbda is 0")  # which is what such a teacher needs
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +39,16 @@ def rollouts(models: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("rollouts")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(5)))
     command = ["rollout", str(folder / "rows.jsonl"), "--model_name_or_path", str(models[0]), "-o"]
-    assert main([*command, str(folder / "r.jsonl"), "--samples", "2", "--max_completion_length", "6"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("opsd.commands.rollout.ROWS", 4)
+        command += [str(folder / "r.jsonl"), "--samples", "2", "--max_completion_length", "6"]
+        assert main(command) == 0
     return folder / "r.jsonl"
 
 
 def score_command(rollouts: Path, models: tuple[Path, Path], folder: Path, context: str = "answer_only") -> list[str]:
     given = ["--model_name_or_path", str(models[0]), "--teacher", str(models[1]), "--context", context]
-    listed = ["--support", "teacher_top_k", "--support_k", str(TOP_K)]
+    listed = ["--support", "teacher_top_k", "--support_k", str(TOP_K), "--bf16", "false"]
     return ["score", str(rollouts), *given, *listed, "-o", str(folder)]
 
 
@@ -58,17 +63,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_rollouts_are_rows_with_completions(rollouts: Path, models: tuple[Path, Path], tmp_path: Path) -> None:
+def test_rollouts_are_rows_with_completions_and_go_on_where_they_stopped(
+    rollouts: Path, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     rows = read(rollouts)
     assert len(rows) == 10 and all(1 <= len(row["completion_ids"]) <= 6 and row["answer"] for row in rows)
     assert rows[0]["completion_ids"] != rows[1]["completion_ids"]
     # A file that broke off is gone on with, and becomes the same.
     broken = tmp_path / "r.jsonl"
-    broken.write_bytes(b"")
+    shutil.copy(rollouts.with_suffix(".settings.json"), tmp_path)
+    lines = rollouts.read_bytes().splitlines(keepends=True)
+    broken.write_bytes(b"".join(lines[:6]) + lines[6][:20])
+    monkeypatch.setattr("opsd.commands.rollout.ROWS", 4)
     command = ["rollout", str(rollouts.parent / "rows.jsonl"), "--model_name_or_path", str(models[0]), "-o"]
     command += [str(broken), "--samples", "2", "--max_completion_length", "6"]
     assert main(command) == 0 and broken.read_bytes() == rollouts.read_bytes()
     assert main(command) == 0 and broken.read_bytes() == rollouts.read_bytes()  # nothing is left to do
+    assert main([*command, "--temperature", "0.5"]) == 2 and "of another temperature" in capsys.readouterr().err
+    assert broken.read_bytes() == rollouts.read_bytes()
 
 
 def test_training_from_scores_is_training_with_the_teacher(
@@ -103,14 +115,21 @@ def test_scoring_goes_on_behind_the_last_shard(
     monkeypatch.setattr("opsd.commands.score_store.ROWS", 3)
     assert main(score_command(rollouts, models, tmp_path / "s")) == 0
     assert "10 rollouts, " in capsys.readouterr().out
-    (tmp_path / "s" / "scores-000003.parquet").unlink()
-    assert len(ScoreStore.open(tmp_path / "s")) == 9
+    (tmp_path / "s" / "scores-000001.parquet").unlink()
+    assert len(ScoreStore.open(tmp_path / "s")) == 7
     before = (tmp_path / "s" / "scores-000000.parquet").stat().st_mtime_ns
     assert main(score_command(rollouts, models, tmp_path / "s")) == 0
     assert len(ScoreStore.open(tmp_path / "s")) == 10
     assert (tmp_path / "s" / "scores-000000.parquet").stat().st_mtime_ns == before
     assert main(score_command(rollouts, models, tmp_path / "s", "worked_solution")) == 2
     assert "has scores of another" in capsys.readouterr().err
+
+
+def test_a_selection_of_tokens_finds_the_scores_of_whole_completions(
+    rollouts: Path, scores: Path, tmp_path: Path
+) -> None:
+    listed: dict[str, Any] = {"support": "teacher_top_k", "support_k": TOP_K, "first_tokens_only": 2}
+    make_trainer(tmp_path, CachedTeacher(scores), rows=Dataset.from_list(read(rollouts)), lmbda=0.0, **listed).train()
 
 
 def test_what_was_not_scored_is_refused(rollouts: Path, scores: Path, tmp_path: Path) -> None:
@@ -122,9 +141,19 @@ def test_what_was_not_scored_is_refused(rollouts: Path, scores: Path, tmp_path: 
     trainer = make_trainer(tmp_path, CachedTeacher(scores), rows=Dataset.from_list(rows[:4]), lmbda=0.0, **listed)
     with pytest.raises(DataError, match="has no scores of a rollout"):
         trainer.train()
-    CachedTeacher(scores, context="answer_only")
-    with pytest.raises(ConfigError, match="computed with the context 'answer_only'"):
-        CachedTeacher(scores, context="worked_solution")
+    make_trainer(
+        tmp_path, CachedTeacher(scores, context="answer_only"), lmbda=0.0, rows=Dataset.from_list(rows), **listed
+    )
+    for teacher in (
+        CachedTeacher(scores, context="worked_solution"),
+        RoutedTeacher(
+            "domain", {"even": CachedTeacher(scores), "odd": CachedTeacher(scores)}, context="worked_solution"
+        ),
+    ):
+        with pytest.raises(ConfigError, match="computed with the context 'answer_only'"):
+            make_trainer(tmp_path, teacher, lmbda=0.0, rows=Dataset.from_list(rows), **listed).train()
+    with pytest.raises(ConfigError, match="contrast_context"):
+        make_trainer(tmp_path, CachedTeacher(scores), lmbda=0.0, contrast_context="wrong_answer", **listed)
     with pytest.raises(CheckpointError, match="has no scores"):
         CachedTeacher(tmp_path / "nothing")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -121,17 +123,24 @@ def test_the_doctor_compares_a_servers_noise_with_what_it_teaches(server: FaultS
 # ---- bad days --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_stops_with_a_checkpoint_and_goes_on_as_if_nothing_had_been(server: FaultServer, tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole", served(server), max_steps=4)
-    trainer = make_trainer(tmp_path / "broken", served(server, patience=0.3), max_steps=4, **LISTED)
-    _fail_at_step(trainer, server, 3)
-    with pytest.raises(ServerError, match=r"checkpoint-2 is saved.*Resume: "):
+@pytest.mark.parametrize(("step", "goes_on"), [(2, False), (3, False), (4, False), (5, False), (4, True)])
+def test_a_run_stops_with_a_checkpoint_and_goes_on_as_if_nothing_had_been(
+    server: FaultServer, tmp_path: Path, step: int, goes_on: bool
+) -> None:
+    """Also at the first step of an epoch, which draws before it begins."""
+    whole = trained(tmp_path / "whole", served(server), max_steps=5)
+    trainer = make_trainer(tmp_path / "broken", served(server, patience=0.3), max_steps=5, **LISTED)
+    _fail_at_step(trainer, server, step)
+    with pytest.raises(ServerError, match=rf"checkpoint-{step - 1} is saved.*Resume: "):
         trainer.train()
     server.faults.clear()
-    again = make_trainer(tmp_path / "broken", served(server), max_steps=4, **LISTED)
+    # The same trainer goes on as well: a score that failed is asked for anew.
+    trainer.teacher._pool.limits = replace(trainer.teacher._pool.limits, patience=20.0)  # its server still rests
+    again = trainer if goes_on else make_trainer(tmp_path / "broken", served(server), max_steps=5, **LISTED)
     again.train(resume_from_checkpoint=True)
     assert torch.equal(weights(again), weights(whole))
-    assert values(again, "divergence") == values(whole, "divergence")
+    for name in ("divergence", "num_tokens", "completions/mean_length"):
+        assert values(again, name) == values(whole, name), name
 
 
 def _fail_at_step(trainer: OPSDTrainer, server: FaultServer, step: int) -> None:
@@ -148,7 +157,8 @@ def _fail_at_step(trainer: OPSDTrainer, server: FaultServer, step: int) -> None:
 
 
 def test_an_evaluation_that_no_server_scores_ends_with_the_step_before_it(server: FaultServer, tmp_path: Path) -> None:
-    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_rows": Dataset.from_list(make_rows(4))}
+    rows = [{**row, "prompt": f"How much is it, number {number}?"} for number, row in enumerate(make_rows(4))]
+    settings = {"max_steps": 4, "eval_strategy": "steps", "eval_steps": 2, "eval_rows": Dataset.from_list(rows)}
     whole = trained(tmp_path / "whole", served(server), **settings)
     trainer = make_trainer(tmp_path / "broken", served(server, patience=0.3), **{**LISTED, **settings})
     expect = trainer.teacher.expect
@@ -184,6 +194,7 @@ def test_a_run_that_waits_goes_on_when_its_server_is_back(
     server: FaultServer, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("opsd.teachers.served.REMINDS", 0.5)
+    monkeypatch.setattr("opsd.training.loss.SLICE", 0.3)
     monkeypatch.setattr("opsd.serving.server.LONGEST_REST", 0.3)
     whole = trained(tmp_path / "whole", served(server), max_steps=2)
     trainer = make_trainer(tmp_path / "waits", served(server, on_failure="wait"), max_steps=2, **LISTED)
@@ -191,7 +202,7 @@ def test_a_run_that_waits_goes_on_when_its_server_is_back(
     threading.Timer(4.0, server.faults.clear).start()
     trainer.train()
     assert torch.equal(weights(trainer), weights(whole))
-    assert "waiting for a server since" in capsys.readouterr().out
+    assert "teacher     waiting for a server: http" in capsys.readouterr().out
 
 
 def test_no_step_is_trained_on_another_model(server: FaultServer, tmp_path: Path) -> None:
@@ -228,6 +239,47 @@ def test_a_loss_that_needs_more_is_refused_before_anything_loads(
     teacher = ServedTeacher("http://127.0.0.1:9", top_k=TOP_K)
     with pytest.raises(ConfigError, match=match):
         OPSDTrainer("no/model", teacher, args=OPSDConfig(str(tmp_path), **settings), train_dataset=[{"prompt": "a"}])
+
+
+def test_two_rollouts_that_are_the_same_are_scored_once(server: FaultServer) -> None:
+    teacher = prepared(served(server), make_llama(0))
+    rollouts = make_rollouts(2)
+    rollouts = teacher.prompts.render(rollouts.select([1, 1, 0, 1]))
+    before = server.asked["/v1/completions"]
+    teacher.expect(rollouts)
+    settled = teacher.settle(rollouts, 10.0)
+    assert settled is not None and len(teacher.score(settled)) == settled.num_scorable
+    assert server.asked["/v1/completions"] == before + 2 and not teacher._pending and not teacher._settled
+
+
+def test_a_run_without_any_score_does_not_go_on(server: FaultServer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, served(server, on_failure="drop", patience=0.2), max_steps=40, **LISTED)
+    server.faults.extend(["413"] * 1000)
+    with pytest.raises(ServerError, match="64 rollouts in a row have no score"):
+        trainer.train()
+
+
+def test_a_signal_ends_a_run_that_waits(server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opsd.training.loss.SLICE", 0.3)
+    trainer = make_trainer(tmp_path, served(server, on_failure="wait"), max_steps=3, **LISTED)
+    _fail_at_step(trainer, server, 2)
+    threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(ServerError, match=r"told to stop while it waited.*checkpoint-1 is saved"):
+        trainer.train()
+
+
+def test_a_resumed_run_knows_another_model(server: FaultServer, tmp_path: Path) -> None:
+    trained(tmp_path, served(server), max_steps=2, save_strategy="steps", save_steps=1)
+    server.model = make_llama(6).eval()
+    again = make_trainer(tmp_path, served(server), max_steps=3, allow_changes=["max_steps"], **LISTED)
+    with pytest.raises(CheckpointError, match="another model than when the checkpoint was written"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_controls_that_imitate_take_its_samples(server: FaultServer, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, served(server), control="seq-kd", logging_steps=1, support="full", support_k=100)
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.teacher.noise == 0.0
 
 
 def test_it_cannot_be_mixed() -> None:
@@ -269,5 +321,5 @@ def test_time_is_not_lost_where_training_has_other_work(server: FaultServer) -> 
     rollouts = teacher.prompts.render(make_rollouts())
     teacher.expect(rollouts)
     time.sleep(1.0)
-    teacher.score(teacher.settle(rollouts))
+    teacher.score(teacher.settle(rollouts, 10.0))
     assert teacher.metrics["served/hidden"] > 0.9

@@ -6,6 +6,7 @@ import random
 import ssl
 import subprocess
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -16,15 +17,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_llama, make_tokenizer
-from fault_server import ALL, BROKEN, FaultServer
+from fault_server import ALL, BROKEN, TOP_K, FaultServer
 
 from opsd.errors import AnswerError, ConfigError, ServerError, TokenizerMismatchError
 from opsd.serving.answers import Asked, TokenScores, checked
 from opsd.serving.pool import Limits, ServerPool, plain_url
 from opsd.serving.probe import probe
-from opsd.serving.server import FAILURES, CircuitBreaker
+from opsd.serving.server import FAILURES, LONGEST_REST, CircuitBreaker
 
-TOP_K = 6
 CANARY = Asked(tuple(range(40, 56)), 1)
 QUICK = Limits(concurrency=4, connect_timeout=2.0, read_timeout=3.0, patience=40.0)
 
@@ -161,7 +161,48 @@ def test_the_key_is_sent_and_never_told(server: FaultServer) -> None:
         server.faults.extend(["401"] * 50)
         with pytest.raises(ServerError) as caught:
             pool.submit("teacher", CANARY, TOP_K).result()
-    assert "secret" not in str(caught.value) and "status 401" in str(caught.value)
+        assert "you sent Bearer (the key)" in pool.trouble  # a gateway that repeats it
+        server.faults.clear()
+        server.faults.append("413")
+        with pytest.raises(ServerError, match="you sent Bearer \\(the key\\)"):
+            pool.submit("teacher", CANARY, TOP_K).result()
+    assert "secret" not in "".join(traceback.format_exception(caught.value)) and "status 401" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk secret", "sk-sécret", "sk-\x00secret"])
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ServerPool(["http://a:1"], api_key=key)
+    assert "secret" not in str(caught.value) and "cret" not in str(caught.value)
+
+
+def test_a_line_break_behind_a_key_is_left_out(server: FaultServer) -> None:
+    with pool_of(server, api_key="sk-secret\n"):
+        assert server.headers[-1]["Authorization"] == "Bearer sk-secret"
+
+
+def test_a_proxy_that_cannot_be_used_is_an_error_and_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://nowhere")
+    with ServerPool(["http://a:1"], QUICK) as pool, pytest.raises(ConfigError, match="Proxies come from"):
+        pool.submit("teacher", CANARY, TOP_K)
+
+
+def test_patience_begins_with_the_first_failure(server: FaultServer) -> None:
+    """What waits behind others for its turn has not been tried."""
+    with pool_of(server, limits=replace(QUICK, concurrency=1, patience=0.8)) as pool:
+        server.faults.extend(["slow"] * 5 + ["503"])
+        futures = [pool.submit("teacher", each, TOP_K) for each in sequences(8)]
+        assert all(future.result(30) for future in futures)
+
+
+def test_a_server_gets_no_more_requests_than_it_may() -> None:
+    with FaultServer(make_llama(3), make_tokenizer()) as a:
+        with FaultServer(make_llama(3), make_tokenizer()) as dead:
+            pool = pool_of(a, dead)
+        with pool:
+            futures = [pool.submit("teacher", each, TOP_K) for each in sequences(40)]
+            assert all(future.result(60) for future in futures)
+        assert a.most_at_once <= 8  # of the probe; four of the pool
 
 
 def test_a_certificate_that_is_not_trusted_ends_in_an_error(tmp_path: Path) -> None:
@@ -240,21 +281,28 @@ def test_an_address_is_read_without_its_path(given: str, plain: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["a:8000", "ftp://a", "http://", "http://a:port", "http://user:word@a", "", "http://[a"]
+    "url",
+    ["a:8000", "ftp://a", "http://", "http://a:port", "http://user:word@a", "http://u:word@a:80b", "", "http://[a"],
 )
 def test_what_is_no_address_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         plain_url(url)
+    assert "word" not in str(caught.value).replace("password", "")
 
 
 def test_a_server_rests_longer_with_every_failure_and_is_then_tried_once() -> None:
     breaker = CircuitBreaker()
     for _ in range(FAILURES):
-        assert breaker.lets_through(0.0, in_flight=5)
-        breaker.failed(0.0)
+        assert breaker.lets_through(0.0, load=5)
+        breaker.failed(0.0, sent=0.0)
+    for _ in range(20):
+        breaker.failed(0.1, sent=0.0)  # sent before it rested, and one failure with the others
     assert not breaker.lets_through(0.9, 0) and breaker.lets_through(1.0, 0) and not breaker.lets_through(1.0, 1)
-    breaker.failed(1.0)
+    breaker.failed(1.0, sent=1.0)
     assert breaker.opens_at == 3.0
+    for number in range(2000):  # a night
+        breaker.failed(100.0 * number, sent=100.0 * number)
+    assert breaker.opens_at - 100.0 * 1999 == LONGEST_REST
     breaker.succeeded()
     assert breaker.lets_through(0.0, 5)
 

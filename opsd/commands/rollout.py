@@ -6,9 +6,12 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opsd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from opsd.commands.run_file import Run
 
 ROWS = 64  # that are sampled and written together
 
@@ -49,11 +52,7 @@ def main(arguments: Sequence[str]) -> int:
     run = read_settings(options.rows, options.model_name_or_path, others)
     rows = [row for row in _rows(run) for _ in range(options.samples)]
     check_output(output)
-    done = _lines(output)
-    if done > len(rows):
-        raise ConfigError(
-            f"{output} has {done} rollouts, and {len(rows)} were asked for: it is of other rows. Choose another file."
-        )
+    done = _begin(output, _identity(run, rows), len(rows))
     scorer = RolloutScorer(run.model.model_name_or_path or "", run.args, run.model.model_revision)
     with output.open("a", encoding="utf-8") as file, Progress(transient=True) as bar:
         task = bar.add_task("sampling", total=len(rows), completed=done)
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _rows(run: Any) -> Iterator[Mapping[str, Any]]:
+def _rows(run: Run) -> Iterator[Mapping[str, Any]]:
     from opsd.commands.build import rows_of
     from opsd.data.prepare import prepare_rows
 
@@ -83,12 +82,40 @@ def _without_completion(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("completion", "completion_ids")}
 
 
-def _lines(path: Path) -> int:
-    """Return the whole lines of a file, and cut off one that broke off."""
-    if not path.is_file():
+def _identity(run: Run, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the rollouts of a file have in common."""
+    from opsd.models.digests import digest_of
+    from opsd.training.sampling import rollout_settings
+
+    args = run.args
+    return {
+        "model": run.model.model_name_or_path, "revision": run.model.model_revision, "seed": args.seed,
+        "temperature": args.temperature, "max_completion_length": args.max_completion_length,
+        "sampling": json.dumps(rollout_settings(args), sort_keys=True, default=str),
+        "rows": digest_of(json.dumps(_without_completion(row), sort_keys=True, default=str) for row in rows),
+    }  # fmt: skip
+
+
+def _begin(path: Path, identity: Mapping[str, Any], count: int) -> int:
+    """Return how many rollouts of a file are there, in whole parts; what is behind these is cut off.
+
+    Raises:
+        ConfigError: the file is of other rows or settings.
+    """
+    from opsd.evaluation.run_folder import write_json
+
+    settings = path.with_suffix(".settings.json")
+    if not path.is_file() or not path.stat().st_size:
+        write_json(settings, dict(identity))
         return 0
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        path.write_bytes(whole)
-    return whole.count(b"\n")
+    before = json.loads(settings.read_text("utf-8")) if settings.is_file() else {}
+    if changed := [name for name in identity if before.get(name) != identity[name]]:
+        raise ConfigError(
+            f"{path} has rollouts of another {changed[0]} ({before.get(changed[0], 'unknown')!r}, and now "
+            f"{identity[changed[0]]!r}). They would stand among these without a mark. Choose another file."
+        )
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = sum(line.endswith(b"\n") for line in lines)
+    done = whole if whole == count else whole // ROWS * ROWS  # a part is sampled together
+    path.write_bytes(b"".join(lines[:done]))
+    return done

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opsd import __version__
 from opsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,11 +53,11 @@ def write_scores(run: Run, teacher: Teacher, rows: Sequence[Mapping[str, Any]], 
     )
     shown = json.dumps(teacher.prompts.description, sort_keys=True, default=str)
     manifest = {
-        "format": 1, "teacher": teacher.describe(), "settings": json.dumps(teacher.settings, sort_keys=True),
-        "context": teacher.prompts.describe(), "template": digest_of([shown]),
-        "tokenizer": tokenizer_digest(scorer.tokenizer), "top_k": count, "opsd": __version__,
+        "format": 1, "teacher": teacher.strategy, "settings": json.dumps(teacher.settings, sort_keys=True),
+        "context": teacher.prompts.describe(), "template": digest_of([shown]), "precision": scorer.precision,
+        "tokenizer": tokenizer_digest(scorer.tokenizer), "top_k": count,
     }  # fmt: skip
-    store = ScoreStore.begin(folder, manifest)
+    store = ScoreStore.begin(folder, manifest, teacher.describe())
     with Progress(transient=True) as bar:
         task = bar.add_task("scoring", total=len(rows))
         for start in range(0, len(rows), ROWS):

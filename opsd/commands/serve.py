@@ -58,7 +58,7 @@ def command_of(options: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     command = [
         "python", "-m", "vllm.entrypoints.openai.api_server", "--model", options.model, "--served-model-name",
         "teacher", "--host", options.host, "--port", str(options.port), "--dtype", options.dtype, "--max-logprobs",
-        str(options.top_k), "--logprobs-mode", "raw_logprobs",
+        str(options.top_k), "--logprobs-mode", "raw_logprobs", "--generation-config", "vllm",
     ]  # fmt: skip
     if options.max_length:
         command += ["--max-model-len", str(options.max_length)]

@@ -78,6 +78,8 @@ def checked(scores: TokenScores, count: int) -> TokenScores:
         raise AnswerError("its likeliest tokens are not sorted by their log-probabilities")
     if len(values) and (mass := float(np.exp(values.astype(np.float64)).sum(1).max())) > 1 + ABOVE_ONE:
         raise AnswerError(f"its likeliest tokens have {mass:.3f} of the probability together")
+    if scores.ids_TK.size and scores.ids_TK.min() < 0:
+        raise AnswerError(f"it lists the token {scores.ids_TK.min()}")
     if any(len(np.unique(ids)) != count for ids in scores.ids_TK):
         raise AnswerError("it lists a token twice")
     return scores

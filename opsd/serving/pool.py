@@ -22,7 +22,7 @@ import tenacity
 from opsd.errors import AnswerError, ConfigError, ServerError
 from opsd.serving.answers import Asked, TokenScores
 from opsd.serving.protocol import VLLMProtocol
-from opsd.serving.server import Server, UnansweredError
+from opsd.serving.server import AllRestError, Server, UnansweredError
 
 Answer = TypeVar("Answer")
 LONGEST_PAUSE = 10.0  # seconds between two tries
@@ -35,10 +35,10 @@ class Limits:
     >>> Limits(patience=float("inf"))  # waits for as long as it takes
 
     Args:
-        concurrency: requests to one server at a time.
+        concurrency: requests to one server at a time, of this process.
         connect_timeout: seconds.
         read_timeout: seconds until the whole of an answer is there.
-        patience: seconds after which a sequence is given up.
+        patience: seconds from its first failed try, after which a sequence is given up.
     """
 
     concurrency: int = 16
@@ -120,11 +120,10 @@ class ServerPool:
         self.trouble = "no answer yet"  # the last one, in words
         self._counts = Counts()
         self._waiting, self._since = 0, 0.0  # requests without an answer, and since when there are some
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._key = _checked_key(api_key)
         self._servers: list[Server] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._slots: asyncio.Semaphore | None = None
 
     def __enter__(self) -> ServerPool:
         return self
@@ -159,26 +158,30 @@ class ServerPool:
 
     def begin(self, asks: Coroutine[Any, Any, Answer]) -> Future[Answer]:
         """Begin a coroutine in the pool's thread."""
-        return asyncio.run_coroutine_threadsafe(asks, self._running())
+        try:
+            return asyncio.run_coroutine_threadsafe(asks, self._running())
+        except ConfigError:
+            asks.close()
+            raise
 
     async def each(self, ask: Callable[[Server], Coroutine[Any, Any, Answer]]) -> list[Answer | Exception]:
         """Return what each server answers, or how it failed."""
         return await asyncio.gather(*map(ask, self._servers), return_exceptions=True)  # type: ignore[return-value]
 
     def sample(
-        self, model: str, prompts: Sequence[Sequence[int]], longest: int, settings: Mapping[str, Any]
+        self, model: str, prompts: Sequence[Sequence[int]], longest: int, settings: Sequence[Mapping[str, Any]]
     ) -> list[list[int]]:
-        """Return the model's own completions of prompts, one request each.
+        """Return the model's own completions of prompts, one request each, with settings of its own.
 
         Raises:
             ServerError: a prompt has no completion before patience ended, or is refused.
         """
 
-        def asked(prompt: Sequence[int]) -> Coroutine[Any, Any, list[int]]:
-            body = self.protocol.sampling_body(model, prompt, longest, settings)
+        def asked(prompt: Sequence[int], own: Mapping[str, Any]) -> Coroutine[Any, Any, list[int]]:
+            body = self.protocol.sampling_body(model, prompt, longest, own)
             return self.answer(body, self.protocol.read_sample, self.protocol.largest_sample(len(prompt) + longest))
 
-        futures = [self.begin(asked(prompt)) for prompt in prompts]
+        futures = [self.begin(asked(*each)) for each in zip(prompts, settings, strict=True)]
         return [future.result() for future in futures]
 
     async def answer(self, body: bytes, read: Callable[[bytes], Answer], most: int) -> Answer:
@@ -200,38 +203,50 @@ class ServerPool:
         return answer
 
     async def _tried(self, body: bytes, read: Callable[[bytes], Answer], most: int) -> Answer:
-        assert self._slots is not None
-        start, failed = time.monotonic(), Counter[str]()
-        stop = tenacity.stop_after_delay(self.limits.patience) if self.limits.patience < float("inf") else None
+        failed, reasons, first = Counter[str](), Counter[str](), list[float]()  # when the first try failed
+
+        def is_over(state: tenacity.RetryCallState) -> bool:
+            return bool(first) and time.monotonic() - first[0] >= self.limits.patience
+
         tries = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((UnansweredError, AnswerError)),
-            stop=stop or tenacity.stop_never,
-            wait=_pause,
-            reraise=True,
-        )
-        reasons = Counter[str]()
+            stop=is_over, wait=_pause, reraise=True,
+        )  # fmt: skip
         try:
             async for attempt in tries:
                 with attempt:
-                    async with self._slots:
+                    try:
                         server = self._least_loaded(failed)
-                        self._counts.tries += 1
+                        server.load += 1
                         try:
-                            return await server.asked(read, body, most)
-                        except (UnansweredError, AnswerError) as error:
-                            failed[server.url] += 1
-                            self.trouble = f"{server.url}: {error}"
-                            reasons[self.trouble] += 1
-                            self._counts.problems[type(error).__name__] += 1
-                            raise
-        except (UnansweredError, AnswerError) as error:
-            seconds = time.monotonic() - start
-            listed = "; ".join(f"{reason} ({count} times)" for reason, count in reasons.most_common(3)) or str(error)
+                            answer = await server.asked(read, body, most)
+                        finally:
+                            server.load -= 1
+                            self._counts.tries += 1
+                        return answer
+                    except AllRestError:
+                        first.append(time.monotonic())
+                        raise
+                    except (UnansweredError, AnswerError) as error:
+                        first.append(time.monotonic())
+                        failed[server.url] += 1
+                        self.trouble = self._without_key(f"{server.url}: {error}")
+                        reasons[self.trouble] += 1
+                        self._counts.problems[type(error).__name__] += 1
+                        raise
+        except (UnansweredError, AnswerError):
+            seconds = time.monotonic() - first[0]
+            listed = "; ".join(f"{reason} ({count} times)" for reason, count in reasons.most_common(3)) or self.trouble
             raise ServerError(
                 f"no server gave an answer that can be used within {seconds:.0f} s: {listed}. A token without a "
                 "teacher's score cannot be trained on. See that the servers run, or raise `patience`."
-            ) from error
+            ) from None  # what it was raised from may hold the key
+        except ServerError as error:
+            raise ServerError(self._without_key(str(error))) from None
         raise AssertionError("tenacity ends with an answer or an error")
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "(the key)") if self._key else text
 
     async def _scores(self, model: str, asked: Asked, top_k: int) -> TokenScores:
         canary = self.canary
@@ -250,35 +265,43 @@ class ServerPool:
         """Return the server to ask: one that failed this request less often, then one with fewer requests.
 
         Raises:
-            UnansweredError: all rest.
+            AllRestError: all rest.
         """
         ready = [server for server in self._servers if server.is_open]
         if not ready:
             opens = min(server.breaker.opens_at - server.clock() for server in self._servers)
-            raise UnansweredError("every server failed several times in a row, and is not asked for a while", opens)
-        return min(ready, key=lambda server: (failed.get(server.url, 0), server.in_flight))
+            raise AllRestError("every server failed several times in a row, and is not asked for a while", opens)
+        return min(ready, key=lambda server: (failed.get(server.url, 0), server.load))
 
     # ---- the thread ------------------------------------------------------------------------------------------------
 
     def _running(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
-            loop, is_ready = asyncio.new_event_loop(), threading.Event()
-            self._thread = threading.Thread(target=self._serve, args=(loop, is_ready), name="opsd servers", daemon=True)
+            client, limits = self._client(), self.limits
+            self._servers = [
+                Server(url, client, limits.read_timeout, self.protocol, limits.concurrency) for url in self.urls
+            ]
+            loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._serve, args=(loop, client), name="opsd servers", daemon=True)
             self._thread.start()
-            is_ready.wait()
             self._loop = loop
         return self._loop
 
-    def _serve(self, loop: asyncio.AbstractEventLoop, is_ready: threading.Event) -> None:
-        asyncio.set_event_loop(loop)
-        limits = self.limits
-        timeout = httpx2.Timeout(None, connect=limits.connect_timeout)  # the rest is timed as a whole
-        most = limits.concurrency * len(self.urls)
+    def _client(self) -> httpx2.AsyncClient:
+        timeout = httpx2.Timeout(None, connect=self.limits.connect_timeout)  # the rest is timed as a whole
+        most = self.limits.concurrency * len(self.urls)
         connections = httpx2.Limits(max_connections=most, max_keepalive_connections=most)
-        client = httpx2.AsyncClient(timeout=timeout, limits=connections, headers=self._headers)
-        self._servers = [Server(url, client, limits.read_timeout, self.protocol) for url in self.urls]
-        self._slots = asyncio.Semaphore(most)
-        is_ready.set()
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        try:
+            return httpx2.AsyncClient(timeout=timeout, limits=connections, headers=headers)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                f"no connection to servers can be made: {self._without_key(str(error))} Proxies come from the "
+                "environment (HTTP_PROXY, ALL_PROXY): unset what is not needed."
+            ) from error
+
+    def _serve(self, loop: asyncio.AbstractEventLoop, client: httpx2.AsyncClient) -> None:
+        asyncio.set_event_loop(loop)
         try:
             loop.run_forever()
         finally:
@@ -302,6 +325,21 @@ async def _cancel_all() -> None:
     await asyncio.gather(*others, return_exceptions=True)
 
 
+def _checked_key(key: str | None) -> str:
+    """Return a key that can be sent.
+
+    Raises:
+        ConfigError: it cannot; the key is not shown.
+    """
+    key = (key or "").strip()
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            "the server's key has characters that no header can hold (spaces, line breaks, or others than ASCII). See "
+            "that the environment variable holds the key alone."
+        )
+    return key
+
+
 def _pause(state: tenacity.RetryCallState) -> float:
     """Return the seconds before the next try: growing, with jitter, and at least what a server asks for."""
     error = state.outcome.exception() if state.outcome else None
@@ -315,6 +353,7 @@ def plain_url(url: str) -> str:
     Raises:
         ConfigError: it is no http address, or has a password in it.
     """
+    shown = "(left out, as it may hold a password)" if "@" in url else url
     try:
         parts = urlsplit(url)
         is_address = parts.scheme in ("http", "https") and bool(parts.hostname)
@@ -323,7 +362,7 @@ def plain_url(url: str) -> str:
         is_address = False
     if not is_address:
         raise ConfigError(
-            f"a server's address is {url!r}, which is no http address. Write it with its scheme and port, such as "
+            f"a server's address is {shown!r}, which is no http address. Write it with its scheme and port, such as "
             "http://gpu-1:8000."
         )
     if parts.username or parts.password:

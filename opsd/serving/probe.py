@@ -16,7 +16,7 @@ import orjson
 from opsd.errors import ConfigError, ServerError, TokenizerMismatchError
 from opsd.serving.answers import Asked, TokenScores
 from opsd.serving.pool import Canary, ServerPool
-from opsd.serving.server import Server
+from opsd.serving.server import Server, UnansweredError
 
 Answer = TypeVar("Answer")
 REPEATS = 8  # identical requests at a time
@@ -145,8 +145,13 @@ async def _compare_tokens(pool: ServerPool, model: str, texts: Mapping[str, Sequ
             return orjson.loads(await server.post(pool.protocol.tokenize_path, body))["tokens"]
 
         for url, answer in zip(pool.urls, await pool.each(split), strict=True):
+            if isinstance(answer, UnansweredError) and "status 404" in str(answer):
+                return False  # a server that does not say
             if isinstance(answer, BaseException):
-                return False
+                raise ServerError(
+                    f"the server at {url} did not say how it splits a text: {answer}. Other ids would be compared with "
+                    "the student's. Try again, or see the server's log."
+                ) from answer
             if list(answer) != list(ids):
                 raise TokenizerMismatchError(
                     f"student and teacher must share a tokenizer, and {text!r} becomes {list(ids)} for the student and "

@@ -107,6 +107,8 @@ def _likeliest(entry: Mapping[str, Any], own: str, top_k: int) -> tuple[list[int
         raise AnswerError(f"a place lists {len(entry)} tokens, and {top_k} likeliest were asked for")
     listed = [item for item in entry.items() if len(entry) == top_k or item[0] != own]
     ranked = sorted((int(value["rank"]), int(token), _number(value["logprob"])) for token, value in listed)
+    if [rank for rank, _, _ in ranked] != list(range(1, top_k + 1)):
+        raise AnswerError(f"a place lists tokens of other ranks than 1 to {top_k}")
     return [token for _, token, _ in ranked], [logprob for _, _, logprob in ranked]
 
 

@@ -34,33 +34,40 @@ class UnansweredError(ServerError):
         self.after = after
 
 
+class AllRestError(UnansweredError):
+    """No server may be asked now."""
+
+
 @dataclass
 class CircuitBreaker:
     """Lets a server rest after several failures, then tries one request, and rests longer if that fails as well.
 
     >>> breaker = CircuitBreaker()
-    >>> breaker.failed(now=0.0), breaker.failed(now=0.0), breaker.failed(now=0.0)
+    >>> for _ in range(3):
+    ...     breaker.failed(now=0.5, sent=0.0)
     >>> breaker.opens_at
-    1.0
+    1.5
     """
 
     failures: int = 0
     opens_at: float = 0.0  # seconds of the clock; requests are let through from then on
 
-    def failed(self, now: float) -> None:
-        """Count a failure."""
+    def failed(self, now: float, sent: float) -> None:
+        """Count the failure of a request that was sent at a time; those sent before a rest are one failure together."""
+        if sent < self.opens_at:
+            return
         self.failures += 1
         if self.failures >= FAILURES:
-            rests = min(FIRST_REST * 2 ** (self.failures - FAILURES), LONGEST_REST)
-            self.opens_at = now + rests
+            rests = min(self.failures - FAILURES, 10)  # doubled more often, it is longer than the longest
+            self.opens_at = now + min(FIRST_REST * 2**rests, LONGEST_REST)
 
     def succeeded(self) -> None:
         """Forget failures."""
         self.failures, self.opens_at = 0, 0.0
 
-    def lets_through(self, now: float, in_flight: int) -> bool:
+    def lets_through(self, now: float, load: int) -> bool:
         """Tell whether a request may be sent; one at a time to a server that has rested and not answered yet."""
-        return now >= self.opens_at and (self.failures < FAILURES or in_flight == 0)
+        return now >= self.opens_at and (self.failures < FAILURES or load == 0)
 
 
 @dataclass
@@ -72,7 +79,8 @@ class Server:
         client: of httpx2, with headers and the time for a connection.
         timeout: seconds until the whole of an answer is there.
         protocol: how it is asked.
-        in_flight: requests that wait for its answer.
+        concurrency: requests that it gets at a time.
+        load: requests that are for it, sent or not.
         received: bytes of its answers.
         breaker: lets it rest.
         clock: seconds.
@@ -85,15 +93,19 @@ class Server:
     client: httpx2.AsyncClient
     timeout: float = 120.0
     protocol: VLLMProtocol = field(default_factory=VLLMProtocol)
-    in_flight: int = 0
+    concurrency: int = 16
+    load: int = 0
     received: int = 0
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     clock: Callable[[], float] = time.monotonic
 
+    def __post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self.concurrency)
+
     @property
     def is_open(self) -> bool:
         """Whether it may be asked now."""
-        return self.breaker.lets_through(self.clock(), self.in_flight)
+        return self.breaker.lets_through(self.clock(), self.load)
 
     async def scores(self, model: str, asked: Sequence[Asked], top_k: int) -> list[TokenScores]:
         """Return the scores of sequences.
@@ -108,14 +120,22 @@ class Server:
 
     async def asked(self, read: Callable[[bytes], Any], body: bytes, most: int = LARGEST_ANSWER) -> Any:
         """Send a request, and return what `read` makes of its answer of at most so many bytes; raises as `scores`."""
-        self.in_flight += 1
+        async with self._slots:
+            return await self._asked(read, body, most)
+
+    async def _asked(self, read: Callable[[bytes], Any], body: bytes, most: int) -> Any:
+        sent = self.clock()
         try:
-            answer = read(await self.post(self.protocol.path, body, most))
+            content = await self.post(self.protocol.path, body, most)
+            try:
+                answer = read(content)
+            except AnswerError:
+                raise
+            except Exception as error:  # of a form that no server should send
+                raise AnswerError(f"it cannot be read ({type(error).__name__}: {error})") from error
         except (UnansweredError, AnswerError):
-            self.breaker.failed(self.clock())
+            self.breaker.failed(self.clock(), sent)
             raise
-        finally:
-            self.in_flight -= 1
         self.breaker.succeeded()
         return answer
 

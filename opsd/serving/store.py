@@ -80,8 +80,13 @@ class ScoreStore:
         return cls(folder, manifest)
 
     @classmethod
-    def begin(cls, folder: Path, manifest: Mapping[str, Any]) -> ScoreStore:
+    def begin(cls, folder: Path, manifest: Mapping[str, Any], shown: str = "") -> ScoreStore:
         """Return the scores in a folder, to go on with; an empty folder gets this manifest.
+
+        Args:
+            folder: of the scores.
+            manifest: what scores, in values that are the same when scoring goes on.
+            shown: the same in words, which are not compared.
 
         Raises:
             ConfigError: it has scores of something else.
@@ -99,9 +104,10 @@ class ScoreStore:
             return store
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{MANIFEST}")
-        temporary.write_bytes(orjson.dumps(dict(manifest), option=orjson.OPT_INDENT_2))
+        written = {**manifest, "shown": shown}
+        temporary.write_bytes(orjson.dumps(written, option=orjson.OPT_INDENT_2))
         temporary.replace(path)
-        return cls(folder, manifest)
+        return cls(folder, written)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -136,7 +142,8 @@ class ScoreStore:
             }
             for asked, scores in scored
         ]  # fmt: skip
-        path = self.folder / SHARD.format(len(list(self.folder.glob("scores-*.parquet"))))
+        numbers = [int(path.stem.rpartition("-")[2]) for path in self.folder.glob("scores-*.parquet")]
+        path = self.folder / SHARD.format(max(numbers, default=-1) + 1)  # one may have been removed in between
         temporary = path.with_name(f".{path.name}")
         try:
             table = pa.Table.from_pylist(rows, schema=SCHEMA)

@@ -207,8 +207,10 @@ class Teacher(ABC):
     def expect(self, rollouts: Rollouts) -> None:  # noqa: B027 - most teachers score when they are asked
         """Begin to score a generation batch, with this teacher's prompts; `score` gets it in micro-batches."""
 
-    def settle(self, rollouts: Rollouts) -> Rollouts:
-        """Return a micro-batch without the rollouts that have no score, right before `score` is asked for it.
+    def settle(self, rollouts: Rollouts, seconds: float) -> Rollouts | None:
+        """Return a micro-batch without the rollouts that have no score, before `score` is asked for it.
+
+        None where that takes more than so many seconds: it is asked again.
 
         Raises:
             ServerError: a rollout has none, and the run is to end there.
@@ -371,10 +373,10 @@ class TeacherView:
         with self._swapped_in():
             self.teacher.expect(rollouts)
 
-    def settle(self, rollouts: Rollouts) -> Rollouts:
+    def settle(self, rollouts: Rollouts, seconds: float) -> Rollouts | None:
         """Return the rollouts that have a score, as `Teacher.settle`."""
         with self._swapped_in():
-            return self.teacher.settle(rollouts)
+            return self.teacher.settle(rollouts, seconds)
 
     def sample(self, rows: Sequence[Row], *, max_new_tokens: int, **sampling: Any) -> list[Ids]:
         """Return the teacher's completions of rows, as `Teacher.sample`.

@@ -6,6 +6,7 @@ Trains without the teacher's weights, on the rollouts that were scored and on no
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -38,25 +39,21 @@ class CachedTeacher(ListingTeacher):
     strategy = "cached"
 
     def __init__(self, path: str | PathLike[str], *, context: ContextLike = None):
-        super().__init__()
+        super().__init__(context=context)
         self.path = fspath(path)
         self._store = ScoreStore.open(Path(path).expanduser())
         self.top_k = self._store.top_k
-        shown, scored = TeacherPrompts(self, context), self._store.manifest
-        template = digest_of([json.dumps(shown.description, sort_keys=True, default=str)])
-        if context is not None and template != scored["template"]:
-            raise ConfigError(
-                f"the scores in {self.path} were computed with the context {scored['context']!r} as it was then, and "
-                f"the run names {shown.describe()!r}. Leave the context out, or score again with this one."
-            )
+        self._compared = set[int]()  # prompts whose context is that of the scores
 
     def prepare(self, student: StudentHandle) -> None:
         """Compare tokenizers.
 
         Raises:
             TokenizerMismatchError: the scores are of ids of another one.
+            ConfigError: the run names another context.
         """
         super().prepare(student)
+        self._compare_context(self.prompts)
         if self._store.manifest["tokenizer"] != tokenizer_digest(student.tokenizer):
             raise TokenizerMismatchError(
                 f"the scores in {self.path} are of ids of another tokenizer than the student's. The loss would compare "
@@ -79,8 +76,27 @@ class CachedTeacher(ListingTeacher):
         return scores
 
     def asked(self, rollouts: Rollouts) -> dict[int, Asked]:
-        """Return what is looked up: the student's prompt and the completion; what the teacher was shown is not here."""
-        return {row: asked for row, asked in enumerate(sequences_of(rollouts, rollouts.prompt_ids)) if asked}
+        """Return what is looked up: the student's prompt and the completion; what the teacher was shown is not here.
+
+        Raises:
+            ConfigError: the run names another context than that of the scores.
+        """
+        self._compare_context(self.prompts)
+        completions = rollouts.completion_ids  # whole, also where the loss leaves out their end
+        asked = sequences_of(replace(rollouts, loss_mask=None), rollouts.prompt_ids)
+        wanted = rollouts.is_distilled
+        return {row: each for row, each in enumerate(asked) if each and wanted[row] and completions[row]}
+
+    def _compare_context(self, prompts: TeacherPrompts) -> None:
+        if prompts.context is None or id(prompts) in self._compared:
+            return
+        scored = self._store.manifest
+        if digest_of([json.dumps(prompts.description, sort_keys=True, default=str)]) != scored["template"]:
+            raise ConfigError(
+                f"the scores in {self.path} were computed with the context {scored['context']!r} as it was then, and "
+                f"the run names {prompts.describe()!r}. Leave the context out, or score again with this one."
+            )
+        self._compared.add(id(prompts))
 
     @property
     def needs_given_rollouts(self) -> bool:
@@ -90,8 +106,8 @@ class CachedTeacher(ListingTeacher):
     @property
     def settings(self) -> dict[str, Any]:
         """Whose scores they are; the folder may move."""
-        return {"scores": {name: self._store.manifest[name] for name in ("teacher", "tokenizer", "top_k")}}
+        return {"scores": {name: value for name, value in self._store.manifest.items() if name != "shown"}}
 
     def describe(self) -> str:
         """Return whose scores they are, and how many."""
-        return f"scores of {len(self._store):,} rollouts in {self.path}, by {self._store.manifest['teacher']}"
+        return f"scores of {len(self._store):,} rollouts in {self.path}, by {self._store.manifest['shown']}"

@@ -191,7 +191,7 @@ class CompositeTeacher(Teacher):
     @property
     def noise(self) -> float:
         """The largest of any part."""
-        return max(part.noise for part in self.distinct_parts)
+        return max((part.noise for part in self.distinct_parts), default=0.0)
 
     @property
     def collective(self) -> bool:

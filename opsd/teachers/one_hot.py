@@ -45,6 +45,7 @@ class DemonstrationTeacher(CompositeTeacher):
     strategy = "demonstration"
     starts_as_student = False
     collective = False
+    lists, can_fail, needs_given_rollouts, noise = None, False, False, 0.0  # its demonstrator scores nothing
 
     def __init__(self, demonstrator: Teacher | None = None):
         parts = {} if demonstrator is None else {"demonstrator": demonstrator}

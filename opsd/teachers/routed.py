@@ -144,12 +144,14 @@ class RoutedTeacher(CompositeTeacher):
             if rows:
                 view.expect(rollouts.select(rows))
 
-    def settle(self, rollouts: Rollouts) -> Rollouts:
+    def settle(self, rollouts: Rollouts, seconds: float) -> Rollouts | None:
         """Return the rollouts without those that their own teacher cannot score."""
         for view, rows in self._groups(rollouts.rows):
             if rows and view.teacher.can_fail:
-                lost = view.settle(rollouts.select(rows)).unscored or []
-                is_lost = dict(zip(rows, lost, strict=True))
+                settled = view.settle(rollouts.select(rows), seconds)
+                if settled is None:
+                    return None
+                is_lost = dict(zip(rows, settled.unscored or [], strict=True))
                 rollouts = rollouts.without_scores([is_lost.get(row, False) for row in range(len(rollouts))])
         return rollouts
 

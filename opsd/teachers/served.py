@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
-from opsd.errors import ConfigError, ServerError, not_one_of
+import torch
+from torch import Tensor
+
+from opsd.errors import CheckpointError, ConfigError, ServerError, not_one_of
 from opsd.models.forward import embedded_tokens
 from opsd.models.generation import stop_ids_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.serving.answers import Asked, TokenScores
 from opsd.serving.pool import Limits, ServerPool
-from opsd.serving.probe import ServerFacts, probe
-from opsd.signals import TOP_K
+from opsd.serving.probe import LEAST_TOLERANCE, ServerFacts, probe
+from opsd.signals import TOP_K, TopKSignal
+from opsd.teachers.checks import check_state_keys
 from opsd.teachers.listing import ListingTeacher
 from opsd.teachers.prompting import ContextLike, Row
 from opsd.teachers.student import StudentHandle
@@ -28,8 +32,10 @@ from opsd.teachers.tokenizers import PROBES
 
 ON_FAILURE = ("stop", "wait", "drop")
 API_KEY = "OPSD_API_KEY"
-SAMPLING = ("seed", "top_p", "top_k", "min_p", "repetition_penalty")  # settings of a sample that a server knows
+NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # sampling from the whole distribution
 REMINDS = 60.0  # seconds of waiting after which it is said again
+MOST_LOST = 64  # rollouts in a row that `drop` leaves out
+CANARY_TOKENS = 32
 
 
 class ServedTeacher(ListingTeacher):
@@ -97,7 +103,9 @@ class ServedTeacher(ListingTeacher):
         self.url = self._pool.urls
         self._facts: ServerFacts | None = None
         self._pending: dict[Asked, Future[TokenScores]] = {}
-        self._waited = self._dropped = 0.0
+        self._settled: dict[Asked, TokenScores] = {}  # of the micro-batch that is scored next
+        self._lost = set[Asked]()  # of this generation batch
+        self._waited, self._reminded, self._lost_in_a_row = 0.0, 0.0, 0
 
     def prepare(self, student: StudentHandle) -> None:
         """Ask the servers about themselves.
@@ -111,7 +119,7 @@ class ServedTeacher(ListingTeacher):
         tokenizer = student.tokenizer
         texts = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in PROBES}
         self.top_k = min(self.top_k, embedded_tokens(student.model))
-        canary = Asked(tuple(texts[PROBES[0]]), 1)
+        canary = Asked(tuple([token for ids in texts.values() for token in ids][:CANARY_TOKENS]), 1)
         self._facts = probe(self._pool, model=self.model, texts=texts, canary=canary, top_k=self.top_k)
 
     @property
@@ -124,56 +132,91 @@ class ServedTeacher(ListingTeacher):
     # ---- scoring ---------------------------------------------------------------------------------------------------
 
     def expect(self, rollouts: Rollouts) -> None:
-        """Send rollouts to the servers; `score` collects what they say."""
-        for asked in self.asked(rollouts).values():
-            self._begun(asked)
+        """Send a generation batch to the servers; `settle` and `score` collect what they say."""
+        self._settled.clear()
+        self._lost.clear()
+        for asked, future in list(self._pending.items()):
+            if future.done():  # of a batch that broke off
+                del self._pending[asked]
+        self._begin(self.asked(rollouts).values())
 
-    def settle(self, rollouts: Rollouts) -> Rollouts:
+    def settle(self, rollouts: Rollouts, seconds: float) -> Rollouts | None:
         """Wait for the scores of a micro-batch, and leave out rollouts that have none, where that is allowed.
 
         Raises:
-            ServerError: a rollout could not be scored, and `on_failure` is "stop".
+            ServerError: a rollout could not be scored, and `on_failure` is "stop"; or none of many could.
         """
-        self.expect(rollouts)
+        until, asked = time.monotonic() + seconds, self.asked(rollouts)
+        self._begin(asked.values())
         is_lost = [False] * len(rollouts)
-        for row, asked in self.asked(rollouts).items():
+        for row, each in asked.items():
             try:
-                self._wait_for(asked)
+                if each not in self._lost and not self._collect(each, until - time.monotonic()):
+                    return None
             except ServerError as error:
-                if self.on_failure != "drop":
-                    raise
-                self._pending.pop(asked, None)
-                print(f"teacher     a rollout is left out of the loss: {error}", flush=True)
-                is_lost[row] = True
-        self._dropped += sum(is_lost)
+                self._lose(each, error)
+            is_lost[row] = each in self._lost
         return rollouts.without_scores(is_lost)
 
-    def scores_of(self, asked: Asked) -> TokenScores:
-        """Return the scores of a sequence, and forget them.
+    def score(self, rollouts: Rollouts) -> TopKSignal:
+        """Return the likeliest tokens of every scored token.
 
         Raises:
-            ServerError: it could not be scored.
+            ServerError: a rollout could not be scored.
         """
-        scores = self._wait_for(asked)
-        self._pending.pop(asked, None)
-        return scores
+        asked = set(self.asked(rollouts).values())
+        self._begin(asked)
+        signal = super().score(rollouts)
+        for each in asked:
+            self._settled.pop(each, None)
+        return signal
 
-    def _begun(self, asked: Asked) -> Future[TokenScores]:
-        if asked not in self._pending:
-            self._pending[asked] = self._pool.submit(self.facts.model, asked, self.top_k)
-        return self._pending[asked]
+    def scores_of(self, asked: Asked) -> TokenScores:
+        """Return the scores of a sequence that was begun; raises as `score`."""
+        while not self._collect(asked, REMINDS):
+            continue
+        return self._settled[asked]
 
-    def _wait_for(self, asked: Asked) -> TokenScores:
+    def _begin(self, sequences: Iterable[Asked]) -> None:
+        for asked in sequences:
+            if asked not in self._settled and asked not in self._pending and asked not in self._lost:
+                self._pending[asked] = self._pool.submit(self.facts.model, asked, self.top_k)
+
+    def _collect(self, asked: Asked, seconds: float) -> bool:
+        """Wait for a sequence for so long; returns whether its scores are there."""
+        if asked in self._settled:
+            return True
+        self._lost.discard(asked)  # whoever asks again asks anew
+        self._begin([asked])
         start = time.monotonic()
         try:
-            while True:
-                try:
-                    return self._begun(asked).result(REMINDS)
-                except FutureTimeoutError:
-                    waited = time.monotonic() - start
-                    print(f"teacher     waiting for a server since {waited:.0f} s: {self._pool.trouble}", flush=True)
+            self._settled[asked] = self._pending[asked].result(max(seconds, 0.0))
+        except FutureTimeoutError:
+            if start - self._reminded >= REMINDS:
+                self._reminded = start
+                print(f"teacher     waiting for a server: {self._pool.trouble}", flush=True)
+            return False
+        except ServerError:
+            del self._pending[asked]
+            raise
         finally:
             self._waited += time.monotonic() - start
+        del self._pending[asked]
+        self._lost_in_a_row, self._reminded = 0, time.monotonic()
+        return True
+
+    def _lose(self, asked: Asked, error: ServerError) -> None:
+        """Count a rollout that has no score; raises where that is not allowed."""
+        if self.on_failure != "drop":
+            raise error
+        self._lost.add(asked)
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row >= MOST_LOST:
+            raise ServerError(
+                f"{self._lost_in_a_row} rollouts in a row have no score of the teacher: its servers are gone. The last "
+                f"one: {error}"
+            ) from error
+        print(f"teacher     a rollout is left out of the loss: {error}", flush=True)
 
     # ---- descriptions, and sampling --------------------------------------------------------------------------------
 
@@ -211,6 +254,38 @@ class ServedTeacher(ListingTeacher):
         """Return which servers are asked for what."""
         return f"served at {', '.join(self.url)}: {self._facts or 'not asked yet'}; {self.top_k} likeliest tokens"
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the scores of the canary, by which a resumed run knows the model again."""
+        assert self._pool.canary is not None
+        return {"canary": torch.from_numpy(self._pool.canary.scores.sampled_T)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Compare the model that is served now with that of the checkpoint.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        check_state_keys(state, ["canary"], self.strategy)
+        canary = self._pool.canary
+        assert canary is not None
+        distance = float((state["canary"] - torch.from_numpy(canary.scores.sampled_T)).abs().mean())
+        if distance > canary.tolerance:
+            raise CheckpointError(
+                "the servers have another model than when the checkpoint was written: a text that was scored then "
+                f"differs by {distance:.3g} nats per token. The run would go on with another teacher. Serve the first."
+            )
+
+    @property
+    def cautions(self) -> list[str]:
+        """Says so where a server's rounding hides other models."""
+        canary = self._pool.canary
+        if canary is None or canary.tolerance <= LEAST_TOLERANCE:
+            return []
+        return [
+            f"the servers' answers to one request differ by {self.noise:.2g} nats per token: another model in the "
+            f"teacher's place is noticed only where it differs by {canary.tolerance:.2g}. float32 (--dtype) is exact."
+        ]
+
     def sample(
         self,
         rows: Sequence[Row],
@@ -218,11 +293,15 @@ class ServedTeacher(ListingTeacher):
         max_new_tokens: int,
         do_sample: bool = False,
         temperature: float = 1.0,
+        seed: int | None = None,
         **settings: Any,
     ) -> list[Ids]:
         """Return the served model's own completions, one per row."""
         prompts = [self.prompts.ids(row) for row in rows]
         stops = stop_ids_of(self.student.model, self.student.tokenizer)
-        asked = {name: value for name, value in settings.items() if name in SAMPLING}
+        # All said: a server's own defaults may be those that a model's authors recommend.
+        asked = {name: settings.get(name) or neutral for name, neutral in NEUTRAL.items()}
         asked |= {"temperature": temperature if do_sample else 0.0, "stop_token_ids": sorted(stops)}
-        return self._pool.sample(self.facts.model, prompts, max_new_tokens, asked)
+        seeds = [{} if seed is None else {"seed": seed + number} for number in range(len(prompts))]
+        each = [{**asked, **own} for own in seeds]
+        return self._pool.sample(self.facts.model, prompts, max_new_tokens, each)

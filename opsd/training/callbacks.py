@@ -89,6 +89,10 @@ class GracefulStop(TrainerCallback):
         self._received: int | None = None
         self.stopped_by: int | None = None
 
+    def is_asked(self) -> bool:
+        """Tell whether this process received a signal."""
+        return self._received is not None
+
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals for the length of the block; only the main thread can."""

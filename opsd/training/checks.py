@@ -186,6 +186,12 @@ def check_settings(
             f"teacher {teacher.strategy!r} has scores of rollouts that exist already, and this run would sample new "
             "ones. Train on those that were scored: lmbda: 0, without seq_kd."
         )
+    if teacher.needs_given_rollouts and (eval_dataset is not None or args.contrast_context is not None):
+        raise ConfigError(
+            f"teacher {teacher.strategy!r} has scores of rollouts that exist already, under one context. An "
+            "eval_dataset would sample new ones, and contrast_context asks for another context. Leave both out; "
+            "`evaluation:` measures accuracy without the teacher's scores."
+        )
     if args.teacher_lead is not None:
         check_lead(teacher, groups)
     check_health(args, EvaluationPlan.parse(evaluation))

@@ -45,7 +45,8 @@ def measured_cost(
     probe = Rollouts(rows, prompts, [prompt[-1:] for prompt in prompts], rollout_fields=fields)
     with counting_passes() as sequences:
         for view in scorer.views:
-            view.score(view.prompts.render(probe))
+            if not view.teacher.needs_given_rollouts:
+                view.score(view.prompts.render(probe))
     scorer.forget_counts()
     return replace(total, passes=sum(sequences) / len(rows), micro_batches=micro_batches)
 

@@ -19,7 +19,7 @@ from opsd.training.checkpoints import RESUME
 
 
 class HalfStep(TrainerCallback):
-    """Remembers at the beginning of each step what the step changes before its update.
+    """Remembers what a step changes before its update.
 
     >>> half_step = HalfStep(trainer)
     >>> with half_step.saving():  # where a rollout cannot be scored, a checkpoint of the step before is saved
@@ -31,21 +31,26 @@ class HalfStep(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
-        self._random: tuple[Any, ...] = ()
-        self._pending: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+        self._random: tuple[Any, ...] = ()  # before the step, and before what an epoch's first batch draws
+        self._pending: tuple[Any, ...] = ()  # metrics that are not logged yet; of a half step only
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget an earlier run of this trainer."""
+        self._random = self._pending = ()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember random states, and metrics that are not logged yet."""
+        """Remember the metrics that are not logged yet."""
         if not self._trainer.teacher.can_fail:
             return
-        on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-        self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_devices
         lists = {name: list(values) for name, values in self._trainer._metrics["train"].items()}
-        self._pending = lists, self._trainer._averages["train"].state
+        self._pending = lists, self._trainer._averages["train"].state, state.num_input_tokens_seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget them: what fails from now on, such as an evaluation, fails after a whole step."""
-        self._random = ()
+        """Remember the random states that this step's checkpoint has or would have."""
+        self._pending = ()
+        if self._trainer.teacher.can_fail:
+            on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+            self._random = random.getstate(), np.random.get_state(), torch.get_rng_state(), on_devices
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -57,12 +62,11 @@ class HalfStep(TrainerCallback):
         try:
             yield
         except ServerError as error:
-            step = self._trainer.state.global_step
-            if not step:
+            if not self._random:  # no step was done: what it began from is there
                 raise
-            if self._random:
-                self._go_back()
+            self._go_back()
             self._trainer._save_checkpoint(self._trainer.model, None)
+            step = self._trainer.state.global_step
             raise ServerError(
                 f"{error} The run has done {step} steps; checkpoint-{step} is saved in "
                 f"{self._trainer.args.output_dir}. Resume: {RESUME}."
@@ -75,7 +79,8 @@ class HalfStep(TrainerCallback):
         torch.set_rng_state(of_torch)
         if on_devices is not None:
             torch.cuda.set_rng_state_all(on_devices)
-        lists, tallies = self._pending
-        self._trainer._metrics["train"].clear()
-        self._trainer._metrics["train"].update(lists)
-        self._trainer._averages["train"].load(tallies)
+        if self._pending:
+            lists, tallies, self._trainer.state.num_input_tokens_seen = self._pending
+            self._trainer._metrics["train"].clear()
+            self._trainer._metrics["train"].update(lists)
+            self._trainer._averages["train"].load(tallies)

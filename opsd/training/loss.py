@@ -8,15 +8,17 @@ Shapes: N scored tokens of a micro-batch (packed).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from opsd.contexts.base import Context, ContextCounts
 from opsd.data.needs import Need
+from opsd.errors import ServerError
 from opsd.losses import LossOutput, Tokens
 from opsd.models.forward import last_hidden
 from opsd.models.head import Head
@@ -27,6 +29,8 @@ from opsd.training.averages import Tally
 from opsd.training.config import OPSDConfig
 from opsd.training.together import failing_together
 from opsd.training.token_selection import TokenSelection, pass_rate_need
+
+SLICE = 15.0  # seconds after which processes that wait for a server ask each other
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Scorer:
             self.contrast = TeacherView(teacher, teacher.prompts.with_context(args.contrast_context))
         self.selection = TokenSelection()
         self._logged_counts = ContextCounts()  # of the contexts, at the last log entry
+        self.is_stopped: Callable[[], bool] = lambda: False
 
     @property
     def views(self) -> list[TeacherView]:
@@ -138,14 +143,27 @@ class Scorer:
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Return a micro-batch with the signals of all views; it went through `prepare_rollouts`."""
-        if self.teacher.can_fail:
-            with failing_together():  # the others would wait for a process whose server does not answer
-                for view in self.views:
-                    rollouts = view.settle(rollouts)
+        for view in self.views if self.teacher.can_fail else ():
+            rollouts = self._settled(view, rollouts)
         signal = TeacherView(self.teacher).score(rollouts)
         reference: Any = None if self.reference is None else self.reference.score(rollouts)
         contrast_signal = None if self.contrast is None else self.contrast.score(rollouts)
         return Scored(rollouts, signal, reference, contrast_signal)
+
+    def _settled(self, view: TeacherView, rollouts: Rollouts) -> Rollouts:
+        """Return the rollouts that have a score, when every process has its own; a collective every few seconds.
+
+        Raises:
+            ServerError: a process has none, or was told to stop while it waited.
+        """
+        while True:
+            with failing_together():  # the others would wait for a process whose server does not answer
+                settled = view.settle(rollouts, SLICE)
+                if settled is None and self.is_stopped():
+                    raise ServerError("the run was told to stop while it waited for a teacher's server.")
+            if all(gather_object([settled is not None])):
+                assert settled is not None
+                return settled
 
     def __call__(self, student: nn.Module, scored: Scored, device: torch.device, processes: int) -> LossOutput:
         """Compute the loss, in one forward pass of the student.

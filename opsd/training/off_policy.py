@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import torch
+
 from opsd.contexts.completions import completion_ids
 from opsd.contexts.renderer import PromptRenderer
 from opsd.data.needs import Need
@@ -19,6 +21,7 @@ from opsd.rollouts import Ids
 from opsd.teachers import StudentHandle, Teacher, TeacherView
 from opsd.teachers.prompting import Row
 from opsd.training.config import OPSDConfig
+from opsd.training.together import failing_together
 
 
 def completion_needs(args: OPSDConfig) -> list[Need]:
@@ -70,7 +73,12 @@ def trains_on_completions(args: OPSDConfig) -> bool:
 def teacher_answers(teacher: Teacher, args: OPSDConfig, limit: int, rows: Sequence[Row]) -> list[Ids]:
     """Return one answer per row, sampled from the teacher with its context, of `limit` tokens at most."""
     sampling = {"do_sample": True, "temperature": args.temperature, "batch_size": len(rows)}
-    return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling)
+    if not teacher.can_fail:
+        return TeacherView(teacher).sample(rows, max_new_tokens=limit, **sampling)
+    with failing_together():
+        # A server has a generator of its own: a seed of this process's makes a resumed run ask for the same answers.
+        seed = int(torch.randint(2**31, ()))
+        return TeacherView(teacher).sample(rows, max_new_tokens=limit, seed=seed, **sampling)
 
 
 def answers_of_teacher(trainer: Any) -> Callable[[Sequence[Row]], list[Ids]]:

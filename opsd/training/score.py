@@ -147,6 +147,12 @@ class RolloutScorer:
         teacher.prepare(self._student)
 
     @property
+    def precision(self) -> str:
+        """The dtype of the weights, and whether products are computed in 16 bits."""
+        half = "bf16" if self._args.bf16 else "fp16" if self._args.fp16 else "no"
+        return f"{self._model.dtype}, {half} autocast"
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The student's."""
         return self._student.tokenizer

@@ -168,6 +168,7 @@ class OPSDTrainer(SavingTrainer):
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
         self._stop, self._half_step = GracefulStop(self.accelerator), HalfStep(self)
+        self.scorer.is_stopped = self._stop.is_asked
         self.learning = Learning(self.files.parts, self._averages["train"])
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
         hooks = TeacherCallback(self.teacher, self.scorer.contexts, self._metrics["train"], self._say)
