@@ -55,7 +55,8 @@ def test_a_divergence_is_zero_where_both_are_equal_and_only_there(beta: float, s
     beta = min(max(beta, 1e-2), 1 - 1e-2) if 0 < beta < 1 else beta
     student, teacher = logits(seed, spread)
     assert (values_of(Divergence(beta), student, student + 7.0).abs() <= 1e-6).all()
-    assert (values_of(Divergence(beta), student, teacher) > 1e-7).all()
+    differ = (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1) > 0.1  # two that are certain of one token do not
+    assert (values_of(Divergence(beta), student, teacher)[differ] > 1e-7).all()
 
 
 EQUAL_IS_STILL = [d for d in NEVER_NEGATIVE if d.support != "sampled"]

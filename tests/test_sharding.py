@@ -58,7 +58,8 @@ def run(strategy, kind, sharded):
     "Train on replayed rollouts: all rows in one piece, or each process its own of a sharded student."
     student = saved_head() if kind == "saved head" else make_student(kind)
     teacher = MAKE_TEACHER[strategy]()
-    loss = Scorer(make_args(folder, ref_kl_coef=0.1), teacher)
+    listed = {} if teacher.lists is None else {"support": "teacher_top_k", "support_k": teacher.lists}
+    loss = Scorer(make_args(folder, ref_kl_coef=0.1, **listed), teacher)
     loss.prepare(StudentHandle(student, PromptRenderer(make_tokenizer())), [2])
     if sharded:
         student = shard(student)

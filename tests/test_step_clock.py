@@ -9,7 +9,8 @@ import pytest
 import torch
 from evaluation_runs import DEV, PLAN, make
 
-from opsd.training.step_clock import ROLLOUTS, TEACHER, StepClock
+from opsd.health.bound import ROLLOUTS, TEACHER
+from opsd.training.step_clock import StepClock
 
 
 def test_parts_of_a_step_add_up_and_begin_anew() -> None:

@@ -247,16 +247,12 @@ class Divergence(DivergenceSettings):
                 )
 
     def check_signal(self, signal: TeacherSignal) -> None:
-        """Refuse a signal that lacks the log-probabilities that this divergence compares.
-
-        Raises:
-            ConfigError: the teacher lists its likeliest tokens only, and the divergence needs more.
-        """
+        """Refuse a signal that lacks the log-probabilities that this divergence compares; raises ConfigError."""
         if isinstance(signal, TopKSignal):
             self.check_listed()
 
     def check_listed(self) -> None:
-        """Refuse a teacher that lists its likeliest tokens only; raises as `check_signal`."""
+        """Refuse a teacher that lists its likeliest tokens only, where this divergence needs more; raises likewise."""
         if self.support not in ("teacher_top_k", "sampled"):
             raise ConfigError(
                 f"support {self.support!r} needs the teacher's whole distribution, and this teacher lists its "

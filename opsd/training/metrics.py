@@ -70,7 +70,7 @@ _DIVERGENCE, _TOP_K = "losses/divergence.py", "a top-k support"
 _SCHEDULE, _ENGINE = "a schedule of contexts", "importance_clip and vLLM"
 _SELECTION, _SERVED = "training/token_selection.py", "teachers/served.py"
 _SAMPLED = "support sampled, or reward_to_go"
-_CLOCK, _LOOKS = "training/step_clock.py", "training/looks.py"
+_CLOCK, _LOOKS, _BOUND = "training/step_clock.py", "training/looks.py", "health/bound.py"
 _TRACED, _TRACES = "health/statistics.py", "trace_rollouts"
 
 METRICS: tuple[Metric, ...] = (
@@ -197,8 +197,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("epoch", "epochs", "passes over the rows so far", TRANSFORMERS),
     Metric("step", "step", "optimizer steps done", TRANSFORMERS),
     Metric("step_time", "seconds", "one optimizer step, rollouts included", TRL),
-    Metric("seconds/rollouts", "seconds", "of a step for sampling, in the first process", _CLOCK),
-    Metric("seconds/teacher", "seconds", "of a step for scoring; on a GPU what the host waits for", _CLOCK),
+    Metric("seconds/rollouts", "seconds", "of a step for sampling, in the first process", _BOUND),
+    Metric("seconds/teacher", "seconds", "of a step for scoring; on a GPU what the host waits for", _BOUND),
     Metric("memory_gib", "GiB", "the most that the device had in use; without a GPU, what the process holds", _CLOCK),
     Metric("num_input_tokens_seen", "tokens", "as num_tokens", TRANSFORMERS, "include_num_input_tokens_seen"),
     Metric("{phase}_runtime", "seconds", "training (train_) or one evaluation (eval_)", TRANSFORMERS, "at its end"),
