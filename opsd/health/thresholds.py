@@ -32,10 +32,10 @@ THRESHOLDS: dict[str, Threshold] = {
     "finite": Threshold(1, 1, "log entries whose loss is NaN or infinite", "one spoils every weight"),
     "length": Threshold(0.7, 0.4, "share of the length at the start", f"{_SURVEY}: a loss of 30 % and more"),
     "truncation": Threshold(0.6, 0.9, "share of rollouts, and 20 points above the start", "StableOPD; ms-swift#9526"),
-    "entropy": Threshold(0.5, 0.2, "share of the entropy at the start", "entropy collapse before accuracy: TRPO-like "
+    "entropy": Threshold(0.5, 0.25, "share of the entropy at the start", "entropy collapse before accuracy: TRPO-like "
                          "runs lose half of it (DAPO, arXiv 2503.14476)"),
     "repetition": Threshold(0.2, 0.5, "share of 4-token stretches seen before", "TIDE, arXiv 2608.09836"),
-    "diversity": Threshold(0.6, 0.35, "share of distinct pairs of tokens at the start", "arXiv 2606.26091"),
+    "diversity": Threshold(0.6, 0.45, "share of distinct pairs of tokens at the start", f"arXiv 2606.26091; {_RUNS}"),
     "siblings": Threshold(0.8, 0.95, "share of pairs of tokens that two siblings have in common", "arXiv 2606.26091"),
     "style": Threshold(0.7, 0.9, "share of the divergence", "OPSD, table 5: style tokens carry most of it"),
     "opening": Threshold(5.0, 20.0, "mean of the first 3 tokens over the median of the rest", "OPSD #10; tinker#796"),
