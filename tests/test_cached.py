@@ -129,7 +129,9 @@ def test_a_selection_of_tokens_finds_the_scores_of_whole_completions(
     rollouts: Path, scores: Path, tmp_path: Path
 ) -> None:
     listed: dict[str, Any] = {"support": "teacher_top_k", "support_k": TOP_K, "first_tokens_only": 2}
-    make_trainer(tmp_path, CachedTeacher(scores), rows=Dataset.from_list(read(rollouts)), lmbda=0.0, **listed).train()
+    trainer = make_trainer(tmp_path, CachedTeacher(scores), rows=Dataset.from_list(read(rollouts)), lmbda=0.0, **listed)
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.state.log_history[0]["divergence"] > 0
 
 
 def test_what_was_not_scored_is_refused(rollouts: Path, scores: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opsd.commands.score import add_rows, read_settings
 from opsd.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Example: opsd rollout rows.jsonl --model_name_or_path M -o rollouts.jsonl --samples 4 "
         "--max_completion_length 256",
     )
-    parser.add_argument("rows", metavar="ROWS|RUN.yaml", help="rows (.jsonl, .parquet, …, a hub id), or a run's YAML")
-    parser.add_argument("--model_name_or_path", metavar="MODEL", help="the student")
+    add_rows(parser)
     parser.add_argument("-o", "--output", metavar="FILE.jsonl", required=True, help="where the rollouts go")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="completions per row (default: 1)")
     return parser
@@ -45,7 +45,6 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"-o writes JSON lines, and {output} is named otherwise. Name it .jsonl.")
     from rich.progress import Progress
 
-    from opsd.commands.score import read_settings
     from opsd.evaluation.run_folder import check_output
     from opsd.training.score import RolloutScorer
 

@@ -33,8 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Examples: opsd score rows.jsonl --model_name_or_path M --context answer_only ./mine.jinja --html s.html"
         "  ·  opsd score run.yaml --row 3 7  ·  other settings as in a run: --beta 0 --max_completion_length 64",
     )
-    parser.add_argument("rows", metavar="ROWS|RUN.yaml", help="rows (.jsonl, .parquet, …, a hub id), or a run's YAML")
-    parser.add_argument("--model_name_or_path", metavar="MODEL", help="the student")
+    add_rows(parser)
     parser.add_argument(
         "--teacher", nargs="+", help="recipes, model folders or hub ids (default: the run's, or itself)"
     )
@@ -121,6 +120,12 @@ def _settings(
     teachers = teachers or {"teacher": load_teacher(run.run.teacher, context=context)}
     contexts = {text: None if text == "none" else parse_context(text) for text in options.context or ()}
     return run, teachers, contexts
+
+
+def add_rows(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `read_settings` reads."""
+    parser.add_argument("rows", metavar="ROWS|RUN.yaml", help="rows (.jsonl, .parquet, …, a hub id), or a run's YAML")
+    parser.add_argument("--model_name_or_path", metavar="MODEL", help="the student")
 
 
 def read_settings(rows: str, model: str | None, others: Sequence[str]) -> Run:

@@ -45,7 +45,8 @@ def write_scores(run: Run, teacher: Teacher, rows: Sequence[Mapping[str, Any]], 
     scorer = RolloutScorer(run.model.model_name_or_path or "", run.args, run.model.model_revision)
     scorer.prepare(teacher)
     count = min(count, teacher.lists or count)
-    tokens = sum(map(len, scorer.completions(dict(enumerate(rows)))))
+    names = scorer.asked(rows)
+    tokens = sum(len(asked.ids) - asked.start for asked in names)
     print(
         f"scores      {len(rows):,} rollouts, {tokens:,} tokens, {count} likeliest tokens each: "
         f"{megabytes(tokens, count):,.0f} MB at most ({megabytes(10**6, count):,.0f} MB per million tokens)",
@@ -62,7 +63,7 @@ def write_scores(run: Run, teacher: Teacher, rows: Sequence[Mapping[str, Any]], 
         task = bar.add_task("scoring", total=len(rows))
         for start in range(0, len(rows), ROWS):
             part = rows[start : start + ROWS]
-            left = [row for row, asked in zip(part, scorer.asked(part), strict=True) if asked not in store]
+            left = [row for row, asked in zip(part, names[start : start + ROWS], strict=True) if asked not in store]
             if left:
                 store.write(list(scorer.lists(left, teacher, count)))
             bar.update(task, advance=len(part))

@@ -131,11 +131,6 @@ class ServerPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @property
-    def received(self) -> int:
-        """Bytes of all answers."""
-        return sum(server.received for server in self._servers)
-
     def take_counts(self) -> Counts:
         """Return what happened since the last call."""
         return self.run(self._take_counts())
@@ -190,8 +185,8 @@ class ServerPool:
         Raises:
             ServerError: none did before patience ended, or the request is refused.
         """
-        start = time.monotonic()
-        self._since = self._since if self._waiting else start
+        if not self._waiting:
+            self._since = time.monotonic()
         self._waiting += 1
         try:
             answer = await self._tried(body, read, most)

@@ -27,7 +27,6 @@ class VLLMProtocol:
     >>> protocol.read(answer, [Asked((5, 9, 2), 1)], top_k=20)  # a list of one TokenScores
     """
 
-    name = "vllm"
     path = "/v1/completions"
     models_path = "/v1/models"
     tokenize_path = "/tokenize"

@@ -81,7 +81,6 @@ class Server:
         protocol: how it is asked.
         concurrency: requests that it gets at a time.
         load: requests that are for it, sent or not.
-        received: bytes of its answers.
         breaker: lets it rest.
         clock: seconds.
 
@@ -95,7 +94,6 @@ class Server:
     protocol: VLLMProtocol = field(default_factory=VLLMProtocol)
     concurrency: int = 16
     load: int = 0
-    received: int = 0
     breaker: CircuitBreaker = field(default_factory=CircuitBreaker)
     clock: Callable[[], float] = time.monotonic
 
@@ -172,7 +170,6 @@ class Server:
         content = bytearray()
         async for chunk in response.aiter_bytes():
             content += chunk
-            self.received += len(chunk)
             if len(content) > most:
                 raise UnansweredError(f"an answer of more than {most / 2**20:.0f} MiB, which no answer takes")
         return bytes(content)

@@ -17,13 +17,13 @@ from opsd.errors import AlignmentError, CheckpointError, TeacherError
 from opsd.models.forward import embedded_tokens
 from opsd.models.sharding import gathered_on_cpu
 from opsd.rollouts import Ids, Rollouts
+from opsd.serving.answers import ABOVE_ZERO
 from opsd.signals import DenseSignal, TeacherSignal, TopKSignal
 from opsd.teachers.student import StudentHandle
 
 SIGNALS = (
     "Return HiddenSignal(hidden_ND, head) or TopKSignal(ids_NK, logprobs_NK, sampled_logprobs_N) from opsd.signals"
 )
-LARGEST_LOGPROB = 1e-2  # rounding may lift the log-probability of a certain token this far above 0
 
 
 def check_signal(signal: Any, rollouts: Rollouts, student: StudentHandle, name: str) -> None:
@@ -90,7 +90,7 @@ def _check_top_k(signal: TopKSignal, student: StudentHandle, start: str) -> None
             f"{embedded_tokens(student.model):,} ids, from 0. Other ids belong to another tokenizer. Fill a list that "
             "is shorter than K with any valid id and a log-probability of -inf."
         )
-    if not largest <= LARGEST_LOGPROB:
+    if not largest <= ABOVE_ZERO:
         raise TeacherError(
             f"{start}a TopKSignal with a log-probability of {largest:.3g}. Log-probabilities are 0 at most, and these "
             "look like probabilities or logits. Apply log_softmax over the whole vocabulary before you pick K ids."
