@@ -226,6 +226,7 @@ class FaultServer:
     ):
         self.model, self.tokenizer, self.name = model.eval(), tokenizer, name
         self.max_logprobs, self.max_model_len, self.hangs = max_logprobs, max_model_len, hangs
+        self.root = ""  # where its weights came from
         self.faults: deque[str] = deque()
         self.asked = Counter[str]()
         self.headers: list[dict[str, str]] = []
@@ -259,7 +260,7 @@ class FaultServer:
     # ---- what it answers -------------------------------------------------------------------------------------------
 
     def models(self) -> dict[str, Any]:
-        card = {"id": self.name, "object": "model", "root": "", "max_model_len": self.max_model_len}
+        card = {"id": self.name, "object": "model", "root": self.root, "max_model_len": self.max_model_len}
         return {"object": "list", "data": [card]}
 
     def tokenize(self, request: dict[str, Any]) -> dict[str, Any]:

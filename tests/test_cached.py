@@ -15,6 +15,7 @@ from datasets import Dataset
 from helpers import make_trainer
 
 from opsd.cli import main
+from opsd.doctor import examine
 from opsd.errors import CheckpointError, ConfigError, DataError
 from opsd.serving.answers import Asked, TokenScores
 from opsd.serving.store import ScoreStore, megabytes
@@ -96,6 +97,7 @@ def test_training_from_scores_is_training_with_the_teacher(
 
     here = trained("teacher", SiblingTeacher(str(models[1]), context="answer_only"))
     there = trained("scores", CachedTeacher(scores))
+    assert there.teacher.describe().endswith(f"frozen: {models[1]}; its context: answer_only")
     losses = [
         [entry["divergence"] for entry in each.state.log_history if "divergence" in entry] for each in (here, there)
     ]
@@ -167,6 +169,16 @@ def test_rows_without_completions_and_several_teachers_are_refused_by_a_folder(
     assert "opsd rollout" in capsys.readouterr().err
     command = score_command(rollouts, models, tmp_path / "s")
     assert main([*command, "--html", str(tmp_path / "x.html")]) == 2
+
+
+def test_the_doctor_examines_the_rollouts_that_were_scored(rollouts: Path, scores: Path, tmp_path: Path) -> None:
+    listed: dict[str, Any] = {"support": "teacher_top_k", "support_k": TOP_K}
+    trainer = make_trainer(tmp_path, CachedTeacher(scores), rows=Dataset.from_list(read(rollouts)), lmbda=0.0, **listed)
+    examined = examine(trainer, rows=6).findings
+    assert not [finding for finding in examined if finding.status == "fail"], examined
+    findings = {finding.check: finding for finding in reversed(examined)}
+    assert findings["divergence"].status == "pass" and findings["alignment"].figures["tokens"] > 6
+    assert findings["sampling"].status == "skip" and "own completions" in findings["sampling"].saw
 
 
 # ---- the store -------------------------------------------------------------------------------------------------------

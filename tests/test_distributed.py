@@ -200,6 +200,37 @@ json.dump([caught, texts], open(os.path.join(folder, f"result-2-{rank}.json"), "
 """
 
 
+SERVED = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+from conftest import make_llama, make_tokenizer
+from fault_server import FaultServer
+from helpers import make_trainer
+from opsd import ServedTeacher
+from opsd.errors import ServerError
+
+folder, kind = sys.argv[1:]
+server = FaultServer(make_llama(5), make_tokenizer()).start()  # of this process alone
+limits = dict(connect_timeout=2.0, read_timeout=5.0, patience=0.5)
+teacher = ServedTeacher(server.url, top_k=20, context="answer_only", **limits)
+trainer = make_trainer(os.path.join(folder, "run"), teacher, max_steps=3, support="teacher_top_k", support_k=20,
+                       gradient_accumulation_steps=1, logging_steps=1)
+rank, expect, error = trainer.accelerator.process_index, teacher.expect, ""
+def failing(rollouts):
+    if kind == "fails" and rank == 1 and trainer.state.global_step == 1:
+        server.faults.extend(["503"] * 1000)
+    expect(rollouts)
+teacher.expect = failing
+try:
+    trainer.train(resume_from_checkpoint=kind == "resumed")
+except ServerError as raised:
+    error = str(raised)
+check = sum(float(p.double().abs().sum()) for p in trainer.model.parameters())
+losses = [entry["divergence"] for entry in trainer.state.log_history if "divergence" in entry]
+json.dump([error, check, losses], open(os.path.join(folder, f"result-2-{rank}.json"), "w"))
+"""
+
+
 def launch(script: Path, processes: int, folder: Path, kind: str) -> list[dict]:
     if not script.read_text().endswith(LEAVE):
         script.write_text(script.read_text() + LEAVE)
@@ -316,6 +347,19 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path: Path) -> None:
     assert len(first[1]) == len(second[1]) == 1
     assert all("RuntimeError: out of memory here" in text for (text,) in (first[1], second[1]))
     assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_server_that_fails_one_process_stops_both_with_a_checkpoint(tmp_path: Path) -> None:
+    script = tmp_path / "served.py"
+    script.write_text(SERVED.replace("{tests!r}", repr(str(Path(__file__).parent))))
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = launch(script, 2, tmp_path / "whole", "whole")
+    first, second = launch(script, 2, tmp_path / "broken", "fails")
+    assert all("checkpoint-1 is saved" in error for error, *_ in (first, second))
+    assert "503" in second[0] and len(first[2]) == 1
+    assert launch(script, 2, tmp_path / "broken", "resumed") == whole and len(whole[0][2]) == 3
 
 
 @pytest.mark.slow

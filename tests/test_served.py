@@ -17,7 +17,7 @@ import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
 from fault_server import FaultServer
-from helpers import make_rollouts, make_trainer, prepared
+from helpers import STUDENTS, make_rollouts, make_student, make_trainer, prepared
 
 from opsd import OPSDConfig, OPSDTrainer
 from opsd.doctor import examine
@@ -118,6 +118,23 @@ def test_the_doctor_compares_a_servers_noise_with_what_it_teaches(server: FaultS
     trainer.teacher._facts = replace(trainer.teacher.facts, noise=50.0)
     finding = examine(trainer, rows=4, only=["divergence"]).findings[0]
     assert finding.status == "fail" and "--dtype float32" in finding.do
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_weights_that_are_here_too_tell_a_servers_rounding(server: FaultServer, tmp_path: Path, student: str) -> None:
+    def cautions(served_model: torch.nn.Module, name: str) -> list[str]:
+        server.model, server.root = served_model.eval(), "a/model"
+        model = make_student(student)
+        model.config._name_or_path = name
+        return make_trainer(tmp_path, served(server), model).teacher.cautions
+
+    rounded = make_llama(0)
+    with torch.no_grad():
+        for p in rounded.parameters():
+            p.copy_((p * 8).round() / 8)
+    assert cautions(make_llama(0), "a/model") == [] == cautions(rounded, "another/model")
+    (caution,) = cautions(rounded, "a/model")
+    assert "from those of the same weights here by" in caution and "--dtype float32" in caution
 
 
 # ---- bad days --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,17 +206,33 @@ def test_a_server_gets_no_more_requests_than_it_may() -> None:
         assert a.most_at_once <= 8  # of the probe; four of the pool
 
 
-def test_a_certificate_that_is_not_trusted_ends_in_an_error(tmp_path: Path) -> None:
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+CERTIFICATES = {  # days that it is valid, whether its issuer is trusted, and what is wrong
+    "valid": (1, True, None),
+    "of an issuer that is not trusted": (1, False, "self-signed certificate"),
+    "expired": (-1, True, "certificate has expired"),
+}
+
+
+@pytest.mark.parametrize("certificate", CERTIFICATES)
+def test_a_certificate_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, certificate: str) -> None:
+    days, is_trusted, wrong = CERTIFICATES[certificate]
+    key, asked, path = (tmp_path / f"{name}.pem" for name in ("key", "request", "certificate"))
+    subject = "-subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+    for command in (
+        f"req -newkey rsa:2048 -nodes {subject} -keyout {key} -out {asked}",
+        f"x509 -req -copy_extensions copy -in {asked} -signkey {key} -out {path} -days {days}",
+    ):
+        subprocess.run(["openssl", *command.split()], check=True, capture_output=True)
+    if is_trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
     server = FaultServer(make_llama(3), make_tokenizer())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
+    context.load_cert_chain(path, key)
     server.wrap(context)
     url = server.url.replace("http", "https")
-    with server, ServerPool([url], QUICK) as pool, pytest.raises(ServerError, match="certificate verify failed"):
-        probe(pool, texts={}, canary=CANARY, top_k=TOP_K)
+    fails = pytest.raises(ServerError, match=f"certificate verify failed: {wrong}") if wrong else nullcontext()
+    with server, ServerPool([url], QUICK) as pool, fails:
+        assert probe(pool, texts={}, canary=CANARY, top_k=TOP_K).model == "teacher"
 
 
 def test_memory_stays_bounded(server: FaultServer) -> None:

@@ -32,6 +32,7 @@ from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal, TopKSignal
 from opsd.teachers import LiveTeacher, StudentHandle, Teacher, TeacherPrompts, TeacherView
 from opsd.training.groups import placeholders
+from opsd.training.off_policy import off_policy_completions
 from opsd.training.sampling import rollout_settings
 from opsd.training.sampling_check import Agreement, sampling_gap
 from opsd.training.trainer import OPSDTrainer
@@ -147,9 +148,21 @@ class Patient:
 
     # ---- rollouts and scores ----------------------------------------------------------------------------------
 
+    @property
+    def are_given(self) -> bool:
+        """Whether rollouts are the rows' own completions."""
+        return self.teacher.needs_given_rollouts
+
     @cached_property
     def sampled(self) -> tuple[list[Ids], float]:
-        """The student's rollouts, with the run's engine and settings, and the seconds they took."""
+        """The student's rollouts, with the run's engine and settings, and the seconds they took.
+
+        Where the teacher scores given rollouts only, the rows' own completions.
+        """
+        if self.are_given:
+            limit = self.trainer.generation_config.max_new_tokens
+            given = (self.rows, self.args, limit, self.teacher, self.student, self.trainer.eos_token_ids)
+            return off_policy_completions(*given)[0], 0.0
         start, run = time.perf_counter(), {"temperature": self.args.temperature, **rollout_settings(self.args)}
         completions = self._generate(do_sample=True, seed=self.args.seed, **run)
         return completions, time.perf_counter() - start

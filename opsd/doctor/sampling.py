@@ -15,6 +15,9 @@ find = functools.partial(Finding, "sampling")
 
 def check_sampling(patient: Patient) -> Iterator[Finding]:
     """Compare −log p of the sampled tokens with the student's entropy: for samples of it the two means are equal."""
+    if patient.are_given:
+        yield find("skip", "the rollouts are the rows' own completions, whoever sampled them.")
+        return
     agreement = patient.agreement
     if not agreement.tokens:
         yield find("skip", "every rollout is empty.")

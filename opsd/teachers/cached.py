@@ -109,5 +109,7 @@ class CachedTeacher(ListingTeacher):
         return {"scores": {name: value for name, value in self._store.manifest.items() if name != "shown"}}
 
     def describe(self) -> str:
-        """Return whose scores they are, and how many."""
-        return f"scores of {len(self._store):,} rollouts in {self.path}, by {self._store.manifest['shown']}"
+        """Return whose scores they are, under which context, and how many."""
+        scored = self._store.manifest
+        shown = f"{scored['shown']}; its context: {scored['context']}"
+        return f"scores of {len(self._store):,} rollouts in {self.path}, by {shown}"

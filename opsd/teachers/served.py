@@ -11,17 +11,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opsd.errors import CheckpointError, ConfigError, ServerError, not_one_of
-from opsd.models.forward import embedded_tokens
+from opsd.models.forward import embedded_tokens, last_hidden
 from opsd.models.generation import stop_ids_of
+from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
 from opsd.serving.answers import Asked, TokenScores
-from opsd.serving.pool import Limits, ServerPool
+from opsd.serving.pool import Canary, Limits, ServerPool
 from opsd.serving.probe import LEAST_TOLERANCE, ServerFacts, probe
 from opsd.signals import TOP_K, TopKSignal
 from opsd.teachers.checks import check_state_keys
@@ -29,6 +32,7 @@ from opsd.teachers.listing import ListingTeacher
 from opsd.teachers.prompting import ContextLike, Row
 from opsd.teachers.student import StudentHandle
 from opsd.teachers.tokenizers import PROBES
+from opsd.teachers.weight_copy import adapter_off
 
 ON_FAILURE = ("stop", "wait", "drop")
 API_KEY = "OPSD_API_KEY"
@@ -102,6 +106,7 @@ class ServedTeacher(ListingTeacher):
         self._pool = ServerPool(self.url, limits, api_key=os.environ.get(api_key_env))
         self.url = self._pool.urls
         self._facts: ServerFacts | None = None
+        self._drift = np.zeros(1, np.float32)  # of the canary's scores from the same weights here, where these are here
         self._pending: dict[Asked, Future[TokenScores]] = {}
         self._settled: dict[Asked, TokenScores] = {}  # of the micro-batch that is scored next
         self._lost = set[Asked]()  # of this generation batch
@@ -121,6 +126,8 @@ class ServedTeacher(ListingTeacher):
         self.top_k = min(self.top_k, embedded_tokens(student.model))
         canary = Asked(tuple([token for ids in texts.values() for token in ids][:CANARY_TOKENS]), 1)
         self._facts = probe(self._pool, model=self.model, texts=texts, canary=canary, top_k=self.top_k)
+        if self._facts.source and self._facts.source == getattr(student.model.config, "_name_or_path", None):
+            self._drift = np.abs(self.canary.scores.sampled_T - _logprobs_here(student, canary))
 
     @property
     def facts(self) -> ServerFacts:
@@ -128,6 +135,12 @@ class ServedTeacher(ListingTeacher):
         _ = self.student
         assert self._facts is not None
         return self._facts
+
+    @property
+    def canary(self) -> Canary:
+        """The text that is sent with every request, and its scores; once prepared."""
+        assert self._pool.canary is not None
+        return self._pool.canary
 
     # ---- scoring ---------------------------------------------------------------------------------------------------
 
@@ -256,8 +269,7 @@ class ServedTeacher(ListingTeacher):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the scores of the canary, by which a resumed run knows the model again."""
-        assert self._pool.canary is not None
-        return {"canary": torch.from_numpy(self._pool.canary.scores.sampled_T)}
+        return {"canary": torch.from_numpy(self.canary.scores.sampled_T)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Compare the model that is served now with that of the checkpoint.
@@ -266,10 +278,8 @@ class ServedTeacher(ListingTeacher):
             CheckpointError: it is another one.
         """
         check_state_keys(state, ["canary"], self.strategy)
-        canary = self._pool.canary
-        assert canary is not None
-        distance = float((state["canary"] - torch.from_numpy(canary.scores.sampled_T)).abs().mean())
-        if distance > canary.tolerance:
+        distance = float((state["canary"] - torch.from_numpy(self.canary.scores.sampled_T)).abs().mean())
+        if distance > self.canary.tolerance:
             raise CheckpointError(
                 "the servers have another model than when the checkpoint was written: a text that was scored then "
                 f"differs by {distance:.3g} nats per token. The run would go on with another teacher. Serve the first."
@@ -277,14 +287,21 @@ class ServedTeacher(ListingTeacher):
 
     @property
     def cautions(self) -> list[str]:
-        """Says so where a server's rounding hides other models."""
-        canary = self._pool.canary
-        if canary is None or canary.tolerance <= LEAST_TOLERANCE:
-            return []
-        return [
-            f"the servers' answers to one request differ by {self.noise:.2g} nats per token: another model in the "
-            f"teacher's place is noticed only where it differs by {canary.tolerance:.2g}. float32 (--dtype) is exact."
-        ]
+        """Says so where a server's rounding hides other models, or is part of what is taught."""
+        found = []
+        if self._facts and self.canary.tolerance > LEAST_TOLERANCE:
+            found.append(
+                f"the servers' answers to one request differ by {self.noise:.2g} nats per token: another model in the "
+                f"teacher's place is noticed only where it differs by {self.canary.tolerance:.2g}. float32 (--dtype) "
+                "is exact."
+            )
+        if self._drift.mean() > LEAST_TOLERANCE:
+            found.append(
+                f"the servers' log-probabilities of a text differ from those of the same weights here by "
+                f"{self._drift.mean():.2g} nats per token, {self._drift.max():.2g} at most, as bfloat16's do: the loss "
+                "contains this difference. Serve the teacher in float32 (--dtype float32)."
+            )
+        return found
 
     def sample(
         self,
@@ -305,3 +322,14 @@ class ServedTeacher(ListingTeacher):
         seeds = [{} if seed is None else {"seed": seed + number} for number in range(len(prompts))]
         each = [{**asked, **own} for own in seeds]
         return self._pool.sample(self.facts.model, prompts, max_new_tokens, each)
+
+
+@torch.no_grad()
+def _logprobs_here(student: StudentHandle, asked: Asked) -> np.ndarray:
+    """Return log p of a sequence's scored tokens under the weights that the student began with, in nats."""
+    ids, model = torch.tensor([asked.ids], device=student.device), student.model
+    at = torch.arange(asked.start - 1, len(asked.ids) - 1, device=student.device)
+    with adapter_off(model) if hasattr(model, "disable_adapter") else nullcontext():
+        hidden_TD = last_hidden(model, ids, torch.zeros_like(at), at)
+        logprobs_TV = Head.from_model(model).logits(hidden_TD).float().log_softmax(-1)
+    return logprobs_TV.gather(1, ids[0, at + 1, None])[:, 0].cpu().numpy()

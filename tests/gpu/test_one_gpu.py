@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import make_llama, make_rows, make_tokenizer
 from datasets import Dataset
-from helpers import LORA, changed, logged, make_args, make_rollouts, make_trainer, snapshot
+from helpers import LORA, MAKE_TEACHER, changed, logged, make_args, make_rollouts, make_trainer, snapshot
 from losses_cases import DIVERGENCE_CASES, name_of, problem
 from losses_twin import TOLERANCE, is_close, measured, reference
 from peft import LoraConfig
@@ -58,12 +58,16 @@ def start(folder: Path, teacher: Any = None, **changes: Any) -> OPSDTrainer:
     return make_trainer(folder, teacher, make_model(), **{"use_cpu": False, **changes})
 
 
-def start_by_name(folder: Path, changes: dict[str, Any], **arguments: Any) -> OPSDTrainer:
-    """A run whose model is loaded by its name, as a command loads it."""
+def saved_model(folder: Path) -> str:
     make_model().bfloat16().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def start_by_name(folder: Path, changes: dict[str, Any], **arguments: Any) -> OPSDTrainer:
+    """A run whose model is loaded by its name, as a command loads it."""
     return OPSDTrainer(
-        str(folder / "model"),
+        saved_model(folder),
         SameCheckpointTeacher(context="answer_only"),
         args=make_args(folder / "run", **{"use_cpu": False, "bf16": True, **changes}),
         train_dataset=Dataset.from_list(make_rows()),
@@ -162,9 +166,14 @@ def test_flash_attention_agrees_with_its_teacher(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="needs vllm")
-def test_rollouts_of_vllm_are_the_students_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    engine = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.2, "max_steps": 3}
-    trainer = start_by_name(tmp_path, {**engine, "max_completion_length": 32, "importance_clip": 2.0})
+@pytest.mark.parametrize("teacher", MAKE_TEACHER)
+def test_rollouts_of_vllm_are_the_students_own(
+    teacher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Each engine lives until this process ends, so each gets a small share of the memory.
+    engine = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05, "max_steps": 3}
+    settings = {**engine, "use_cpu": False, "bf16": True, "max_completion_length": 32, "importance_clip": 2.0}
+    trainer = make_trainer(tmp_path / "run", MAKE_TEACHER[teacher](), saved_model(tmp_path), **settings)
     trainer.train()
     assert len(logged(trainer, "loss")) == 3
     assert "not the student's own distribution" not in capsys.readouterr().out

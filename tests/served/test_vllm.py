@@ -78,7 +78,8 @@ def test_what_it_says_of_itself(vllm: VLLM, student: StudentHandle) -> None:
     teacher.prepare(student)
     facts = teacher.facts
     assert facts.model == "teacher" and facts.max_length == MOST_TOKENS - 1 and facts.compared_tokens
-    assert facts.noise < EXACT
+    assert facts.noise < EXACT and facts.source == packaged_model()
+    assert 0 < teacher._drift.max() < EXACT and not teacher.cautions
 
 
 def test_it_samples_as_the_model_does(vllm: VLLM, student: StudentHandle, rollouts: Rollouts) -> None:
