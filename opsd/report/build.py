@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from opsd.evaluation.compare import Comparison
@@ -88,7 +89,7 @@ def _about(run: ReportedRun) -> str:
         parts += [f"loss: {run.card['divergence']['description']}"]
         control = run.card["settings"].get("control")
         parts += [f"a control: {control}"] if control else []
-    return " · ".join(parts)
+    return " · ".join(parts).replace(f"{Path.home()}/", "~/")  # a page is shown to others
 
 
 def _splits(run: ReportedRun) -> Iterator[dict[str, Any]]:
