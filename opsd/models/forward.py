@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from opsd.errors import LengthError, UnsupportedModelError
 from opsd.models.head import Head
@@ -69,7 +70,9 @@ def check_lengths(
             )
 
 
-def last_hidden(model: nn.Module, ids_BL: Tensor, row_N: Tensor, position_N: Tensor) -> Tensor:
+def last_hidden(
+    model: nn.Module, ids_BL: Tensor, row_N: Tensor, position_N: Tensor, *, past: Cache | None = None
+) -> Tensor:
     """Return the last hidden states (after the final norm, before the head) at some positions.
 
     Passes ids alone. Rows start at position 0 and are padded on the right, where causal attention sees no padding; a
@@ -78,14 +81,16 @@ def last_hidden(model: nn.Module, ids_BL: Tensor, row_N: Tensor, position_N: Ten
     Args:
         ids_BL: int64 token ids, padded on the right.
         row_N: int64, rows of the positions.
-        position_N: int64, the positions.
+        position_N: int64, the positions, counted from the first of these ids.
+        past: keys and values of what stands before these ids in every row.
 
     Returns:
         Tensor of shape (N, D), in the model's dtype.
     """
     for sequences in _COUNTERS:
         sequences.append(len(ids_BL))
-    return backbone(model)(input_ids=ids_BL, use_cache=False).last_hidden_state[row_N, position_N]
+    cached = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
+    return backbone(model)(input_ids=ids_BL, **cached).last_hidden_state[row_N, position_N]
 
 
 @contextmanager
@@ -133,7 +138,7 @@ def all_hidden(model: nn.Module, ids_BL: Tensor) -> Tensor:
 
 
 @contextmanager
-def _precise(model: nn.Module, device: str) -> Iterator[torch.dtype | None]:
+def precise(model: nn.Module, device: str) -> Iterator[torch.dtype | None]:
     """Leave the run's autocast for a block where the model can compute without it, and yield the one that stays.
 
     FlashAttention refuses float32; everything else is compared more closely in it.
@@ -158,7 +163,7 @@ def check_model(model: nn.Module, vocab_size: int) -> None:
         UnsupportedModelError: the two differ; names the model's class and the difference.
     """
     ids_BL = probe(model, vocab_size)
-    with evaluating(model), _precise(model, ids_BL.device.type) as dtype:
+    with evaluating(model), precise(model, ids_BL.device.type) as dtype:
         hidden_ND = all_hidden(model, ids_BL)
         logits_NV = Head.from_model(model).logits(hidden_ND)
         expected_NV = model(input_ids=ids_BL, use_cache=False).logits.flatten(0, 1).to(logits_NV.dtype)
