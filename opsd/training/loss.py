@@ -27,6 +27,7 @@ from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
 from opsd.training.averages import Tally
 from opsd.training.config import OPSDConfig
+from opsd.training.micro_batches import in_order
 from opsd.training.together import failing_together
 from opsd.training.token_selection import TokenSelection, pass_rate_need
 
@@ -132,6 +133,10 @@ class Scorer:
         for view in self.views:
             view.expect(rollouts)
         return self.teacher.adjust_rollouts(rollouts)
+
+    def in_order(self, rollouts: Rollouts, parts: int) -> Rollouts:
+        """Return the rows in the order in which micro-batches compute the fewest tokens, here and in local teachers."""
+        return rollouts.sorted_by_length() if self.teacher.lists else in_order(rollouts, parts)
 
     def context_metrics(self) -> dict[str, Tally]:
         """Return the context metrics since the last call."""

@@ -277,7 +277,7 @@ class OPSDTrainer(SavingTrainer):
             return self._scored(self._generate_and_score_completions(generation_batch))
         steps = self.args.gradient_accumulation_steps
         if self._step % steps == 0 or self._buffered_inputs is None:
-            rollouts = self._generate_and_score_completions(generation_batch).sorted_by_length()
+            rollouts = self.scorer.in_order(self._generate_and_score_completions(generation_batch), steps)
             rollouts = self.tracer.mark(rollouts, self.state.global_step + 1)
             count = torch.tensor(rollouts.num_scorable, device=self.accelerator.device)
             total = int(self.accelerator.gather(count).sum())
