@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_llama
-from helpers import MAKE_TEACHER, make_rollouts, make_trainer, prepared
+from helpers import MAKE_TEACHER, make_rollouts, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
 from test_families import FAMILIES, make_model
@@ -16,63 +16,58 @@ from test_families import FAMILIES, make_model
 from opsd import SameCheckpointTeacher
 from opsd.models import passes
 from opsd.models.forward import counting_passes, last_hidden
-from opsd.models.passes import PASS, Family, can_share_prefixes, hidden_in_passes, plan_passes
+from opsd.models.passes import Family, can_share_prefixes, hidden_in_passes, plan_passes, tokens_of
 from opsd.rollouts import Rollouts
 
 UNSHARED = {"lfm2"}  # convolutions keep states of their own
 
 ids = st.lists(st.integers(1, 3), min_size=1, max_size=6)
-sequences = st.lists(st.tuples(ids, ids), min_size=1, max_size=9)
+sequences = st.lists(st.tuples(ids, ids | st.just([])), min_size=1, max_size=9)
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another pass is worth one token."""
     monkeypatch.setattr(passes, "PASS", 1)
-    passes._ends.cache_clear()
 
 
 @given(sequences, st.booleans(), st.sampled_from([1, 8]))
 def test_a_plan_computes_every_row_once_and_never_more_than_one_pass_would(
-    rows: list[tuple[list[int], list[int]]], shares: bool, least: int
+    rows: list[tuple[list[int], list[int]]], shares: bool, a_pass: int
 ) -> None:
-    with ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(passes, "PASS", least)
-        passes._ends.cache_clear()
-        whole = [prompt + rest for prompt, rest in rows] + [[]]
-        first = [len(prompt) - 1 for prompt, _ in rows] + [0]
-        plan = plan_passes(whole, first, shares=shares)
-        assert sorted(row for family in plan for each in family.passes for row in each) == list(range(len(rows)))
-        for family in plan:
-            members = [row for each in family.passes for row in each]
-            assert len({tuple(whole[row][: family.prefix]) for row in members}) == 1
-            assert family.prefix <= min(first[row] for row in members) and (shares or not family.prefix)
-        lengths = [len(each) for each in whole]
-        one = Family(0, (tuple(range(len(rows))),)).cost(lengths)
-        assert sum(family.cost(lengths) for family in plan) <= one
+    prompts, completions = zip(*rows, strict=True)
+    plan = plan_passes(prompts, completions, shares=shares, a_pass=a_pass)
+    scored = [row for row, completion in enumerate(completions) if completion]
+    assert sorted(row for family in plan for each in family.passes for row in each) == scored
+    for family in plan:
+        members = [row for each in family.passes for row in each]
+        assert len({tuple(prompts[row][: family.prefix]) for row in members}) == 1
+        assert family.prefix < min(len(prompts[row]) for row in members) and (shares or not family.prefix)
+    lengths = [len(prompt) + len(completion) - 1 for prompt, completion in rows]
+    one = Family(0, (tuple(scored),)).cost(lengths, a_pass) if scored else 0
+    assert sum(family.cost(lengths, a_pass) for family in plan) <= one
 
 
 def test_rollouts_of_one_row_compute_its_prompt_once() -> None:
-    """Eight rollouts of 200 tokens, and a trace of 1,500: less than a third of the tokens."""
-    prompt = list(range(1500))
-    (family,) = plan_passes([prompt + [7, number] * 100 for number in range(8)], [1499] * 8)
+    """Eight rollouts of 200 tokens, and a trace of 1,500: less than a quarter of the tokens."""
+    prompts, completions = [list(range(1500))] * 8, [[7, number] * 100 for number in range(8)]
+    (family,) = plan_passes(prompts, completions)
     assert family == Family(1499, (tuple(range(8)),))
-    assert family.cost([1700] * 8) - 2 * PASS < 8 * 1700 / 4
+    assert tokens_of(prompts, completions) < 8 * 1700 / 4
 
 
 def test_rows_with_the_same_examples_and_groups_in_them() -> None:
-    examples = list(range(600))
-    rows = [[*examples, 600 + number, *range(9)] for number in range(8)]
-    assert plan_passes(rows, [600] * 8) == [Family(600, (tuple(range(8)),))]
-    assert plan_passes(rows, [600] * 8, shares=False) == [Family(0, (tuple(range(8)),))]
-    groups = [[*range(start, start + 1200), 5] for start in (0, 0, 0, 7, 7, 7)]
-    assert plan_passes(groups, [1200] * 6) == [Family(1200, ((0, 1, 2),)), Family(1200, ((3, 4, 5),))]
+    examples, completion = list(range(600)), list(range(9))
+    prompts = [[*examples, 600 + number] for number in range(8)]
+    assert plan_passes(prompts, [completion] * 8) == [Family(600, (tuple(range(8)),))]
+    assert plan_passes(prompts, [completion] * 8, shares=False) == [Family(0, (tuple(range(8)),))]
+    groups = [list(range(start, start + 1200)) for start in (0, 0, 0, 7, 7, 7)]
+    assert plan_passes(groups, [[5]] * 6) == [Family(1199, ((0, 1, 2),)), Family(1199, ((3, 4, 5),))]
 
 
 def test_rows_of_like_length_share_a_pass() -> None:
-    lengths = [10, 1000, 12, 990]
-    (family,) = plan_passes([list(range(number, number + length)) for number, length in enumerate(lengths)], [9] * 4)
+    prompts = [[number] * length for number, length in enumerate([10, 1000, 12, 990])]
+    (family,) = plan_passes(prompts, [[5, 6]] * 4)
     assert sorted(family.passes) == [(0, 2), (1, 3)] and family.prefix == 0
 
 
@@ -99,35 +94,52 @@ def examined(count: int = 8) -> Rollouts:
     return make_rollouts(count).mask_rows([number in (1, 5) for number in range(count)])
 
 
-@pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("teacher", [name for name in MAKE_TEACHER if name not in ("served", "past_checkpoint")])
-@pytest.mark.parametrize("student", ["full", "arriving adapter"])
-def test_every_teacher_gives_the_states_of_one_pass(teacher: str, student: str, tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, MAKE_TEACHER[teacher](), student)
-
-    def states() -> tuple[list[torch.Tensor], list[int]]:
-        with counting_passes() as made, torch.no_grad():
-            signal = trainer.teacher.score(trainer.teacher.prompts.render(examined()))
-        return [signal.logprobs(torch.tensor(examined().scored_ids))], made
-
-    (shared,), made = states()
+@contextmanager
+def one_pass() -> Iterator[None]:
+    """Plan one pass over all rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("opsd.teachers.local.plan_passes", lambda *args, **kwargs: [])
-        (one,), whole = states()
-    assert 1 in made and len(made) > len(whole), "a prefix was computed for one row"
-    assert (shared - one).abs().max() < 1e-5
+        patch.setattr(
+            passes, "plan_passes", lambda prompts, *args, **kwargs: [Family(0, (tuple(range(len(prompts))),))]
+        )
+        yield
 
 
-def test_a_teacher_with_the_students_own_prompts_makes_the_students_pass() -> None:
-    """Equal weights then give equal numbers, to the bit; and no other teacher's rows are computed for nothing."""
-    model = make_llama(0)
-    teacher = prepared(SameCheckpointTeacher(), model)
-    rollouts = teacher.prompts.render(examined())
-    batch = rollouts.pad("cpu")
-    with torch.no_grad():
-        own_ND = last_hidden(model.eval(), batch.ids_BL, batch.row_N, batch.position_N)
-        assert torch.equal(teacher.score(rollouts).hidden_ND, own_ND)
-    shown = prepared(SameCheckpointTeacher(context="answer_only"), make_llama(0))
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("teacher", [name for name in MAKE_TEACHER if name != "served"])
+@pytest.mark.parametrize("student", ["full", "arriving adapter"])
+def test_loss_and_gradients_are_those_of_one_pass(teacher: str, student: str, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, MAKE_TEACHER[teacher](), student, ref_kl_coef=0.1)
+    rollouts = trainer.scorer.prepare_rollouts(examined())
+
+    def step() -> tuple[float, torch.Tensor, list[int]]:
+        trainer.model.train()
+        trainer.model.zero_grad()
+        with counting_passes() as made:
+            loss = trainer.compute_loss(trainer.model, trainer._scored(rollouts.with_num_loss_tokens(9)))
+        loss.backward()
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        return float(loss.detach()), torch.cat(gradients), made
+
+    loss, gradients, made = step()
+    with one_pass():
+        expected_loss, expected, whole = step()
+    assert 1 in made and len(made) >= 2 * len(whole), "a prefix was computed for one row, in each pass"
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert (gradients - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.usefixtures("eager")
+def test_a_teacher_with_the_students_own_prompts_makes_the_students_passes(checkpointing: bool, tmp_path: Path) -> None:
+    """Equal weights then give equal numbers, to the bit; rows without a scored token are in no pass."""
+    trainer = make_trainer(tmp_path, SameCheckpointTeacher(), gradient_checkpointing=checkpointing)
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable()
+    rollouts = trainer.scorer.prepare_rollouts(examined())
+    trainer.model.train()
     with counting_passes() as made:
-        shown.score(shown.prompts.render(examined()))
-    assert made == [6], "rows without a scored token are in no pass"
+        signal = trainer.teacher.score(rollouts)
+        own_ND = trainer.scorer.hidden(trainer.model, rollouts, rollouts.pad("cpu"))
+    assert torch.equal(signal.hidden_ND, own_ND) and own_ND.requires_grad
+    assert made[: len(made) // 2] == made[len(made) // 2 :]
+    assert sum(made) == 2 * (6 if checkpointing else 7)

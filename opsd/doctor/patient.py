@@ -26,7 +26,7 @@ from opsd.errors import ConfigError
 from opsd.evaluation.graders import NUMBER, grade_rows, load_grader
 from opsd.evaluation.likelihood import logprobs
 from opsd.losses import Divergence, LossOutput, Objective, Tokens
-from opsd.models.forward import context_length, keeping_modes, last_hidden
+from opsd.models.forward import context_length, keeping_modes
 from opsd.models.head import Head
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import TeacherSignal, TopKSignal
@@ -216,10 +216,10 @@ class Patient:
         for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
             reverse_kl = _reverse_kl_from(signal)
             plain = Objective(reverse_kl, loss_budget_mb=run.loss_budget_mb, compile_loss=run.compile_loss)
-            padded = batch.pad(next(self.student.model.parameters()).device)
+            padded = batch.pad("cpu")
             with torch.no_grad(), self._training(), self.trainer.accelerator.autocast():
-                hidden_ND = last_hidden(self.student.model, padded.ids_BL, padded.row_N, padded.position_N)
-                ones_N = torch.ones(len(hidden_ND), device=hidden_ND.device)
+                hidden_ND = self.trainer.scorer.hidden(self.student.model, batch, padded)
+                padded, ones_N = padded.to(hidden_ND.device), torch.ones(len(hidden_ND), device=hidden_ND.device)
                 tokens = Tokens(weight_N=ones_N, ids_N=padded.scored_ids_N, row_N=padded.row_N)
                 head = Head.from_model(self.student.model)
                 records.append(plain(hidden_ND, head, signal, tokens))

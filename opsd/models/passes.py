@@ -1,8 +1,9 @@
-"""Passes without gradient over sequences of uneven length: a beginning in common is computed once, little is padded.
+"""Passes over sequences of uneven length: a beginning that they have in common is computed once, little is padded.
 
-A teacher's prompts begin alike: the system turn and the worked examples are those of every row, and rollouts of one row
-have the whole prompt in common. Its keys and values are computed once, and each sequence goes on from there. Rows of
-about the same length share a pass. Knows a model, token ids and positions; nothing of rollouts, teachers or losses.
+Prompts begin alike: the system turn and the worked examples are those of every row, and rollouts of one row have the
+whole prompt in common. Its keys and values are computed once, and each sequence goes on from there; gradients are the
+same sums in another order. Rows of about the same length share a pass. Knows a model, token ids and positions; nothing
+of rollouts, teachers or losses.
 
 Shapes: B rows · L tokens of a padded sequence · P tokens of a shared prefix · N scored positions (packed) · D width
 """
@@ -20,18 +21,19 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from opsd.models.forward import PROBE_TOLERANCE, all_hidden, evaluating, last_hidden, precise, probe
+from opsd.models.forward import PROBE_TOLERANCE, all_hidden, evaluating, language_model, last_hidden, precise, probe
+from opsd.models.sharding import is_sharded
 
 Ids = list[int]
-# Tokens that one more pass must save: a pass of few tokens costs what reading the weights does.
-PASS = 512
+# Tokens that one more pass must save: on a CPU what reading the weights costs, elsewhere what starting kernels does.
+PASS, PASS_OF_DEVICE = 128, 1024
 
 
 @dataclass(frozen=True)
 class Family:
     """Rows that begin alike, and the passes that compute the rest of them.
 
-    >>> plan_passes([[5, 6, 7, 8], [5, 6, 7, 9]], [3, 3])  # too short to be worth another pass
+    >>> plan_passes([[5, 6, 7], [5, 6, 7]], [[8, 2], [9]])  # too short to be worth another pass
     [Family(prefix=0, passes=((0, 1),))]
 
     Args:
@@ -42,42 +44,80 @@ class Family:
     prefix: int
     passes: tuple[tuple[int, ...], ...]
 
-    def cost(self, lengths: Sequence[int]) -> int:
-        """Return the tokens that are computed, padding included, and PASS for each pass.
+    def cost(self, lengths: Sequence[int], a_pass: int) -> int:
+        """Return the tokens that are computed, padding included, and what each pass costs beside them.
 
         Args:
             lengths: of all sequences, in tokens.
+            a_pass: tokens that one more pass must save.
         """
-        rest = (len(rows) * (max(lengths[row] for row in rows) - self.prefix) + PASS for rows in self.passes)
-        return sum(rest) + (self.prefix + PASS if self.prefix else 0)
+        rest = (len(rows) * (max(lengths[row] for row in rows) - self.prefix) + a_pass for rows in self.passes)
+        return sum(rest) + (self.prefix + a_pass if self.prefix else 0)
 
 
-def plan_passes(sequences: Sequence[Ids], first: Sequence[int], *, shares: bool = True) -> list[Family]:
-    """Divide sequences into families and passes, so that few tokens are computed.
+def plan_passes(
+    prompts: Sequence[Ids], completions: Sequence[Ids], *, shares: bool = True, a_pass: int = PASS
+) -> list[Family]:
+    """Divide rows into families and passes, so that few tokens are computed.
 
     Args:
-        sequences: token ids; those of a row that needs no state may be empty, and are in no pass.
-        first: per row, the first position whose state is needed.
+        prompts: token ids.
+        completions: up to their last scored token; rows whose completion is empty are in no pass.
         shares: whether prefixes may be shared.
+        a_pass: tokens that one more pass must save.
     """
-    rows = [row for row, ids in enumerate(sequences) if ids]
-    lengths = [len(ids) for ids in sequences]
-    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for row in rows:
-        by_prompt[tuple(sequences[row][: first[row]])].append(row)
-    groups = [group for group in by_prompt.values() if len(group) > 1]
-    alone = [group[0] for group in by_prompt.values() if len(group) == 1]
-    divisions = [[rows], [*groups, *([alone] if alone else [])]] if shares and groups else [[rows]]
-    plans = ([_family(group, sequences, first, shares) for group in division if group] for division in divisions)
-    return min(plans, key=lambda plan: sum(family.cost(lengths) for family in plan))
+    # The last token predicts nothing that is scored, and the last of the prompt predicts the first.
+    sequences = [(p + c)[:-1] if c else [] for p, c in zip(prompts, completions, strict=True)]
+    plan = _Planner(sequences, [len(prompt) - 1 for prompt in prompts], shares, a_pass)
+    return min(map(plan.families, plan.divisions()), key=plan.cost)
 
 
-def _family(rows: Sequence[int], sequences: Sequence[Ids], first: Sequence[int], shares: bool) -> Family:
-    """Return the cheaper of two ways to compute rows: with their common prefix computed once, or without."""
-    lengths = [len(ids) for ids in sequences]
-    common = min(_common([sequences[row] for row in rows]), min(first[row] for row in rows)) if shares else 0
-    families = [Family(prefix, tuple(_passes(rows, lengths, prefix))) for prefix in {0, common}]
-    return min(families, key=lambda family: (family.cost(lengths), family.prefix))
+def tokens_of(prompts: Sequence[Ids], completions: Sequence[Ids]) -> int:
+    """Return what the best plan computes, in tokens; see `Family.cost`."""
+    lengths = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]
+    return sum(family.cost(lengths, PASS) for family in plan_passes(prompts, completions))
+
+
+class _Planner:
+    """Finds families of sequences; `first` is, per row, the first position whose state is needed."""
+
+    def __init__(self, sequences: Sequence[Ids], first: Sequence[int], shares: bool, a_pass: int):
+        self._sequences, self._first, self._shares, self._a_pass = sequences, first, shares, a_pass
+        self._lengths = [len(ids) for ids in sequences]
+
+    def cost(self, families: Sequence[Family]) -> int:
+        return sum(family.cost(self._lengths, self._a_pass) for family in families)
+
+    def divisions(self) -> list[list[list[int]]]:
+        """Return ways to divide the rows: all together, and by prompt."""
+        rows = [row for row, length in enumerate(self._lengths) if length]
+        by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for row in rows if self._shares else ():
+            by_prompt[tuple(self._sequences[row][: self._first[row]])].append(row)
+        groups = [group for group in by_prompt.values() if len(group) > 1]
+        alone = [group[0] for group in by_prompt.values() if len(group) == 1]
+        return [[rows], [*groups, alone]] if groups else [[rows]]
+
+    def families(self, division: Sequence[Sequence[int]]) -> list[Family]:
+        """Return a family for each part of a division."""
+        return [self._family(rows) for rows in division if rows]
+
+    def _family(self, rows: Sequence[int]) -> Family:
+        """Return the cheaper of two ways to compute rows: with their common prefix computed once, or without."""
+        common = 0
+        if self._shares:
+            common = min(_common([self._sequences[row] for row in rows]), min(self._first[row] for row in rows))
+        families = [Family(prefix, tuple(self._passes(rows, prefix))) for prefix in {0, common}]
+        return min(families, key=lambda family: (self.cost([family]), family.prefix))
+
+    def _passes(self, rows: Sequence[int], prefix: int) -> Iterable[tuple[int, ...]]:
+        """Divide rows into passes of like lengths."""
+        ordered = sorted(rows, key=lambda row: -self._lengths[row])
+        lengths = tuple(self._lengths[row] - prefix for row in ordered)
+        if len(lengths) * lengths[0] - sum(lengths) <= self._a_pass:  # nothing to gain
+            return [tuple(rows)]
+        ends = _ends(lengths, self._a_pass)
+        return [tuple(sorted(ordered[start:end])) for start, end in zip((0, *ends), ends, strict=False)]
 
 
 def _common(sequences: Sequence[Ids]) -> int:
@@ -86,22 +126,12 @@ def _common(sequences: Sequence[Ids]) -> int:
     return next((n for n, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
 
 
-def _passes(rows: Sequence[int], lengths: Sequence[int], prefix: int) -> Iterable[tuple[int, ...]]:
-    """Divide rows into passes of like lengths: the least padding, with PASS for each pass."""
-    ordered = sorted(rows, key=lambda row: -lengths[row])
-    longest = lengths[ordered[0]] - prefix
-    if sum(longest - (lengths[row] - prefix) for row in rows) <= PASS:  # nothing to gain
-        return [tuple(rows)]
-    ends = _ends(tuple(lengths[row] - prefix for row in ordered))
-    return [tuple(sorted(ordered[start:end])) for start, end in zip((0, *ends), ends, strict=False)]
-
-
 @lru_cache(maxsize=64)
-def _ends(lengths: tuple[int, ...]) -> tuple[int, ...]:
+def _ends(lengths: tuple[int, ...], a_pass: int) -> tuple[int, ...]:
     """Return where passes end in a list of lengths, longest first: the shortest path over the places between rows."""
     best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
     for end in range(1, len(lengths) + 1):
-        costs = ((best[start][0] + PASS + (end - start) * lengths[start], start) for start in range(end))
+        costs = ((best[start][0] + a_pass + (end - start) * lengths[start], start) for start in range(end))
         cost, start = min(costs)
         best.append((cost, (*best[start][1], end)))
     return best[-1][1]
@@ -131,21 +161,40 @@ def _shared_prefix(model: nn.Module, ids_P: Tensor) -> DynamicCache:
     return shared
 
 
-def hidden_in_passes(
-    model: nn.Module, ids_BL: Tensor, row_N: Tensor, position_N: Tensor, plan: Sequence[Family]
+def scored_hidden(
+    model: nn.Module,
+    prompts: Sequence[Ids],
+    completions: Sequence[Ids],
+    padded: tuple[Tensor, Tensor, Tensor],
+    *,
+    shares: bool,
 ) -> Tensor:
-    """Return the last hidden states at some positions, computed as planned; without gradient.
+    """Return the last hidden states that predict scored tokens, in the passes that compute few tokens.
+
+    Processes that exchange a sharded model's weights make the same passes: there it is one over all rows.
 
     Args:
-        model: in eval mode.
-        ids_BL: int64 token ids, padded on the right; on the CPU.
-        row_N: int64, rows of the positions; on the CPU.
-        position_N: int64, the positions; on the CPU.
-        plan: of the sequences up to their last position.
+        model: the student or a teacher.
+        prompts: token ids.
+        completions: up to their last scored token.
+        padded: ids (B, L) of both together, padded on the right, and rows and positions (N,) of the states; int64, on
+            the CPU.
+        shares: whether prefixes may be shared (`can_share_prefixes`).
 
     Returns:
         Tensor of shape (N, D), in the model's dtype and on its device.
     """
+    device = next(model.parameters()).device
+    if is_sharded(model) or not any(completions):
+        return last_hidden(model, *(each.to(device, non_blocking=True) for each in padded))
+    a_pass = PASS if device.type == "cpu" else PASS_OF_DEVICE
+    return hidden_in_passes(model, *padded, plan_passes(prompts, completions, shares=shares, a_pass=a_pass))
+
+
+def hidden_in_passes(
+    model: nn.Module, ids_BL: Tensor, row_N: Tensor, position_N: Tensor, plan: Sequence[Family]
+) -> Tensor:
+    """Return the last hidden states at some positions, computed as planned; see `scored_hidden`."""
     device, states, places = next(model.parameters()).device, list[Tensor](), list[Tensor]()
     for family in plan:
         past = None
@@ -160,7 +209,14 @@ def hidden_in_passes(
             moved = (each.to(device, non_blocking=True) for each in (ids, row_M, position_M - family.prefix))
             states.append(last_hidden(model, *moved, past=past))
             places.append(place_M)
-    return torch.cat(states)[torch.cat(places).argsort().to(device)]
+    if len(states) == 1:
+        return states[0]
+    return torch.cat(states).index_select(0, torch.cat(places).argsort().to(device))
+
+
+def checkpoints(model: nn.Module) -> bool:
+    """Tell whether a model recomputes its activations in the backward pass: then it keeps no keys and values."""
+    return bool(getattr(language_model(model), "is_gradient_checkpointing", False))
 
 
 def can_share_prefixes(model: nn.Module, vocab_size: int) -> bool:

@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from opsd.errors import AlignmentError
-from opsd.models.forward import check_model, context_length, evaluating, last_hidden
+from opsd.models.forward import check_model, context_length, evaluating
 from opsd.models.generation import generate, stop_ids_of
 from opsd.models.head import Head
-from opsd.models.passes import Family, can_share_prefixes, hidden_in_passes, plan_passes
+from opsd.models.passes import can_share_prefixes, checkpoints, scored_hidden
 from opsd.models.sharding import is_sharded, reshard, run_in_forward
 from opsd.rollouts import Ids, PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal
@@ -88,29 +88,18 @@ class LocalTeacher(Teacher):
             # A module that an adapter saves whole is another one while the adapter is off.
             shares = is_students and Head.from_model(self.model).weight_VD is head.weight_VD
             shares = shares and not head.weight_VD.requires_grad
-            plan = self._plan(rollouts)
-            signal = run_in_forward(self.model, lambda: self._signal(batch, plan, copies_head=not shares))
+            signal = run_in_forward(self.model, lambda: self._signal(rollouts, batch, copies_head=not shares))
             reshard(self.model)
         return replace(signal, head=replace(head.detach(), is_students=True)) if shares else signal
 
-    def _plan(self, rollouts: Rollouts) -> list[Family]:
-        """Return the passes that compute the rollouts; none for one pass over all of them."""
-        prompts, completions = rollouts.prompts_of(self.prompts), rollouts.trimmed_completions
-        # Processes that exchange a sharded model's weights make the same passes. And a teacher with the student's own
-        # prompts makes the student's pass: the same weights then give the same numbers, to the bit.
-        if is_sharded(self.model) or not any(completions) or list(prompts) == list(rollouts.prompt_ids):
-            return []
-        # The last token predicts nothing that is scored.
-        sequences = [(p + c)[:-1] if c else [] for p, c in zip(prompts, completions, strict=True)]
-        return plan_passes(sequences, [len(prompt) - 1 for prompt in prompts], shares=self._shares)
-
-    def _signal(self, batch: PaddedBatch, plan: Sequence[Family], *, copies_head: bool) -> HiddenSignal:
+    def _signal(self, rollouts: Rollouts, batch: PaddedBatch, *, copies_head: bool) -> HiddenSignal:
         """Run the passes on the teacher's device, and move their result to the student's."""
-        if plan:
-            hidden_ND = hidden_in_passes(self.model, batch.ids_BL, batch.row_N, batch.position_N, plan)
-        else:
-            moved = batch.to(next(self.model.parameters()).device)
-            hidden_ND = last_hidden(self.model, moved.ids_BL, moved.row_N, moved.position_N)
+        prompts = rollouts.prompts_of(self.prompts)
+        # With the student's own prompts it makes the student's passes: equal weights give equal numbers, to the bit.
+        as_student = list(prompts) == list(rollouts.prompt_ids) and checkpoints(self.student.model)
+        padded = (batch.ids_BL, batch.row_N, batch.position_N)
+        sequences = (prompts, rollouts.trimmed_completions)
+        hidden_ND = scored_hidden(self.model, *sequences, padded, shares=self._shares and not as_student)
         head = Head.from_model(self.model).detach()
         if is_sharded(self.model) and copies_head:
             # What a pass gathered is dropped after it; the loss reads the head later.

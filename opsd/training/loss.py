@@ -20,8 +20,8 @@ from opsd.contexts.base import Context, ContextCounts
 from opsd.data.needs import Need
 from opsd.errors import ServerError
 from opsd.losses import LossOutput, Tokens
-from opsd.models.forward import last_hidden
 from opsd.models.head import Head
+from opsd.models.passes import can_share_prefixes, checkpoints, scored_hidden
 from opsd.rollouts import PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
@@ -76,6 +76,7 @@ class Scorer:
         if args.contrast_context is not None:
             self.contrast = TeacherView(teacher, teacher.prompts.with_context(args.contrast_context))
         self.selection = TokenSelection()
+        self._shares = False  # whether the student computes prefixes that prompts have in common once
         self._logged_counts = ContextCounts()  # of the contexts, at the last log entry
         self.is_stopped: Callable[[], bool] = lambda: False
 
@@ -117,6 +118,7 @@ class Scorer:
 
     def prepare(self, student: StudentHandle, end_ids: Sequence[int]) -> None:
         """Prepare teacher, reference and token selection, once, for this student."""
+        self._shares = can_share_prefixes(student.model, len(student.tokenizer))
         self.selection = TokenSelection.from_config(self._args, student.tokenizer, end_ids)
         self.teacher.prepare(student)
         if self.reference is not None and isinstance(self.teacher, SameCheckpointTeacher):
@@ -180,13 +182,25 @@ class Scorer:
             processes: number of processes. DDP averages gradients over them, and num_loss_tokens counts the tokens of
                 all of them, so the loss is multiplied by it.
         """
-        batch = scored.rollouts.pad(device)
-        hidden_ND = last_hidden(student, batch.ids_BL, batch.row_N, batch.position_N)
-        tokens = self._tokens(scored.rollouts, batch, processes)
+        batch = scored.rollouts.pad("cpu")
+        hidden_ND = self.hidden(student, scored.rollouts, batch)
+        tokens = self._tokens(scored.rollouts, batch.to(device), processes)
         head = Head.from_model(student)
         return self.objective(
             hidden_ND, head, scored.signal, tokens, reference=scored.reference, contrast_signal=scored.contrast_signal
         )
+
+    def hidden(self, student: nn.Module, rollouts: Rollouts, batch: PaddedBatch) -> Tensor:
+        """Return the student's last hidden states for the scored tokens, (N, D), in its dtype and on its device.
+
+        Args:
+            student: the model that trains.
+            rollouts: a micro-batch.
+            batch: the same, padded on the CPU.
+        """
+        padded = (batch.ids_BL, batch.row_N, batch.position_N)
+        shares = self._shares and not checkpoints(student)
+        return scored_hidden(student, rollouts.prompt_ids, rollouts.trimmed_completions, padded, shares=shares)
 
     @staticmethod
     def _tokens(rollouts: Rollouts, batch: PaddedBatch, processes: int) -> Tokens:

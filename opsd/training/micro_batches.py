@@ -6,7 +6,7 @@ compute it once for them. Knows rollouts and the plans of passes; nothing of mod
 
 from __future__ import annotations
 
-from opsd.models.passes import plan_passes
+from opsd.models.passes import tokens_of
 from opsd.rollouts import Rollouts
 
 STUDENT = 3  # forward and backward, in forward passes
@@ -35,18 +35,8 @@ def in_order(rollouts: Rollouts, parts: int) -> Rollouts:
 
 def _tokens(rollouts: Rollouts, parts: int) -> int:
     """Return the tokens that a step computes, padding included, as tokens of a forward pass."""
-    return sum(_of_student(part) + _of_teachers(part) for part in rollouts.split(parts))
-
-
-def _of_student(part: Rollouts) -> int:
-    lengths = [len(p) + len(c) for p, c in zip(part.prompt_ids, part.trimmed_completions, strict=True)]
-    return STUDENT * len(lengths) * max(lengths)
-
-
-def _of_teachers(part: Rollouts) -> int:
     computed = 0
-    for prompts in part.teacher_prompt_ids.values():
-        sequences = [p + c if c else [] for p, c in zip(prompts, part.trimmed_completions, strict=True)]
-        plan = plan_passes(sequences, [len(prompt) - 1 for prompt in prompts])
-        computed += sum(family.cost([len(ids) for ids in sequences]) for family in plan)
+    for part in rollouts.split(parts):
+        of_teachers = (tokens_of(prompts, part.trimmed_completions) for prompts in part.teacher_prompt_ids.values())
+        computed += STUDENT * tokens_of(part.prompt_ids, part.trimmed_completions) + sum(of_teachers)
     return computed
