@@ -24,6 +24,7 @@ from opsd.evaluation import (
     proportion_interval,
     stop_ids_of,
 )
+from opsd.models.passes import can_share_prefixes
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17, 18, 19, 20], [21, 22]]
 BUDGET = 8
@@ -159,6 +160,7 @@ def test_dropout_is_off_and_the_cache_on_under_gradient_checkpointing(tokenizer:
     expected = [by_hand(model, prompt, {2}) for prompt in PROMPTS]
     model.train().gradient_checkpointing_enable()
     model.config.use_cache = False  # as trainers set it
+    assert can_share_prefixes(model)  # looks once at each model
     widths: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
     assert generate(model, PROMPTS, tokenizer, max_new_tokens=BUDGET, batch_size=64) == expected
@@ -174,6 +176,7 @@ def test_progress_counts_finished_prompts(tokenizer: PreTrainedTokenizerFast) ->
 
 def test_longest_prompts_go_first_so_that_batches_waste_little_padding(tokenizer: PreTrainedTokenizerFast) -> None:
     model, shapes = make_llama(), []
+    assert can_share_prefixes(model)
     model.model.register_forward_pre_hook(
         lambda _, args, named: shapes.append(tuple(named["input_ids"].shape)), with_kwargs=True
     )

@@ -75,7 +75,7 @@ def test_rows_of_like_length_share_a_pass() -> None:
 def test_a_shared_prefix_gives_the_states_of_one_pass(family: str) -> None:
     """Longer than a sliding window of 64, and in an order that is not that of the passes."""
     model, shared = make_model(family).eval(), 90
-    assert can_share_prefixes(model, 400) is (family not in UNSHARED)
+    assert can_share_prefixes(model) is (family not in UNSHARED)
     ids_BL = torch.randint(3, 400, (5, 120), generator=torch.Generator().manual_seed(0))
     ids_BL[:4, :shared] = ids_BL[:1, :shared]
     row_N, position_N = torch.tensor([0, 0, 1, 2, 2, 3, 4, 4]), torch.tensor([90, 119, 95, 91, 100, 119, 3, 80])

@@ -246,9 +246,12 @@ def test_a_vllm_engine_gets_all_ends(tmp_path: Path) -> None:
 
 
 def test_completions_of_any_engine_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL cuts what transformers samples, and nothing that vLLM does."""
+    """TRL cuts nothing that vLLM samples, and a row that has ended goes on until others have."""
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", lambda *a, **k: [[5, 2, 0, 2], [5, 6], []])
+    monkeypatch.setattr("opsd.training.sampling.complete_batch", lambda *a: [[5, 6, 2, 0], [7]])
+    assert trainer._generate_single_turn([[1]] * 2, None, {}) == [[5, 6, 2], [7]]
+    trainer.use_vllm = True
     assert trainer._generate_single_turn([[1]] * 3, None, {}) == [[5, 2], [5, 6], []]
 
 

@@ -10,17 +10,20 @@ Shapes: `B` rows of a batch, `P` prompt tokens, `C` completion tokens.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from opsd.errors import ConfigError, DataError
 from opsd.models.forward import check_lengths, context_length, embedded_tokens, evaluating, language_model
+from opsd.models.passes import can_share_prefixes, prefix_for_rows, worthwhile_prefix
+from opsd.models.sharding import is_sharded
 
 
 def generate(
@@ -72,7 +75,7 @@ def generate(
     with evaluating(model), neutral_settings(model), _fixed_seed(seed, model.device):
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            for index, ids in zip(batch, _complete_batch(model, [prompts[i] for i in batch], config), strict=True):
+            for index, ids in zip(batch, complete_batch(model, [prompts[i] for i in batch], config), strict=True):
                 completions[index] = cut_after_stop(ids, stops)
             if progress is not None:
                 progress(start + len(batch))
@@ -105,17 +108,73 @@ def check_request(
     check_lengths(limit, prompts, [max_new_tokens] * len(prompts), "model")
 
 
-def _complete_batch(
-    model: PreTrainedModel | PeftModel, prompts: list[list[int]], config: GenerationConfig
+def complete_batch(
+    model: PreTrainedModel | PeftModel, prompts: Sequence[list[int]], config: GenerationConfig
 ) -> list[list[int]]:
+    """Complete prompts side by side; what they begin with alike is computed once, and rows that have ended leave.
+
+    Args:
+        model: in eval mode, with neutral generation settings.
+        prompts: token ids, none of them empty.
+        config: settings of `generation_config`.
+
+    Returns:
+        One list of ids per prompt; behind its end a row may go on.
+    """
+    # Other caches than one of keys and values that grows can neither begin with a prefix nor lose rows; and processes
+    # that exchange a sharded model's weights make the same passes.
+    grows = config.use_cache and config.cache_implementation in (None, "dynamic") and not is_sharded(model)
+    grows = grows and can_share_prefixes(model)
+    prefix = worthwhile_prefix(model, prompts, max(map(len, prompts)) + config.max_new_tokens) if grows else 0
+    ids_BL, mask_BL = _padded(prompts, prefix, config.pad_token_id, model.device)
+    past = prefix_for_rows(model, ids_BL[0, :prefix], len(prompts)) if prefix else None
+    completions: list[list[int]] = [[] for _ in prompts]
+    rows, ends = list(range(len(prompts))), torch.tensor(config.eos_token_id or [], device=model.device)
+    last = ids_BL.shape[1] + config.max_new_tokens
+    while rows:
+        left = last - ids_BL.shape[1]
+        enough = _EnoughHaveEnded(ends, ids_BL.shape[1], len(rows)) if grows else None
+        output = model.generate(
+            input_ids=ids_BL, attention_mask=mask_BL, past_key_values=past, generation_config=_with(config, left),
+            stopping_criteria=[enough] if enough else None,
+        )  # fmt: skip
+        ids_BL, past = output.sequences, output.past_key_values
+        new_BC = ids_BL[:, mask_BL.shape[1] :]
+        for row, ids in zip(rows, new_BC.tolist(), strict=True):
+            completions[row] += ids
+        stays = ~torch.isin(new_BC, ends).any(-1) & (new_BC.shape[1] < left)
+        kept = stays.nonzero()[:, 0]
+        rows = [row for row, is_kept in zip(rows, stays.tolist(), strict=True) if is_kept]
+        if rows:
+            past.batch_select_indices(kept)
+            mask_BL = torch.cat([mask_BL, torch.ones_like(new_BC)], dim=-1)[kept]
+            ids_BL = ids_BL[kept]
+    return completions
+
+
+def _padded(prompts: Sequence[list[int]], prefix: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return prompts as ids and mask, padded behind the tokens that they begin with alike: their ends are aligned."""
     longest = max(map(len, prompts))
-    ids_BP = torch.tensor([[config.pad_token_id] * (longest - len(ids)) + ids for ids in prompts])
-    mask_BP = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
-    output = model.generate(
-        input_ids=ids_BP.to(model.device), attention_mask=mask_BP.to(model.device), generation_config=config
-    )
-    ids_BC = output[:, longest:]
-    return ids_BC.tolist()
+    ids_BL = [ids[:prefix] + [pad] * (longest - len(ids)) + ids[prefix:] for ids in prompts]
+    mask_BL = [[1] * prefix + [0] * (longest - len(ids)) + [1] * (len(ids) - prefix) for ids in prompts]
+    return torch.tensor(ids_BL, device=device), torch.tensor(mask_BL, device=device)
+
+
+def _with(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
+    settings = copy.copy(config)
+    settings.max_new_tokens, settings.return_dict_in_generate = max_new_tokens, True
+    return settings
+
+
+class _EnoughHaveEnded(StoppingCriteria):
+    """Interrupts a batch when a quarter of its rows have ended: they would be computed to its end, for nothing."""
+
+    def __init__(self, ends: Tensor, prompt: int, rows: int):
+        self._ends, self._prompt, self._least = ends, prompt, max(rows // 4, 1)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        has_ended = torch.isin(input_ids[:, self._prompt :], self._ends).any(-1)
+        return (has_ended.sum() >= self._least).expand(len(input_ids))
 
 
 def generation_config(

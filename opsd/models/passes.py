@@ -15,13 +15,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from opsd.models.forward import PROBE_TOLERANCE, all_hidden, evaluating, language_model, last_hidden, precise, probe
+from opsd.models.forward import (
+    PROBE_TOLERANCE,
+    all_hidden,
+    embedded_tokens,
+    evaluating,
+    language_model,
+    last_hidden,
+    precise,
+    probe,
+)
 from opsd.models.sharding import is_sharded
 
 Ids = list[int]
@@ -152,13 +162,46 @@ class _SharedLayer(DynamicLayer):
         return keys, values
 
 
-def _shared_prefix(model: nn.Module, ids_P: Tensor) -> DynamicCache:
-    """Compute a prefix once; return what passes of the rest read."""
+def _prefix(model: nn.Module, ids_P: Tensor) -> DynamicCache:
+    """Compute the keys and values of a prefix, for one row."""
     cache, nothing = DynamicCache(), torch.zeros(0, dtype=torch.long, device=ids_P.device)
     last_hidden(model, ids_P[None], nothing, nothing, past=cache)
+    return cache
+
+
+def _shared_prefix(model: nn.Module, ids_P: Tensor) -> DynamicCache:
+    """Compute a prefix once; return what passes of the rest read."""
     shared = DynamicCache()
-    shared.layers = [_SharedLayer(layer.keys, layer.values) for layer in cache.layers]
+    shared.layers = [_SharedLayer(layer.keys, layer.values) for layer in _prefix(model, ids_P).layers]
     return shared
+
+
+def prefix_for_rows(model: nn.Module, ids_P: Tensor, rows: int) -> DynamicCache:
+    """Compute a prefix once; return a cache of so many rows, which grows."""
+    layers = _prefix(model, ids_P).layers
+    return DynamicCache([[each.expand(rows, -1, -1, -1) for each in (layer.keys, layer.values)] for layer in layers])
+
+
+def worthwhile_prefix(model: nn.Module, prompts: Sequence[Ids], longest: int) -> int:
+    """Return how many tokens that all prompts begin with are worth a pass of their own; 0 for none.
+
+    Args:
+        model: can share prefixes.
+        prompts: token ids.
+        longest: tokens of the longest prompt and completion. Behind a prefix prompts are padded, and where attention
+            reaches back so many places, padding would stand in for tokens.
+    """
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if any(window is not None and window < longest for window in windows):
+        return 0
+    common = min(_common(prompts), min(map(len, prompts)) - 1)
+    return common if (len(prompts) - 1) * common > pass_on(model) else 0
+
+
+def pass_on(model: nn.Module) -> int:
+    """Return the tokens that one more pass of a model must save on its device."""
+    return PASS if next(model.parameters()).device.type == "cpu" else PASS_OF_DEVICE
 
 
 def scored_hidden(
@@ -179,7 +222,7 @@ def scored_hidden(
         completions: up to their last scored token.
         padded: ids (B, L) of both together, padded on the right, and rows and positions (N,) of the states; int64, on
             the CPU.
-        shares: whether prefixes may be shared (`can_share_prefixes`).
+        shares: whether prefixes may be shared, if the model can (`can_share_prefixes`).
 
     Returns:
         Tensor of shape (N, D), in the model's dtype and on its device.
@@ -187,8 +230,8 @@ def scored_hidden(
     device = next(model.parameters()).device
     if is_sharded(model) or not any(completions):
         return last_hidden(model, *(each.to(device, non_blocking=True) for each in padded))
-    a_pass = PASS if device.type == "cpu" else PASS_OF_DEVICE
-    return hidden_in_passes(model, *padded, plan_passes(prompts, completions, shares=shares, a_pass=a_pass))
+    shares = shares and can_share_prefixes(model)
+    return hidden_in_passes(model, *padded, plan_passes(prompts, completions, shares=shares, a_pass=pass_on(model)))
 
 
 def hidden_in_passes(
@@ -219,14 +262,19 @@ def checkpoints(model: nn.Module) -> bool:
     return bool(getattr(language_model(model), "is_gradient_checkpointing", False))
 
 
-def can_share_prefixes(model: nn.Module, vocab_size: int) -> bool:
-    """Tell whether a model computes the same states from a shared prefix: one with keys and values alone does.
+def can_share_prefixes(model: nn.Module) -> bool:
+    """Tell whether a model computes the same states from a shared prefix: one with keys and values alone does."""
+    inside = language_model(model)
+    if inside not in _SHARES:
+        _SHARES[inside] = _shares(model)
+    return _SHARES[inside]
 
-    Args:
-        model: the model, in the state in which it will be used.
-        vocab_size: ids below it may appear in the probe.
-    """
-    ids_BL = probe(model, vocab_size)
+
+_SHARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _shares(model: nn.Module) -> bool:
+    ids_BL = probe(model, embedded_tokens(model))
     shared = 3
     ids_BL[1, :shared] = ids_BL[0, :shared]
     row_N, position_N = torch.ones_like(ids_BL)[:, shared:].nonzero().unbind(-1)

@@ -17,7 +17,7 @@ from opsd.errors import AlignmentError
 from opsd.models.forward import check_model, context_length, evaluating
 from opsd.models.generation import generate, stop_ids_of
 from opsd.models.head import Head
-from opsd.models.passes import can_share_prefixes, checkpoints, scored_hidden
+from opsd.models.passes import checkpoints, scored_hidden
 from opsd.models.sharding import is_sharded, reshard, run_in_forward
 from opsd.rollouts import Ids, PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal
@@ -42,8 +42,6 @@ class LocalTeacher(Teacher):
         ...         return nullcontext()
     """
 
-    _shares = False  # whether prefixes that prompts have in common are computed once
-
     @property
     @abstractmethod
     def model(self) -> nn.Module:
@@ -67,7 +65,6 @@ class LocalTeacher(Teacher):
         self.load_weights(student)
         with self.active_weights():
             check_model(self.model, len(self.renderer.tokenizer))
-            self._shares = can_share_prefixes(self.model, len(self.renderer.tokenizer))
 
     def score(self, rollouts: Rollouts) -> HiddenSignal:
         """Return the teacher's last hidden states for the scored tokens, packed like the rollouts.
@@ -99,7 +96,7 @@ class LocalTeacher(Teacher):
         as_student = list(prompts) == list(rollouts.prompt_ids) and checkpoints(self.student.model)
         padded = (batch.ids_BL, batch.row_N, batch.position_N)
         sequences = (prompts, rollouts.trimmed_completions)
-        hidden_ND = scored_hidden(self.model, *sequences, padded, shares=self._shares and not as_student)
+        hidden_ND = scored_hidden(self.model, *sequences, padded, shares=not as_student)
         head = Head.from_model(self.model).detach()
         if is_sharded(self.model) and copies_head:
             # What a pass gathered is dropped after it; the loss reads the head later.

@@ -21,7 +21,7 @@ from opsd.data.needs import Need
 from opsd.errors import ServerError
 from opsd.losses import LossOutput, Tokens
 from opsd.models.head import Head
-from opsd.models.passes import can_share_prefixes, checkpoints, scored_hidden
+from opsd.models.passes import checkpoints, scored_hidden
 from opsd.rollouts import PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
@@ -76,7 +76,6 @@ class Scorer:
         if args.contrast_context is not None:
             self.contrast = TeacherView(teacher, teacher.prompts.with_context(args.contrast_context))
         self.selection = TokenSelection()
-        self._shares = False  # whether the student computes prefixes that prompts have in common once
         self._logged_counts = ContextCounts()  # of the contexts, at the last log entry
         self.is_stopped: Callable[[], bool] = lambda: False
 
@@ -118,7 +117,6 @@ class Scorer:
 
     def prepare(self, student: StudentHandle, end_ids: Sequence[int]) -> None:
         """Prepare teacher, reference and token selection, once, for this student."""
-        self._shares = can_share_prefixes(student.model, len(student.tokenizer))
         self.selection = TokenSelection.from_config(self._args, student.tokenizer, end_ids)
         self.teacher.prepare(student)
         if self.reference is not None and isinstance(self.teacher, SameCheckpointTeacher):
@@ -199,8 +197,8 @@ class Scorer:
             batch: the same, padded on the CPU.
         """
         padded = (batch.ids_BL, batch.row_N, batch.position_N)
-        shares = self._shares and not checkpoints(student)
-        return scored_hidden(student, rollouts.prompt_ids, rollouts.trimmed_completions, padded, shares=shares)
+        sequences = (rollouts.prompt_ids, rollouts.trimmed_completions)
+        return scored_hidden(student, *sequences, padded, shares=not checkpoints(student))
 
     @staticmethod
     def _tokens(rollouts: Rollouts, batch: PaddedBatch, processes: int) -> Tokens:

@@ -2,14 +2,15 @@
 
 A loss is derived for tokens that the student draws from its whole distribution at `temperature`. Settings that reshape
 it (top_p, a repetition penalty, suppressed tokens) are refused where the gradient is an estimate from the sampled
-tokens, and named in a warning elsewhere. Knows settings; nothing of steps or teachers.
+tokens, and named in a warning elsewhere. Knows settings and the student; nothing of losses or teachers.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,17 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from opsd.errors import ConfigError, OPSDWarning, did_you_mean
 from opsd.losses.objective import Objective
-from opsd.models.generation import add_stop_ids, generation_config, stop_ids_of
+from opsd.models.forward import evaluating
+from opsd.models.generation import (
+    add_stop_ids,
+    complete_batch,
+    cut_after_stop,
+    generation_config,
+    neutral_settings,
+    stop_ids_of,
+)
+from opsd.models.sharding import is_sharded
+from opsd.rollouts import Ids
 
 # ---- settings -------------------------------------------------------------------------------------------------------
 
@@ -234,3 +245,23 @@ def prepare_sampling(
         "disable_compile": True,
     }
     return ends, generation_config(ends, tokenizer.pad_token_id, do_sample=True, **(settings | own))
+
+
+def sampled(trainer: Any, prompt_ids: Sequence[Ids], by_trl: Callable[[], list[Ids]]) -> list[Ids]:
+    """Return a completion of the student per prompt, cut behind its end, in the precision that trains.
+
+    Args:
+        trainer: an OPSDTrainer.
+        prompt_ids: of a generation batch.
+        by_trl: samples the same with vLLM, or in shards.
+    """
+    student, completions = trainer.student.model, list[Ids]()
+    # vLLM computes in its own precision, and autocast would reach into an engine that lives in this process. Elsewhere
+    # autocast also caches the cast weights for all tokens.
+    with nullcontext() if trainer.use_vllm else trainer.accelerator.autocast(), neutral_settings(student):
+        if trainer.use_vllm or is_sharded(student):
+            completions = by_trl()
+        else:
+            with evaluating(student):
+                completions = complete_batch(student, prompt_ids, trainer.generation_config)
+    return [cut_after_stop(ids, trainer.eos_token_ids) for ids in completions]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from opsd.evaluation.plan import EvaluationPlan
 from opsd.health.bound import ROLLOUTS, TEACHER
 from opsd.losses import LossOutput
 from opsd.models.forward import check_lengths, context_length, evaluating
-from opsd.models.generation import cut_after_stop, forked_generators, neutral_settings
+from opsd.models.generation import forked_generators
 from opsd.models.loading import ready_model, student_of
 from opsd.rollouts import Ids, Rollouts
 from opsd.teachers import StudentHandle, Teacher, load_teacher, recipe_of
@@ -60,7 +60,7 @@ from opsd.training.parts import Rows, RunParts
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
-from opsd.training.sampling import prepare_sampling
+from opsd.training.sampling import prepare_sampling, sampled
 from opsd.training.sampling_check import SamplingCheck, why_unchecked
 from opsd.training.saving import SavingTrainer
 from opsd.training.schedules import own_rows, scheduled, set_longest
@@ -219,13 +219,8 @@ class OPSDTrainer(SavingTrainer):
         dataset = self.train_dataset if dataset is None else dataset
         return epoch_sampler(dataset, self.args, self._rows_per_step, epoch=lambda: int(self.state.epoch or 0))
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> list[Ids]:
-        """Sample in the precision that trains; autocast also caches the cast weights for the whole rollout."""
-        # vLLM computes in its own precision, and autocast would reach into an engine that lives in this process.
-        precision = nullcontext() if self.use_vllm else self.accelerator.autocast()
-        with precision, neutral_settings(self.student.model):
-            completions: list[Ids] = super()._generate_single_turn(*args, **kwargs)
-        return [cut_after_stop(ids, self.eos_token_ids) for ids in completions]
+    def _generate_single_turn(self, prompt_ids: Sequence[Ids], *args: Any, **kwargs: Any) -> list[Ids]:
+        return sampled(self, prompt_ids, partial(super()._generate_single_turn, prompt_ids, *args, **kwargs))
 
     def _generate_and_score_completions(self, inputs: Sequence[Row]) -> Rollouts:
         """Return rollouts for a generation batch, graded and with prompts for the teacher; the first rows on-policy."""
