@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_llama, make_tokenizer
 from test_families import FAMILIES, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from opsd.models import passes
 from opsd.models.generation import complete_batch, cut_after_stop, generate, generation_config, neutral_settings
@@ -108,3 +109,41 @@ def test_no_row_ends_and_all_rows_end_at_once() -> None:
     assert all(len(ids) == LONGEST for ids in completed(model, given, ends=[]))
     assert all(len(ids) == 1 for ids in completed(model, given, ends=list(range(400))))
     assert generate(model, given, make_tokenizer(), max_new_tokens=3, batch_size=4)
+
+
+COUNTING = {  # settings that count from where a call begins
+    "min_new_tokens": 4, "begin_suppress_tokens": list(range(2, 200)), "encoder_repetition_penalty": 1.5,
+    "exponential_decay_length_penalty": (2, 1.5), "repetition_penalty": 1.3, "no_repeat_ngram_size": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", COUNTING)
+def test_settings_that_count_from_the_prompt_count_from_there(setting: str) -> None:
+    """A batch that goes on without some rows would begin to count anew."""
+    model, given = make_llama(0), [[number, *range(70, 76)] for number in range(60, 76)]
+    alone = [completed(model, [each], **{setting: COUNTING[setting]})[0] for each in given]
+    assert completed(model, given, **{setting: COUNTING[setting]}) == alone
+
+
+@pytest.mark.parametrize("common", [0, 90])
+def test_a_cache_that_is_named_grows_as_well(common: int) -> None:
+    model, given = make_llama(0), prompts(common)
+    assert completed(model, given, cache_implementation="dynamic") == completed(model, given)
+
+
+BY_PLACE: dict[str, dict[str, Any]] = {  # their attention counts places, or has a window of another name
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "gpt_neo": {
+        "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+        "window_size": 32, "max_position_embeddings": 512,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BY_PLACE)
+def test_padding_behind_a_shared_beginning_stands_for_no_token(family: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=400, initializer_range=0.2, eos_token_id=2, **BY_PLACE[family])
+    model, given = AutoModelForCausalLM.from_config(config), prompts(90)
+    assert completed(model, given) == [completed(model, [each])[0] for each in given]

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_llama
 from helpers import MAKE_TEACHER, make_rollouts, make_trainer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_families import FAMILIES, make_model
+from test_families import FAMILIES, SMALL, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from opsd import SameCheckpointTeacher
 from opsd.models import passes
 from opsd.models.forward import counting_passes, last_hidden
-from opsd.models.passes import Family, can_share_prefixes, hidden_in_passes, plan_passes, tokens_of
+from opsd.models.passes import Family, can_share_prefixes, hidden_in_passes, may_divide, plan_passes, tokens_of
 from opsd.rollouts import Rollouts
 
 UNSHARED = {"lfm2"}  # convolutions keep states of their own
@@ -123,7 +125,7 @@ def test_loss_and_gradients_are_those_of_one_pass(teacher: str, student: str, tm
     loss, gradients, made = step()
     with one_pass():
         expected_loss, expected, whole = step()
-    assert 1 in made and len(made) >= 2 * len(whole), "a prefix was computed for one row, in each pass"
+    assert 0 in made and len(made) >= 2 * len(whole), "a prefix was computed for one row, in each pass"
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert (gradients - expected).norm() <= 2e-5 * expected.norm()
 
@@ -142,4 +144,26 @@ def test_a_teacher_with_the_students_own_prompts_makes_the_students_passes(check
         own_ND = trainer.scorer.hidden(trainer.model, rollouts, rollouts.pad("cpu"))
     assert torch.equal(signal.hidden_ND, own_ND) and own_ND.requires_grad
     assert made[: len(made) // 2] == made[len(made) // 2 :]
-    assert sum(made) == 2 * (6 if checkpointing else 7)
+    assert made == [8, 8] if checkpointing else (0 in made and sum(made) == 2 * 6)
+
+
+def test_positions_whose_factors_depend_on_the_length_share_nothing() -> None:
+    config = AutoConfig.for_model("phi3", **SMALL)
+    factors = {"short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 64}
+    config.rope_parameters = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    torch.manual_seed(0)
+    assert not can_share_prefixes(AutoModelForCausalLM.from_config(config))
+
+
+def test_rows_share_no_dropout() -> None:
+    trains = make_llama(0)
+    assert may_divide(trains)
+    trains.append_dropout = torch.nn.Dropout(0.1)
+    assert not may_divide(trains)
+
+
+def test_a_prefix_is_shared_where_that_saves_a_fair_part() -> None:
+    """Attention pays for it with a mask: 200 tokens in common are not worth it before completions of 8,000."""
+    prompts = [[*range(200), 200 + row] for row in range(8)]
+    assert plan_passes(prompts, [[5] * 8000] * 8) == [Family(0, (tuple(range(8)),))]
+    assert plan_passes(prompts, [[5] * 200] * 8) == [Family(200, (tuple(range(8)),))]

@@ -47,7 +47,7 @@ def test_a_run_computes_a_long_trace_once_per_group(
     """Two groups of four in micro-batches of four: a prefix in each, whatever the rollouts' lengths."""
     monkeypatch.setattr("opsd.models.passes.PASS", 16)
     if not together:
-        monkeypatch.setattr("opsd.training.loss.in_order", lambda made, parts: made.sorted_by_length())
+        monkeypatch.setattr("opsd.training.loss.in_order", lambda made, parts, **rule: made.sorted_by_length())
     rows = [{**make_rows(1)[0], "solution": f"{number} is it. " * 30} for number in range(8)]
     trainer = make_trainer(
         tmp_path, SameCheckpointTeacher(context="worked_solution"), rows=Dataset.from_list(rows), num_generations=4,
@@ -73,4 +73,4 @@ def test_a_run_computes_a_long_trace_once_per_group(
     trainer.teacher.score = counted  # type: ignore[method-assign]
     trainer.train()
     assert len(counts) == 2
-    assert counts == [[1, 4] if together else [1, 2, 1, 2]] * 2
+    assert counts == [[0, 4] if together else [0, 2, 0, 2]] * 2

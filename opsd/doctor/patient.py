@@ -213,7 +213,9 @@ class Patient:
         """Return the reverse KL from a teacher and what comes with it, at the run's temperature, batch by batch."""
         records: list[LossOutput] = []
         run = self.args.objective  # the run's memory budget and compilation, and a plain reverse KL
-        for batch, signal in zip(self._batches(self.rollouts), self.signal(view), strict=True):
+        with self._training():  # whose passes a teacher with the student's own prompts makes
+            signals = self.signal(view)
+        for batch, signal in zip(self._batches(self.rollouts), signals, strict=True):
             reverse_kl = _reverse_kl_from(signal)
             plain = Objective(reverse_kl, loss_budget_mb=run.loss_budget_mb, compile_loss=run.compile_loss)
             padded = batch.pad("cpu")

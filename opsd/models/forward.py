@@ -75,8 +75,8 @@ def last_hidden(
 ) -> Tensor:
     """Return the last hidden states (after the final norm, before the head) at some positions.
 
-    Passes ids alone. Rows start at position 0 and are padded on the right, where causal attention sees no padding; a
-    mask would keep scaled-dot-product attention from its fast kernels.
+    Passes ids alone. Rows are padded on the right, where causal attention sees no padding, and start at position 0 or
+    behind what they have in common (`past`). A mask would keep scaled-dot-product attention from its fast kernels.
 
     Args:
         ids_BL: int64 token ids, padded on the right.
@@ -88,20 +88,34 @@ def last_hidden(
         Tensor of shape (N, D), in the model's dtype.
     """
     for sequences in _COUNTERS:
-        sequences.append(len(ids_BL))
+        sequences.append(len(ids_BL) if len(row_N) else 0)
     cached = {"use_cache": False} if past is None else {"use_cache": True, "past_key_values": past}
     return backbone(model)(input_ids=ids_BL, **cached).last_hidden_state[row_N, position_N]
 
 
 @contextmanager
 def counting_passes() -> Iterator[list[int]]:
-    """Count forward passes for the length of the block: yields a list of the number of sequences of each pass."""
+    """Count forward passes for the length of the block: yields a list of the number of sequences of each pass.
+
+    A pass over what sequences have in common computes none of them: 0.
+    """
     sequences: list[int] = []
     _COUNTERS.append(sequences)
     try:
         yield sequences
     finally:
         _COUNTERS.remove(sequences)
+
+
+@contextmanager
+def not_counting() -> Iterator[None]:
+    """Leave the passes of a block out of every count."""
+    counters = _COUNTERS[:]
+    _COUNTERS.clear()
+    try:
+        yield
+    finally:
+        _COUNTERS[:] = counters
 
 
 @contextmanager

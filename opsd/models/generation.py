@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from opsd.errors import ConfigError, DataError
-from opsd.models.forward import check_lengths, context_length, embedded_tokens, evaluating, language_model
+from opsd.models.forward import (
+    PROBE_TOLERANCE,
+    check_lengths,
+    context_length,
+    embedded_tokens,
+    evaluating,
+    language_model,
+    probe,
+)
 from opsd.models.passes import can_share_prefixes, prefix_for_rows, worthwhile_prefix
 from opsd.models.sharding import is_sharded
 
@@ -121,19 +130,17 @@ def complete_batch(
     Returns:
         One list of ids per prompt; behind its end a row may go on.
     """
-    # Other caches than one of keys and values that grows can neither begin with a prefix nor lose rows; and processes
-    # that exchange a sharded model's weights make the same passes.
-    grows = config.use_cache and config.cache_implementation in (None, "dynamic") and not is_sharded(model)
-    grows = grows and can_share_prefixes(model)
-    prefix = worthwhile_prefix(model, prompts, max(map(len, prompts)) + config.max_new_tokens) if grows else 0
-    ids_BL, mask_BL = _padded(prompts, prefix, config.pad_token_id, model.device)
+    divides = _may_divide(model, config)
+    longest = max(map(len, prompts)) + config.max_new_tokens
+    prefix = worthwhile_prefix(model, prompts) if divides and _pads_behind_prefix(model, longest) else 0
+    ids_BL, mask_BL = _padded(prompts, prefix, config.pad_token_id or 0, model.device)
     past = prefix_for_rows(model, ids_BL[0, :prefix], len(prompts)) if prefix else None
     completions: list[list[int]] = [[] for _ in prompts]
     rows, ends = list(range(len(prompts))), torch.tensor(config.eos_token_id or [], device=model.device)
     last = ids_BL.shape[1] + config.max_new_tokens
     while rows:
         left = last - ids_BL.shape[1]
-        enough = _EnoughHaveEnded(ends, ids_BL.shape[1], len(rows)) if grows else None
+        enough = _EnoughHaveEnded(ends, ids_BL.shape[1], len(rows)) if divides else None
         output = model.generate(
             input_ids=ids_BL, attention_mask=mask_BL, past_key_values=past, generation_config=_with(config, left),
             stopping_criteria=[enough] if enough else None,
@@ -152,6 +159,60 @@ def complete_batch(
     return completions
 
 
+# Settings that ask for the same of every token, wherever a call of `generate` began.
+OF_EVERY_TOKEN = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "eos_token_id",
+    "pad_token_id", "bos_token_id", "max_new_tokens", "use_cache", "cache_implementation", "disable_compile",
+    "transformers_version", "_from_model_config",
+}  # fmt: skip
+
+
+def _may_divide(model: nn.Module, config: GenerationConfig) -> bool:
+    """Tell whether a batch may begin with a shared prefix and go on without rows that have ended.
+
+    It takes a cache of keys and values that grows, and settings that do not count from where a call begins. Processes
+    that exchange a sharded model's weights make the same passes.
+    """
+    grows = config.use_cache and config.cache_implementation in (None, "dynamic") and not is_sharded(model)
+    return grows and config.to_diff_dict().keys() <= OF_EVERY_TOKEN and can_share_prefixes(model)
+
+
+def _pads_behind_prefix(model: nn.Module, longest: int) -> bool:
+    """Tell whether padding between a prefix and the rest of a prompt changes nothing.
+
+    It does where attention counts places and not positions (ALiBi in MPT), or reaches back over a window that is
+    shorter than the sequence.
+    """
+    inside = language_model(model)
+    sizes = inside.config.get_text_config().to_dict().items()  # type: ignore[union-attr, operator]
+    if any(isinstance(n, int) and 0 < n < longest for name, n in sizes if "window" in name or "chunk" in name):
+        return False
+    if inside not in _PADS:
+        _PADS[inside] = _same_behind_padding(model)
+    return _PADS[inside]
+
+
+_PADS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _same_behind_padding(model: Any) -> bool:
+    """Compare the next token's logits behind a prefix, padding and the rest with those without the padding."""
+    config = generation_config(
+        [], 0, max_new_tokens=1, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    ids, prefix = probe(model, embedded_tokens(model))[0].tolist(), 3
+    logits = []
+    with torch.no_grad():
+        for padding in (0, 4):
+            ids_BL = torch.tensor([ids[:prefix] + [0] * padding + ids[prefix:]], device=model.device)
+            mask_BL = torch.ones_like(ids_BL)
+            mask_BL[:, prefix : prefix + padding] = 0
+            output = model.generate(input_ids=ids_BL, attention_mask=mask_BL, generation_config=config)
+            logits.append(output.logits[0].float())
+    gap = float((logits[1] - logits[0]).abs().max() / logits[0].abs().max().clamp(min=1e-6))
+    return gap <= PROBE_TOLERANCE[torch.bfloat16]
+
+
 def _padded(prompts: Sequence[list[int]], prefix: int, pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return prompts as ids and mask, padded behind the tokens that they begin with alike: their ends are aligned."""
     longest = max(map(len, prompts))
@@ -163,6 +224,7 @@ def _padded(prompts: Sequence[list[int]], prefix: int, pad: int, device: torch.d
 def _with(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
     settings = copy.copy(config)
     settings.max_new_tokens, settings.return_dict_in_generate = max_new_tokens, True
+    settings.cache_implementation = None if config.cache_implementation == "dynamic" else config.cache_implementation
     return settings
 
 

@@ -29,6 +29,7 @@ from opsd.models.forward import (
     evaluating,
     language_model,
     last_hidden,
+    not_counting,
     precise,
     probe,
 )
@@ -37,6 +38,9 @@ from opsd.models.sharding import is_sharded
 Ids = list[int]
 # Tokens that one more pass must save: on a CPU what reading the weights costs, elsewhere what starting kernels does.
 PASS, PASS_OF_DEVICE = 128, 1024
+# Of the tokens without it: a shared prefix costs attention a mask, and so its fastest kernels and some memory.
+WORTH = 0.8
+CHANGES_WITH_LENGTH = ("longrope", "dynamic")  # position embeddings whose factors depend on the whole sequence's length
 
 
 @dataclass(frozen=True)
@@ -82,10 +86,14 @@ def plan_passes(
     return min(map(plan.families, plan.divisions()), key=plan.cost)
 
 
-def tokens_of(prompts: Sequence[Ids], completions: Sequence[Ids]) -> int:
-    """Return what the best plan computes, in tokens; see `Family.cost`."""
+def tokens_of(
+    prompts: Sequence[Ids], completions: Sequence[Ids], *, divides: bool = True, shares: bool = True, a_pass: int = PASS
+) -> int:
+    """Return what the best plan computes, in tokens; see `Family.cost` and `scored_hidden`."""
     lengths = [len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True)]
-    return sum(family.cost(lengths, PASS) for family in plan_passes(prompts, completions))
+    one = [Family(0, (tuple(range(len(lengths))),))]
+    plan = plan_passes(prompts, completions, shares=shares, a_pass=a_pass) if divides else one
+    return sum(family.cost(lengths, a_pass) for family in plan)
 
 
 class _Planner:
@@ -117,8 +125,8 @@ class _Planner:
         common = 0
         if self._shares:
             common = min(_common([self._sequences[row] for row in rows]), min(self._first[row] for row in rows))
-        families = [Family(prefix, tuple(self._passes(rows, prefix))) for prefix in {0, common}]
-        return min(families, key=lambda family: (self.cost([family]), family.prefix))
+        alone, together = (Family(prefix, tuple(self._passes(rows, prefix))) for prefix in (0, common))
+        return together if common and self.cost([together]) < WORTH * self.cost([alone]) else alone
 
     def _passes(self, rows: Sequence[int], prefix: int) -> Iterable[tuple[int, ...]]:
         """Divide rows into passes of like lengths."""
@@ -182,19 +190,8 @@ def prefix_for_rows(model: nn.Module, ids_P: Tensor, rows: int) -> DynamicCache:
     return DynamicCache([[each.expand(rows, -1, -1, -1) for each in (layer.keys, layer.values)] for layer in layers])
 
 
-def worthwhile_prefix(model: nn.Module, prompts: Sequence[Ids], longest: int) -> int:
-    """Return how many tokens that all prompts begin with are worth a pass of their own; 0 for none.
-
-    Args:
-        model: can share prefixes.
-        prompts: token ids.
-        longest: tokens of the longest prompt and completion. Behind a prefix prompts are padded, and where attention
-            reaches back so many places, padding would stand in for tokens.
-    """
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if any(window is not None and window < longest for window in windows):
-        return 0
+def worthwhile_prefix(model: nn.Module, prompts: Sequence[Ids]) -> int:
+    """Return how many tokens that all prompts begin with are worth a pass of their own; 0 for none."""
     common = min(_common(prompts), min(map(len, prompts)) - 1)
     return common if (len(prompts) - 1) * common > pass_on(model) else 0
 
@@ -210,7 +207,7 @@ def scored_hidden(
     completions: Sequence[Ids],
     padded: tuple[Tensor, Tensor, Tensor],
     *,
-    shares: bool,
+    divides: bool,
 ) -> Tensor:
     """Return the last hidden states that predict scored tokens, in the passes that compute few tokens.
 
@@ -222,16 +219,16 @@ def scored_hidden(
         completions: up to their last scored token.
         padded: ids (B, L) of both together, padded on the right, and rows and positions (N,) of the states; int64, on
             the CPU.
-        shares: whether prefixes may be shared, if the model can (`can_share_prefixes`).
+        divides: whether rows may be divided into passes, and prefixes be shared; else it is one pass over all rows.
 
     Returns:
         Tensor of shape (N, D), in the model's dtype and on its device.
     """
     device = next(model.parameters()).device
-    if is_sharded(model) or not any(completions):
+    if is_sharded(model) or not divides or not any(completions):
         return last_hidden(model, *(each.to(device, non_blocking=True) for each in padded))
-    shares = shares and can_share_prefixes(model)
-    return hidden_in_passes(model, *padded, plan_passes(prompts, completions, shares=shares, a_pass=pass_on(model)))
+    plan = plan_passes(prompts, completions, shares=can_share_prefixes(model), a_pass=pass_on(model))
+    return hidden_in_passes(model, *padded, plan)
 
 
 def hidden_in_passes(
@@ -257,32 +254,44 @@ def hidden_in_passes(
     return torch.cat(states).index_select(0, torch.cat(places).argsort().to(device))
 
 
-def checkpoints(model: nn.Module) -> bool:
-    """Tell whether a model recomputes its activations in the backward pass: then it keeps no keys and values."""
-    return bool(getattr(language_model(model), "is_gradient_checkpointing", False))
+def may_divide(student: nn.Module) -> bool:
+    """Tell whether a model that trains may divide its rows into passes, and share prefixes.
+
+    With gradient checkpointing it keeps no keys and values, and some kinds of it allow one pass only. With dropout, the
+    rows that share a prefix would share its dropout as well.
+    """
+    checkpoints = getattr(language_model(student), "is_gradient_checkpointing", False)
+    return not checkpoints and not any(isinstance(each, nn.Dropout) and each.p > 0 for each in student.modules())
 
 
 def can_share_prefixes(model: nn.Module) -> bool:
     """Tell whether a model computes the same states from a shared prefix: one with keys and values alone does."""
     inside = language_model(model)
-    if inside not in _SHARES:
-        _SHARES[inside] = _shares(model)
-    return _SHARES[inside]
+    attention = str(getattr(inside.config, "_attn_implementation", ""))
+    if _SHARES.get(inside, ("", False))[0] != attention:
+        _SHARES[inside] = (attention, _shares(model))
+    return _SHARES[inside][1]
 
 
-_SHARES: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_SHARES: WeakKeyDictionary[nn.Module, tuple[str, bool]] = WeakKeyDictionary()  # by the kernel of attention
 
 
 def _shares(model: nn.Module) -> bool:
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    positions = str([getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")])
+    if any(kind in positions for kind in CHANGES_WITH_LENGTH):
+        return False
     ids_BL = probe(model, embedded_tokens(model))
     shared = 3
     ids_BL[1, :shared] = ids_BL[0, :shared]
     row_N, position_N = torch.ones_like(ids_BL)[:, shared:].nonzero().unbind(-1)
     cpu = (ids_BL.cpu(), row_N.cpu(), position_N.cpu() + shared)
-    with evaluating(model), precise(model, ids_BL.device.type) as dtype:
+    with evaluating(model), precise(model, ids_BL.device.type) as dtype, not_counting():
         expected_ND = all_hidden(model, ids_BL).unflatten(0, ids_BL.shape)[:, shared:].flatten(0, 1)
         try:
             hidden_ND = hidden_in_passes(model, *cpu, [Family(shared, ((0, 1),))])
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # a model of another kind says so in its own way
             return False
     gap = float((hidden_ND - expected_ND).abs().max() / expected_ND.abs().max().clamp(min=1e-6))

@@ -17,7 +17,7 @@ from opsd.errors import AlignmentError
 from opsd.models.forward import check_model, context_length, evaluating
 from opsd.models.generation import generate, stop_ids_of
 from opsd.models.head import Head
-from opsd.models.passes import checkpoints, scored_hidden
+from opsd.models.passes import may_divide, scored_hidden
 from opsd.models.sharding import is_sharded, reshard, run_in_forward
 from opsd.rollouts import Ids, PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal
@@ -93,10 +93,10 @@ class LocalTeacher(Teacher):
         """Run the passes on the teacher's device, and move their result to the student's."""
         prompts = rollouts.prompts_of(self.prompts)
         # With the student's own prompts it makes the student's passes: equal weights give equal numbers, to the bit.
-        as_student = list(prompts) == list(rollouts.prompt_ids) and checkpoints(self.student.model)
+        divides = list(prompts) != list(rollouts.prompt_ids) or may_divide(self.student.model)
         padded = (batch.ids_BL, batch.row_N, batch.position_N)
         sequences = (prompts, rollouts.trimmed_completions)
-        hidden_ND = scored_hidden(self.model, *sequences, padded, shares=not as_student)
+        hidden_ND = scored_hidden(self.model, *sequences, padded, divides=divides)
         head = Head.from_model(self.model).detach()
         if is_sharded(self.model) and copies_head:
             # What a pass gathered is dropped after it; the loss reads the head later.

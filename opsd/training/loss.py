@@ -21,7 +21,8 @@ from opsd.data.needs import Need
 from opsd.errors import ServerError
 from opsd.losses import LossOutput, Tokens
 from opsd.models.head import Head
-from opsd.models.passes import checkpoints, scored_hidden
+from opsd.models.passes import can_share_prefixes, may_divide, pass_on, scored_hidden
+from opsd.models.sharding import is_sharded
 from opsd.rollouts import PaddedBatch, Rollouts
 from opsd.signals import HiddenSignal, TeacherSignal
 from opsd.teachers import SameCheckpointTeacher, StudentHandle, Teacher, TeacherView
@@ -136,7 +137,11 @@ class Scorer:
 
     def in_order(self, rollouts: Rollouts, parts: int) -> Rollouts:
         """Return the rows in the order in which micro-batches compute the fewest tokens, here and in local teachers."""
-        return rollouts.sorted_by_length() if self.teacher.lists else in_order(rollouts, parts)
+        student = self.teacher.student.model
+        if self.teacher.lists or is_sharded(student):  # no passes here, or one over all rows of a micro-batch
+            return rollouts.sorted_by_length()
+        shares, a_pass = can_share_prefixes(student), pass_on(student)
+        return in_order(rollouts, parts, divides_student=may_divide(student), shares=shares, a_pass=a_pass)
 
     def context_metrics(self) -> dict[str, Tally]:
         """Return the context metrics since the last call."""
@@ -198,7 +203,7 @@ class Scorer:
         """
         padded = (batch.ids_BL, batch.row_N, batch.position_N)
         sequences = (rollouts.prompt_ids, rollouts.trimmed_completions)
-        return scored_hidden(student, *sequences, padded, shares=not checkpoints(student))
+        return scored_hidden(student, *sequences, padded, divides=may_divide(student))
 
     @staticmethod
     def _tokens(rollouts: Rollouts, batch: PaddedBatch, processes: int) -> Tokens:

@@ -6,18 +6,25 @@ compute it once for them. Knows rollouts and the plans of passes; nothing of mod
 
 from __future__ import annotations
 
-from opsd.models.passes import tokens_of
+from functools import partial
+
+from opsd.models.passes import PASS, tokens_of
 from opsd.rollouts import Rollouts
 
 STUDENT = 3  # forward and backward, in forward passes
 
 
-def in_order(rollouts: Rollouts, parts: int) -> Rollouts:
+def in_order(
+    rollouts: Rollouts, parts: int, *, divides_student: bool = True, shares: bool = True, a_pass: int = PASS
+) -> Rollouts:
     """Return the rows in the order in which `parts` equal micro-batches compute the fewest tokens.
 
     Args:
         rollouts: with the prompts of all teachers.
         parts: number of micro-batches.
+        divides_student: whether the student may divide a micro-batch into passes.
+        shares: whether passes may share prefixes.
+        a_pass: tokens that one more pass must save.
     """
     by_length = rollouts.sorted_by_length()
     prompts = list(zip(*rollouts.teacher_prompt_ids.values(), strict=True))
@@ -30,13 +37,15 @@ def in_order(rollouts: Rollouts, parts: int) -> Rollouts:
     longest_first = [sorted(group, key=lambda row: -lengths[row]) for group in groups.values()]
     longest_first.sort(key=lambda group: -lengths[group[0]])
     together = rollouts.select([row for group in longest_first for row in group])
-    return min(by_length, together, key=lambda each: _tokens(each, parts))
+    count = partial(tokens_of, shares=shares, a_pass=a_pass)
 
+    def computed(ordered: Rollouts) -> int:
+        """Return the tokens of a step, padding included, as tokens of forward passes."""
+        tokens = 0
+        for part in ordered.split(parts):
+            completions = part.trimmed_completions
+            tokens += STUDENT * count(part.prompt_ids, completions, divides=divides_student)
+            tokens += sum(count(prompts, completions) for prompts in part.teacher_prompt_ids.values())
+        return tokens
 
-def _tokens(rollouts: Rollouts, parts: int) -> int:
-    """Return the tokens that a step computes, padding included, as tokens of a forward pass."""
-    computed = 0
-    for part in rollouts.split(parts):
-        of_teachers = (tokens_of(prompts, part.trimmed_completions) for prompts in part.teacher_prompt_ids.values())
-        computed += STUDENT * tokens_of(part.prompt_ids, part.trimmed_completions) + sum(of_teachers)
-    return computed
+    return min(by_length, together, key=computed)
