@@ -46,6 +46,18 @@ class Computed:
         return sum(shape.numel() for shape in self.shapes)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_groups_are_computed_once(family: str) -> None:
+    model = make_model(family)
+    given = [each for each in prompts(0, 4) for _ in range(3)]
+    given += [[*each, *range(70, 170)] for each in given]  # also behind a sliding window
+    computed = Computed(model)
+    answers = completed(model, given)
+    once = (8, max(map(len, given)))
+    assert (once in computed.shapes) is (family != "lfm2"), "convolutions keep states of their own"
+    assert answers == [completed(model, [each])[0] for each in given]
+
+
 @pytest.mark.parametrize("common", [0, 90])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_answers_are_those_of_each_prompt_alone(family: str, common: int) -> None:

@@ -19,7 +19,14 @@ from weakref import WeakKeyDictionary
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 
 from opsd.errors import ConfigError, DataError
 from opsd.models.forward import (
@@ -31,7 +38,7 @@ from opsd.models.forward import (
     language_model,
     probe,
 )
-from opsd.models.passes import can_share_prefixes, prefix_for_rows, worthwhile_prefix
+from opsd.models.passes import can_share_prefixes, pass_on, prefix_for_rows, worthwhile_prefix
 from opsd.models.sharding import is_sharded
 
 
@@ -131,10 +138,7 @@ def complete_batch(
         One list of ids per prompt; behind its end a row may go on.
     """
     divides = _may_divide(model, config)
-    longest = max(map(len, prompts)) + config.max_new_tokens
-    prefix = worthwhile_prefix(model, prompts) if divides and _pads_behind_prefix(model, longest) else 0
-    ids_BL, mask_BL = _padded(prompts, prefix, config.pad_token_id or 0, model.device)
-    past = prefix_for_rows(model, ids_BL[0, :prefix], len(prompts)) if prefix else None
+    ids_BL, mask_BL, past = _begun(model, prompts, config, divides)
     completions: list[list[int]] = [[] for _ in prompts]
     rows, ends = list(range(len(prompts))), torch.tensor(config.eos_token_id or [], device=model.device)
     last = ids_BL.shape[1] + config.max_new_tokens
@@ -157,6 +161,32 @@ def complete_batch(
             mask_BL = torch.cat([mask_BL, torch.ones_like(new_BC)], dim=-1)[kept]
             ids_BL = ids_BL[kept]
     return completions
+
+
+def _begun(
+    model: Any, prompts: Sequence[list[int]], config: GenerationConfig, divides: bool
+) -> tuple[Tensor, Tensor, Cache | None]:
+    """Return prompts as ids and mask, padded, and the keys and values that several of them have in common, if any.
+
+    That is what all begin with, or whole prompts: those of a group are the same.
+    """
+    pad, longest = config.pad_token_id or 0, max(map(len, prompts))
+    distinct = list(dict.fromkeys(map(tuple, prompts)))
+    prefix = 0
+    if divides and _pads_behind_prefix(model, longest + config.max_new_tokens):
+        prefix = worthwhile_prefix(model, prompts)
+    if divides and (len(prompts) - len(distinct)) * (longest - 1) > max((len(prompts) - 1) * prefix, pass_on(model)):
+        ids_BL, mask_BL = _padded([list(ids) for ids in distinct], 0, pad, model.device)
+        once = generation_config(config.eos_token_id or [], pad, max_new_tokens=1, do_sample=False)
+        given = {"input_ids": ids_BL, "attention_mask": mask_BL, "generation_config": _with(once, 1)}
+        past = model.generate(past_key_values=DynamicCache(), **given).past_key_values
+        past.crop(-1)  # the last token of a prompt begins its completion
+        number = {ids: row for row, ids in enumerate(distinct)}
+        chosen = torch.tensor([number[tuple(ids)] for ids in prompts], device=model.device)
+        past.batch_select_indices(chosen)
+        return ids_BL[chosen], mask_BL[chosen], past
+    ids_BL, mask_BL = _padded(prompts, prefix, pad, model.device)
+    return ids_BL, mask_BL, prefix_for_rows(model, ids_BL[0, :prefix], len(prompts)) if prefix else None
 
 
 # Settings that ask for the same of every token, wherever a call of `generate` began.
