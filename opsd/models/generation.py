@@ -144,7 +144,7 @@ def complete_batch(
     last = ids_BL.shape[1] + config.max_new_tokens
     while rows:
         left = last - ids_BL.shape[1]
-        enough = _EnoughHaveEnded(ends, ids_BL.shape[1], len(rows)) if divides else None
+        enough = _EnoughHaveEnded(ends, ids_BL.shape[1], last, pass_on(model)) if divides else None
         output = model.generate(
             input_ids=ids_BL, attention_mask=mask_BL, past_key_values=past, generation_config=_with(config, left),
             stopping_criteria=[enough] if enough else None,
@@ -259,14 +259,22 @@ def _with(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
 
 
 class _EnoughHaveEnded(StoppingCriteria):
-    """Interrupts a batch when a quarter of its rows have ended: they would be computed to its end, for nothing."""
+    """Interrupts a batch when rows that have ended would be computed to its end, for nothing.
 
-    def __init__(self, ends: Tensor, prompt: int, rows: int):
-        self._ends, self._prompt, self._least = ends, prompt, max(rows // 4, 1)
+    Args:
+        ends: ids that end a completion.
+        prompt: tokens at which completions begin.
+        last: tokens at which they are cut.
+        a_pass: tokens that are worth an interruption.
+    """
+
+    def __init__(self, ends: Tensor, prompt: int, last: int, a_pass: int):
+        self._ends, self._prompt, self._last, self._a_pass = ends, prompt, last, a_pass
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         has_ended = torch.isin(input_ids[:, self._prompt :], self._ends).any(-1)
-        return (has_ended.sum() >= self._least).expand(len(input_ids))
+        left = self._last - input_ids.shape[1]
+        return (has_ended.sum() * left >= self._a_pass).expand(len(input_ids)) & (left > 0)
 
 
 def generation_config(
