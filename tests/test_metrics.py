@@ -193,7 +193,7 @@ def test_an_evaluation_after_a_step_that_broke_off_counts_nothing_of_it(tmp_path
         return scorer(*args)
 
     trainer.scorer = breaking  # type: ignore[assignment]
-    for name in ("score", "prepare_rollouts", "context_metrics", "selection", "objective"):
+    for name in ("score", "prepare_rollouts", "in_order", "context_metrics", "selection", "objective"):
         setattr(breaking, name, getattr(scorer, name))
     with pytest.raises(MemoryError):
         trainer.train()
