@@ -113,20 +113,20 @@ def test_bfloat16_reaches_sampling_scoring_and_the_loss(tmp_path: Path, student:
     """accelerate wraps `forward`, and the loss goes around it: without our own autocast bf16 would do nothing."""
     import opsd.teachers.local
     import opsd.training.loss
-    from opsd.models.forward import last_hidden
+    from opsd.models.passes import scored_hidden
 
     trainer = make_trainer(tmp_path, SameCheckpointTeacher(context="answer_only"), student, bf16=True, max_steps=1)
     seen: dict[str, torch.dtype] = {}
 
     def spy(name: str):  # type: ignore[no-untyped-def]
-        def hidden(*args):  # type: ignore[no-untyped-def]
+        def hidden(*args, **kwargs):  # type: ignore[no-untyped-def]
             seen[name] = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-            return last_hidden(*args)
+            return scored_hidden(*args, **kwargs)
 
         return hidden
 
-    monkeypatch.setattr(opsd.training.loss, "last_hidden", spy("student"))
-    monkeypatch.setattr(opsd.teachers.local, "last_hidden", spy("teacher"))
+    monkeypatch.setattr(opsd.training.loss, "scored_hidden", spy("student"))
+    monkeypatch.setattr(opsd.teachers.local, "scored_hidden", spy("teacher"))
     original = trainer.model.generate
     monkeypatch.setattr(
         trainer.model,
