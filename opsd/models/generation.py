@@ -172,9 +172,9 @@ def _begun(
     """
     pad, longest = config.pad_token_id or 0, max(map(len, prompts))
     distinct = list(dict.fromkeys(map(tuple, prompts)))
-    prefix = 0
-    if divides and _pads_behind_prefix(model, longest + config.max_new_tokens):
-        prefix = worthwhile_prefix(model, prompts)
+    prefix = worthwhile_prefix(model, prompts) if divides else 0
+    if prefix and not _pads_behind_prefix(model, longest + config.max_new_tokens):
+        prefix = 0
     if divides and (len(prompts) - len(distinct)) * (longest - 1) > max((len(prompts) - 1) * prefix, pass_on(model)):
         ids_BL, mask_BL = _padded([list(ids) for ids in distinct], 0, pad, model.device)
         once = generation_config(config.eos_token_id or [], pad, max_new_tokens=1, do_sample=False)
