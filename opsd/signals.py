@@ -78,10 +78,11 @@ class DenseSignal(ABC):
         """The number of ids that all parts have; heads that are padded to different sizes differ."""
         return min(part.head.vocab_size for part in self.parts)
 
-    def logprobs(self, token_ids_N: Tensor) -> Tensor:
+    def logprobs(self, token_ids_N: Tensor, temperature: float = 1.0) -> Tensor:
         """Return log p(token_ids_N[n]) in nats, float32 of shape (N,)."""
         chunks = [
-            log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float() for rows, log_t in self._chunks()
+            log_t.gather(-1, token_ids_N[rows, None].to(log_t.device))[:, 0].float()
+            for rows, log_t in self._chunks(temperature)
         ]
         return torch.cat(chunks) if chunks else self.parts[0].hidden_ND.new_zeros(0, dtype=torch.float32)
 
@@ -91,14 +92,14 @@ class DenseSignal(ABC):
         ids, values = (torch.cat([getattr(top, name) for top in tops]) for name in ("indices", "values"))
         return TopKSignal(ids, values, self.logprobs(token_ids_N))
 
-    def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
+    def _chunks(self, temperature: float = 1.0) -> Iterator[tuple[slice, Tensor]]:
         """Yield the log-probabilities of a few tokens at a time, (R, V), and which tokens they are."""
         parts = self.narrow(self.vocab_size).parts
         heads = [part.head.gathered() for part in parts]  # once, and in a process without tokens too
         for start in range(0, len(self), ROWS_PER_CHUNK):
             rows = slice(start, start + ROWS_PER_CHUNK)
             logits = [head.logits(part.hidden_ND[rows]) for part, head in zip(parts, heads, strict=True)]
-            yield rows, self.combine(logits, temperature=1.0)
+            yield rows, self.combine(logits, temperature)
 
 
 @dataclass(frozen=True, eq=False)

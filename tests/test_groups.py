@@ -73,7 +73,7 @@ def test_the_order_follows_from_the_epoch_alone() -> None:
 
 def test_rows_that_make_no_whole_batch_are_refused() -> None:
     assert len(epoch_sampler(2)) == 16
-    with pytest.raises(DataError, match=r"has 1 row\(s\), and one optimizer step takes 2 .* ÷ num_generations"):
+    with pytest.raises(DataError, match=r"has 1 row\(s\), and one batch of rollouts takes 2 .* ÷ num_generations"):
         epoch_sampler(1)
 
 

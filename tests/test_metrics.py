@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from helpers import MAKE_TEACHER, make_args, make_trainer
 
 import opsd
 from opsd import MixtureTeacher, OPSDTrainer, SameCheckpointTeacher, SiblingTeacher, SnapshotTeacher
-from opsd.errors import OPSDWarning
 from opsd.training.metrics import METRICS, as_markdown, find_metric, gate_metrics
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
@@ -64,6 +62,7 @@ RUNS: dict[str, tuple[Any, dict[str, Any]]] = {
     "top-k support": (same_checkpoint, {**TOP_K, "tail": "bucket", "entry_clip": 0.1}),
     "clips, gate and reference": (same_checkpoint, {"token_clip": 0.5, "entropy_gate": 1.0, "ref_kl_coef": 0.1}),
     "token selection": (same_checkpoint, {"keep_fraction": 0.5, "skip_first_tokens": 1}),
+    "samples of older weights": (same_checkpoint, {"steps_per_generation": 4, "importance_clip": 1.0}),
     "sampled": (same_checkpoint, {"support": "sampled", "reward_to_go": "discounted"}),
     "long rollouts that loop": (same_checkpoint, {"max_completion_length": 24, "temperature": 0.02}),
     "evaluation rows": (same_checkpoint, {"eval_rows": Dataset.from_list(other_rows()), **EVALUATED}),
@@ -77,15 +76,6 @@ WITHOUT_A_RUN = {"tools/call_frequency", "tools/failure_frequency"}  # tests/tes
 
 def plain_run(folder: Path, teacher: Any, settings: dict[str, Any]) -> OPSDTrainer:
     return make_trainer(folder, teacher(), per_device_eval_batch_size=2, **settings)
-
-
-def run_with_engine(folder: Path) -> OPSDTrainer:
-    with pytest.warns(OPSDWarning, match="importance_clip has no effect"):
-        trainer = make_trainer(folder, same_checkpoint(), importance_clip=2.0)
-    trainer._engine = SimpleNamespace(
-        take=lambda ids, others=(): [[-5.0] * len(each) for each in ids]
-    )  # stands for vLLM
-    return trainer
 
 
 def run_with_plan(folder: Path) -> OPSDTrainer:
@@ -105,7 +95,7 @@ def test_every_logged_metric_is_in_the_table_and_every_row_of_it_is_logged(tmp_p
     make: dict[str, Callable[[Path], OPSDTrainer]] = {
         name: partial(plain_run, teacher=teacher, settings=settings) for name, (teacher, settings) in RUNS.items()
     }
-    make |= {"importance correction": run_with_engine, "evaluation plan": run_with_plan}
+    make |= {"evaluation plan": run_with_plan}
     used: set[str] = set()
     for name, run in make.items():
         trainer = run(tmp_path / name)

@@ -166,7 +166,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -
 
 def test_a_stream_that_ends_before_one_step_is_an_error(tmp_path: Path) -> None:
     stream = IterableDataset.from_generator(lambda: iter(make_rows(3)))
-    with pytest.raises(DataError, match="before one step of 4 rows"):
+    with pytest.raises(DataError, match="before one batch of rollouts of 4 rows"):
         make_trainer(tmp_path, None, rows=stream).train()
 
 

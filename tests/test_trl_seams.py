@@ -22,6 +22,7 @@ SEAMS = {
     "_compute_loss": ["self", "unwrapped_student", "inputs", "num_items_in_batch"],
     "compute_loss": ["self", "model", "inputs", "return_outputs", "num_items_in_batch"],
     "_get_train_sampler": ["self", "dataset"],
+    "get_train_dataloader": ["self"],
     "_set_signature_columns_if_needed": ["self"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],

@@ -49,9 +49,9 @@ class EpochSampler(Sampler[int]):
         self.rows_per_batch = batch_size // group
         if rows < self.rows_per_batch:
             raise DataError(
-                f"the dataset has {rows} row(s), and one optimizer step takes {self.rows_per_batch} (batch per device "
-                "× accumulation steps × processes ÷ num_generations). Without a whole batch there is no step. Lower "
-                "one of these, or add rows."
+                f"the dataset has {rows} row(s), and one batch of rollouts takes {self.rows_per_batch} (batch per "
+                "device × accumulation steps, or steps_per_generation, × processes ÷ num_generations). Without a whole "
+                "batch there is no step. Lower one of these, or add rows."
             )
         self.shuffle, self.seed, self._epoch = shuffle, seed, epoch
 

@@ -22,6 +22,7 @@ from opsd.errors import CheckpointError
 from opsd.evaluation.run_folder import CARD, write_json
 
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
+SAMPLES = "opsd_samples_{}.json"  # of each process, with steps_per_generation
 NUMBER_FORMAT = "precision.json"
 TRAINER_STATE = "trainer_state.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model.bin",
@@ -55,6 +56,18 @@ def write(
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
     temporary.replace(folder / TENSORS)
     write_json(folder / FACTS, {"step": step, "pending": pending or {}, **facts})
+
+
+def write_samples(folder: Path, process: int, samples: Mapping[str, Any]) -> None:
+    """Write a process's samples for later steps into a checkpoint folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SAMPLES.format(process), samples)
+
+
+def read_samples(folder: Path, process: int) -> dict[str, Any] | None:
+    """Return a process's samples for later steps, or None where each step has its own."""
+    path = folder / SAMPLES.format(process)
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -101,8 +114,13 @@ def problem(folder: Path) -> str | None:
     for path in sorted(folder.iterdir()):
         if not _is_whole(path):
             return f"its {path.name} is cut short"
-    processes = json.loads((folder / FACTS).read_text("utf-8")).get("processes", 1)
-    for name in ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]:
+    facts = json.loads((folder / FACTS).read_text("utf-8"))
+    processes = facts.get("processes", 1)
+    of_processes = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    settings = facts.get("settings", {})
+    if (settings.get("steps_per_generation") or 0) > settings.get("gradient_accumulation_steps", 1):
+        of_processes += [SAMPLES.format(rank) for rank in range(processes)]
+    for name in of_processes:
         if not (folder / name).is_file():
             return f"it has no {name}"
     return None

@@ -103,6 +103,14 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "2606.30044). Unset: lmbda at every step."
         },
     )
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={
+            "help": "Micro-batches that one batch of rollouts gives, as TRL's GRPO counts them: a multiple of "
+            "gradient_accumulation_steps. 4 times as many sample the rollouts of 4 optimizer steps at once, which "
+            "is faster; the later of these steps train on samples of older weights. Unset: one step's."
+        },
+    )
     completion_length_schedule: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -220,6 +228,12 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         return StepSchedule.parse("completion_length_schedule", self.completion_length_schedule)
 
     @property
+    def steps_per_rollouts(self) -> int:
+        """Optimizer steps whose rollouts are sampled at once: `steps_per_generation` ÷ accumulation steps."""
+        steps = self.gradient_accumulation_steps
+        return (self.steps_per_generation or steps) // steps
+
+    @property
     def objective(self) -> Objective:
         """The training loss, as the settings describe it."""
         return Objective.from_config(self)
@@ -252,6 +266,7 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
                 "not be the one that sampled, and its divergence from the teacher would be the noise's. Leave it out."
             )
         self._check_schedules()
+        self._check_steps_per_generation()
         self.check_any_token(int(self.completion_length.least))
 
     def _check_schedules(self) -> None:
@@ -272,6 +287,21 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
                 f"completion_length_schedule must hold whole numbers of tokens from 1 to max_completion_length, and is "
                 f"{self.completion_length_schedule} with {longest}. Prompts and memory are checked for "
                 "max_completion_length. Raise that, or lower the schedule."
+            )
+
+    def _check_steps_per_generation(self) -> None:
+        steps, together = self.gradient_accumulation_steps, self.steps_per_rollouts
+        if self.steps_per_generation is not None and self.steps_per_generation % steps:
+            raise ConfigError(
+                f"steps_per_generation is {self.steps_per_generation}, and one optimizer step takes {steps} "
+                "micro-batches (gradient_accumulation_steps). A step would train on rollouts of two batches. Make "
+                "it a multiple."
+            )
+        between = [step for step in self.completion_length.values if step % together]
+        if between:
+            raise ConfigError(
+                f"completion_length_schedule changes at step {between[0]}, and the rollouts of {together} optimizer "
+                f"steps are sampled at once (steps_per_generation). Let it change at multiples of {together}."
             )
 
     def _check_group_size(self) -> None:
@@ -345,7 +375,8 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "prefix_weight": self.prefix_weight > 0.0 and self.max_completion_length == 1,
             "sibling_choice": self.num_generations < 3 and self.sibling_choice != GroupSettings.sibling_choice,
             "grpo_on": self.grpo_coef == 0.0 and self.grpo_on != GroupSettings.grpo_on,
-            "importance_clip": self.importance_clip is not None and not self.use_vllm,
+            "importance_clip": self.importance_clip is not None and not self.use_vllm and self.steps_per_rollouts == 1,
+            "steps_per_generation": self.steps_per_rollouts > 1 and self.on_policy_share.most == 0.0,
         }
         for name in (name for name, has_no_effect in idle.items() if has_no_effect):
             warnings.warn(f"{name} has no effect in this combination of settings.", OPSDWarning, stacklevel=6)

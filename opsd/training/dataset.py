@@ -250,16 +250,16 @@ def _untruncated_rollouts(context: Context, rollout_fields: Sequence[str]) -> in
     return len(context.untruncated_fields({"sibling", "attempt"} & set(rollout_fields)))
 
 
-def check_trained(steps: int, rows_per_step: int) -> None:
+def check_trained(steps: int, rows_per_batch: int) -> None:
     """Refuse a training that did nothing.
 
     Raises:
-        DataError: there were too few rows for a step.
+        DataError: there were too few rows for a batch of rollouts.
     """
     if steps == 0:
         raise DataError(
-            f"the dataset ended before one step of {rows_per_step} rows (batch per device × accumulation steps × "
-            "processes), so nothing was trained. Lower one of these, or add rows."
+            f"the dataset ended before one batch of rollouts of {rows_per_batch} rows (batch per device × accumulation "
+            "steps, or steps_per_generation, × processes), so nothing was trained. Lower one of these, or add rows."
         )
 
 

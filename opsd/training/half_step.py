@@ -79,6 +79,7 @@ class HalfStep(TrainerCallback):
         torch.set_rng_state(of_torch)
         if on_devices is not None:
             torch.cuda.set_rng_state_all(on_devices)
+        self._trainer.ahead.forget_this_step()
         if self._pending:
             lists, tallies, self._trainer.state.num_input_tokens_seen = self._pending
             self._trainer._metrics["train"].clear()

@@ -67,7 +67,7 @@ class Metric:
 
 _LOSS, _GROUPS, _HERE, _CONTEXT = "losses/rule.py", "training/groups.py", "training/metrics.py", "contexts/base.py"
 _DIVERGENCE, _TOP_K = "losses/divergence.py", "a top-k support"
-_SCHEDULE, _ENGINE = "a schedule of contexts", "importance_clip and vLLM"
+_SCHEDULE, _CORRECTED = "a schedule of contexts", "importance_clip, and vLLM or steps_per_generation"
 _SELECTION, _SERVED = "training/token_selection.py", "teachers/served.py"
 _SAMPLED = "support sampled, or reward_to_go"
 _CLOCK, _LOOKS, _BOUND = "training/step_clock.py", "training/looks.py", "health/bound.py"
@@ -99,8 +99,10 @@ METRICS: tuple[Metric, ...] = (
            "entropy_gate"),
     Metric("support/student", "probability", "the student's mass on the support", _DIVERGENCE, _TOP_K),
     Metric("support/teacher", "probability", "the teacher's mass on the support", _DIVERGENCE, _TOP_K),
-    Metric("importance/ratio", "ratio", "p_student / p_engine of the sampled token, after the clip", _LOSS, _ENGINE),
-    Metric("importance/truncated", "share of tokens", "tokens whose ratio was above importance_clip", _LOSS, _ENGINE),
+    Metric("importance/ratio", "ratio", "p of the sampled token in the student, over p where it was sampled, after the "
+           "clip", _LOSS, _CORRECTED),
+    Metric("importance/truncated", "share of tokens", "tokens whose ratio was above importance_clip", _LOSS,
+           _CORRECTED),
     Metric("statistics_seconds", "seconds", "the pass without gradient that ranks tokens, per micro-batch", _HERE,
            "keep_fraction, prefix_weight, reward_to_go"),
     # Rollouts
@@ -125,6 +127,8 @@ METRICS: tuple[Metric, ...] = (
            _SERVED, "teacher: served"),
     Metric("tokens/left_out", "share of tokens", "tokens that the token selection leaves out", _SELECTION,
            "skip_first_tokens, mask_…"),
+    Metric("staleness", "optimizer steps", "steps since the rollouts were sampled", "training/samples_ahead.py",
+           "steps_per_generation"),
     Metric("completions/limit", "tokens", "the length at which rollouts are cut", _HERE, "completion_length_schedule"),
     Metric("lmbda", "share of rows", "rows on the student's own rollouts", _HERE, "lmbda_schedule"),
     Metric("off_policy/shortened", "share of rows", "off-policy completions cut at max_completion_length, or behind "

@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "per_device_train_batch_size": AT_LEAST_1,
     "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
+    "steps_per_generation": AT_LEAST_1,
     "save_steps": POSITIVE,
     "save_total_limit": AT_LEAST_1,
     "seed": NOT_NEGATIVE,

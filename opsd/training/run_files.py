@@ -92,23 +92,26 @@ class RunFiles:
             return False
         return checkpoints.is_finished(checkpoint, self.parts.args.max_steps)
 
-    def write_checkpoint(self, step: int, pending: Mapping[str, Any]) -> None:
+    def write_checkpoint(self, step: int, pending: Mapping[str, Any], waiting: Mapping[str, Any] | None) -> None:
         """Write the teacher's state and the facts into a checkpoint; every process calls it.
 
         Args:
             step: optimizer steps done.
             pending: metrics since the last log entry.
+            waiting: samples of this process for later steps; None where each step has its own.
         """
         state = saved_state(self.parts.scorer.teacher, keep=self._writes)  # a collective where values are sharded
+        folder = self.folder / f"checkpoint-{step}"
         if self._writes:
-            folder = self.folder / f"checkpoint-{step}"
             checkpoints.write(folder, state, self._facts or {}, step=step, pending=pending)
+        if waiting is not None:
+            checkpoints.write_samples(folder, self.parts.accelerator.process_index, waiting)
 
-    def read_checkpoint(self, folder: Path) -> dict[str, Any]:
-        """Give the teacher its state from a checkpoint, and return the metrics that were pending."""
+    def read_checkpoint(self, folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Give the teacher its state from a checkpoint; return the metrics that were pending, and samples that wait."""
         state, pending = checkpoints.read_state(folder)
         load_state(self.parts.scorer.teacher, state)
-        return pending
+        return pending, checkpoints.read_samples(folder, self.parts.accelerator.process_index)
 
     def end(self, outcome: Mapping[str, Any]) -> None:
         """Print what the run did (`Learning.description`), and add it to the card that was written when it began."""

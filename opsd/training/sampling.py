@@ -148,7 +148,15 @@ def check_sampling(args: Any, objective: Objective) -> None:
             f"generation_kwargs: {ENDS} must be a token id or a list of ids, and is {ends!r}. An id comes from the "
             "tokenizer: tokenizer.convert_tokens_to_ids('<|im_end|>')."
         )
-    if (causes := _estimates(args, objective)) and (reshaped := reshaped_by(args)):
+    causes = _estimates(args, objective)
+    if causes and args.steps_per_rollouts > 1 and args.importance_clip is None:
+        raise ConfigError(
+            f"steps_per_generation {args.steps_per_generation} cannot go with {' and '.join(causes)}: such a loss "
+            f"estimates its gradient from sampled tokens, and {args.steps_per_rollouts - 1} of "
+            f"{args.steps_per_rollouts} steps would train on samples of older weights. Correct for it: "
+            "importance_clip: 2; or leave steps_per_generation out."
+        )
+    if causes and (reshaped := reshaped_by(args)):
         raise ConfigError(
             f"{' and '.join(reshaped)} cannot go with {' and '.join(causes)}: such a loss estimates its gradient from "
             "sampled tokens, and is right for samples of the whole distribution only. With top_p 0.9 it is off by 8 %, "

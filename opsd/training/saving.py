@@ -1,4 +1,4 @@
-"""What a trainer writes beside weights: cards, and in checkpoints the teacher and the metrics that are not logged yet.
+"""What a trainer writes beside weights: cards, and in checkpoints what opsd adds to TRL's.
 
 Knows TRL's hooks for saving and loading; nothing of steps, rollouts or losses.
 """
@@ -14,6 +14,7 @@ from trl import DistillationTrainer
 from opsd.training.averages import Averages
 from opsd.training.fsdp import whole_state_dict
 from opsd.training.run_files import RunFiles
+from opsd.training.samples_ahead import SamplesAhead
 
 
 class SavingTrainer(DistillationTrainer):
@@ -23,6 +24,7 @@ class SavingTrainer(DistillationTrainer):
     """
 
     files: RunFiles
+    ahead: SamplesAhead
     _averages: dict[str, Averages]
 
     @property
@@ -47,12 +49,13 @@ class SavingTrainer(DistillationTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write the teacher first: a checkpoint with a trainer state is a whole one."""
         pending = {"lists": dict(self._metrics["train"]), "tallies": self._averages["train"].state}
-        self.files.write_checkpoint(self.state.global_step, pending)
+        self.files.write_checkpoint(self.state.global_step, pending, self.ahead.waiting)
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        pending = self.files.read_checkpoint(Path(resume_from_checkpoint))
+        pending, waiting = self.files.read_checkpoint(Path(resume_from_checkpoint))
+        self.ahead.load(waiting)
         self._metrics["train"].clear()
         self._metrics["train"].update(pending["lists"])
         self._averages["train"].load(pending["tallies"])

@@ -5,7 +5,8 @@ teacher, the padding of rollouts and the loss. Knows no kind of teacher and no k
 
 Seams of TRL 1.16 and transformers that this file relies on (tests/test_trl_seams.py guards each):
 `_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_forward_redirection`,
-`_get_train_sampler`, `_get_grad_norm`, `autocast_smart_context_manager`, `_set_signature_columns_if_needed`,
+`_get_train_sampler`, `get_train_dataloader`, `_get_grad_norm`, `autocast_smart_context_manager`,
+`_set_signature_columns_if_needed`,
 `_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `evaluation_loop`, `log`, `_send_telemetry`,
 `_metrics`, `_logs`, `_step`, `_last_loaded_step`, `_buffered_inputs`, `teacher_model=None`.
 """
@@ -60,6 +61,7 @@ from opsd.training.parts import Rows, RunParts
 from opsd.training.rewards import RewardFunc
 from opsd.training.run_files import RunFiles
 from opsd.training.run_lock import only_run_in
+from opsd.training.samples_ahead import SamplesAhead
 from opsd.training.sampling import prepare_sampling, sampled
 from opsd.training.sampling_check import SamplingCheck, why_unchecked
 from opsd.training.saving import SavingTrainer
@@ -167,7 +169,7 @@ class OPSDTrainer(SavingTrainer):
             self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
-        self._stop, self._half_step = GracefulStop(self.accelerator), HalfStep(self)
+        self._stop, self._half_step, self.ahead = GracefulStop(self.accelerator), HalfStep(self), SamplesAhead(self)
         self.scorer.is_stopped = self._stop.is_asked
         self.learning = Learning(self.files.parts, self._averages["train"])
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
@@ -219,6 +221,11 @@ class OPSDTrainer(SavingTrainer):
         dataset = self.train_dataset if dataset is None else dataset
         return epoch_sampler(dataset, self.args, self._rows_per_step, epoch=lambda: int(self.state.epoch or 0))
 
+    def get_train_dataloader(self) -> Any:
+        """Return generation batches; TRL takes the accumulation steps of one optimizer step for their size."""
+        with self.ahead.sizing(self.args):
+            return super().get_train_dataloader()
+
     def _generate_single_turn(self, prompt_ids: Sequence[Ids], *args: Any, **kwargs: Any) -> list[Ids]:
         return sampled(self, prompt_ids, partial(super()._generate_single_turn, prompt_ids, *args, **kwargs))
 
@@ -237,7 +244,7 @@ class OPSDTrainer(SavingTrainer):
         prepared = self.scorer.prepare_rollouts(graded)
         tallies = metrics.rollout_metrics(rollouts, values, is_repeated, self.eos_token_ids)
         tallies |= {**self.scorer.context_metrics(), **self.scorer.selection.metrics(graded, prepared)}
-        tallies |= scheduled(self)
+        tallies |= scheduled(self) | self.ahead.tallies()
         self._averages[self._mode].add(over_processes(tallies))
         return prepared
 
@@ -246,19 +253,13 @@ class OPSDTrainer(SavingTrainer):
         prompt_ids = [self.student.renderer.ids(row["prompt"]) for row in rows]
         longest = set_longest(self)
         check_lengths(context_length(self.student.model), prompt_ids, [longest] * len(prompt_ids), "student")
-        sampled, others, loss_mask = list[Ids](), list[Ids](), None
-        if count:
-            prompt_ids[:count], sampled, loss_mask, *_ = self._generate([row["prompt"] for row in rows[:count]])
-            metrics.forget_completions(self._metrics[self._mode])  # TRL's, of which `log` would average batches
+        samples, others = self.ahead.take(rows[:count], prompt_ids[:count]), list[Ids]()
         if count < len(rows):
             with self.accelerator.autocast():
                 rest = (rows[count:], self.args, longest)
                 others, cut = off_policy_completions(*rest, self.teacher, self.student, self.eos_token_ids)
             self._averages["train"].add(over_processes({"off_policy/shortened": Tally(cut, len(others))}))
-        loss_mask = (loss_mask or [[1] * len(ids) for ids in sampled]) + [[1] * len(ids) for ids in others]
-        logprobs = None if self._engine is None else self._engine.take(sampled, others)
-        own = [number < count for number in range(len(rows))]
-        return Rollouts(rows, prompt_ids, sampled + others, loss_mask, rollout_logprobs=logprobs, on_policy=own)
+        return samples.rollouts(rows, prompt_ids, others)
 
     @property
     def _mode(self) -> str:
@@ -272,7 +273,8 @@ class OPSDTrainer(SavingTrainer):
             return self._scored(self._generate_and_score_completions(generation_batch))
         steps = self.args.gradient_accumulation_steps
         if self._step % steps == 0 or self._buffered_inputs is None:
-            rollouts = self.scorer.in_order(self._generate_and_score_completions(generation_batch), steps)
+            rollouts = self._generate_and_score_completions(self.ahead.begin(generation_batch))
+            rollouts = self.scorer.in_order(rollouts, steps)
             rollouts = self.tracer.mark(rollouts, self.state.global_step + 1)
             count = torch.tensor(rollouts.num_scorable, device=self.accelerator.device)
             total = int(self.accelerator.gather(count).sum())
@@ -304,7 +306,9 @@ class OPSDTrainer(SavingTrainer):
         assert record is not None
         rollouts, mode = inputs.pop("scored").rollouts, self._mode  # popped: the teacher's states are not needed again
         records = self._records[mode]
-        records.add(self._sampling_check(record, rollouts), rollouts)
+        if mode == "eval" or not self.ahead.age:  # samples of older weights are another distribution's
+            record = self._sampling_check(record, rollouts)
+        records.add(record, rollouts)
         if mode == "eval" or (self._step + 1) % self.args.gradient_accumulation_steps == 0:
             if mode == "train":
                 self.tracer.take(records.kept, self.state.global_step + 1)
@@ -369,6 +373,7 @@ class OPSDTrainer(SavingTrainer):
         """
         # An earlier `train` that was interrupted may have left half a step.
         self._step, self._buffered_inputs, self._record = 0, None, None
+        self.ahead.load(None)
         self._records["train"] = metrics.LossRecords()
         self._clock.forget()
         with only_run_in(self.args.output_dir):
@@ -377,7 +382,7 @@ class OPSDTrainer(SavingTrainer):
                 return take_finished(self, checkpoint)
             with self._stop.listening(), closing(self.display), closing(self.tracer), self._half_step.saving():
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-            check_trained(self.state.global_step, self._rows_per_step)
+            check_trained(self.state.global_step, self._rows_per_step * self.args.steps_per_rollouts)
             if self.stopped_by is None:
                 self.save_state()  # with the log, which `opsd health` reads
                 self.files.end(self.outcome)

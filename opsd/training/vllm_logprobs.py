@@ -37,15 +37,8 @@ class EngineLogprobs:
         self._last = [[UNKNOWN if t[0] is None else float(t[0]) for t in tokens] for tokens in logprobs]
         return result
 
-    def take(self, sampled: Sequence[Ids], others: Sequence[Ids] = ()) -> list[list[float]]:
-        """Return the log-probabilities of completions, in nats; NaN for tokens that the engine gave none for.
-
-        Args:
-            sampled: by the engine, in its last call.
-            others: of rows that follow them, which it did not sample.
-        """
+    def take(self, sampled: Sequence[Ids]) -> list[list[float]]:
+        """Return the log-probabilities of the last call's completions, in nats; NaN for tokens it gave none for."""
         last, self._last = self._last, []
         known = last if len(last) == len(sampled) else [[] for _ in sampled]
-        known = known + [[] for _ in others]
-        pairs = zip(known, [*sampled, *others], strict=True)
-        return [(logps + [UNKNOWN] * len(ids))[: len(ids)] for logps, ids in pairs]
+        return [(logps + [UNKNOWN] * len(ids))[: len(ids)] for logps, ids in zip(known, sampled, strict=True)]
