@@ -115,9 +115,10 @@ from helpers import MAKE_TEACHER, logged, make_trainer
 
 folder, resume = sys.argv[1], sys.argv[2] == "resume"
 found = {}
-for teacher, student in (("ema", "full"), ("routed", "lora")):
+for teacher, student, ahead in (("ema", "full", 1), ("routed", "lora", 1), ("snapshot", "full", 3)):
     trainer = make_trainer(os.path.join(folder, teacher), MAKE_TEACHER[teacher](), student, max_steps=5, save_steps=1,
-                           save_strategy="steps", gradient_accumulation_steps=1, learning_rate=5e-3)
+                           save_strategy="steps", gradient_accumulation_steps=1, learning_rate=5e-3,
+                           steps_per_generation=ahead)
     trainer.train(resume_from_checkpoint=resume)
     digest = hashlib.sha256()
     for name, value in [*trainer.model.named_parameters(), *sorted(trainer.teacher.state_dict().items())]:
