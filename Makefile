@@ -4,6 +4,7 @@
 # make test      lint, types and every test (about thirteen minutes on two slow cores)
 # make test-served  the served teacher against a real vLLM server on the CPU (five minutes, 3.4 GB in .venv-vllm)
 # make gpu       what only a GPU shows, in under ten minutes on one; without a GPU all of it is skipped
+# make bench     a step and its loss against TRL's, and where its time goes (an hour and a half on two quiet cores)
 # make evidence  the long runs behind the figures in README.md, docs/ and benchmarks/results/
 #
 # Each makes .venv and installs what it needs. TORCH chooses the build of torch: the exact version of constraints.txt
@@ -22,7 +23,7 @@ RUN := $(VENV)/bin
 PIP := $(RUN)/pip install --quiet --quiet --disable-pip-version-check
 PYTEST := $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo demo-math gpu check test test-served vllm evidence lint clean
+.PHONY: demo demo-math gpu check test test-served vllm bench evidence lint clean
 
 demo: $(VENV)/demo.done
 	@$(RUN)/opsd demo
@@ -57,9 +58,13 @@ lint: $(VENV)/dev.done
 	@$(RUN)/ruff format --quiet --check .
 	@$(RUN)/mypy
 
-evidence: $(VENV)/dev.done
-	$(RUN)/python benchmarks/demo.py
+bench: $(VENV)/dev.done
 	$(RUN)/python benchmarks/losses.py
+	$(RUN)/python benchmarks/step.py
+	$(RUN)/python benchmarks/where_time_goes.py
+
+evidence: bench
+	$(RUN)/python benchmarks/demo.py
 	$(RUN)/python benchmarks/crashes.py
 	$(RUN)/python benchmarks/doctor.py
 	$(RUN)/python benchmarks/controls.py
