@@ -68,7 +68,7 @@ evidence: bench
 	$(RUN)/python benchmarks/crashes.py
 	$(RUN)/python benchmarks/doctor.py
 	$(RUN)/python benchmarks/controls.py
-	$(RUN)/python -m benchmarks.learning fine_tuning recover keep_both rule sums levers answer_length drifted_teacher two_tasks wordings
+	$(RUN)/python -m benchmarks.learning fine_tuning recover keep_both rule sums levers sampled_ahead answer_length drifted_teacher two_tasks wordings
 	$(RUN)/python -m benchmarks.failures
 	$(RUN)/python benchmarks/health.py
 	$(RUN)/python benchmarks/combinations.py

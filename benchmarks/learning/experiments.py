@@ -27,7 +27,7 @@ from benchmarks.learning.parts import (
     with_controls,
     write_training,
 )
-from benchmarks.learning.wordings import examined, levers, sums, wordings
+from benchmarks.learning.wordings import examined, levers, sampled_ahead, sums, wordings
 from opsd import PrivilegedContext
 from opsd.cli import main as opsd
 from opsd.commands.demo_tasks import EVERYDAY, SUM, both_kinds, of_kind, packaged_model, question, write_rows
@@ -253,6 +253,7 @@ EXPERIMENTS: Mapping[str, Experiment] = {
     "answer_length": Experiment("Does it matter whose rollouts they are when answers are long?", answer_length),
     "sums": Experiment("What does best where each row's own short answer is the context?", sums),
     "levers": Experiment("And which settings of the method do better there?", levers),
+    "sampled_ahead": Experiment("And how many steps' rollouts may be sampled at once?", sampled_ahead),
     "wordings": Experiment(
         "Does the doctor tell good wordings of a context from bad ones?", wordings, measure=examined
     ),

@@ -97,6 +97,12 @@ def levers(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     return _on_sums(folder, seeds, arms, context=context_of(folder, "parenthesis, examples"))
 
 
+def sampled_ahead(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Teach sums as `levers` does, and sample the rollouts of 1, 2, 4 or 8 optimizer steps at once."""
+    arms: Arms = {f"{steps} at once": {"steps_per_generation": steps} for steps in (1, 2, 4, 8)}
+    return _on_sums(folder, seeds, arms, context=context_of(folder, "parenthesis, examples"))
+
+
 def _on_sums(folder: Path, seeds: Sequence[int], arms: Arms, **settings: Any) -> dict[str, Any]:
     steps = 24
     for seed in seeds:
