@@ -74,7 +74,7 @@ class Rollouts:
             feedback); empty for none.
         distill_weight: per row, 1 where the teacher trains it and 0 where only its reward does; empty for all 1.
         advantages: per row, its reward relative to its group; empty for all 0.
-        rollout_logprobs: per completion, log p in nats of each token in the engine that sampled it, NaN where unknown;
+        rollout_logprobs: per completion, log p in nats of each token where it was sampled, NaN where unknown;
             None where no engine reports them.
         on_policy: per row, whether the student sampled its completion; empty for all.
         rewards: per row, the weighted sum of its rewards, NaN where nothing grades it; empty for all NaN.

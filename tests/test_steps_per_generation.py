@@ -17,10 +17,11 @@ from helpers import MAKE_TEACHER, make_args, make_trainer
 
 from opsd import OPSDTrainer, ServedTeacher
 from opsd.errors import CheckpointError, ConfigError, DataError, OPSDWarning, ServerError
+from opsd.health.bound import STALENESS as AGE
+from opsd.health.bound import shares_of_step
 from opsd.losses import Objective
 from opsd.training.checkpoints import SAMPLES, problem
 from opsd.training.metrics import GAP
-from opsd.training.samples_ahead import AGE
 
 SAVING = {"save_strategy": "steps", "save_steps": 1}
 POLICY_GRADIENT = {"support": "sampled", "importance_clip": 2.0}
@@ -236,9 +237,30 @@ def test_what_cannot_be_is_refused_before_a_model_loads(settings: dict[str, Any]
         make_args("runs/none", **settings)
 
 
+def test_a_control_corrects_for_older_weights_as_its_method_does(tmp_path: Path) -> None:
+    fixed = {"control": "constant-advantage", **TWO}
+    with pytest.raises(ConfigError, match="cannot go with control 'constant-advantage'"):
+        make_args(tmp_path, **fixed)
+    assert make_args(tmp_path, importance_clip=2.0, **fixed).objective.importance_clip == 2.0
+
+
+def test_workers_that_would_each_repeat_batches_of_a_stream_are_refused(tmp_path: Path) -> None:
+    stream = rows().to_iterable_dataset(num_shards=2)
+    with pytest.raises(DataError, match="dataloader_num_workers is 2, and a batch of rollouts gives 4 micro-batches"):
+        trained_on_answers(tmp_path, rows=stream, dataloader_num_workers=2, **TWO)
+
+
+def test_what_bounds_a_step_is_told_by_whole_generation_batches() -> None:
+    """Every second step samples, for 6 s; the first two fill caches."""
+    log = [
+        {"step_time": 8.0 if first else 2.0, "seconds/rollouts": 6.0 if first else 0.0, AGE: 0.0 if first else 1.0}
+        for first in (True, False) * 3
+    ]
+    assert shares_of_step(log) == {"rollouts": 0.6, "training": 0.4, "teacher": 0.0}
+    assert shares_of_step(log[:3]) == {"rollouts": 0.6, "training": 0.4, "teacher": 0.0}
+
+
 def test_settings_that_change_nothing_are_named(tmp_path: Path) -> None:
-    with pytest.warns(OPSDWarning, match="steps_per_generation has no effect"):
-        make_args(tmp_path, control="off-policy", **TWO)
     with pytest.warns(OPSDWarning, match="importance_clip has no effect"):
         make_args(tmp_path, importance_clip=2.0, steps_per_generation=2)
     assert isinstance(make_args(tmp_path, importance_clip=2.0, **TWO).objective, Objective)  # and no warning

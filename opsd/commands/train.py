@@ -48,6 +48,7 @@ often used keys
   lmbda            share of rows trained on-policy (default 1)
   temperature      of sampling and of the divergence
   max_completion_length, per_device_train_batch_size, gradient_accumulation_steps
+  steps_per_generation                                  more than the accumulation steps: samples for later steps too
   use_peft, lora_r, lora_alpha, lora_target_modules, dtype
   log_completions, report_to, save_steps, seed
 

@@ -15,16 +15,16 @@ from opsd.errors import DataError
 
 
 class EpochSampler(Sampler[int]):
-    """Yields whole generation batches, each repeated once per accumulation step.
+    """Yields whole generation batches, each repeated once per micro-batch that it gives.
 
-    The trainer asks for a batch per accumulation step and uses the first of each group for the whole step. A rest of
+    The trainer asks for a batch per micro-batch and uses the first of an optimizer step for the whole step. A rest of
     rows that makes no whole batch waits for the next epoch's order.
 
     Args:
         rows: rows in the dataset.
         batch_size: rollouts of one generation batch over all processes.
         group: rollouts of one row, which stand next to each other.
-        repeats: times each batch is repeated (accumulation steps).
+        repeats: times each batch is repeated: accumulation steps, or steps_per_generation.
         shuffle: whether the order is random.
         seed: seed of the order.
         epoch: returns the epoch that begins when iteration begins.

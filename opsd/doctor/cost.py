@@ -74,7 +74,8 @@ def planned_steps(patient: Patient) -> int:
         return args.max_steps
     if not isinstance(dataset, Dataset):
         return 0
-    return math.ceil(args.num_train_epochs * (len(dataset) * args.num_generations // _rollouts(patient)))
+    batches = len(dataset) * args.num_generations // (_rollouts(patient) * args.steps_per_rollouts)
+    return math.ceil(args.num_train_epochs * batches * args.steps_per_rollouts)
 
 
 def _rollouts(patient: Patient) -> int:

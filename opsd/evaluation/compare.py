@@ -41,7 +41,8 @@ _SAME_ARM = (
 )  # fmt: skip
 # What a control must share with its method.
 _BUDGET = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-           "learning_rate", "lr_scheduler_type", "max_completion_length", "completion_length_schedule")  # fmt: skip
+           "steps_per_generation", "learning_rate", "lr_scheduler_type", "max_completion_length",
+           "completion_length_schedule")  # fmt: skip
 
 
 @dataclass(frozen=True)

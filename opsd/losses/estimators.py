@@ -96,7 +96,7 @@ def _rows(row_N: Tensor) -> list[Tensor]:
 
 
 def importance_weight(student_N: Tensor, rollout_logprobs_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Return truncated importance ratios, which correct for an engine that samples with other probabilities.
+    """Return truncated importance ratios, which correct for samples of other probabilities than the student's.
 
     Args:
         student_N: log s(y) in nats, the trainer's.
@@ -105,7 +105,7 @@ def importance_weight(student_N: Tensor, rollout_logprobs_N: Tensor, clip: float
         clip: largest ratio; truncation bounds the variance and biases towards smaller steps.
 
     Returns:
-        min(s / engine, clip), 1 where unknown, without gradient; and 1 where it was truncated, else 0.
+        min(s / p, clip), 1 where p is unknown, without gradient; and 1 where it was truncated, else 0.
     """
     ratio_N = (student_N - rollout_logprobs_N).exp().nan_to_num(nan=1.0, posinf=torch.inf)
     return ratio_N.clamp(max=clip), (ratio_N > clip).to(ratio_N.dtype)

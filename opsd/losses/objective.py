@@ -100,8 +100,8 @@ class ObjectiveSettings:
     importance_clip: float | None = field(
         default=None,
         metadata={
-            "help": "Largest importance ratio, s(y) over the probability with which y was sampled, at least 1 (SDPO: "
-            "2); corrects for a vLLM engine, and for the older weights of steps_per_generation. Unset: no correction."
+            "help": "Largest importance ratio, s(y) over p(y) where y was sampled, at least 1 (SDPO: 2); corrects for "
+            "vLLM, and for the older weights of steps_per_generation, which costs a forward pass. Unset: none."
         },
     )
     ref_kl_coef: float = field(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opsd.errors import CheckpointError
-from opsd.evaluation.run_folder import CARD, write_json
+from opsd.evaluation.run_folder import CARD, write_json, write_whole
 
 TENSORS, FACTS = "opsd_teacher.safetensors", "opsd_teacher.json"
 SAMPLES = "opsd_samples_{}.json"  # of each process, with steps_per_generation
@@ -61,7 +61,7 @@ def write(
 def write_samples(folder: Path, process: int, samples: Mapping[str, Any]) -> None:
     """Write a process's samples for later steps into a checkpoint folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / SAMPLES.format(process), samples)
+    write_whole(folder / SAMPLES.format(process), json.dumps(samples))
 
 
 def read_samples(folder: Path, process: int) -> dict[str, Any] | None:

@@ -108,7 +108,8 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         metadata={
             "help": "Micro-batches that one batch of rollouts gives, as TRL's GRPO counts them: a multiple of "
             "gradient_accumulation_steps. 4 times as many sample the rollouts of 4 optimizer steps at once, which "
-            "is faster; the later of these steps train on samples of older weights. Unset: one step's."
+            "is faster and takes the memory of as many rows; the later of these steps train on samples of older "
+            "weights. An epoch has whole batches of rollouts. Unset: one step's."
         },
     )
     completion_length_schedule: dict[str, Any] | str | None = field(
@@ -376,7 +377,6 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
             "sibling_choice": self.num_generations < 3 and self.sibling_choice != GroupSettings.sibling_choice,
             "grpo_on": self.grpo_coef == 0.0 and self.grpo_on != GroupSettings.grpo_on,
             "importance_clip": self.importance_clip is not None and not self.use_vllm and self.steps_per_rollouts == 1,
-            "steps_per_generation": self.steps_per_rollouts > 1 and self.on_policy_share.most == 0.0,
         }
         for name in (name for name, has_no_effect in idle.items() if has_no_effect):
             warnings.warn(f"{name} has no effect in this combination of settings.", OPSDWarning, stacklevel=6)

@@ -30,10 +30,9 @@ _ONE_TOKEN: dict[str, Any] = {
     "keep_fraction": 1.0,
     "prefix_weight": 0.0,
     "reward_to_go": "none",
-    "importance_clip": None,
     "contrast_context": None,
 }
-_LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "ref_kl_coef": 0.0}
+_LIKELIHOOD = {**_ONE_TOKEN, "tail": "none", "temperature": 1.0, "ref_kl_coef": 0.0, "importance_clip": None}
 # No reward for off-policy tokens; a group is as many completions of one prompt, so that the questions stay the same.
 _NOT_SAMPLED: dict[str, Any] = {
     "lmbda": 0.0,

@@ -66,6 +66,8 @@ def prepare_datasets(
             each_row=(lambda row: questions.append(question_of(row))) if has_plan or evaluated is not None else None,
         )
         check_groups(dataset, scorer.teacher, groups, trains=trains)
+        if trains:
+            _check_stream(dataset, args)
         return dataset, questions
 
     rows, asked = prepare(train, "train", trains=True) if train is not None else (None, [])
@@ -98,6 +100,21 @@ def check_groups(dataset: Any, teacher: Teacher, groups: Groups, *, trains: bool
         raise DataError(
             "num_generations is above 1, and the training rows are a stream, whose shuffling would tear groups apart. "
             "Load them as a Dataset, or set num_generations to 1."
+        )
+
+
+def _check_stream(dataset: Any, args: OPSDConfig) -> None:
+    """Refuse a stream whose workers would each repeat batches of their own.
+
+    Raises:
+        DataError: names the settings.
+    """
+    repeats, workers = args.gradient_accumulation_steps * args.steps_per_rollouts, args.dataloader_num_workers
+    if not isinstance(dataset, Dataset) and workers > 1 and repeats > 1:
+        raise DataError(
+            f"the training rows are a stream, dataloader_num_workers is {workers}, and a batch of rollouts gives "
+            f"{repeats} micro-batches. Each worker would repeat batches of its own, so that some rows would be trained "
+            "twice and others never. Load the rows as a Dataset, or set dataloader_num_workers to 1."
         )
 
 

@@ -246,6 +246,11 @@ class ResumedSettings(TrainerCallback):
     def __init__(self) -> None:
         self.changes: Sequence[Change] = ()
 
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether samples that wait in the checkpoint are those that this run would have drawn."""
+        return all(change.is_recorded or change.name in SCHEDULE for change in self.changes)
+
     def on_train_begin(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, lr_scheduler: Any = None, **kwargs: Any
     ) -> None:

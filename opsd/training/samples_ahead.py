@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 
+from opsd.health.bound import STALENESS
 from opsd.models.forward import check_lengths, context_length
 from opsd.rollouts import Ids, Rollouts
 from opsd.signals import HiddenSignal
@@ -24,8 +26,6 @@ from opsd.training import metrics
 from opsd.training.averages import Tally
 from opsd.training.schedules import on_policy_rows
 from opsd.training.vllm_logprobs import UNKNOWN
-
-AGE = "staleness"
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,25 @@ class SamplesAhead:
     >>> samples = ahead.take(rows, prompt_ids)
 
     Args:
-        trainer: an OPSDTrainer.
+        trainer: an OPSDTrainer whose student is ready, and not sharded yet.
     """
 
     trainer: Any
     sampled_at: int = 0  # the step, counted from 0, at which the samples that wait were drawn
     _waiting: dict[int, Samples] = field(default_factory=dict)  # by step
     _rows: dict[int, Sequence[Row]] = field(default_factory=dict)  # of the generation batch, from this step on
+    _student: LiveTeacher | None = None  # gives the probabilities of sampling, where the loss corrects for them
+
+    def __post_init__(self) -> None:
+        args = self.trainer.args
+        if args.importance_clip is not None and args.steps_per_rollouts > 1 and not args.use_vllm:
+            self._student = LiveTeacher()
+            self._student.prepare(self.trainer.student)  # now: it looks at the model, which may be sharded later
+
+    def reset(self) -> None:
+        """Forget an earlier `train` of this trainer, whose first weights an engine may still hold."""
+        self.load(None)
+        self.trainer._last_loaded_step = -1
 
     def begin(self, generation_batch: Sequence[Row]) -> Sequence[Row]:
         """Return this step's rows of a generation batch, and remember those of the steps that share it."""
@@ -111,16 +123,18 @@ class SamplesAhead:
             return Samples()
         if not self.trainer.model.training or self.trainer.args.steps_per_rollouts == 1:
             return self._sampled(rows, prompt_ids)
-        # Rows of a resumed run that was allowed to change may be others than those sampled for.
-        if step not in self._waiting or list(self._waiting[step].asked) != list(prompt_ids):
+        # Rows that a resumed run may change, or a stream's, may be others than those sampled for: in one process only,
+        # and sampling is for all.
+        is_missing = step not in self._waiting or list(self._waiting[step].asked) != list(prompt_ids)
+        if any(gather_object([is_missing])):
             self._sample_ahead()
         return self._waiting[step]
 
     def tallies(self) -> dict[str, Tally]:
         """Return how old this step's samples are, in optimizer steps; nothing where each step has its own."""
-        if not self.trainer.model.training or self.trainer.args.steps_per_rollouts == 1:
+        if not self.trainer.model.training or self.trainer.state.global_step not in self._waiting:
             return {}
-        return {AGE: Tally(self.age, 1)}
+        return {STALENESS: Tally(self.age, 1)}
 
     @property
     def age(self) -> int:
@@ -174,7 +188,7 @@ class SamplesAhead:
         check_lengths(context_length(self.trainer.student.model), prompts, [longest] * len(prompts), "student")
         samples = self._sampled(rows, prompts)
         logprobs = None if samples.logprobs is None else list(samples.logprobs)
-        if args.importance_clip is not None and logprobs is None:
+        if self._student is not None:
             fresh = len(own[step])
             logprobs = [
                 [UNKNOWN] * len(ids) for ids in samples.completion_ids[:fresh]
@@ -183,7 +197,8 @@ class SamplesAhead:
         samples = Samples(**{**vars(samples), "logprobs": logprobs})
         self._waiting, self.sampled_at, start = {}, step, 0
         for at, of_step in own.items():
-            self._waiting[at] = samples.part(start, start + len(of_step))
+            if of_step:
+                self._waiting[at] = samples.part(start, start + len(of_step))
             start += len(of_step)
 
     def _sampled(self, rows: Sequence[Row], prompt_ids: Sequence[Ids]) -> Samples:
@@ -196,17 +211,16 @@ class SamplesAhead:
 
     def _logprobs(self, rows: Sequence[Row], samples: Samples) -> list[list[float]]:
         """Return log p of sampled tokens under the student as it is now, in nats, at the temperature of sampling."""
-        trainer, values = self.trainer, list[list[float]]()
-        student = LiveTeacher()
-        student.prepare(trainer.student)
+        trainer, student, values = self.trainer, self._student, list[list[float]]()
+        assert student is not None
         size = trainer.args.per_device_train_batch_size
         for start in range(0, len(rows), size):
             part = samples.part(start, start + size)
             rollouts = Rollouts(rows[start : start + size], part.prompt_ids, part.completion_ids, part.loss_mask)
-            with trainer.accelerator.autocast():
+            with trainer.accelerator.autocast():  # as the loss computes the new probabilities
                 signal = TeacherView(student).score(student.prompts.render(rollouts))
-            assert isinstance(signal, HiddenSignal)
-            ids_N = torch.tensor(rollouts.scored_ids, dtype=torch.long, device=trainer.accelerator.device)
-            logprobs_N = signal.logprobs(ids_N, trainer.args.temperature)
+                assert isinstance(signal, HiddenSignal)
+                ids_N = torch.tensor(rollouts.scored_ids, dtype=torch.long, device=trainer.accelerator.device)
+                logprobs_N = signal.logprobs(ids_N, trainer.args.temperature)
             values += [row.tolist() for row in logprobs_N.split([sum(mask) for mask in part.loss_mask])]
         return values

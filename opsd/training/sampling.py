@@ -149,12 +149,13 @@ def check_sampling(args: Any, objective: Objective) -> None:
             "tokenizer: tokenizer.convert_tokens_to_ids('<|im_end|>')."
         )
     causes = _estimates(args, objective)
-    if causes and args.steps_per_rollouts > 1 and args.importance_clip is None:
+    stale = [*causes, *([f"control {args.control!r}"] if args.control == "constant-advantage" else [])]
+    if stale and args.steps_per_rollouts > 1 and args.importance_clip is None:
         raise ConfigError(
-            f"steps_per_generation {args.steps_per_generation} cannot go with {' and '.join(causes)}: such a loss "
+            f"steps_per_generation {args.steps_per_generation} cannot go with {' and '.join(stale)}: such a loss "
             f"estimates its gradient from sampled tokens, and {args.steps_per_rollouts - 1} of "
-            f"{args.steps_per_rollouts} steps would train on samples of older weights. Correct for it: "
-            "importance_clip: 2; or leave steps_per_generation out."
+            f"{args.steps_per_rollouts} steps would train on samples of older weights. Weigh them "
+            "by their importance ratio: importance_clip: 2; or leave steps_per_generation out."
         )
     if causes and (reshaped := reshaped_by(args)):
         raise ConfigError(

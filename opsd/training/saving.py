@@ -55,7 +55,7 @@ class SavingTrainer(DistillationTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         pending, waiting = self.files.read_checkpoint(Path(resume_from_checkpoint))
-        self.ahead.load(waiting)
+        self.ahead.load(waiting if self.files.resumed.keeps_samples else None)
         self._metrics["train"].clear()
         self._metrics["train"].update(pending["lists"])
         self._averages["train"].load(pending["tallies"])

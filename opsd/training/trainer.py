@@ -6,16 +6,15 @@ teacher, the padding of rollouts and the loss. Knows no kind of teacher and no k
 Seams of TRL 1.16 and transformers that this file relies on (tests/test_trl_seams.py guards each):
 `_generate`, `_generate_single_turn`, `_generate_and_score_completions`, `_prepare_inputs`, `_forward_redirection`,
 `_get_train_sampler`, `get_train_dataloader`, `_get_grad_norm`, `autocast_smart_context_manager`,
-`_set_signature_columns_if_needed`,
-`_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `evaluation_loop`, `log`, `_send_telemetry`,
-`_metrics`, `_logs`, `_step`, `_last_loaded_step`, `_buffered_inputs`, `teacher_model=None`.
+`_set_signature_columns_if_needed`, `_save_checkpoint`, `_load_from_checkpoint`, `create_model_card`, `log`,
+`evaluation_loop`, `_send_telemetry`, `_metrics`, `_logs`, `_step`, `_last_loaded_step`, `_buffered_inputs`.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -146,19 +145,20 @@ class OPSDTrainer(SavingTrainer):
         given = model if isinstance(model, str) else ""
         model, processing_class = ready_model(model, processing_class, args, quantization_config)
         checks.check_adapters(model)
-        super().__init__(
-            model=model,
-            teacher_model=None,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            quantization_config=quantization_config if isinstance(model, str) else None,
-            peft_config=peft_config,
-            tools=tools,
-        )
+        with SamplesAhead.sizing(args) if args.use_vllm else nullcontext():  # TRL's engine takes whole batches
+            super().__init__(
+                model=model,
+                teacher_model=None,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config if isinstance(model, str) else None,
+                peft_config=peft_config,
+                tools=tools,
+            )
         keep_float32_sums(self.accelerator)
         self._engine = prepare_engine(self.vllm_generation, bool(args.importance_clip)) if args.use_vllm else None
         self._say = partial(self.accelerator.print, flush=True)
@@ -169,7 +169,7 @@ class OPSDTrainer(SavingTrainer):
             self._prepare_teacher()
         rows = (self.train_dataset, self.eval_dataset, plan, recipe_of(teacher), optimizers, given, train_dataset)
         self.files = RunFiles(RunParts(args, self.accelerator, self.student, self.scorer, self.groups, *rows))
-        self._stop, self._half_step, self.ahead = GracefulStop(self.accelerator), HalfStep(self), SamplesAhead(self)
+        self._stop, self._half_step = GracefulStop(self.accelerator), HalfStep(self)
         self.scorer.is_stopped = self._stop.is_asked
         self.learning = Learning(self.files.parts, self._averages["train"])
         # First in line: a callback that saves at the end of a step must find the teacher that belongs to it.
@@ -193,6 +193,7 @@ class OPSDTrainer(SavingTrainer):
         self.scorer.prepare(self.student, self.eos_token_ids)
         shows_rollouts = bool(self.scorer.columns & set(self.groups.rollout_fields))
         self._sampling_check = SamplingCheck(self.args, why_unchecked(self.args, shows_rollouts), self._say)
+        self.ahead = SamplesAhead(self)
         assert trainable == checks.check_student(student), "the teacher changed what trains"
         sides = (self.student, self.teacher, self.args, self.groups.rollout_fields, self._say)
         self.train_dataset = fitting_rows(self.train_dataset, *sides)
@@ -212,7 +213,7 @@ class OPSDTrainer(SavingTrainer):
 
     @property
     def _rows_per_step(self) -> int:
-        """Rollouts of one generation batch over all processes: one optimizer step."""
+        """Rollouts of one optimizer step over all processes; of a generation batch, within `SamplesAhead.sizing`."""
         per_device = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
         return self.accelerator.num_processes * per_device
 
@@ -373,7 +374,7 @@ class OPSDTrainer(SavingTrainer):
         """
         # An earlier `train` that was interrupted may have left half a step.
         self._step, self._buffered_inputs, self._record = 0, None, None
-        self.ahead.load(None)
+        self.ahead.reset()
         self._records["train"] = metrics.LossRecords()
         self._clock.forget()
         with only_run_in(self.args.output_dir):

@@ -1,4 +1,4 @@
-"""An engine that samples with other probabilities than the trainer computes."""
+"""Samples of other probabilities than the trainer computes: of an engine, or of older weights."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ class Engine(Monitor):
             level,
             f"{share:.0%} of importance ratios are above importance_clip, and their mean is "
             f"{values.now('importance/ratio'):.2f}",
-            "The engine holds other weights, another number format or another temperature: check its flags.",
+            "vLLM holds other weights, another number format or another temperature: check its flags. Or samples have "
+            "become too old: lower steps_per_generation or learning_rate.",
             {"truncated": share},
         )
