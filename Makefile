@@ -5,6 +5,7 @@
 # make test-served  the served teacher against a real vLLM server on the CPU (five minutes, 3.4 GB in .venv-vllm)
 # make gpu       what only a GPU shows, in under ten minutes on one; without a GPU all of it is skipped
 # make bench     a step and its loss against TRL's, and where its time goes (an hour and a half on two quiet cores)
+# make bench-gpu the same on a GPU
 # make evidence  the long runs behind the figures in README.md, docs/ and benchmarks/results/
 #
 # Each makes .venv and installs what it needs. TORCH chooses the build of torch: the exact version of constraints.txt
@@ -23,7 +24,7 @@ RUN := $(VENV)/bin
 PIP := $(RUN)/pip install --quiet --quiet --disable-pip-version-check
 PYTEST := $(RUN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo demo-math gpu check test test-served vllm bench evidence lint clean
+.PHONY: demo demo-math gpu check test test-served vllm bench bench-gpu evidence lint clean
 
 demo: $(VENV)/demo.done
 	@$(RUN)/opsd demo
@@ -62,6 +63,11 @@ bench: $(VENV)/dev.done
 	$(RUN)/python benchmarks/losses.py
 	$(RUN)/python benchmarks/step.py
 	$(RUN)/python benchmarks/where_time_goes.py
+
+bench-gpu: $(VENV)/dev.done
+	$(RUN)/python benchmarks/losses.py --only cuda
+	$(RUN)/python benchmarks/step.py --device cuda --only long group large --formats bf16 --rounds 3
+	$(RUN)/python benchmarks/where_time_goes.py --device cuda --only long group large --formats bf16
 
 evidence: bench
 	$(RUN)/python benchmarks/demo.py

@@ -5,8 +5,8 @@ Measures  whole steps of SmolLM2-135M-Instruct, full fine-tuning, reverse KL ove
           own, in turn; the first step of a process is left out. Ratios are those of medians over rounds.
           A round in which other processes took more than a tenth of a core is thrown away and counted.
 Does not  compare what is learnt. DistillationTrainer shows its teacher no context, which is less work.
-Run:      python benchmarks/step.py [--rounds 5] [--only short long group] [--formats bf16 float32]
-Writes:   benchmarks/results/step.json, and prints its table
+Run:      python benchmarks/step.py [--rounds 5] [--only short long group] [--formats bf16 float32] [--device cuda]
+Writes:   benchmarks/results/step.json, on a GPU step_gpu.json, and prints its table
 Takes:    about five minutes a round on two cores; forty with the default
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-RESULT = ROOT / "benchmarks" / "results" / "step.json"
+RESULTS = ROOT / "benchmarks" / "results"
 WORDS = ROOT / "benchmarks" / "learning" / "words.txt"
 BUSY = 0.1  # of a core, which other processes may take
 PLAIN = '{% extends "base.jinja" %}\n{% block user %}\n{{ prompt }}\n\n{{ privileged_context }}\n{% endblock %}\n'
@@ -84,16 +84,18 @@ REGIMES = {
     "short": Regime("16 sums, 20 new tokens, the answer as context", 16, 1, 1, 20, _sum, 3),
     "long": Regime("4 x 4 prompts of up to 200 tokens, 192 new ones, contexts of up to 400", 16, 1, 4, 192, _text, 1),
     "group": Regime("8 rollouts of a prompt, 64 new tokens, a trace of some 1,500 as context", 1, 8, 1, 64, _trace, 1),
+    "large": Regime("2 x 64 prompts of up to 200 tokens, 512 new ones: for a GPU", 128, 1, 2, 512, _text, 2),
 }
 
 
 # ---- contenders: each returns a trainer and the name of the method that samples -------------------------------------
 
 
-def settings_of(regime: Regime, bf16: bool, folder: str) -> dict[str, Any]:
+def settings_of(regime: Regime, number_format: str, device: str, folder: str) -> dict[str, Any]:
     """Return what all trainers are told."""
     return {
-        "output_dir": folder, "max_steps": 1 + regime.steps, "learning_rate": 1e-6, "bf16": bf16, "use_cpu": True,
+        "output_dir": folder, "max_steps": 1 + regime.steps, "learning_rate": 1e-6,
+        "bf16": number_format == "bf16", "use_cpu": device == "cpu",
         "per_device_train_batch_size": regime.rows * regime.copies // regime.micro_batches,
         "gradient_accumulation_steps": regime.micro_batches, "gradient_checkpointing": False, "report_to": "none",
         "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "max_completion_length": regime.new,
@@ -109,31 +111,31 @@ def rows_of(regime: Regime) -> list[dict[str, Any]]:
     ]
 
 
-def opsd(regime: Regime, bf16: bool, folder: str) -> tuple[Any, str]:
+def opsd(regime: Regime, settings: dict[str, Any]) -> tuple[Any, str]:
     """Return our trainer."""
     from datasets import Dataset
 
     from opsd import OPSDConfig, OPSDTrainer, SameCheckpointTeacher
     from opsd.commands.demo_tasks import packaged_model
 
-    template = Path(folder) / "plain.jinja"
+    template = Path(settings["output_dir"]) / "plain.jinja"
     template.write_text(PLAIN)
-    args = OPSDConfig(**settings_of(regime, bf16, folder), num_generations=regime.copies)
+    args = OPSDConfig(**settings, num_generations=regime.copies)
     teacher = SameCheckpointTeacher(context=str(template))
     data = Dataset.from_list(rows_of(regime))
     return OPSDTrainer(packaged_model(), teacher, args=args, train_dataset=data), "_generate_single_turn"
 
 
-def opsd_one_pass(regime: Regime, bf16: bool, folder: str) -> tuple[Any, str]:
+def opsd_one_pass(regime: Regime, settings: dict[str, Any]) -> tuple[Any, str]:
     """Return our trainer without shared beginnings and rows that leave."""
     from opsd.models import generation, passes
 
     passes.plan_passes = lambda prompts, *a, **k: [passes.Family(0, (tuple(range(len(prompts))),))]  # type: ignore[assignment]
     generation.can_share_prefixes = lambda model: False  # type: ignore[assignment]
-    return opsd(regime, bf16, folder)
+    return opsd(regime, settings)
 
 
-def sdft(regime: Regime, bf16: bool, folder: str) -> tuple[Any, str]:
+def sdft(regime: Regime, settings: dict[str, Any]) -> tuple[Any, str]:
     """Return TRL's SDFTTrainer."""
     from datasets import Dataset
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -141,22 +143,22 @@ def sdft(regime: Regime, bf16: bool, folder: str) -> tuple[Any, str]:
     from opsd.commands.demo_tasks import packaged_model
 
     args = SDFTConfig(
-        **settings_of(regime, bf16, folder), num_generations=regime.copies, distillation_mode="full_logits",
-        distillation_alpha=1.0, distillation_is_clip=None,
+        **settings, num_generations=regime.copies, distillation_mode="full_logits", distillation_alpha=1.0,
+        distillation_is_clip=None,
     )  # fmt: skip
     data = Dataset.from_list(rows_of(regime))
     model = packaged_model()
     return SDFTTrainer(model, args, data, processing_class=_tokenizer(model)), "_generate_transformers"
 
 
-def distillation(regime: Regime, bf16: bool, folder: str) -> tuple[Any, str]:
+def distillation(regime: Regime, settings: dict[str, Any]) -> tuple[Any, str]:
     """Return TRL's DistillationTrainer, whose teacher gets no context."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
     from opsd.commands.demo_tasks import packaged_model
 
-    args = DistillationConfig(**settings_of(regime, bf16, folder), beta=1.0)
+    args = DistillationConfig(**settings, beta=1.0)
     rows = [{"prompt": row["prompt"]} for row in rows_of(regime) for _ in range(regime.copies)]
     model = packaged_model()
     trainer = DistillationTrainer(model, model, args, Dataset.from_list(rows), processing_class=_tokenizer(model))
@@ -175,36 +177,33 @@ CONTENDERS = {"opsd": opsd, "opsd, one pass": opsd_one_pass, "SDFT": sdft, "Dist
 # ---- one process ----------------------------------------------------------------------------------------------------
 
 
-def measure(contender: str, regime: Regime, bf16: bool) -> dict[str, Any]:
+def measure(contender: str, regime: Regime, number_format: str, device: str) -> dict[str, Any]:
     """Train a few steps; return seconds of each part, and how busy others kept the machine."""
     import torch
     from transformers import TrainerCallback
 
-    from opsd.training.machine import peak_megabytes
-
     warnings.simplefilter("ignore")
+    clock = clock_of(device)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, sampling = CONTENDERS[contender](regime, bf16, folder)
+        trainer, sampling = CONTENDERS[contender](regime, settings_of(regime, number_format, device, folder))
         sample, steps = getattr(trainer, sampling), list[dict[str, float]]()
         tokens = 0
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             nonlocal tokens
-            start = time.perf_counter()
+            start = clock()
             found = sample(*args, **kwargs)
-            steps[-1]["rollouts"] += time.perf_counter() - start
+            steps[-1]["rollouts"] += clock() - start
             tokens += sum(map(len, found[1] if isinstance(found, tuple) else found))
             return found
 
         class Clock(TrainerCallback):
             def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-                steps.append(
-                    {"rollouts": 0.0, "start": time.perf_counter(), "busy": busy(), "own": time.process_time()}
-                )
+                steps.append({"rollouts": 0.0, "start": clock(), "busy": busy(), "own": time.process_time()})
 
             def on_step_end(self, *args: Any, **kwargs: Any) -> None:
                 step = steps[-1]
-                step["seconds"] = time.perf_counter() - step.pop("start")
+                step["seconds"] = clock() - step.pop("start")
                 own = time.process_time() - step.pop("own")
                 step["others"] = (busy() - step.pop("busy") - own) / step["seconds"]
 
@@ -216,8 +215,29 @@ def measure(contender: str, regime: Regime, bf16: bool) -> dict[str, Any]:
         "rollouts": statistics.median(step["rollouts"] for step in kept),
         "rest": statistics.median(step["seconds"] - step["rollouts"] for step in kept),
         "others": max(step["others"] for step in kept),
-        "tokens": tokens / len(steps), "megabytes": peak_megabytes(), "threads": torch.get_num_threads(),
+        "tokens": tokens / len(steps), "megabytes": peak(device), "threads": torch.get_num_threads(),
     }  # fmt: skip
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """Return a clock that waits for what a device still computes."""
+    import torch
+
+    def seconds() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return seconds
+
+
+def peak(device: str) -> float:
+    """Return the largest memory of this process, in MB: resident, or allocated on a GPU."""
+    import torch
+
+    from opsd.training.machine import peak_megabytes
+
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak_megabytes()
 
 
 def busy() -> float:
@@ -230,9 +250,10 @@ def busy() -> float:
 # ---- rounds ---------------------------------------------------------------------------------------------------------
 
 
-def in_process(contender: str, regime: str, number_format: str) -> dict[str, Any]:
+def in_process(contender: str, regime: str, number_format: str, device: str) -> dict[str, Any]:
     """Run a contender in a process of its own."""
-    command = [sys.executable, __file__, "--child", contender, "--only", regime, "--formats", number_format]
+    work = ["--only", regime, "--formats", number_format, "--device", device]
+    command = [sys.executable, __file__, "--child", contender, *work]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.strip().splitlines()
     if done.returncode:
@@ -241,12 +262,12 @@ def in_process(contender: str, regime: str, number_format: str) -> dict[str, Any
     return found
 
 
-def compared(regime: str, number_format: str, rounds: int) -> dict[str, Any]:
+def compared(regime: str, number_format: str, device: str, rounds: int) -> dict[str, Any]:
     """Run all rounds of a regime and format; returns medians and ratios to ours."""
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     thrown = 0
     while min(map(len, kept.values())) < rounds and thrown < 3 * rounds:
-        of_round = {name: in_process(name, regime, number_format) for name in CONTENDERS}
+        of_round = {name: in_process(name, regime, number_format, device) for name in CONTENDERS}
         if max(found["others"] for found in of_round.values()) > BUSY:
             thrown += 1
             continue
@@ -290,23 +311,25 @@ def main() -> None:
     """Run what is asked for, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--only", nargs="+", choices=REGIMES, default=["short", "long", "group"])
     parser.add_argument("--formats", nargs="+", choices=["bf16", "float32"], default=["bf16", "float32"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--child", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        found = measure(options.child, REGIMES[options.only[0]], options.formats[0] == "bf16")
+        found = measure(options.child, REGIMES[options.only[0]], options.formats[0], options.device)
         print(json.dumps(found))
         return
     from opsd.training.machine import hardware
 
-    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"results": {}}
+    path = RESULTS / ("step.json" if options.device == "cpu" else "step_gpu.json")
+    record = json.loads(path.read_text()) if path.exists() else {"results": {}}
     for regime in options.only:
         for number_format in options.formats:
-            found = compared(regime, number_format, options.rounds)
+            found = compared(regime, number_format, options.device, options.rounds)
             record["results"][f"{regime}, {number_format}"] = {"about": REGIMES[regime].about, **found}
             record["hardware"] = hardware()
-            RESULT.write_text(json.dumps(record, indent=1) + "\n")
+            path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record["results"]))
 
 

@@ -4,10 +4,13 @@ Measures  the training part of a step (teacher, forward, loss, backward, optimiz
           step.py. A profile lists its operations; every matrix product and attention in it is then timed alone, with
           the same shapes, strides and number formats: their sum is what this machine needs for the step's products.
           Beside it: the rate of a large product and of a copy, measured on the spot.
+          Utilisation: operations of the products per second, over those of the large product.
 Does not  count the time of sampling (step.py does), and cannot undo that products timed alone find their weights in
-          the cache more often than in a step: the floor is a little too low, the ratio a little too high.
+          the cache more often than in a step: the floor is a little too low, the ratio a little too high. On a GPU
+          attention is not timed alone.
 Run:      python benchmarks/where_time_goes.py [--only short long group] [--formats bf16 float32] [--repeats 5]
-Writes:   benchmarks/results/profile.json, and prints its tables; benchmarks/PROFILE.md tells what they mean
+          [--device cuda]
+Writes:   benchmarks/results/profile.json, on a GPU profile_gpu.json, and prints its table; PROFILE.md discusses it
 Takes:    two minutes a regime and format on two cores
 """
 
@@ -19,7 +22,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -30,9 +32,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.step import REGIMES, Regime, opsd  # noqa: E402
+from benchmarks.step import REGIMES, RESULTS, Regime, clock_of, opsd, settings_of  # noqa: E402
 
-RESULT = ROOT / "benchmarks" / "results" / "profile.json"
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 BACKWARD = f"{ATTENTION}_backward"
@@ -40,7 +41,7 @@ FORMATS = {"float": "float32", "c10::BFloat16": "bfloat16", "bool": "bool"}
 # Terms of the table, by the beginning of an operation's name; the first that fits.
 TERMS = {
     "products": PRODUCTS,
-    "attention": (ATTENTION,),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "aten::_efficient_attention"),
     "optimizer": ("Optimizer", "aten::_fused_adamw", "aten::_foreach"),
     "casts and copies": ("aten::copy_", "aten::_to_copy", "aten::clone", "aten::contiguous", "aten::cat"),
     "loss without its products": ("triton", "Torch-Compiled", "aten::logsumexp", "aten::_log_softmax", "aten::exp"),
@@ -50,25 +51,32 @@ TERMS = {
 # ---- one process ----------------------------------------------------------------------------------------------------
 
 
-def measure(regime: Regime, bf16: bool, repeats: int) -> dict[str, Any]:
+def measure(regime: Regime, number_format: str, device: str, repeats: int) -> dict[str, Any]:
     """Return the seconds of a regime's training part, of its operations, and of its products alone."""
     import torch
     from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
 
     warnings.simplefilter("ignore")
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    clock = clock_of(device)
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = opsd(regime, bf16, folder)
-        step = replayed_step(trainer)
+        trainer, _ = opsd(regime, settings_of(regime, number_format, device, folder))
+        step = replayed_step(trainer, clock)
         step()  # compiles, and fills caches
         timed = [step() for _ in range(repeats)]
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        with FlopCounterMode(display=False) as counter:
+            step()
+        with profile(activities=activities, record_shapes=True) as recorded:
             step()
         trace = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(trace))
         events = [each for each in json.loads(trace.read_text())["traceEvents"] if each.get("cat") == "cpu_op"]
-        own = {each.key: (each.self_cpu_time_total / 1e6, each.count) for each in recorded.key_averages()}
+        # On a GPU kernels are listed too, whose time the operation that started them has already.
+        averages = [each for each in recorded.key_averages() if each.device_type.name == "CPU"]
+        own = {each.key: own_seconds(each, device) for each in averages}
     products = Counter(call for call in map(call_of, events) if call is not None)
-    alone = {call: time_alone(call) for call in products}
+    alone = {call: time_alone(call, device, clock) for call in products}
     terms = by_term(own)
     names = list(timed[0])
     return {
@@ -77,11 +85,22 @@ def measure(regime: Regime, bf16: bool, repeats: int) -> dict[str, Any]:
         "terms": terms,
         "products_alone": sum(alone[call] * count for call, count in products.items() if call[0] in PRODUCTS),
         "attention_alone": sum(alone[call] * count for call, count in products.items() if call[0] not in PRODUCTS),
-        "calls": sum(products.values()), "machine": machine(bf16), "threads": torch.get_num_threads(),
+        "calls": sum(products.values()), "flops": flops_of(counter.get_flop_counts()["Global"]),
+        "machine": machine(number_format, device, clock), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-def replayed_step(trainer: Any) -> Callable[[], dict[str, float]]:
+def flops_of(counts: Mapping[Any, int]) -> int:
+    """Return the floating-point operations of matrix products, without those of attention."""
+    return sum(count for operation, count in counts.items() if str(operation).replace(".", "::") in PRODUCTS)
+
+
+def own_seconds(average: Any, device: str) -> float:
+    """Return the seconds that an operation itself took: of the CPU, or of the GPU's kernels that it started."""
+    return (average.self_device_time_total if device == "cuda" else average.self_cpu_time_total) / 1e6
+
+
+def replayed_step(trainer: Any, clock: Callable[[], float]) -> Callable[[], dict[str, float]]:
     """Train one step, and return a function that trains on its rollouts again; it returns the seconds of its parts."""
     import torch
 
@@ -104,11 +123,11 @@ def replayed_step(trainer: Any) -> Callable[[], dict[str, float]]:
         seconds = Counter[str]()
 
         def lap(name: str, since: float) -> float:
-            now = time.perf_counter()
+            now = clock()
             seconds[name] += now - since
             return now
 
-        start = time.perf_counter()
+        start = clock()
         for part in trainer.scorer.in_order(rollouts, parts).split(parts):
             inputs = trainer._scored(part)
             start = lap("teacher", start)
@@ -140,7 +159,7 @@ def call_of(event: Mapping[str, Any]) -> Call | None:
     return name, tuple(known)
 
 
-def time_alone(call: Call, least: float = 0.05) -> float:
+def time_alone(call: Call, device: str, clock: Callable[[], float], least: float = 0.05) -> float:
     """Return the median seconds of a product alone."""
     import torch
 
@@ -150,6 +169,7 @@ def time_alone(call: Call, least: float = 0.05) -> float:
         dtype = getattr(torch, kind)
         size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) if shape else 1
         flat = torch.ones(size, dtype=dtype) if kind == "bool" else torch.randn(size).to(dtype)
+        flat = flat.to(device)
         return flat.as_strided(shape, strides)
 
     given = [made(*each) for each in tensors]
@@ -164,36 +184,36 @@ def time_alone(call: Call, least: float = 0.05) -> float:
     run()
     taken: list[float] = []
     while len(taken) < 3 or (sum(taken) < least and len(taken) < 50):
-        start = time.perf_counter()
+        start = clock()
         run()
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
     return statistics.median(taken)
 
 
-def by_term(own: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+def by_term(own: Mapping[str, float]) -> dict[str, float]:
     """Return a profile's own seconds of operations, added up by term."""
     terms = dict.fromkeys([*TERMS, "other operations"], 0.0)
-    for name, (seconds, _) in own.items():
+    for name, seconds in own.items():
         fits = (term for term, names in TERMS.items() if name.startswith(names))
         terms[next(fits, "other operations")] += seconds
     return terms
 
 
-def machine(bf16: bool) -> dict[str, float]:
+def machine(number_format: str, device: str, clock: Callable[[], float]) -> dict[str, float]:
     """Return the rate of a large product, in GFLOP/s, and of a copy, in GB/s read and written."""
     import torch
 
-    side, dtype = 2048, torch.bfloat16 if bf16 else torch.float32
-    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
-    source = torch.randn(2**27)
+    side, dtype = (2048 if device == "cpu" else 8192), torch.bfloat16 if number_format == "bf16" else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(2**27, device=device)
     target = torch.empty_like(source)
 
     def best(run: Callable[[], Any]) -> float:
         taken = []
         for _ in range(7):
-            start = time.perf_counter()
+            start = clock()
             run()
-            taken.append(time.perf_counter() - start)
+            taken.append(clock() - start)
         return min(taken)
 
     return {
@@ -225,37 +245,44 @@ def table(results: Mapping[str, Any]) -> str:
         "**training part ÷ products and attention**",
         [f"**{found['training'] / floor:.2f}**" for found, floor in zip(results.values(), floors, strict=True)],
     )
+    row("utilisation, %", [f"{utilisation(found):.0%}".rstrip("%") for found in results.values()])
     row("a large product, GFLOP/s", [f"{found['machine']['gflops']:.0f}" for found in results.values()])
     row("a copy, GB/s", [f"{found['machine']['gigabytes_per_second']:.1f}" for found in results.values()])
     return "\n".join(lines)
 
 
+def utilisation(found: Mapping[str, Any]) -> float:
+    """Return the products' operations over those of a large product in the time of the training part."""
+    return float(found["flops"] / found["training"] / found["machine"]["gflops"] / 1e9)
+
+
 def main() -> None:
     """Run what is asked for, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--only", nargs="+", choices=REGIMES, default=["short", "long", "group"])
     parser.add_argument("--formats", nargs="+", choices=["bf16", "float32"], default=["bf16", "float32"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        found = measure(REGIMES[options.only[0]], options.formats[0] == "bf16", options.repeats)
+        found = measure(REGIMES[options.only[0]], options.formats[0], options.device, options.repeats)
         print(json.dumps(found))
         return
     from opsd.training.machine import hardware
 
-    record = json.loads(RESULT.read_text()) if RESULT.exists() else {"results": {}}
+    path = RESULTS / ("profile.json" if options.device == "cpu" else "profile_gpu.json")
+    record = json.loads(path.read_text()) if path.exists() else {"results": {}}
     for regime in options.only:
         for number_format in options.formats:
-            command = [sys.executable, __file__, "--child", "--only", regime, "--formats", number_format]
-            done = subprocess.run(
-                [*command, "--repeats", str(options.repeats)], capture_output=True, text=True, cwd=ROOT
-            )
+            work = ["--only", regime, "--formats", number_format, "--device", options.device]
+            command = [sys.executable, __file__, "--child", *work, "--repeats", str(options.repeats)]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             if done.returncode:
                 raise SystemExit(f"{regime} {number_format}: {done.stderr[-3000:]}")
             record["results"][f"{regime}, {number_format}"] = json.loads(done.stdout.strip().splitlines()[-1])
             record["hardware"] = hardware()
-            RESULT.write_text(json.dumps(record, indent=1) + "\n")
+            path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record["results"]))
 
 

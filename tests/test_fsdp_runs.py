@@ -112,6 +112,9 @@ for student, kind in (("full", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT"
     again = make(name, student, kind)
     again.train(resume_from_checkpoint=os.path.join(path, "checkpoint-1"))
     result["resumed"] = apart(whole(again.model), here)
+ahead = make("ahead", "full", "SHARDED_STATE_DICT", steps_per_generation=4, importance_clip=2.0)
+ahead.train()
+found["ahead"] = dict(staleness=logged(ahead, "staleness"), ratio=logged(ahead, "importance/ratio"))
 json.dump(found, open(os.path.join(folder, f"found-{dist.get_rank()}.json"), "w"))
 dist.barrier()
 os._exit(0)  # a thread of gloo can abort an interpreter that is being torn down
@@ -119,7 +122,7 @@ os._exit(0)  # a thread of gloo can abort an interpreter that is being torn down
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def of_all(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What both processes found, per run."""
     folder = tmp_path_factory.mktemp("runs")
     script = folder / "worker.py"
@@ -132,6 +135,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     results = [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(2)]
     return [{"run": run, "rank": rank, **case} for rank in range(2) for run, case in results[rank].items()]
+
+
+@pytest.fixture(scope="module")
+def found(of_all: list[dict]) -> list[dict]:
+    """What both processes found of runs that sample for one step."""
+    return [case for case in of_all if case["run"] != "ahead"]
 
 
 @pytest.mark.slow
@@ -181,3 +190,11 @@ def test_a_sharded_run_resumes_to_the_same_weights(found: list[dict]) -> None:
 def test_an_engine_gets_merged_weights_of_a_sharded_adapter(found: list[dict]) -> None:
     for case in (case for case in found if "sent" in case):
         assert case["sent"] <= 1e-6 and case["whole after"] == 0.0, case
+
+
+@pytest.mark.slow
+def test_samples_of_older_weights_have_a_ratio_in_a_sharded_run(of_all: list[dict]) -> None:
+    """The student's scores of its samples are a pass of the sharded model, between its training passes."""
+    for case in (case for case in of_all if case["run"] == "ahead"):
+        assert case["staleness"] == [0.0, 1.0]
+        assert case["ratio"][0] == pytest.approx(1.0, abs=1e-4) and case["ratio"][1] != case["ratio"][0], case

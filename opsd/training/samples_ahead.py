@@ -131,7 +131,7 @@ class SamplesAhead:
         return self._waiting[step]
 
     def tallies(self) -> dict[str, Tally]:
-        """Return how old this step's samples are, in optimizer steps; nothing where each step has its own."""
+        """Return `staleness`, the age of this step's samples; nothing where each step samples its own."""
         if not self.trainer.model.training or self.trainer.state.global_step not in self._waiting:
             return {}
         return {STALENESS: Tally(self.age, 1)}
