@@ -21,14 +21,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     Cache,
-    DynamicCache,
     GenerationConfig,
+    LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
 )
 
 from opsd.errors import ConfigError, DataError
+from opsd.models.decoding import Draw, growing_cache
 from opsd.models.forward import (
     PROBE_TOLERANCE,
     check_lengths,
@@ -142,12 +143,13 @@ def complete_batch(
     completions: list[list[int]] = [[] for _ in prompts]
     rows, ends = list(range(len(prompts))), torch.tensor(config.eos_token_id or [], device=model.device)
     last = ids_BL.shape[1] + config.max_new_tokens
+    config, draws = _drawing(config, model.device)
     while rows:
         left = last - ids_BL.shape[1]
         enough = _EnoughHaveEnded(ends, ids_BL.shape[1], last, pass_on(model)) if divides else None
         output = model.generate(
             input_ids=ids_BL, attention_mask=mask_BL, past_key_values=past, generation_config=_with(config, left),
-            stopping_criteria=[enough] if enough else None,
+            logits_processor=draws, stopping_criteria=[enough] if enough else None,
         )  # fmt: skip
         ids_BL, past = output.sequences, output.past_key_values
         new_BC = ids_BL[:, mask_BL.shape[1] :]
@@ -179,14 +181,15 @@ def _begun(
         ids_BL, mask_BL = _padded([list(ids) for ids in distinct], 0, pad, model.device)
         once = generation_config(config.eos_token_id or [], pad, max_new_tokens=1, do_sample=False)
         given = {"input_ids": ids_BL, "attention_mask": mask_BL, "generation_config": _with(once, 1)}
-        past = model.generate(past_key_values=DynamicCache(), **given).past_key_values
+        past = model.generate(past_key_values=growing_cache(), **given).past_key_values
         past.crop(-1)  # the last token of a prompt begins its completion
         number = {ids: row for row, ids in enumerate(distinct)}
         chosen = torch.tensor([number[tuple(ids)] for ids in prompts], device=model.device)
         past.batch_select_indices(chosen)
         return ids_BL[chosen], mask_BL[chosen], past
     ids_BL, mask_BL = _padded(prompts, prefix, pad, model.device)
-    return ids_BL, mask_BL, prefix_for_rows(model, ids_BL[0, :prefix], len(prompts)) if prefix else None
+    begun = prefix_for_rows(model, ids_BL[0, :prefix], len(prompts)) if prefix else None
+    return ids_BL, mask_BL, growing_cache(model.config, begun) if divides else None
 
 
 # Settings that ask for the same of every token, wherever a call of `generate` began.
@@ -249,6 +252,30 @@ def _padded(prompts: Sequence[list[int]], prefix: int, pad: int, device: torch.d
     ids_BL = [ids[:prefix] + [pad] * (longest - len(ids)) + ids[prefix:] for ids in prompts]
     mask_BL = [[1] * prefix + [0] * (longest - len(ids)) + [1] * (len(ids) - prefix) for ids in prompts]
     return torch.tensor(ids_BL, device=device), torch.tensor(mask_BL, device=device)
+
+
+# Settings that leave out tokens, and what leaves out none.
+LEAVES_OUT = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "top_h": 1.0,
+}
+
+
+def _drawing(config: GenerationConfig, device: torch.device) -> tuple[GenerationConfig, list[LogitsProcessor] | None]:
+    """Return settings, and what draws in place of transformers: on a CPU, from a whole distribution."""
+    given = ((getattr(config, name, None), neutral) for name, neutral in LEAVES_OUT.items())
+    if device.type != "cpu" or not config.do_sample or any(value not in (None, neutral) for value, neutral in given):
+        return config, None
+    greedy, temperature = copy.copy(config), 1.0 if config.temperature is None else config.temperature
+    greedy.do_sample, greedy.temperature = False, None
+    for name in LEAVES_OUT:
+        setattr(greedy, name, None)
+    return greedy, [Draw(temperature)]
 
 
 def _with(config: GenerationConfig, max_new_tokens: int) -> GenerationConfig:
