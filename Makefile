@@ -63,6 +63,7 @@ bench: $(VENV)/dev.done
 	$(RUN)/python benchmarks/losses.py
 	$(RUN)/python benchmarks/step.py
 	$(RUN)/python benchmarks/where_time_goes.py
+	$(RUN)/python benchmarks/growth.py
 
 bench-gpu: $(VENV)/dev.done
 	$(RUN)/python benchmarks/losses.py --only cuda

@@ -15,6 +15,7 @@ from torch import nn
 from opsd.models.forward import check_model
 from opsd.models.loading import broadcast_parameters, without_dropout
 from opsd.teachers.weight_copy import megabytes
+from opsd.training.machine import keep_freed_memory
 from opsd.training.precision import widen_adapter
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
@@ -63,5 +64,7 @@ def ready_student(
     broadcast_parameters(student, accelerator.device)  # DDP would do so only after teachers have copied
     if args.disable_dropout:
         without_dropout(student)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     check_model(student, vocab_size)
     return student
