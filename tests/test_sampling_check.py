@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from conftest import make_llama, make_rows
 from datasets import Dataset
 from helpers import logged, make_args, make_trainer
-from transformers import GenerationConfig
+from transformers import TemperatureLogitsWarper
 
 from opsd import SameCheckpointTeacher
 from opsd.errors import OPSDWarning
@@ -58,9 +58,9 @@ def colder(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A model whose `generate` samples at another temperature than it is asked for."""
     original = model.generate
 
-    def generate(*args: Any, generation_config: GenerationConfig, **kwargs: Any) -> Any:
-        generation_config.temperature = 0.3
-        return original(*args, generation_config=generation_config, **kwargs)
+    def generate(*args: Any, logits_processor: Any = None, **kwargs: Any) -> Any:
+        colder = [TemperatureLogitsWarper(0.3), *(logits_processor or [])]
+        return original(*args, logits_processor=colder, **kwargs)
 
     monkeypatch.setattr(model, "generate", generate)
     return model
