@@ -112,7 +112,8 @@ for student, kind in (("full", "SHARDED_STATE_DICT"), ("full", "FULL_STATE_DICT"
     again = make(name, student, kind)
     again.train(resume_from_checkpoint=os.path.join(path, "checkpoint-1"))
     result["resumed"] = apart(whole(again.model), here)
-ahead = make("ahead", "full", "SHARDED_STATE_DICT", steps_per_generation=4, importance_clip=2.0)
+ahead = make("ahead", "full", "SHARDED_STATE_DICT", importance_clip=2.0,
+             gradient_accumulation_steps=1, steps_per_generation=2)
 ahead.train()
 found["ahead"] = dict(staleness=logged(ahead, "staleness"), ratio=logged(ahead, "importance/ratio"))
 json.dump(found, open(os.path.join(folder, f"found-{dist.get_rank()}.json"), "w"))
