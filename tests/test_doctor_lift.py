@@ -16,7 +16,7 @@ from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.commands.demo_sums import GRADER, MAX_NEW_TOKENS, SumsSettings, sums_settings
 from opsd.commands.demo_tasks import arithmetic, general, packaged_model
 from opsd.doctor import examine
-from opsd.doctor.lift import Lift, verdict
+from opsd.doctor.lift import Lift, _differ, verdict
 from opsd.findings import Examination, Finding
 from opsd.training.machine import peak_megabytes
 
@@ -60,7 +60,8 @@ def demo_model() -> str:
 
 
 def demo_trainer(model: str, folder: Path, context: Any, count: int = 64) -> OPSDTrainer:
-    args = make_args(folder, max_steps=24, per_device_train_batch_size=16, gradient_accumulation_steps=1,
+    # With 16 rows about one seed in nine shows more KL elsewhere than on the answers, within chance.
+    args = make_args(folder, max_steps=24, per_device_train_batch_size=16, gradient_accumulation_steps=1, seed=1,
                      max_completion_length=MAX_NEW_TOKENS, bf16=None, learning_rate=1.5e-5)  # fmt: skip
     rows = Dataset.from_list(arithmetic(count, seed=1))
     return OPSDTrainer(model, SameCheckpointTeacher(context=context), args=args, train_dataset=rows)
@@ -153,3 +154,10 @@ def test_an_opening_that_worked_examples_ask_for_is_no_warning(demo_model: str, 
         trainer = demo_trainer(demo_model, tmp_path, context)
         (found,) = of(examine(trainer, only=["divergence"]), "divergence")
         assert found.status == "pass" and words in found.saw
+
+
+def test_copying_is_said_of_a_difference_beyond_chance_alone() -> None:
+    noisy = ([0.12, 0.08, 0.11, 0.10, 0.14, 0.12], [0.02, 0.31, 0.09, 0.01, 0.20, 0.06])
+    assert not _differ(*noisy)
+    assert _differ(noisy[0], [0.01, 0.02, 0.01, 0.03, 0.02, 0.01])
+    assert not _differ([0.0] * 4, [0.0] * 4)  # a teacher that agrees everywhere

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Lift:
         separation: by how many nats per token the context widens the gap between wrong and right rollouts; None where
             there are too few of either.
         answer_share: KL per token on the answers of wrong rollouts over KL per token on the rest of them; None where
-            the answer's tokens are not known.
+            the answer's tokens are not known, or the two cannot be told apart.
         shows_answers: whether the context has the column that the grader compares answers with.
     """
 
@@ -141,10 +141,9 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
         gaps.append(means[~right].mean() - means[right].mean())
     enough = min(int(right.sum()), int((~right).sum())) >= FEW
     figures["separation"] = separation = float(gaps[0] - gaps[1]) if enough else None
-    figures["kl_answer"], figures["kl_rest"] = _kl_on_answers(patient, right.tolist(), patient.disagreement)
-    share = (
-        figures["kl_answer"] / figures["kl_rest"] if figures["kl_answer"] is not None and figures["kl_rest"] else None
-    )
+    on, off = _kl_on_answers(patient, right.tolist(), patient.disagreement)
+    figures["kl_answer"], figures["kl_rest"] = (fmean(each) if len(on) >= FEW else None for each in (on, off))
+    share = fmean(on) / fmean(off) if len(on) >= FEW and _differ(off, on) else None
     bare = patient.grade(patient.answers_of(plain)) if not patient.teacher.starts_as_student else None
     student, answers = patient.grade(patient.greedy), patient.grade(patient.teacher_answers)
     lift = Lift(student, answers, bare, separation, share, _shows_answers(patient))
@@ -154,29 +153,33 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     return lift, figures
 
 
+def _differ(before: Sequence[float], after: Sequence[float]) -> bool:
+    gap = paired_difference(before, after)
+    return any(before) and not gap.low <= 0 <= gap.high
+
+
 def _kl_on_answers(
     patient: Patient, right: Sequence[bool], values: Sequence[Tensor]
-) -> tuple[float | None, float | None]:
-    """Return KL per token on the answers of wrong rollouts, and on their other tokens; None where there are too few.
+) -> tuple[list[float], list[float]]:
+    """Return, of each wrong rollout, KL per token on its answer and on its other tokens.
 
     The answer is the rollout's last number, where answers are numbers; elsewhere its tokens are not known.
     """
-    on: list[float] = []
-    off: list[float] = []
-    rollouts = 0
+    found: tuple[list[float], list[float]] = ([], [])
     for ids, is_right, kl, row in zip(patient.sampled[0], right, values, patient.rows, strict=True):
         pieces = [patient.tokenizer.decode([token]) for token in ids]
         numbers = list(NUMBER.finditer("".join(pieces)))
         if is_right or not numbers or not NUMBER.fullmatch(str(row.get("answer"))):
             continue
-        rollouts += 1
         (start, end), position = numbers[-1].span(), 0
+        parts: tuple[list[float], list[float]] = ([], [])  # on the answer, and elsewhere
         for piece, value in zip(pieces, kl.tolist(), strict=True):
-            (on if position < end and position + len(piece) > start else off).append(value)
+            parts[not (position < end and position + len(piece) > start)].append(value)
             position += len(piece)
-    if rollouts < FEW or not off:
-        return None, None
-    return sum(on) / len(on), sum(off) / len(off)
+        if all(parts):
+            for values_of, part in zip(found, parts, strict=True):
+                values_of.append(fmean(part))
+    return found
 
 
 def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator[str]:
@@ -193,6 +196,9 @@ def _table(patient: Patient, lift: Lift, figures: Mapping[str, Any]) -> Iterator
         yield f"the context widens the gap between wrong and right rollouts by {lift.separation:+.2f} nats per token"
     if lift.answer_share is not None:
         yield f"in wrong rollouts, KL per token is {lift.answer_share:.1f} times as large on the answer as elsewhere"
+    elif figures["kl_answer"] is not None:
+        there, elsewhere = figures["kl_answer"], figures["kl_rest"]
+        yield f"in wrong rollouts, KL per token: {there:.2f} on the answer, {elsewhere:.2f} elsewhere; within chance"
     cut = sum(len(ids) >= patient.max_new_tokens for ids in patient.greedy)
     if cut and patient.max_new_tokens < patient.args.max_completion_length:
         yield f"{cut} of the student's answers were cut at {patient.max_new_tokens} tokens (--max_new_tokens)"
