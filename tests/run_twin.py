@@ -302,11 +302,8 @@ class Gap:
         return abs(self.logged - self.expected) / (1.0 + abs(self.expected))
 
     def within(self, rounding: str) -> bool:
-        """Tell whether rounding explains it; `rounding` is a key of BOUNDS.
-
-        The largest divergence is that of one token, in which no mean evens out an entry that was chosen otherwise.
-        """
-        return self.size <= BOUNDS[rounding][self.name in ("grad_norm", "divergence/max")]
+        """Tell whether rounding explains it; `rounding` is a key of BOUNDS."""
+        return self.size <= BOUNDS[rounding][self.name == "grad_norm"]
 
 
 def gaps(combination: Combination, folder: Path) -> list[Gap]:
