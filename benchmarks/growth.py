@@ -39,8 +39,6 @@ STEPS, WARM_UP = 7, 2
 
 def seconds_of(rows: int, number_format: str) -> dict[str, float]:
     """Return the seconds of a training part, and the operations of its products."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     from benchmarks.step import REGIMES, clock_of, opsd, settings_of
     from benchmarks.where_time_goes import flops_of, replayed_step
 
@@ -50,16 +48,16 @@ def seconds_of(rows: int, number_format: str) -> dict[str, float]:
         step = replayed_step(trainer, clock_of("cpu"))
         step()
         seconds = statistics.median(sum(step().values()) for _ in range(5))
-        with FlopCounterMode(display=False) as counter:
-            step()
-    return {"rows": rows, "seconds": seconds, "gflop": flops_of(counter.get_flop_counts()["Global"]) / 1e9}
+        return {"rows": rows, "seconds": seconds, "gflop": flops_of(step) / 1e9}
 
 
 def time() -> dict[str, Any]:
     """Return the seconds of steps of five sizes in two number formats, and the power of the tokens that they follow."""
+    from benchmarks.step import last_json
+
     found: dict[str, Any] = {}
     for number_format in ("bf16", "float32"):
-        sizes = [in_child("seconds_of", rows, number_format) for rows in ROWS]
+        sizes = [last_json([__file__, "--child", str(rows), number_format]) for rows in ROWS]
         logs = np.log([[size["gflop"], size["seconds"]] for size in sizes[1:]]).T
         found[number_format] = {"sizes": sizes, "power": float(np.polyfit(*logs, 1)[0])}
     return found
@@ -111,15 +109,6 @@ def step_of(count: int) -> float:
     return statistics.median(steps[WARM_UP:STEPS])
 
 
-def in_child(function: str, *arguments: Any) -> Any:
-    """Call a function of this file in a fresh process."""
-    command = [sys.executable, __file__, "--child", json.dumps([function, *arguments])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """Plot what was measured of seconds and memory, both against straight lines."""
     import matplotlib
@@ -162,11 +151,10 @@ def main() -> None:
     parts = {"time": time, "memory": memory, "processes": processes}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, metavar=("ROWS", "FORMAT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        function, *arguments = json.loads(options.child)
-        print(json.dumps(globals()[function](*arguments)))
+        print(json.dumps(seconds_of(int(options.child[0]), options.child[1])))
         return
     from opsd.training.machine import hardware
 

@@ -250,16 +250,18 @@ def busy() -> float:
 # ---- rounds ---------------------------------------------------------------------------------------------------------
 
 
-def in_process(contender: str, regime: str, number_format: str, device: str) -> dict[str, Any]:
+def in_process(contender: str, regime: str, number_format: str, device: str) -> Any:
     """Run a contender in a process of its own."""
     work = ["--only", regime, "--formats", number_format, "--device", device]
-    command = [sys.executable, __file__, "--child", contender, *work]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    lines = done.stdout.strip().splitlines()
+    return last_json([__file__, "--child", contender, *work])
+
+
+def last_json(command: Sequence[str]) -> Any:
+    """Return what a Python script, run in a process of its own, printed as JSON in its last line."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
-        raise SystemExit(f"{contender}: {done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def compared(regime: str, number_format: str, device: str, rounds: int) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -32,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.step import REGIMES, RESULTS, Regime, clock_of, opsd, settings_of  # noqa: E402
+from benchmarks.step import REGIMES, RESULTS, Regime, clock_of, last_json, opsd, settings_of  # noqa: E402
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -55,7 +54,6 @@ def measure(regime: Regime, number_format: str, device: str, repeats: int) -> di
     """Return the seconds of a regime's training part, of its operations, and of its products alone."""
     import torch
     from torch.profiler import ProfilerActivity, profile
-    from torch.utils.flop_counter import FlopCounterMode
 
     warnings.simplefilter("ignore")
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
@@ -65,8 +63,7 @@ def measure(regime: Regime, number_format: str, device: str, repeats: int) -> di
         step = replayed_step(trainer, clock)
         step()  # compiles, and fills caches
         timed = [step() for _ in range(repeats)]
-        with FlopCounterMode(display=False) as counter:
-            step()
+        flops = flops_of(step)
         with profile(activities=activities, record_shapes=True) as recorded:
             step()
         trace = Path(folder) / "trace.json"
@@ -85,13 +82,18 @@ def measure(regime: Regime, number_format: str, device: str, repeats: int) -> di
         "terms": terms,
         "products_alone": sum(alone[call] * count for call, count in products.items() if call[0] in PRODUCTS),
         "attention_alone": sum(alone[call] * count for call, count in products.items() if call[0] not in PRODUCTS),
-        "calls": sum(products.values()), "flops": flops_of(counter.get_flop_counts()["Global"]),
+        "calls": sum(products.values()), "flops": flops,
         "machine": machine(number_format, device, clock), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-def flops_of(counts: Mapping[Any, int]) -> int:
-    """Return the floating-point operations of matrix products, without those of attention."""
+def flops_of(run: Callable[[], Any]) -> int:
+    """Run once; return the floating-point operations of matrix products, without those of attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
     return sum(count for operation, count in counts.items() if str(operation).replace(".", "::") in PRODUCTS)
 
 
@@ -276,11 +278,8 @@ def main() -> None:
     for regime in options.only:
         for number_format in options.formats:
             work = ["--only", regime, "--formats", number_format, "--device", options.device]
-            command = [sys.executable, __file__, "--child", *work, "--repeats", str(options.repeats)]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            if done.returncode:
-                raise SystemExit(f"{regime} {number_format}: {done.stderr[-3000:]}")
-            record["results"][f"{regime}, {number_format}"] = json.loads(done.stdout.strip().splitlines()[-1])
+            found = last_json([__file__, "--child", *work, "--repeats", str(options.repeats)])
+            record["results"][f"{regime}, {number_format}"] = found
             record["hardware"] = hardware()
             path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record["results"]))

@@ -143,7 +143,7 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     figures["separation"] = separation = float(gaps[0] - gaps[1]) if enough else None
     on, off = _kl_on_answers(patient, right.tolist(), patient.disagreement)
     figures["kl_answer"], figures["kl_rest"] = (fmean(each) if len(on) >= FEW else None for each in (on, off))
-    share = fmean(on) / fmean(off) if len(on) >= FEW and _differ(off, on) else None
+    share = figures["kl_answer"] / figures["kl_rest"] if len(on) >= FEW and _differ(off, on) else None
     bare = patient.grade(patient.answers_of(plain)) if not patient.teacher.starts_as_student else None
     student, answers = patient.grade(patient.greedy), patient.grade(patient.teacher_answers)
     lift = Lift(student, answers, bare, separation, share, _shows_answers(patient))
