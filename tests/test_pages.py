@@ -168,6 +168,9 @@ def test_there_is_no_barrier_and_nothing_overflows(browser: Any, report: Path, s
     page = context.new_page()
     page.goto(f"file://{report}")
     page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    page.evaluate(
+        "document.querySelectorAll('.tok').forEach((e, i, all) => e.style.setProperty('--n', i / (all.length - 1)))"
+    )
     found = axe.Axe().run(page).response["violations"]
     assert [(each["id"], [node["target"] for node in each["nodes"]][:3]) for each in found] == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -70,10 +70,12 @@ def weights(trainer: OPSDTrainer) -> torch.Tensor:
     ],
 )
 def test_it_trains_as_a_local_teacher_does(server: FaultServer, tmp_path: Path, settings: dict[str, Any]) -> None:
-    here = trained(tmp_path / "local", local(), max_steps=3, **settings)
-    there = trained(tmp_path / "served", served(server), max_steps=3, **settings)
+    # Adam divides a gradient by its own size, so it would make steps of what is rounding only.
+    settings = {**settings, "max_steps": 3, "optim": "sgd", "learning_rate": 1.0}
+    here = trained(tmp_path / "local", local(), **settings)
+    there = trained(tmp_path / "served", served(server), **settings)
     assert values(there, "divergence") == pytest.approx(values(here, "divergence"), abs=1e-4)
-    assert (weights(there) - weights(here)).abs().max() < 1e-4
+    assert (weights(there) - weights(here)).abs().max() < 1e-5
     assert values(there, "unscored") == [0.0] * 3 and values(there, "served/tries") == [1.0] * 3
 
 
