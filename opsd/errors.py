@@ -13,7 +13,7 @@ the rule that was broken, why the rule exists, and the way out. `assert` is for 
     ├── UnsupportedModelError   (TypeError)           a model whose head or forward pass opsd cannot reproduce
     ├── TeacherError            (TypeError)           a teacher class, or what its methods return, breaks the interface
     ├── AlignmentError          (RuntimeError)        student and teacher did not score the same tokens
-    ├── NonFiniteLossError      (FloatingPointError)  NaN or infinity before the backward pass
+    ├── NonFiniteLossError      (FloatingPointError)  NaN or infinity, before anything is updated
     ├── ServerError             (RuntimeError)        a server that does not answer, or refuses a request
     │   └── AnswerError                               an answer that cannot be true
     └── CheckpointError         (RuntimeError)        a checkpoint or an output folder that cannot be used
@@ -67,7 +67,7 @@ class AlignmentError(OPSDError, RuntimeError):
 
 
 class NonFiniteLossError(OPSDError, FloatingPointError):
-    """The loss was NaN or infinite; nothing was updated by it."""
+    """The loss, or logits that a token is drawn from, were NaN or infinite; nothing was updated by them."""
 
 
 class ServerError(OPSDError, RuntimeError):

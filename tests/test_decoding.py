@@ -9,6 +9,7 @@ import torch
 from conftest import make_llama
 from transformers import DynamicCache
 
+from opsd.errors import NonFiniteLossError
 from opsd.models.decoding import Draw, growing_cache
 
 
@@ -97,3 +98,11 @@ def test_a_draw_has_the_probabilities_of_the_softmax(temperature: float) -> None
     shares = drawn.bincount(minlength=6) / count
     assert (shares - expected).abs().max() < 5 * (0.25 / count) ** 0.5
     assert not shares[expected == 0].any()
+
+
+@pytest.mark.parametrize("logit", [torch.nan, torch.inf])
+def test_nothing_is_drawn_from_logits_that_are_not_finite(logit: float) -> None:
+    scores = torch.zeros(3, 6)
+    scores[1, 2] = logit
+    with pytest.raises(NonFiniteLossError, match="the model's logits are NaN or infinite"):
+        Draw(1.0)(torch.empty(0), scores)

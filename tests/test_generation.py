@@ -113,6 +113,20 @@ def test_samples_come_from_the_models_own_distribution(settings: dict[str, Any])
     _fits([ids[1] for ids in answers if ids[0] == goes_on], second)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"watermarking_config": {"bias": 50.0}}, {"min_p": 0.1}, {"typical_p": 0.5}], ids=str
+)
+def test_settings_that_change_the_distribution_are_drawn_by_transformers(settings: dict[str, Any]) -> None:
+    model, given = make_llama(0).eval(), [[5, 6, 7, 8]] * 200
+    config = generation_config([], 0, max_new_tokens=3, do_sample=True, **settings)
+    with torch.no_grad(), neutral_settings(model):
+        torch.manual_seed(0)
+        ours = complete_batch(model, given, config)
+        torch.manual_seed(0)
+        theirs = model.generate(torch.tensor(given), generation_config=config)
+    assert ours == theirs[:, 4:].tolist()
+
+
 def _fits(tokens: list[int], p: torch.Tensor) -> None:
     """Pearson's test over the tokens that are expected five times, and the rest as one."""
     expected = p.double() * len(tokens)

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
+from opsd.errors import NonFiniteLossError
+
 ROOM = 64  # tokens for which there is room beside a quarter of those that are there
 
 
@@ -102,8 +104,16 @@ class Draw(LogitsProcessor):
         Args:
             input_ids: not used.
             scores: logits, (B, V).
+
+        Raises:
+            NonFiniteLossError: logits are NaN or infinite.
         """
         sums_BV = torch.softmax(scores / self._temperature, dim=-1).cumsum(-1, dtype=torch.float64)
+        if sums_BV[:, -1].isnan().any():
+            raise NonFiniteLossError(
+                "A token cannot be drawn: the model's logits are NaN or infinite.\nIts weights are damaged, or they "
+                "overflow in float16. Load it in bfloat16 or float32, and check the checkpoint that it came from."
+            )
         at_B1 = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * sums_BV[:, -1:]
         drawn_B1 = torch.searchsorted(sums_BV, at_B1, right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn_B1, 0.0)

@@ -255,21 +255,16 @@ def _padded(prompts: Sequence[list[int]], prefix: int, pad: int, device: torch.d
 
 
 # Settings that leave out tokens, and what leaves out none.
-LEAVES_OUT = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-    "top_h": 1.0,
-}
+LEAVES_OUT = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 
 def _drawing(config: GenerationConfig, device: torch.device) -> tuple[GenerationConfig, list[LogitsProcessor] | None]:
-    """Return settings, and what draws in place of transformers: on a CPU, from a whole distribution."""
-    given = ((getattr(config, name, None), neutral) for name, neutral in LEAVES_OUT.items())
-    if device.type != "cpu" or not config.do_sample or any(value not in (None, neutral) for value, neutral in given):
+    """Return settings, and what draws in place of transformers: on a CPU, where no setting changes the distribution."""
+    given = config.to_diff_dict()
+    is_whole = given.keys() <= OF_EVERY_TOKEN and all(
+        given.get(name) in (None, neutral) for name, neutral in LEAVES_OUT.items()
+    )
+    if device.type != "cpu" or not config.do_sample or not is_whole:
         return config, None
     greedy, temperature = copy.copy(config), 1.0 if config.temperature is None else config.temperature
     greedy.do_sample, greedy.temperature = False, None
