@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers import MAKE_TEACHER, make_rollouts, make_trainer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from opsd import OPSDTrainer
@@ -55,6 +57,28 @@ def test_a_step_makes_each_product_once(tmp_path: Path, teacher: str) -> None:
     body = 2 * weights_of_layers(trainer.model) * (3 * of_student + of_teacher)
     head = 2 * config.hidden_size * config.vocab_size * 4 * rollouts.num_scorable
     assert flops_of_step(trainer, rollouts) == body + head
+
+
+class Waits(TorchDispatchMode):
+    """Counts values that are read from tensors: there a host waits for its GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("teacher", ["same_checkpoint", "ema", "sibling"])
+def test_a_micro_batch_waits_for_the_device_as_often_with_more_rows(tmp_path: Path, teacher: str) -> None:
+    """Once in the loss; twice a pass, for its mask and for its longest row; once in the backward pass of a CPU."""
+    trainer = make_trainer(tmp_path, MAKE_TEACHER[teacher]())
+    rollouts = trainer.scorer.prepare_rollouts(make_rollouts(8))
+    step(trainer, rollouts)
+    for rows in (rollouts.select([0, 1]), rollouts):
+        with Waits() as waits:
+            step(trainer, rows)
+        assert waits.count == 1 + 2 * 2 + 1
 
 
 def test_products_grow_in_line_with_the_tokens(tmp_path: Path) -> None:
