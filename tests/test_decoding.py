@@ -25,7 +25,7 @@ def same(ours: DynamicCache, theirs: DynamicCache) -> bool:
 CHANGES: dict[str, Any] = {
     "tokens": lambda cache: None,
     "rows chosen": lambda cache: cache.batch_select_indices(torch.tensor([2, 0])),
-    "the first rows": lambda cache: cache.batch_select_indices(torch.arange(2)),
+    "the first rows": lambda cache: cache.batch_select_indices(slice(2)),
     "rows repeated": lambda cache: cache.batch_repeat_interleave(2),
     "tokens cut": lambda cache: cache.crop(-5),
     "emptied": lambda cache: cache.reset(),

@@ -16,7 +16,7 @@ from opsd import OPSDTrainer, SameCheckpointTeacher
 from opsd.commands.demo_sums import GRADER, MAX_NEW_TOKENS, SumsSettings, sums_settings
 from opsd.commands.demo_tasks import arithmetic, general, packaged_model
 from opsd.doctor import examine
-from opsd.doctor.lift import Lift, _differ, verdict
+from opsd.doctor.lift import Lift, answer_share, verdict
 from opsd.findings import Examination, Finding
 from opsd.training.machine import peak_megabytes
 
@@ -128,6 +128,21 @@ def test_what_cannot_be_judged_is_said_and_not_guessed(changes: dict[str, Any], 
     assert found.status == "skip" and words in found.saw
 
 
+@pytest.mark.parametrize(
+    ("on", "off", "expected"),
+    [
+        ([0.1, 0.2, 0.1, 0.2], [1.0, 1.1, 0.9, 1.0], 0.15),
+        ([0.9, 1.2, 0.1, 1.7], [1.0, 1.1, 0.9, 1.0], None),  # lower by less than their spread
+        ([0.1, 0.2, 0.1], [1.0, 1.1, 0.9], None),
+        ([0.1, 0.2, 0.1, 0.2], [0.0] * 4, None),
+    ],
+)
+def test_disagreement_on_answers_counts_where_chance_does_not_explain_it(
+    on: list[float], off: list[float], expected: float | None
+) -> None:
+    assert answer_share(on, off) == pytest.approx(expected)
+
+
 @pytest.mark.slow
 def test_answers_that_are_shifted_by_a_row_are_found_where_the_student_knows_some(
     demo_model: str, tmp_path: Path
@@ -154,10 +169,3 @@ def test_an_opening_that_worked_examples_ask_for_is_no_warning(demo_model: str, 
         trainer = demo_trainer(demo_model, tmp_path, context)
         (found,) = of(examine(trainer, only=["divergence"]), "divergence")
         assert found.status == "pass" and words in found.saw
-
-
-def test_copying_is_said_of_a_difference_beyond_chance_alone() -> None:
-    noisy = ([0.12, 0.08, 0.11, 0.10, 0.14, 0.12], [0.02, 0.31, 0.09, 0.01, 0.20, 0.06])
-    assert not _differ(*noisy)
-    assert _differ(noisy[0], [0.01, 0.02, 0.01, 0.03, 0.02, 0.01])
-    assert not _differ([0.0] * 4, [0.0] * 4)  # a teacher that agrees everywhere

@@ -143,7 +143,7 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     figures["separation"] = separation = float(gaps[0] - gaps[1]) if enough else None
     on, off = _kl_on_answers(patient, right.tolist(), patient.disagreement)
     figures["kl_answer"], figures["kl_rest"] = (fmean(each) if len(on) >= FEW else None for each in (on, off))
-    share = figures["kl_answer"] / figures["kl_rest"] if len(on) >= FEW and _differ(off, on) else None
+    share = answer_share(on, off)
     bare = patient.grade(patient.answers_of(plain)) if not patient.teacher.starts_as_student else None
     student, answers = patient.grade(patient.greedy), patient.grade(patient.teacher_answers)
     lift = Lift(student, answers, bare, separation, share, _shows_answers(patient))
@@ -153,9 +153,20 @@ def _measure(patient: Patient) -> tuple[Lift, dict[str, Any]]:
     return lift, figures
 
 
-def _differ(before: Sequence[float], after: Sequence[float]) -> bool:
-    gap = paired_difference(before, after)
-    return any(before) and not gap.low <= 0 <= gap.high
+def answer_share(on: Sequence[float], off: Sequence[float]) -> float | None:
+    """Return the KL on answers over the KL elsewhere; None where rollouts are too few, or chance explains the gap.
+
+    >>> answer_share([0.1, 0.2, 0.1, 0.2], [1.0, 1.1, 0.9, 1.0])
+    0.15...
+
+    Args:
+        on: nats per token on the answer of each wrong rollout.
+        off: nats per token on the rest of it.
+    """
+    if len(on) < FEW or not any(off):
+        return None
+    gap = paired_difference(off, on)
+    return None if gap.low <= 0 <= gap.high else fmean(on) / fmean(off)
 
 
 def _kl_on_answers(
