@@ -329,8 +329,8 @@ def main() -> None:
     for regime in options.only:
         for number_format in options.formats:
             found = compared(regime, number_format, options.device, options.rounds)
-            record["results"][f"{regime}, {number_format}"] = {"about": REGIMES[regime].about, **found}
-            record["hardware"] = hardware()
+            about = {"about": REGIMES[regime].about, "hardware": hardware()}
+            record["results"][f"{regime}, {number_format}"] = {**about, **found}
             path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record["results"]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from accelerate.state import AcceleratorState
 from helpers import logged, make_student, make_trainer
 
 from opsd import OPSDConfig, SameCheckpointTeacher
+from opsd.errors import OPSDWarning
 from opsd.models.loading import without_autocast
 from opsd.training import checkpoints
-from opsd.training.machine import choose_bf16
+from opsd.training.machine import choose_bf16, hardware
 
 BF16, NO_BF16 = {"avx512_bf16": True}, {"avx512_f": True}
 CHECKPOINTS: dict[str, Any] = {"bf16": None, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
@@ -35,6 +37,23 @@ def test_a_cpu_with_bfloat16_instructions_trains_in_it(
 ) -> None:
     set_cpu(monkeypatch, capabilities)
     assert choose_bf16(use_cpu=True) is bf16
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "words"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, ", AMX"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": True}, ", AVX-512 with bfloat16"),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, ", AVX-512"),
+        ({"avx2": True}, ", AVX2"),
+    ],
+)
+def test_the_hardware_names_a_cpus_instructions(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], words: str
+) -> None:
+    """Machines of one name differ: of two that are called AMD EPYC, one multiplied bfloat16 1,500 times as fast."""
+    set_cpu(monkeypatch, capabilities)
+    assert hardware()["cpu"].endswith(words)
 
 
 def test_torch_without_its_fast_kernels_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +77,19 @@ def test_a_cpu_where_bf16_wins_needs_no_other_setting(tmp_path: Path, monkeypatc
     assert args.bf16 and args.use_cpu == (not torch.accelerator.is_available())
 
 
+@pytest.mark.parametrize("bf16", [True, False, None])
+@pytest.mark.parametrize("capabilities", [BF16, NO_BF16])
+def test_bfloat16_that_a_cpu_emulates_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], bf16: bool | None
+) -> None:
+    set_cpu(monkeypatch, capabilities)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        OPSDConfig(str(tmp_path), use_cpu=True, bf16=bf16)
+    is_named = any("this CPU has no instructions for bfloat16" in str(warning.message) for warning in caught)
+    assert is_named == (bf16 is True and capabilities is NO_BF16)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_resumed_run_keeps_its_format_on_another_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
@@ -69,7 +101,8 @@ def test_a_resumed_run_keeps_its_format_on_another_machine(
     trainer = make_trainer(tmp_path, **{**CHECKPOINTS, "max_steps": 2, "allow_changes": ["max_steps"]})
     assert trainer.args.bf16 is first
     assert trainer.accelerator.mixed_precision == ("bf16" if first else "no")
-    trainer.train(resume_from_checkpoint=True)
+    with pytest.warns(OPSDWarning, match="the run goes on with other versions or hardware"):
+        trainer.train(resume_from_checkpoint=True)
     assert json.loads((tmp_path / checkpoints.NUMBER_FORMAT).read_text()) == {"bf16": first}
 
 

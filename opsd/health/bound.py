@@ -16,7 +16,7 @@ WARM_UP = 1  # entries at the start that also compile, and fill caches
 HELPS = {
     "rollouts": "vLLM samples faster (use_vllm), and so do shorter rollouts (max_completion_length)",
     "teacher": "a shorter context, a teacher in bf16, or one on a server that scores while the student trains",
-    TRAINING: "bf16, an adapter (use_peft), or fewer scored tokens (keep_fraction)",
+    TRAINING: "an adapter (use_peft), fewer scored tokens (keep_fraction), or bf16 where the hardware computes in it",
 }
 
 

@@ -343,6 +343,13 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
     def _warn(self) -> None:
         self._warn_no_effect()
         warn_sampling(self, stacklevel=5)
+        if self.bf16 and self.device.type == "cpu" and not choose_bf16(self.use_cpu):
+            warnings.warn(
+                "bf16 is on, and this CPU has no instructions for bfloat16: torch emulates it, and a step takes many "
+                "times as long as in float32. Leave bf16 out; opsd chooses what is faster on the machine.",
+                OPSDWarning,
+                stacklevel=5,
+            )
         share = self.on_policy_share.last
         if share < LOW_LMBDA and self.control is None:
             warnings.warn(

@@ -19,6 +19,8 @@ from transformers.utils import is_torch_bf16_gpu_available
 # With one of these instructions bfloat16 products run several times faster than float32; without them oneDNN emulates
 # bfloat16, up to hundreds of times slower.
 BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+# The widest first: CPUs of one name differ in them, and so in speed.
+VECTORS = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 with bfloat16", "avx512_f": "AVX-512", "avx2": "AVX2"}
 
 
 def cpu_has_bf16() -> bool:
@@ -27,8 +29,11 @@ def cpu_has_bf16() -> bool:
         return False
     if not hasattr(torch.cpu, "get_capabilities"):  # older torch; every CPU with AMX has this one too
         return torch.cpu._is_avx512_bf16_supported()
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in BF16_INSTRUCTIONS)
+    return any(_has(name) for name in BF16_INSTRUCTIONS)
+
+
+def _has(instructions: str) -> bool:
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get(instructions))
 
 
 def choose_bf16(use_cpu: bool) -> bool:
@@ -76,7 +81,9 @@ def hardware() -> dict[str, Any]:
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor()
+    name = names[0].partition(":")[2].strip() if names else platform.processor()
+    vectors = next((words for instructions, words in VECTORS.items() if _has(instructions)), "")
+    return ", ".join(filter(None, (name, vectors)))
 
 
 def peak_megabytes() -> float:
