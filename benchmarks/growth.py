@@ -1,7 +1,7 @@
 """What grows with the work: seconds with the tokens of a step, memory of the loss with none of them, and processes.
 
 Measures  1. the training part of a step (teacher, forward, loss, backward, optimizer) on replayed rollouts of 4 to 64
-             sums;
+             sums, in float32 and, where the CPU has instructions for it, in bfloat16;
           2. the peak memory of one forward and backward of the loss over its inputs, for 256 to 4,096 tokens, against
              TRL's kernel and full logits;
           3. a step of 16 sums in one process and in two, each with one thread and its own half of the rows.
@@ -52,11 +52,12 @@ def seconds_of(rows: int, number_format: str) -> dict[str, float]:
 
 
 def time() -> dict[str, Any]:
-    """Return the seconds of steps of five sizes in two number formats, and the power of the tokens that they follow."""
+    """Return the seconds of steps of five sizes by number format, and the power of the tokens that they follow."""
     from benchmarks.step import last_json
+    from opsd.training.machine import cpu_has_bf16
 
     found: dict[str, Any] = {}
-    for number_format in ("bf16", "float32"):
+    for number_format in ("bf16", "float32") if cpu_has_bf16() else ("float32",):
         sizes = [last_json([__file__, "--child", str(rows), number_format]) for rows in ROWS]
         logs = np.log([[size["gflop"], size["seconds"]] for size in sizes[1:]]).T
         found[number_format] = {"sizes": sizes, "power": float(np.polyfit(*logs, 1)[0])}

@@ -370,11 +370,12 @@ def test_the_command_line_trains_under_torchrun(tmp_path: Path, llama_folder: st
     settings = {
         "model_name_or_path": llama_folder, "dataset_name": rows, "context": "answer_only", "max_steps": 1,
         "output_dir": tmp_path / "run", "per_device_train_batch_size": 2, "max_completion_length": 4,
-        "use_cpu": "true", "bf16": "false", "gradient_checkpointing": "false",
+        "bf16": "false", "gradient_checkpointing": "false",
     }  # fmt: skip
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "opsd"]
-    done = subprocess.run([*command, "train", *options], capture_output=True, text=True, timeout=300)
+    without_gpu = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "train", *options], capture_output=True, text=True, timeout=300, env=without_gpu)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("saved the trained model") == 1
     assert (tmp_path / "run" / "model.safetensors").is_file()

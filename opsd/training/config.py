@@ -205,10 +205,11 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         for name, value in control.settings.items() if control else ():
             setattr(self, name, value)
         self._check()
+        if not self.bf16 and not torch.accelerator.is_available():
+            # Where it is not set transformers refuses bf16 on a CPU, and processes there train each for itself.
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16, self.bf16_is_default = not self.fp16 and choose_bf16(self.use_cpu), True
-            if self.bf16 and not torch.accelerator.is_available():
-                self.use_cpu = True  # transformers accepts bf16 on a CPU only where use_cpu is set
         super().__post_init__()  # which also reads generation_kwargs from text
         self._use_one_gpu()
         check_sampling(self, self.objective)
