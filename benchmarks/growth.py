@@ -117,6 +117,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.hashsalt": "opsd", "font.size": 9})
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), facecolor="white")
     for (name, of_format), colour in zip(found.get("time", {}).items(), ("#0072B2", "#D55E00"), strict=False):
@@ -128,7 +129,12 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     right.set(xlabel="tokens", ylabel="MiB over the inputs", title="Peak memory of the loss")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False)
+        axis.minorticks_off()
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter("{x:,g}")
+        if axis.lines:
+            axis.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
