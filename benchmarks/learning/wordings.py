@@ -19,7 +19,7 @@ from opsd.cli import main as opsd
 from opsd.commands.demo_tasks import question, worked_examples, write_rows
 from opsd.evaluation.pareto import Tradeoff
 
-RATE = 3e-5
+RATE, RATES, STEPS = 3e-5, (1e-5, 3e-5, 1e-4), 24
 ROWS = 32  # that the doctor looks at
 PARENTHESIS = "{{ prompt }}\n\n(The answer is {{ answer }}.)"
 COMMAND = "{{ prompt }}\n\nThe correct answer is {{ answer }}. Answer with it."
@@ -78,7 +78,7 @@ def sums(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "sft": {"control": "sft"},
         "sft, bare": {"control": "sft", "dataset_name": str(folder / "bare-{seed}.jsonl")},
     }
-    return _on_sums(folder, seeds, arms)
+    return _on_sums(folder, seeds, RATES, arms, evaluation=_all_splits(folder))
 
 
 def levers(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -94,7 +94,8 @@ def levers(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         "wrong only": {"distill_on": "wrong", "reward_funcs": ["last_number"]},
         "decay": {"lr_scheduler_type": "linear"},
     }
-    return _on_sums(folder, seeds, arms, context=context_of(folder, "parenthesis, examples"))
+    context = context_of(folder, "parenthesis, examples")
+    return _on_sums(folder, seeds, RATES, arms, context=context, evaluation=_all_splits(folder))
 
 
 def sampled_ahead(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
@@ -103,25 +104,29 @@ def sampled_ahead(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     The learning rate is the one that was the best of three for each of the first five arms of `levers`.
     """
     arms: Arms = {f"{steps} at once": {"steps_per_generation": steps} for steps in (1, 2, 4, 8)}
-    return _on_sums(folder, seeds, arms, (3e-5,), context=context_of(folder, "parenthesis, examples"))
+    plan = evaluation(folder, STEPS, None, tasks.sums("test", 200), "last_number")
+    context = context_of(folder, "parenthesis, examples")
+    return _on_sums(folder, seeds, (RATE,), arms, context=context, evaluation=plan)
 
 
-def _on_sums(
-    folder: Path, seeds: Sequence[int], arms: Arms, rates: Sequence[float] = (1e-5, 3e-5, 1e-4), **settings: Any
-) -> dict[str, Any]:
-    steps = 24
+def _on_sums(folder: Path, seeds: Sequence[int], rates: Sequence[float], arms: Arms, **settings: Any) -> dict[str, Any]:
     for seed in seeds:
-        rows = tasks.training_sums(steps * ROLLOUTS, seed)
+        rows = tasks.training_sums(STEPS * ROLLOUTS, seed)
         write_rows(folder / f"bare-{seed}.jsonl", rows)
         write_rows(folder / f"train-{seed}.jsonl", in_sentences(rows))
+    return run_file(
+        folder, seeds, rates, arms, **settings, teacher={"strategy": "same_checkpoint"}, max_steps=STEPS,
+        max_completion_length=20,
+    )  # fmt: skip
+
+
+def _all_splits(folder: Path) -> dict[str, Any]:
+    """Return an evaluation of sums, general knowledge and sentences, and of the drift on the last."""
     plan = evaluation(
-        folder, steps, tasks.sums("selection", 150), tasks.sums("test", 200), "last_number",
+        folder, STEPS, tasks.sums("selection", 150), tasks.sums("test", 200), "last_number",
         general=(tasks.general("test"), "contains"), sentences=(tasks.sentences(), SENTENCE),
     )  # fmt: skip
-    return run_file(
-        folder, seeds, rates, arms, **settings, teacher={"strategy": "same_checkpoint"}, max_steps=steps,
-        max_completion_length=20, evaluation={**plan, "neutral": str(folder / "sentences.jsonl")},
-    )  # fmt: skip
+    return {**plan, "neutral": str(folder / "sentences.jsonl")}
 
 
 def context_of(folder: Path, name: str) -> dict[str, Any]:
