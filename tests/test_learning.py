@@ -40,6 +40,8 @@ SENTENCES = {
     '{"answer": "The river flows to the sea."}': True,
 }
 
+ONE_RATE = {"wordings", "sampled_ahead"}  # experiments whose arms are trained at one learning rate, with every seed
+
 
 @pytest.mark.parametrize("text", REPLIES)
 def test_a_reply_is_json_with_one_key_and_right_if_the_answer_is_in_it(text: str) -> None:
@@ -89,7 +91,7 @@ def test_an_experiment_is_a_sweep_with_the_first_seed_at_every_rate(
     monkeypatch.setattr("benchmarks.learning.experiments.models_of", lambda *_: "some/model-{seed}")
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(EXPERIMENTS[name].prepare(tmp_path, [0, 1, 2])))
-    has_rates = name != "wordings"  # one rate, at every seed
+    has_rates = name not in ONE_RATE
     plan = read_sweep([str(path), "--seeds-at", "best" if has_rates else "all"])
     later = 2 * len(plan.arms) if has_rates else 0
     assert plan.seeds == [0, 1, 2] and (len(plan.first_runs), plan.later_count) == (3 * len(plan.arms), later)
@@ -135,7 +137,7 @@ def test_the_record_of_a_run_is_all_that_its_run_is_made_from(name: str) -> None
         assert again == record
 
 
-@pytest.mark.parametrize("name", [name for name in RECORDS if name != "wordings"])
+@pytest.mark.parametrize("name", [name for name in RECORDS if name not in ONE_RATE])
 def test_every_arm_was_trained_at_a_decade_of_learning_rates(name: str) -> None:
     record = json.loads((RESULTS / f"{name}.json").read_text())
     for arm in {run["arm"] for run in record["runs"]}:
