@@ -101,9 +101,12 @@ def levers(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 def sampled_ahead(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
     """Teach sums as `levers` does, and sample the rollouts of 1, 2, 4 or 8 optimizer steps at once.
 
-    The learning rate is the one that was the best of three for each of the first five arms of `levers`.
+    Two arms more weigh older samples by their importance ratio. The learning rate is the one that was the best of three
+    for each of the first five arms of `levers`.
     """
     arms: Arms = {f"{steps} at once": {"steps_per_generation": steps} for steps in (1, 2, 4, 8)}
+    for steps in (4, 8):
+        arms |= {f"{steps} at once, weighed": {"steps_per_generation": steps, "importance_clip": 2.0}}
     plan = evaluation(folder, STEPS, None, tasks.sums("test", 200), "last_number")
     context = context_of(folder, "parenthesis, examples")
     return _on_sums(folder, seeds, (RATE,), arms, context=context, evaluation=plan)
