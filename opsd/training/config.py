@@ -108,8 +108,8 @@ class OPSDConfig(DivergenceSettings, ObjectiveSettings, TokenSelectionSettings, 
         metadata={
             "help": "Micro-batches that one batch of rollouts gives, as TRL's GRPO counts them: a multiple of "
             "gradient_accumulation_steps. 4 times as many sample the rollouts of 4 optimizer steps at once, which "
-            "takes the memory of as many rows; the later of these steps train on samples of older weights, and learn "
-            "less in docs/results.md. An epoch has whole batches of rollouts. Unset: one step's."
+            "takes the memory of as many rows; the later of these steps train on samples of older weights, and may "
+            "teach less (docs/results.md). An epoch has whole batches of rollouts. Unset: one step's."
         },
     )
     completion_length_schedule: dict[str, Any] | str | None = field(
